@@ -1,0 +1,34 @@
+"""Arguments turned into plain numbers, or one clear line about what is wrong with them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """``value`` as an int in [low, high]; a bool or a float is no whole number."""
+    allowed = f"an integer ≥ {low}" if high is None else f"an integer in [{low}, {high}]"
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {allowed}, got {value!r}") from None
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+    return number
+
+
+def finite(name: str, value: Any) -> float:
+    """``value`` as a finite float."""
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number

@@ -1,0 +1,132 @@
+"""ᾱ_t and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastddim.check import finite, whole
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The noise levels of a diffusion model: ᾱ_t = Π_{i≤t} (1 − β_i), t = 0 … T−1.
+
+    Ho et al. 2020, section 2 (they count t from 1; here, as in code, from 0). Build one with
+    ``linear``, ``scaled_linear``, ``cosine``, ``from_betas`` or ``from_alphas_cumprod``.
+
+    Attributes:
+        alphas_cumprod: ᾱ, float64 of shape (T,), strictly decreasing, in (0, 1); the last may
+            be 0 (zero terminal SNR, Lin et al. 2024), which ``epsilon`` models cannot sample.
+            Read-only.
+        name: what it was built from, for messages and records.
+    """
+
+    alphas_cumprod: Float64
+    name: str = "from_alphas_cumprod"
+
+    def __post_init__(self) -> None:
+        abar = _vector("alphas_cumprod", self.alphas_cumprod)
+        if not (abar[0] < 1 and (abar[:-1] > 0).all() and abar[-1] >= 0):
+            raise ValueError(
+                f"alphas_cumprod must lie in (0, 1) (the last may be 0), "
+                f"got values from {abar.min():g} to {abar.max():g}"
+            )
+        rising = np.flatnonzero(np.diff(abar) >= 0)
+        if rising.size:
+            t = int(rising[0])
+            raise ValueError(
+                f"alphas_cumprod must strictly decrease, got {abar[t]:g} at {t} "
+                f"and {abar[t + 1]:g} at {t + 1}"
+            )
+        abar.setflags(write=False)
+        object.__setattr__(self, "alphas_cumprod", abar)
+
+    def __len__(self) -> int:
+        """T, the number of noise levels."""
+        return len(self.alphas_cumprod)
+
+    def __repr__(self) -> str:
+        return f"NoiseSchedule({self.name}, T={len(self)})"
+
+    @classmethod
+    def linear(
+        cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> NoiseSchedule:
+        """β from ``beta_start`` to ``beta_end`` in equal steps (Ho et al. 2020, section 4)."""
+        betas = np.linspace(*_ends(beta_start, beta_end), _levels(T))
+        return cls.from_betas(betas, name=f"linear({beta_start:g}, {beta_end:g})")
+
+    @classmethod
+    def scaled_linear(
+        cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    ) -> NoiseSchedule:
+        """√β in equal steps, as latent diffusion and Stable Diffusion have it."""
+        low, high = _ends(beta_start, beta_end)
+        betas = np.linspace(low**0.5, high**0.5, _levels(T)) ** 2
+        return cls.from_betas(betas, name=f"scaled_linear({beta_start:g}, {beta_end:g})")
+
+    @classmethod
+    def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+        """ᾱ(u) = cos²((u + s)/(1 + s)·π/2), β clipped (Nichol and Dhariwal 2021, eq. 17)."""
+        s, max_beta = finite("s", s), finite("max_beta", max_beta)
+        if s < 0:
+            raise ValueError(f"s must be ≥ 0, got {s:g}")
+        u = np.arange(_levels(T) + 1, dtype=np.float64) / T
+        abar = np.cos((u + s) / (1 + s) * np.pi / 2) ** 2
+        return cls.from_betas(np.minimum(1 - abar[1:] / abar[:-1], max_beta), name="cosine")
+
+    @classmethod
+    def from_betas(cls, betas: Any, name: str = "from_betas") -> NoiseSchedule:
+        """From β_t, any sequence, array or tensor; each in (0, 1), multiplied up in float64."""
+        beta = _vector("betas", betas)
+        outside = np.flatnonzero(~((beta > 0) & (beta < 1)))
+        if outside.size:
+            t = int(outside[0])
+            raise ValueError(f"betas must lie in (0, 1), got {beta[t]:g} at {t}")
+        return cls(np.cumprod(1 - beta), name)
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Any) -> NoiseSchedule:
+        """From ᾱ_t itself, any sequence, array or tensor."""
+        return cls(_vector("alphas_cumprod", alphas_cumprod))
+
+
+def _vector(name: str, values: Any) -> Float64:
+    """``values`` as a fresh float64 vector, or a ``ValueError`` that names ``name``."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().double().numpy()
+    if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str):
+        raise TypeError(
+            f"{name} must be a sequence, array or tensor of numbers, got {type(values).__name__}"
+        )
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must hold numbers only") from None
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"{name} must have shape (T,) with T ≥ 1, got {array.shape}")
+    bad = np.flatnonzero(~np.isfinite(array))
+    if bad.size:
+        raise ValueError(f"{name} must be finite, got {array[bad[0]]} at {int(bad[0])}")
+    return array
+
+
+def _levels(T: int) -> int:
+    return whole("T", T, low=1)
+
+
+def _ends(beta_start: float, beta_end: float) -> tuple[float, float]:
+    low, high = finite("beta_start", beta_start), finite("beta_end", beta_end)
+    if not 0 < low <= high < 1:
+        raise ValueError(
+            f"beta_start and beta_end must satisfy 0 < beta_start ≤ beta_end < 1, "
+            f"got {low:g} and {high:g}"
+        )
+    return low, high
