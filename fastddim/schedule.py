@@ -90,7 +90,7 @@ class NoiseSchedule:
         if outside.size:
             t = int(outside[0])
             raise ValueError(f"betas must lie in (0, 1), got {beta[t]:g} at {t}")
-        return cls(np.cumprod(1 - beta), name)
+        return cls(np.cumprod(1 - beta, dtype=np.float64), name)
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Any) -> NoiseSchedule:

@@ -40,7 +40,7 @@ class GarmentModel(nn.Module):
 
     def __init__(self, unet: dict[str, Any] | None = None) -> None:
         super().__init__()
-        from diffusers import UNet2DModel
+        from diffusers.models.unets.unet_2d import UNet2DModel
 
         self.unet = cast(nn.Module, UNet2DModel(**(unet or UNET)))
         alphas_cumprod = torch.from_numpy(NoiseSchedule.linear().alphas_cumprod.copy())

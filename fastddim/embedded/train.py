@@ -30,6 +30,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastddim.embedded.model import UNET, GarmentModel
 
@@ -60,7 +61,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 m = self.state[p].setdefault("m", torch.zeros_like(p))
@@ -103,7 +104,8 @@ def held_out(model: nn.Module, x0: Tensor, weights: Tensor) -> float:
     g = torch.Generator().manual_seed(0)
     t = torch.multinomial(weights, len(x0), True, generator=g)
     eps = torch.randn(x0.shape, generator=g)
-    return float(torch.cat([model(*b) for b in zip(x0.split(64), t.split(64), eps.split(64))]).mean())
+    batches = DataLoader(TensorDataset(x0, t, eps), batch_size=64)
+    return float(torch.cat([model(*batch) for batch in batches]).mean())
 
 
 def main() -> None:
@@ -130,7 +132,11 @@ def main() -> None:
     objective = Objective(model)
     ema = Objective(GarmentModel())
     ema.load_state_dict(objective.state_dict())
-    hidden = [p for n, p in model.named_parameters() if p.ndim >= 2 and "conv_in" not in n and "conv_out" not in n]
+    hidden = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim >= 2 and "conv_in" not in n and "conv_out" not in n
+    ]
     others = [p for p in model.parameters() if not any(p is h for h in hidden)]
     optimizers = [
         Muon(hidden, args.lr),
@@ -142,7 +148,7 @@ def main() -> None:
         state = torch.load(args.out / "state.pt", weights_only=True)
         objective.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, before = state["step"], state["seconds"]
     torch.manual_seed(args.seed + 1000 * (rank + 1) + step)
@@ -159,7 +165,7 @@ def main() -> None:
         progress = seconds / 60 / args.minutes
         done = progress >= 1
         factor = max(0.0, min(1.0, (step + 1) / 100, (1 - progress) / 0.4))
-        for optimizer, peak in zip(optimizers, peaks):
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * factor
 
         x0 = train[torch.randint(len(train), (args.batch // world,))]
@@ -174,24 +180,31 @@ def main() -> None:
         running.append(loss.detach())
         decay = (1 - 1 / step) ** 17
         with torch.no_grad():
-            for average, p in zip(ema.parameters(), objective.parameters()):
+            for average, p in zip(ema.parameters(), objective.parameters(), strict=True):
                 average.lerp_(p, 1 - decay)
 
         if rank == 0 and (done or time.time() - saved_at > 300):
             saved_at = time.time()
             record = {
-                "minutes": round(seconds / 60, 1), "step": step, "images": step * args.batch,
+                "minutes": round(seconds / 60, 1),
+                "step": step,
+                "images": step * args.batch,
                 "loss": round(float(torch.stack(running).mean()), 4),
                 "held_out": round(held_out(ema, test, weights), 4),
-                "factor": round(factor, 3), "processes": world, "seed": args.seed,
+                "factor": round(factor, 3),
+                "processes": world,
+                "seed": args.seed,
             }
             running.clear()
             print(json.dumps(record), flush=True)
             with (args.out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
             state = {
-                "model": objective.state_dict(), "ema": ema.state_dict(), "step": step,
-                "optimizers": [o.state_dict() for o in optimizers], "seconds": seconds,
+                "model": objective.state_dict(),
+                "ema": ema.state_dict(),
+                "step": step,
+                "optimizers": [o.state_dict() for o in optimizers],
+                "seconds": seconds,
             }
             torch.save(state, args.out / "state.tmp")
             os.replace(args.out / "state.tmp", args.out / "state.pt")

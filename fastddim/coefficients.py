@@ -1,0 +1,113 @@
+"""(t, s) pairs × η → the coefficient table: the factors of one step per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fastddim.check import finite
+from fastddim.schedule import Float64, NoiseSchedule
+from fastddim.timesteps import Pair
+
+Float32: TypeAlias = npt.NDArray[np.float32]
+Eta: TypeAlias = float | Literal["hat"]
+
+PREDICTIONS = ("epsilon", "v", "sample")
+"""What a model may return. The position is the number by which the step's op knows it."""
+
+COLUMNS = (
+    "sqrt_abar_t",  # √ᾱ_t
+    "rcp_sqrt_abar_t",  # 1/√ᾱ_t, rounded from the float32 √ᾱ_t: what the exact division needs
+    "sqrt_1m_abar_t",  # √(1−ᾱ_t)
+    "rcp_sqrt_1m_abar_t",  # 1/√(1−ᾱ_t)
+    "sqrt_abar_s",  # √ᾱ_s
+    "c1",  # noise scale
+    "c2",  # direction to x_t
+)
+"""The table's columns, in the order in which the kernel reads them."""
+
+
+def make_table(
+    schedule: NoiseSchedule,
+    pairs: Sequence[Pair],
+    eta: Eta = 0.0,
+    final_alpha_cumprod: float = 1.0,
+) -> Float32:
+    """The table of a trajectory, float32 of shape (len(pairs), len(COLUMNS)).
+
+    For each step t → s (Song et al. 2021, eq. 12 and 16), in float64, rounded once:
+
+        c1 = η·√((1 − ᾱ_t/ᾱ_s)·(1−ᾱ_s)/(1−ᾱ_t)),   c2 = √(1 − ᾱ_s − c1²)
+
+    ``eta="hat"`` keeps the mean of η = 1 and draws with the larger √(1 − ᾱ_t/ᾱ_s) (their σ̂). A
+    step to s = −1 takes ᾱ_s = ``final_alpha_cumprod`` and no noise, for σ̂ too.
+
+    Raises:
+        ValueError: η is negative, not finite, or asks for c1² > 1 − ᾱ_s; the message names the
+            largest η these pairs allow.
+    """
+    eta = checked_eta(eta)
+    abar_t, abar_s = levels(schedule, pairs, final_alpha_cumprod)
+    last = np.array([s < 0 for _, s in pairs])
+    posterior = (1 - abar_t / abar_s) * (1 - abar_s) / (1 - abar_t)
+    posterior[last] = 0.0
+    if eta == "hat":
+        c1 = np.where(last, 0.0, np.sqrt(1 - abar_t / abar_s))
+        variance = posterior
+    else:
+        most = largest_eta(abar_t, abar_s, last)
+        if eta > most:
+            raise ValueError(
+                f"eta must be at most {floor6(most)} for these steps (beyond it 1 − ᾱ_s − c1² "
+                f"is negative), got {eta:g}"
+            )
+        variance = eta**2 * posterior
+        c1 = np.sqrt(variance)
+    return pack(abar_t, abar_s, c1, np.sqrt(np.maximum(1 - abar_s - variance, 0.0)))
+
+
+def levels(
+    schedule: NoiseSchedule, pairs: Sequence[Pair], final_alpha_cumprod: float = 1.0
+) -> tuple[Float64, Float64]:
+    """(ᾱ_t, ᾱ_s) of each pair, float64; ᾱ_{−1} is ``final_alpha_cumprod``."""
+    abar = np.append(schedule.alphas_cumprod, final_alpha_cumprod)  # index −1 is the last
+    t, s = np.array(pairs, dtype=np.int64).T
+    return abar[t], abar[s]
+
+
+def largest_eta(abar_t: Float64, abar_s: Float64, last: npt.NDArray[np.bool_]) -> float:
+    """The largest η with c1² ≤ 1 − ᾱ_s at every step but the ``last``: √((1−ᾱ_t)/(1−ᾱ_t/ᾱ_s))."""
+    moving = ~last & (abar_t < abar_s)
+    if not moving.any():
+        return float("inf")
+    t, s = abar_t[moving], abar_s[moving]
+    return float(np.sqrt((1 - t) / (1 - t / s)).min())
+
+
+def checked_eta(eta: Any) -> Eta:
+    """``eta`` as a float ≥ 0 or ``"hat"``."""
+    if isinstance(eta, str):
+        if eta == "hat":
+            return "hat"
+        raise ValueError(f'eta must be a number ≥ 0 or "hat", got {eta!r}')
+    value = finite("eta", eta)
+    if value < 0:
+        raise ValueError(f'eta must be a number ≥ 0 or "hat", got {value:g}')
+    return value
+
+
+def pack(abar_t: Float64, abar_s: Float64, c1: Float64, c2: Float64) -> Float32:
+    """The columns, in order."""
+    sqrt_t = np.sqrt(abar_t).astype(np.float32)
+    sqrt_1mt = np.sqrt(1 - abar_t).astype(np.float32)
+    with np.errstate(divide="ignore"):  # ᾱ_T = 0: a v model never divides by it
+        columns = (sqrt_t, 1 / sqrt_t, sqrt_1mt, 1 / sqrt_1mt, np.sqrt(abar_s), c1, c2)
+    return np.stack([np.asarray(c, dtype=np.float32) for c in columns], axis=1)
+
+
+def floor6(value: float) -> float:
+    """Rounded down, so that the number in the message is itself allowed."""
+    return float(np.floor(value * 1e6) / 1e6)

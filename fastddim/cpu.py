@@ -1,0 +1,152 @@
+"""The step on a CPU: PyTorch in blocks that stay in the cache, value-identical to the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastddim import noise as counter
+
+# PyTorch hands 32,768 elements and more to OpenMP, whose barrier waits for a core that may be
+# busy with something else (100 times slower then). A multiple of 16, torch.randn's own stride,
+# and so of four, the elements of one Philox call.
+BLOCK = 32752
+
+
+def ddim_step(
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    prediction: int,
+    noise_first: bool,
+    clip: float | None,
+    out: Tensor,
+    x0: Tensor | None,
+) -> None:
+    """x_s into ``out`` and, if given, x0 into ``x0``: the Triton kernel's twin.
+
+    ``output``, ``noise``, ``out`` and ``x0`` have x's shape and strides, which are dense.
+    """
+    if x.numel() == 0:
+        return
+    batch, n = x.shape[0], x.numel() // x.shape[0]
+    row_of = rows.tolist() if rows.stride(0) else [int(rows[0])] * batch
+    if min(row_of) < 0 or max(row_of) >= len(table):
+        raise ValueError(f"rows must lie in [0, {len(table)}), got {min(row_of)} to {max(row_of)}")
+    if seeds is not None and not table[row_of, 5].any():
+        seeds = None  # the last step adds no noise: do not compute any
+    if seeds is not None and not x.is_contiguous():
+        # Noise belongs to the logical element, wherever memory keeps it.
+        logical = torch.empty(x.shape)
+        normal_(logical, seeds, rows, counter.STEP)
+        noise, seeds = torch.empty_like(x).copy_(logical), None
+
+    rows_differ = len(set(row_of)) > 1
+    flat_x, flat_output, flat_out = _flat(x), _flat(output), _flat(out)
+    flat_noise = None if noise is None else _flat(noise)
+    flat_x0 = None if x0 is None else _flat(x0)
+    scratch = torch.empty(3, min(BLOCK, x.numel()))
+    for sample, samples, first, count in _blocks(batch, n, rows_differ, seeds is not None):
+        start = sample * n + first
+        part = slice(start, start + samples * count)
+        x0_block, term, scaled = scratch[:, : samples * count].unbind()
+        z = None if flat_noise is None else flat_noise[part]
+        if seeds is not None:
+            group = slice(sample, sample + samples)
+            z = scaled
+            counter.normals(
+                seeds[group].numpy(),
+                rows[group].numpy(),
+                count,
+                counter.STEP,
+                first=first,
+                out=z.view(samples, count).numpy(),
+            )
+        _step(
+            flat_x[part],
+            flat_output[part].float(),
+            table[row_of[sample]].unbind(),
+            z,
+            prediction,
+            noise_first,
+            clip,
+            flat_out[part],
+            x0_block if flat_x0 is None else flat_x0[part],
+            term,
+            scaled,
+        )
+
+
+def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
+    """Fills ``out``, contiguous float32 (batch, ...), with counter noise."""
+    if out.numel():
+        flat = out.view(out.shape[0], -1)
+        counter.normals(seeds.numpy(), rows.numpy(), flat.shape[1], stream, out=flat.numpy())
+
+
+def _step(
+    x: Tensor,
+    output: Tensor,
+    row: tuple[Tensor, ...],
+    z: Tensor | None,
+    prediction: int,
+    noise_first: bool,
+    clip: float | None,
+    out: Tensor,
+    x0: Tensor,
+    term: Tensor,
+    scaled: Tensor,
+) -> None:
+    """``reference.ddim_step`` in place. Never add_(alpha=), which is a fused multiply-add."""
+    a_t, _, b_t, _, a_s, c1, c2 = row
+    eps = output
+    if prediction == 0:
+        torch.mul(output, b_t, out=term)
+        torch.sub(x, term, out=x0).div_(a_t)
+    elif prediction == 1:
+        torch.mul(output, b_t, out=term)
+        torch.mul(x, a_t, out=x0).sub_(term)
+        torch.mul(output, a_t, out=out)
+        eps = torch.mul(x, b_t, out=term).add_(out)
+    else:
+        x0.copy_(output)
+        torch.mul(output, a_t, out=term)
+        eps = torch.sub(x, term, out=term).div_(b_t)
+    if clip is not None:
+        x0.clamp_(-clip, clip)
+    torch.mul(x0, a_s, out=out)
+    direction = torch.mul(eps, c2, out=term)
+    if z is None:
+        out.add_(direction)
+        return
+    torch.mul(z, c1, out=scaled)
+    if noise_first:
+        out.add_(scaled).add_(direction)
+    else:
+        out.add_(direction).add_(scaled)
+
+
+def _blocks(
+    batch: int, n: int, rows_differ: bool, counter_noise: bool
+) -> Iterator[tuple[int, int, int, int]]:
+    """Blocks as (sample, samples, first element, elements of each): whole samples or one's part.
+
+    A block holds one row's samples. Without counter noise all is one sample if the rows agree.
+    """
+    if not rows_differ and not counter_noise:
+        batch, n = 1, batch * n
+    together = 1 if rows_differ else max(1, BLOCK // n)
+    for sample in range(0, batch, together):
+        samples = min(together, batch - sample)
+        for first in range(0, n, BLOCK):
+            yield sample, samples, first, min(BLOCK, n - first)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's memory as one vector, whatever the order of its dimensions."""
+    return tensor.as_strided((tensor.numel(),), (1,))

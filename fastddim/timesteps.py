@@ -1,0 +1,131 @@
+"""τ, the steps a sampler takes, as explicit (t, s) pairs in the order they are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fastddim.check import whole
+
+Pair: TypeAlias = tuple[int, int]
+Spacing: TypeAlias = str | Sequence[int] | Sequence[Pair]
+
+
+def make_pairs(spacing: Spacing, steps: int, T: int) -> tuple[Pair, ...]:
+    """The (t, s) pairs of τ: each step goes from level t to level s, the last to s = −1 (data).
+
+    Args:
+        spacing: a name, or τ itself: timesteps that strictly increase or strictly decrease
+            (both are taken from the noisiest down), or (t, s) pairs in the order they are taken.
+
+            - ``"uniform"``: ⌊i·T/S⌋ (Song et al. 2021, appendix D.2, "linear").
+            - ``"quad"``: max(i, ⌊c·i²⌋) up to 0.8·T (the same, "quadratic").
+            - ``"leading"``: i·⌊T/S⌋; ``"trailing"``: round(T − i·T/S) − 1; ``"linspace"``:
+              rounded, from 0 to T−1 (Lin et al. 2024, table 2).
+            - ``"uniform-ermongroup"``, ``"quad-ermongroup"``: as the authors' code has them.
+              The first strides by ⌊T/S⌋ and so may take more than S steps (334 for 300 of
+              1000); the second repeats truncated values from S = 30 on, each repetition a model
+              call that moves nothing.
+        steps: S. All but the two ermongroup spacings take exactly S distinct steps.
+        T: the number of noise levels.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value and what is allowed.
+    """
+    if not isinstance(spacing, str):
+        return _explicit(spacing, T)
+    if spacing not in _SPACINGS:
+        raise ValueError(
+            f"spacing must be one of {', '.join(_SPACINGS)}, a list of timesteps or a list of "
+            f"(t, s) pairs, got {spacing!r}"
+        )
+    return chain(_SPACINGS[spacing](whole("steps", steps, low=1, high=T), T))
+
+
+def chain(tau: Sequence[int]) -> tuple[Pair, ...]:
+    """τ in increasing order → its pairs, from the noisiest down to s = −1."""
+    return tuple(zip(reversed(tau), reversed([-1, *tau[:-1]]), strict=True))
+
+
+def uniform(S: int, T: int) -> list[int]:
+    return [i * T // S for i in range(S)]
+
+
+def quad(S: int, T: int) -> list[int]:
+    # Truncation alone repeats small values; max(i, ·) is the least that keeps S distinct steps.
+    return [max(i, t) for i, t in enumerate(quad_ermongroup(S, T))]
+
+
+def leading(S: int, T: int) -> list[int]:
+    return [i * (T // S) for i in range(S)]
+
+
+def trailing(S: int, T: int) -> list[int]:
+    return [round(T - i * T / S) - 1 for i in reversed(range(S))]
+
+
+def linspace(S: int, T: int) -> list[int]:
+    return [round(t) for t in np.linspace(0, T - 1, S).tolist()] if S > 1 else [T - 1]
+
+
+def uniform_ermongroup(S: int, T: int) -> list[int]:
+    return list(range(0, T, T // S))
+
+
+def quad_ermongroup(S: int, T: int) -> list[int]:
+    return [int(t) for t in np.linspace(0, np.sqrt(T * 0.8), S) ** 2]
+
+
+_SPACINGS = {
+    "uniform": uniform,
+    "quad": quad,
+    "leading": leading,
+    "trailing": trailing,
+    "linspace": linspace,
+    "uniform-ermongroup": uniform_ermongroup,
+    "quad-ermongroup": quad_ermongroup,
+}
+
+
+def _explicit(spacing: Any, T: int) -> tuple[Pair, ...]:
+    if hasattr(spacing, "tolist"):
+        spacing = spacing.tolist()
+    if not isinstance(spacing, Sequence):
+        raise TypeError(
+            f"spacing must be a name, a list of timesteps or a list of (t, s) pairs, "
+            f"got {type(spacing).__name__}"
+        )
+    if not spacing:
+        raise ValueError("spacing must hold at least one step, got an empty list")
+    if isinstance(spacing[0], Sequence):
+        return _pairs(spacing, T)
+    tau = [whole(f"spacing[{i}]", t, low=0, high=T - 1) for i, t in enumerate(spacing)]
+    if len(tau) > 1 and tau[0] > tau[1]:
+        tau.reverse()
+    for low, high in pairwise(tau):
+        if low >= high:
+            raise ValueError(
+                f"spacing must strictly increase or strictly decrease, got {low} beside {high}"
+            )
+    return chain(tau)
+
+
+def _pairs(spacing: Any, T: int) -> tuple[Pair, ...]:
+    pairs: list[Pair] = []
+    for i, pair in enumerate(spacing):
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"spacing[{i}] must be a pair (t, s), got {pair!r}")
+        t = whole(f"spacing[{i}][0]", pair[0], low=0, high=T - 1)
+        s = whole(f"spacing[{i}][1]", pair[1], low=-1, high=T - 1)
+        if s >= t:
+            raise ValueError(f"spacing[{i}] must go down, s < t, got ({t}, {s})")
+        if pairs and pairs[-1][1] != t:
+            raise ValueError(
+                f"spacing[{i}] must start where the step before ended, at t = {pairs[-1][1]}, "
+                f"got t = {t}"
+            )
+        pairs.append((t, s))
+    return tuple(pairs)

@@ -1,0 +1,107 @@
+"""Counter noise in Triton: four normals a Philox call, and the kernel that fills a tensor."""
+
+# Triton compiles these bodies; to pyright its language is made of functions that never return.
+# pyright: reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+
+@triton.jit
+def wide_multiply(a, M: tl.constexpr):
+    """(high, low) words of a·M; on NVIDIA one mul.wide.u32."""
+    product = a.to(tl.uint64) * M
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Ten rounds of Philox4x32 (Salmon et al. 2011) on uint32 words."""
+    for _ in tl.static_range(10):
+        high0, low0 = wide_multiply(c0, 0xD2511F53)
+        high1, low1 = wide_multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def log_sin_cos(u, theta, PORTABLE: tl.constexpr):
+    """(ln u, sin θ, cos θ) for u in (0, 1], |θ| ≤ π.
+
+    The .approx instructions cost one slot each; tl.log, tl.sin and tl.cos would double the
+    kernel and give it a stack. The interpreter and AMD take the portable twins.
+    """
+    if PORTABLE:
+        return tl.log(u), tl.sin(theta), tl.cos(theta)
+    return libdevice.fast_logf(u), libdevice.fast_sinf(theta), libdevice.fast_cosf(theta)
+
+
+@triton.jit
+def box_muller(a, b, PORTABLE: tl.constexpr):
+    """Two normals from two words: u = (word + ½)·2⁻³², r = √(−2 ln u_a), θ = 2π·u_b."""
+    u = (a.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    # From the signed word: the same angle less a turn, with half the rounding error.
+    turn = (b.to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    log_u, sin, cos = log_sin_cos(u, turn * 6.283185307179586, PORTABLE)
+    # The approximate logarithm may exceed 0 near u = 1; without the max r would be NaN there.
+    r = tl.sqrt(tl.maximum(-2.0 * log_u, 0.0))
+    return r * cos, r * sin
+
+
+@triton.jit
+def philox_normal4(quad, row, stream, seed, PORTABLE: tl.constexpr):
+    """The normals of elements 4·quad … 4·quad + 3 of the sample with this seed."""
+    quad = quad.to(tl.uint64)
+    row = tl.zeros_like(quad).to(tl.uint32) + row.to(tl.uint32)
+    w0, w1, w2, w3 = philox4x32(
+        quad.to(tl.uint32),
+        (quad >> 32).to(tl.uint32),
+        row,
+        tl.zeros_like(row) + stream,
+        seed.to(tl.uint32),
+        (seed.to(tl.uint64) >> 32).to(tl.uint32),
+    )
+    z0, z1 = box_muller(w0, w1, PORTABLE)
+    z2, z3 = box_muller(w2, w3, PORTABLE)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def join4(a, b, c, d):
+    """Four (Q,) tensors as one (Q, 4), each lane's values side by side."""
+    pairs = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(pairs, (a.shape[0], 4))
+
+
+@triton.jit(do_not_specialize=["n_elements", "blocks_per_sample", "stream"])
+def normal_kernel(
+    out_ptr,
+    seeds_ptr,
+    rows_ptr,
+    n_elements,
+    blocks_per_sample,
+    rows_stride,
+    stream,
+    BLOCK_SIZE: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):
+    """out[sample, i] = the normal of (seeds[sample], rows[sample], i) in this stream."""
+    pid = tl.program_id(0).to(tl.int64)
+    sample, block = pid // blocks_per_sample, pid % blocks_per_sample
+    quad = block * (BLOCK_SIZE // 4) + tl.arange(0, BLOCK_SIZE // 4)
+    z = philox_normal4(
+        quad,
+        tl.load(rows_ptr + sample * rows_stride),
+        stream,
+        tl.load(seeds_ptr + sample),
+        PORTABLE,
+    )
+    base = sample * n_elements
+    for lane in tl.static_range(4):
+        offsets = quad * 4 + lane
+        tl.store(out_ptr + base + offsets, z[lane], mask=offsets < n_elements)
