@@ -122,7 +122,9 @@ def _ddim_step(
 ) -> None:
     """Lays every tensor out as x is, then hands over to the device's backend."""
     kernels = _kernels(x.device.type)
-    if (kernels and seeds is not None) or not _is_dense(x):
+    # A sample on a row of its own is taken as one stretch of memory.
+    apart = len(x) < 2 or x.stride(0) * len(x) == x.numel()
+    if (kernels and seeds is not None) or not _is_dense(x) or (rows.stride(0) and not apart):
         x = x.contiguous()
     output = _laid_out(output, x)
     noise = None if noise is None else _laid_out(noise, x)
