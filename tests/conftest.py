@@ -1,4 +1,4 @@
-"""What every test shares. Triton reads TRITON_INTERPRET when imported, so nothing here may import it."""
+"""What every test shares. Nothing here imports Triton, which reads TRITON_INTERPRET but once."""
 
 from __future__ import annotations
 
