@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -374,7 +375,12 @@ def test_the_table_may_change_between_calls() -> None:
 
 
 # Nothing is shrunk: an interpreted example takes a while, and each is small.
-DRAWN = {"deadline": None, "derandomize": True, "database": None, "phases": [Phase.generate]}
+DRAWN: dict[str, Any] = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "phases": [Phase.generate],
+}
 
 
 @settings(max_examples=25, **DRAWN)
@@ -440,7 +446,7 @@ def good() -> SimpleNamespace:
     )
 
 
-BAD = {
+BAD: dict[str, tuple[str, Callable[[SimpleNamespace], Tensor]]] = {
     "x double": ("x", lambda a: a.x.double()),
     "x has gaps": ("x", lambda a: randn(2, 4, 8)[..., ::2]),
     "x has no batch": ("x", lambda a: torch.tensor(1.0)),
