@@ -156,6 +156,7 @@ def _ddim_step(
         out.copy_(into)
     if x0 is not None and x0_into is not None and x0_into is not x0:
         x0.copy_(x0_into)
+    _written(out, x0)
 
 
 def _reference_step(
@@ -194,6 +195,14 @@ def _normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         on_cpu = torch.empty(out.shape, dtype=_STATE)
         cpu.normal_(on_cpu, seeds.cpu(), rows.cpu(), stream)
         out.copy_(on_cpu)
+    _written(out)
+
+
+def _written(*tensors: Tensor | None) -> None:
+    """Says so to autograd, which sees what PyTorch writes but not what Triton and numpy do."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 @functools.cache
