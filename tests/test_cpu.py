@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastddim
 import fastddim_kernels
-from fastddim import DDIM, reference
+from fastddim import DDIM, ops, reference
 from fastddim.coefficients import PREDICTIONS
 from fastddim.cpu import BLOCK
 from fastddim.noise import STEP, normals
@@ -232,6 +232,26 @@ def test_the_kernel_and_the_cpu_agree_on_everything(prediction: str, n: int) -> 
         assert found_x0 is not None
         assert torch.equal(out, found)
         assert torch.equal(x0, found_x0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_op_hands_any_layout_to_the_kernel_as_to_the_cpu(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = LAYOUTS[layout](randn(2, 3, 4, 5))
+    output, z = randn(2, 3, 4, 5, seed=1), channels_last(randn(2, 3, 4, 5, seed=2))
+    out = LAYOUTS["slice"](torch.full((2, 3, 4, 5), float("nan")))
+    each, seeds = torch.tensor([2, 30], dtype=torch.int32), torch.tensor([7, 2**32 + 7])
+    for rows, sources in ((3, {"noise": z}), (each, {"noise": z}), (each, {"seeds": seeds})):
+        options: dict[str, Any] = {"clip": 1.0, **sources}
+        expected = fastddim.ddim_step(x, output, TABLE, rows, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
+            found = fastddim.ddim_step(x, output, TABLE, rows, out=out, **options)
+        for a, b in zip(found, expected, strict=True):
+            assert a is not None
+            assert b is not None
+            assert torch.equal(a, b)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastddim
-from fastddim import DDIM
+import fastddim_kernels
+from fastddim import DDIM, ops
 from fastddim.ops import initial_noise
 
 TABLE = torch.tensor(DDIM(steps=50, eta=1.0).table)
@@ -71,7 +72,12 @@ def test_the_noise_passes_opcheck(stream: int) -> None:
     torch.library.opcheck(torch.ops.fastddim.normal_.default, arguments)
 
 
-def test_versions_are_bumped_for_what_is_written_and_for_nothing_else() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "kernel"])
+def test_versions_are_bumped_for_what_is_written_and_for_nothing_else(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "kernel":
+        monkeypatch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
     arguments = op_arguments(noise="counter")
     before = [t._version for t in arguments if isinstance(t, Tensor)]
     torch.ops.fastddim.ddim_step(*arguments)
