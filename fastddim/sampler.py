@@ -330,13 +330,17 @@ class Spare:
 
     Fresh memory costs a CPU more than the step itself (page faults: 120 ms against 51 ms for
     50 MB). The caching allocator of a GPU gives it back for nothing, in stream order.
+    The first state kept is x_T, whose memory may be somebody's (a numpy array's, say) without
+    a reference that could be counted: it is never handed out.
     """
 
     def __init__(self) -> None:
         self._box: list[Tensor] = []
+        self._past_first = False
 
     def keep(self, x: Tensor) -> None:
-        self._box = [x] if x.device.type == "cpu" else []
+        self._box = [x] if self._past_first and x.device.type == "cpu" else []
+        self._past_first = True
 
     def take(self) -> Tensor | None:
         """The state kept, if the box is all that holds it."""
