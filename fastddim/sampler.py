@@ -269,7 +269,9 @@ class DDIM:
             x, draws = x_T, iter(_given_noise(noise, size, where, noisy))
         elif generator is not None:
             _check_generator(generator, where)
-            x = torch.randn(size, generator=generator, device=where) if x_T is None else x_T
+            x = x_T
+            if x is None:
+                x = torch.randn(size, generator=generator, device=where, dtype=torch.float32)
             draws = _generator_noise(generator, size, where, noisy)
         else:
             if seeds is None:
@@ -373,11 +375,7 @@ def _destination(
         size = tuple(whole(f"shape[{i}]", n, low=0 if i == 0 else 1) for i, n in enumerate(shape))
         if len(size) < 2:
             raise ValueError(f"shape must be (batch, ...) with two dimensions or more, got {size}")
-        try:
-            where = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise ValueError(f"device {str(device)!r} cannot be used: {error}") from None
-        return size, where, torch.float32
+        return size, _usable(device), torch.float32
     if not isinstance(x_T, Tensor):
         raise TypeError(f"x_T must be a tensor, got {_kind(x_T)}")
     if x_T.dim() < 2:
@@ -388,9 +386,17 @@ def _destination(
         raise TypeError(f"x_T must be float32, bfloat16 or float16, got {x_T.dtype}")
     if x_T.requires_grad:
         raise ValueError("x_T requires grad, which sampling does not carry: pass x_T.detach()")
-    if device is not None and torch.empty(0, device=device).device != x_T.device:
+    if device is not None and _usable(device) != x_T.device:
         raise ValueError(f"device must be x_T's, {x_T.device}, or left out, got {str(device)!r}")
     return tuple(x_T.shape), x_T.device, x_T.dtype
+
+
+def _usable(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
 
 
 def _checked_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
@@ -418,7 +424,7 @@ def _generator_noise(
     z: Tensor | None = None
     for row in noisy:
         if row:
-            z = torch.randn(size, generator=generator, device=device, out=z)
+            z = torch.randn(size, generator=generator, device=device, dtype=torch.float32, out=z)
         yield None, z if row else None
 
 

@@ -27,7 +27,7 @@ def generalized_steps(
     """The paper's loop, unchanged for its caller: bit-identical in float32 on the same device.
 
     The generator is left where that loop leaves it: it draws at every step, at η = 0 too. Other
-    dtypes run that loop itself (``fastddim.reference``).
+    dtypes, torch's default one included, run that loop itself (``fastddim.reference``).
 
     Args:
         x: x_T, (batch, channels, height, width).
@@ -46,7 +46,7 @@ def generalized_steps(
             original would give NaN for a large η, the largest that works is named.
     """
     tau = _checked(x, seq, model, b, eta, keep)
-    if x.dtype != torch.float32 or b.dtype != torch.float32:
+    if not tau or {x.dtype, b.dtype, torch.get_default_dtype()} != {torch.float32}:
         xs, x0_preds = reference.generalized_steps(x, tau, model, b, eta)
         return (xs, x0_preds) if keep == "all" else (xs[-1:], x0_preds[-1:])
     table = _table(tau, b, eta)
@@ -77,6 +77,7 @@ def generalized_steps(
     return xs, x0_preds
 
 
+@torch.no_grad()
 def _table(tau: Sequence[int], b: Tensor, eta: float) -> Tensor:
     """The coefficients by the original's own float32 operations, on β's device."""
     t = torch.tensor(tau[::-1], device=b.device)
@@ -119,6 +120,8 @@ def _checked(
         raise ValueError(f'keep must be "all" or "last", got {keep!r}')
     if finite("eta", eta) < 0:
         raise ValueError(f"eta must be ≥ 0, got {eta:g}")
+    if isinstance(seq, str) or not hasattr(seq, "__iter__"):
+        raise TypeError(f"seq must be a sequence of integers, got {type(seq).__name__}")
     tau = [whole(f"seq[{k}]", i, low=0, high=len(b) - 1) for k, i in enumerate(seq)]
     for low, high in pairwise(tau):
         if low > high:
