@@ -174,8 +174,12 @@ def test_ends_of_beta_out_of_range_are_refused(
 @pytest.mark.parametrize("value", ["0.1", None, True, [0.1], 1j])
 @pytest.mark.parametrize(
     ("make", "name"),
-    [("linear", "beta_start"), ("scaled_linear", "beta_end"), ("cosine", "s")]
-    + [("cosine", "max_beta")],
+    [
+        ("linear", "beta_start"),
+        ("scaled_linear", "beta_end"),
+        ("cosine", "s"),
+        ("cosine", "max_beta"),
+    ],
 )
 def test_arguments_that_are_no_numbers_are_refused(make: str, name: str, value: Any) -> None:
     refused(lambda: getattr(NoiseSchedule, make)(10, **{name: value}), TypeError, name)
@@ -183,8 +187,14 @@ def test_arguments_that_are_no_numbers_are_refused(make: str, name: str, value: 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("s", -0.1), ("s", NAN), ("s", 10**400), ("max_beta", 0.0), ("max_beta", 1.0)]
-    + [("max_beta", INF)],
+    [
+        ("s", -0.1),
+        ("s", NAN),
+        ("s", 10**400),
+        ("max_beta", 0.0),
+        ("max_beta", 1.0),
+        ("max_beta", INF),
+    ],
 )
 def test_cosine_arguments_out_of_range_are_refused(name: str, value: Any) -> None:
     refused(lambda: NoiseSchedule.cosine(10, **{name: value}), ValueError, name)
@@ -192,9 +202,21 @@ def test_cosine_arguments_out_of_range_are_refused(name: str, value: Any) -> Non
 
 @pytest.mark.parametrize(
     "values",
-    [[], np.zeros((0,)), [[0.1, 0.2]], torch.full((2, 2), 0.1), torch.tensor(0.1)]
-    + [[0.1, NAN], [INF, 0.1], [None], torch.tensor([0.1, NAN])]
-    + [[0.1, 0.0], [0.1, 1.0], [-0.1, 0.1], [1.5, 0.1]],
+    [
+        [],
+        np.zeros((0,)),
+        [[0.1, 0.2]],
+        torch.full((2, 2), 0.1),
+        torch.tensor(0.1),
+        [0.1, NAN],
+        [INF, 0.1],
+        [None],
+        torch.tensor([0.1, NAN]),
+        [0.1, 0.0],
+        [0.1, 1.0],
+        [-0.1, 0.1],
+        [1.5, 0.1],
+    ],
 )
 def test_bad_betas_are_refused(values: Any) -> None:
     refused(lambda: NoiseSchedule.from_betas(values), ValueError, "betas")
@@ -202,9 +224,22 @@ def test_bad_betas_are_refused(values: Any) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [[], [[0.9, 0.8]], np.array(0.9), [0.9, NAN], [0.9, -INF]]
-    + [[0.5, 0.9], [0.9, 0.9], [0.9, 0.5, 0.6]]
-    + [[1.0, 0.5], [1.1, 0.5], [0.5, -0.1], [0.5, 0.0, -0.5], [0.5, 0.0, 0.0], [0.0, 0.0]],
+    [
+        [],
+        [[0.9, 0.8]],
+        np.array(0.9),
+        [0.9, NAN],
+        [0.9, -INF],
+        [0.5, 0.9],
+        [0.9, 0.9],
+        [0.9, 0.5, 0.6],
+        [1.0, 0.5],
+        [1.1, 0.5],
+        [0.5, -0.1],
+        [0.5, 0.0, -0.5],
+        [0.5, 0.0, 0.0],
+        [0.0, 0.0],
+    ],
 )
 def test_bad_abar_is_refused(values: Any) -> None:
     refused(lambda: NoiseSchedule.from_alphas_cumprod(values), ValueError, "alphas_cumprod")
@@ -213,9 +248,24 @@ def test_bad_abar_is_refused(values: Any) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [None, 0.1, "0.1", b"0.1", {0.1}, {"betas": [0.1]}, (b for b in [0.1])]
-    + [["0.1"], [1j], np.array([0.1j]), torch.tensor([0.1j]), np.array(["0.1"])]
-    + [[True], [[0.1], [0.1, 0.2]], np.array([True]), [object()]],
+    [
+        None,
+        0.1,
+        "0.1",
+        b"0.1",
+        {0.1},
+        {"betas": [0.1]},
+        (b for b in [0.1]),
+        ["0.1"],
+        [1j],
+        np.array([0.1j]),
+        torch.tensor([0.1j]),
+        np.array(["0.1"]),
+        [True],
+        [[0.1], [0.1, 0.2]],
+        np.array([True]),
+        [object()],
+    ],
 )
 def test_what_is_no_vector_of_numbers_is_refused(values: Any) -> None:
     refused(lambda: NoiseSchedule.from_betas(values), TypeError, "betas")

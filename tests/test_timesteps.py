@@ -197,9 +197,27 @@ def test_an_unknown_spacing_is_refused_with_those_there_are(spacing: str) -> Non
 
 @pytest.mark.parametrize(
     "spacing",
-    [[], np.array([]), [3, 3], [0, 5, 5], [0, 5, 3], [5, 3, 4], [9, 10], [-1, 3], [3, -1]]
-    + [[(3, 3)], [(3, 5)], [(9, 5), (4, -1)], [(10, 5)], [(5, -2)], [(5, 3, 1)], [(5,)]]
-    + [[(5, 3), 3], ["a"], [(1, 0), (0, -1), (0, -1)]],
+    [
+        [],
+        np.array([]),
+        [3, 3],
+        [0, 5, 5],
+        [0, 5, 3],
+        [5, 3, 4],
+        [9, 10],
+        [-1, 3],
+        [3, -1],
+        [(3, 3)],
+        [(3, 5)],
+        [(9, 5), (4, -1)],
+        [(10, 5)],
+        [(5, -2)],
+        [(5, 3, 1)],
+        [(5,)],
+        [(5, 3), 3],
+        ["a"],
+        [(1, 0), (0, -1), (0, -1)],
+    ],
 )
 def test_a_tau_that_is_no_way_down_is_refused(spacing: Any) -> None:
     refused(lambda: make_pairs(spacing, 1, 10), ValueError, "spacing")
@@ -207,8 +225,21 @@ def test_a_tau_that_is_no_way_down_is_refused(spacing: Any) -> None:
 
 @pytest.mark.parametrize(
     "spacing",
-    [None, 5, {3, 5}, {3: 5}, iter([3, 5]), [0.0, 5.0], [True], [None], [5, (3, 1)]]
-    + [[(5.0, 3)], [(5, None)], torch.tensor(5), np.array([1.5])],
+    [
+        None,
+        5,
+        {3, 5},
+        {3: 5},
+        iter([3, 5]),
+        [0.0, 5.0],
+        [True],
+        [None],
+        [5, (3, 1)],
+        [(5.0, 3)],
+        [(5, None)],
+        torch.tensor(5),
+        np.array([1.5]),
+    ],
 )
 def test_what_is_no_list_of_levels_is_refused(spacing: Any) -> None:
     refused(lambda: make_pairs(spacing, 1, 10), TypeError, "spacing")
