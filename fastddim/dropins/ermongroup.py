@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from fastddim import reference
 from fastddim.check import finite, whole
-from fastddim.coefficients import floor6, largest_eta
 from fastddim.ops import ddim_step
 from fastddim.sampler import Spare
 
@@ -83,13 +83,23 @@ def _table(tau: Sequence[int], b: Tensor, eta: float) -> Tensor:
     t = torch.tensor(tau[::-1], device=b.device)
     s = torch.tensor([-1, *tau[:-1]][::-1], device=b.device)
     at, at_next = (reference.compute_alpha(b, level).flatten() for level in (t, s))
-    c1 = eta * ((1 - at / at_next) * (1 - at_next) / (1 - at)).sqrt()
-    c2 = ((1 - at_next) - c1**2).sqrt()
+
+    def factors(eta: float) -> tuple[Tensor, Tensor]:
+        c1 = eta * ((1 - at / at_next) * (1 - at_next) / (1 - at)).sqrt()
+        return c1, ((1 - at_next) - c1**2).sqrt()
+
+    c1, c2 = factors(eta)
     if c2.isnan().any():
-        abar_t, abar_s = (level.double().cpu().numpy() for level in (at, at_next))
-        most = largest_eta(abar_t, abar_s, (s < 0).cpu().numpy())
+        # In millionths, by the same float32 operations: at the exact bound they may give NaN.
+        most, least = 0, math.ceil(eta * 1e6)
+        while least - most > 1:
+            middle = (most + least) // 2
+            if factors(middle / 1e6)[1].isnan().any():
+                least = middle
+            else:
+                most = middle
         raise ValueError(
-            f"eta must be at most {floor6(most)} for this seq (beyond it 1 − ᾱ_s − c1² is "
+            f"eta must be at most {most / 1e6} for this seq (beyond it 1 − ᾱ_s − c1² is "
             f"negative), got {eta:g}"
         )
     a_t, b_t = at.sqrt(), (1 - at).sqrt()
