@@ -269,9 +269,11 @@ class DDIM:
             x, draws = x_T, iter(_given_noise(noise, size, where, noisy))
         elif generator is not None:
             _check_generator(generator, where)
-            x = x_T
-            if x is None:
-                x = torch.randn(size, generator=generator, device=where, dtype=torch.float32)
+            x = (
+                torch.randn(size, generator=generator, device=where, dtype=torch.float32)
+                if x_T is None
+                else x_T
+            )
             draws = _generator_noise(generator, size, where, noisy)
         else:
             if seeds is None:

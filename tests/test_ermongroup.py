@@ -169,7 +169,13 @@ def test_a_float64_default_dtype_is_the_loop_itself() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 @pytest.mark.parametrize("loop", [generalized_steps, reference.generalized_steps])
-def test_the_recorded_trajectories_are_met_bit_for_bit(loop: Loop, case: dict[str, Any]) -> None:
+def test_the_recorded_trajectories_are_met_bit_for_bit(
+    loop: Loop, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # They were recorded with IEEE square roots. PyTorch's come from MKL, which on some processors
+    # rounds one in five of them wrongly; a float64 root rounded to float32 is right everywhere.
+    root = torch.Tensor.sqrt
+    monkeypatch.setattr(torch.Tensor, "sqrt", lambda a: root(a.double()).to(a.dtype))
     golden = load_file(GOLDEN / f"{case['name']}.safetensors")
     spacing = f"{case['skip_type']}-ermongroup"
     seq = [t for t, _ in reversed(make_pairs(spacing, case["steps"], 1000))]
@@ -364,12 +370,12 @@ def test_on_a_gpu_fifty_steps_are_bit_identical(
     layout: torch.memory_format, seq: Sequence[int], eta: float
 ) -> None:
     x = start(3, 3, 17, 9).cuda().contiguous(memory_format=layout)
-    theirs = [], []
     states = []
     for loop in (generalized_steps, reference.generalized_steps):
         torch.manual_seed(0)
-        theirs = loop(x, seq, drawing_model, BETAS.cuda(), eta=eta)
-        states.append((*theirs, torch.cuda.get_rng_state()))
-    for mine, own in zip(*(s[0] + s[1] for s in states), strict=True):
+        xs, x0_preds = loop(x, seq, drawing_model, BETAS.cuda(), eta=eta)
+        states.append((xs + x0_preds, torch.cuda.get_rng_state()))
+    (ours, our_state), (theirs, their_state) = states
+    for mine, own in zip(ours, theirs, strict=True):
         assert torch.equal(mine.cpu(), own.cpu())
-    assert torch.equal(states[0][2], states[1][2])
+    assert torch.equal(our_state, their_state)

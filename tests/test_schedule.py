@@ -19,7 +19,8 @@ from tests.refusals import refused
 
 def betas_of(schedule: NoiseSchedule) -> np.ndarray[Any, np.dtype[np.float64]]:
     abar = np.append(1.0, schedule.alphas_cumprod)
-    return 1 - abar[1:] / abar[:-1]
+    betas: np.ndarray[Any, np.dtype[np.float64]] = 1 - abar[1:] / abar[:-1]
+    return betas
 
 
 def test_linear_is_the_schedule_of_ho_et_al() -> None:
@@ -142,7 +143,9 @@ def test_terminal_snr_may_be_zero() -> None:
 def test_a_schedule_says_what_it_is() -> None:
     assert repr(NoiseSchedule.linear(100)) == "NoiseSchedule(linear(0.0001, 0.02), T=100)"
     assert repr(NoiseSchedule.cosine(10)) == "NoiseSchedule(cosine, T=10)"
-    assert repr(NoiseSchedule([0.5])) == "NoiseSchedule(from_alphas_cumprod, T=1)"
+    assert (
+        repr(NoiseSchedule.from_alphas_cumprod([0.5])) == "NoiseSchedule(from_alphas_cumprod, T=1)"
+    )
 
 
 NAN, INF = math.nan, math.inf

@@ -31,4 +31,3 @@ def load(path: Path | str = WEIGHTS) -> GarmentModel:
     model = GarmentModel(unet)
     model.unet.load_state_dict(weights)
     return model.eval().requires_grad_(False)
-
