@@ -1,0 +1,239 @@
+"""Distances between pictures and data, and data whose exact model is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastddim.check import finite, whole
+from fastddim.schedule import NoiseSchedule
+
+
+def frechet_distance(a: Any, b: Any) -> float:
+    """Fréchet distance of the Gaussians fitted to two sets of features (Heusel et al. 2017).
+
+        ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2·(Σ_a Σ_b)^½)
+
+    In float64 throughout, Σ with the divisor N − 1. With Σ = RᵀR, R from a QR factorisation of the
+    centred features, tr((Σ_a Σ_b)^½) = tr((Σ_a^½ Σ_b Σ_a^½)^½) is the sum of the singular values of
+    R_a R_bᵀ. No root of a matrix is taken, so fewer rows than features (Σ singular) costs nothing:
+    the root of an eigenvalue that should be 0 would be off by 1e-8.
+
+    It is biased: two samples of one distribution are apart by about 1/N, so compare only
+    numbers from samples of one size. Features of another network than Inception v3 do not
+    make a FID.
+
+    Args:
+        a, b: features, (N_a, D) and (N_b, D), N ≥ 2, tensors or arrays of real numbers.
+
+    Raises:
+        ValueError: another shape, different D, fewer than 2 rows, or a value that is not finite.
+    """
+    x, y = _features("a", a), _features("b", b)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"a and b must have the same number of features, got {x.shape[1]} and {y.shape[1]}"
+        )
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    root_x = torch.linalg.qr((x - mean_x) / (len(x) - 1) ** 0.5, mode="r").R
+    root_y = torch.linalg.qr((y - mean_y) / (len(y) - 1) ** 0.5, mode="r").R
+    cross = torch.linalg.svdvals(root_x @ root_y.T).sum()
+    spread = root_x.square().sum() + root_y.square().sum() - 2 * cross
+    return float((mean_x - mean_y).square().sum() + spread.clamp(min=0))
+
+
+def garment_share(logits: Tensor, confidence: float = 0.9) -> float:
+    """Share of the rows of ``logits`` (N, classes) whose likeliest class exceeds ``confidence``.
+
+    A row that is not finite counts as no garment. Only pictures near the data are judged by this:
+    a black square, too, is some garment with confidence, so read it beside a distance.
+
+    Raises:
+        ValueError: ``logits`` is not (N, classes) with N ≥ 1, ``confidence`` not in [0, 1).
+    """
+    if logits.ndim != 2 or not logits.numel():
+        raise ValueError(f"logits must have shape (N, classes), got {tuple(logits.shape)}")
+    if not 0 <= finite("confidence", confidence) < 1:
+        raise ValueError(f"confidence must lie in [0, 1), got {confidence:g}")
+    return float((logits.softmax(1).amax(1) > confidence).double().mean())
+
+
+class _Oracle(nn.Module):
+    """What both oracles share: √ᾱ_t and √(1−ᾱ_t) of a schedule, kept in float64.
+
+    A module, so that ``.to("cuda")`` puts it where a captured graph may call it.
+    """
+
+    roots: Tensor
+
+    def __init__(self, schedule: NoiseSchedule | None) -> None:
+        super().__init__()
+        # One row more than levels: clean data, ᾱ = 1, which as level −1 is the last.
+        abar = np.append((schedule or NoiseSchedule.linear()).alphas_cumprod, 1.0)
+        self.register_buffer("roots", torch.from_numpy(np.sqrt(np.stack([abar, 1 - abar], 1))))
+
+    def _roots_at(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ_t and √(1−ᾱ_t) in x's dtype, each (batch, 1, ...); NaN where t is no level.
+
+        1 − ᾱ_t formed in float32 would be off by 3e-4 at t = 0. NaN and no error, since an error
+        would have to wait for the device.
+        """
+        if not x.is_floating_point() or x.ndim == 0:
+            raise ValueError(
+                f"x must be floating point of shape (batch, ...), "
+                f"got {x.dtype} of shape {tuple(x.shape)}"
+            )
+        if t.shape not in ((), x.shape[:1]):
+            raise ValueError(f"t must have shape () or ({len(x)},), got {tuple(t.shape)}")
+        level = t.long().clamp(0, len(self.roots) - 2)
+        roots = self.roots.to(x)[level].where((level == t).unsqueeze(-1), torch.nan)
+        signal, noise = roots.view(-1, 2, *[1] * (x.ndim - 1)).unbind(1)
+        return signal, noise
+
+
+class Gaussian(_Oracle):
+    """The exact ε and the exact flow of data drawn from N(m, s²), each element on its own.
+
+        x_t ~ N(√ᾱ_t·m, v_t),   v_t = ᾱ_t·s² + 1 − ᾱ_t
+        ε(x, t) = √(1−ᾱ_t)·(x − √ᾱ_t·m)/v_t
+
+    ε is −√(1−ᾱ_t) times the score of x_t's density (Song et al. 2021, score-based generative
+    modeling). Called with ``(x, t)`` it is a model like any other: x floating point of shape
+    (batch, ...); t timesteps in [0, T) of shape (batch,) or (), any real dtype. The answer has x's
+    shape and dtype and is NaN where t is not one of the schedule's timesteps.
+
+    Args:
+        mean: m, a number or a tensor that broadcasts to x.
+        std: s ≥ 0, likewise.
+        schedule: ᾱ; by default the paper's (linear β, T = 1000).
+
+    Raises:
+        ValueError: ``mean`` or ``std`` not finite, ``std`` negative; when called, x not floating
+            point or t of another shape.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Any, std: Any, schedule: NoiseSchedule | None = None) -> None:
+        super().__init__(schedule)
+        self.register_buffer("mean", _parameter("mean", mean))
+        self.register_buffer("std", _parameter("std", std, positive=True))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        signal, noise = self._roots_at(x, t)
+        mean, std = self.mean.to(x).expand_as(x), self.std.to(x).expand_as(x)
+        return noise * (x - signal * mean) / ((signal * std) ** 2 + noise**2)
+
+    def flow(self, x: Tensor, t: int, s: int = -1) -> Tensor:
+        """x at level ``t`` carried along the probability flow to level ``s``, exactly.
+
+            x_s = √ᾱ_s·m + √(v_s/v_t)·(x_t − √ᾱ_t·m)
+
+        what DDIM with η = 0 tends to as its steps grow many (Song et al. 2021, DDIM, eq. 14), in
+        either direction. Level −1 is clean data, v = s², so that by default
+        x0 = m + s·(x_t − √ᾱ_t·m)/√v_t.
+
+        Raises:
+            ValueError: ``t`` or ``s`` is not in [−1, T).
+        """
+        (a_t, b_t), (a_s, b_s) = (
+            self.roots[whole(name, level, low=-1, high=len(self.roots) - 2)]
+            for name, level in (("t", t), ("s", s))
+        )
+        ratio = torch.sqrt(((a_s * self.std) ** 2 + b_s**2) / ((a_t * self.std) ** 2 + b_t**2))
+        carried: Tensor = (a_s * self.mean).to(x) + ratio.to(x) * (x - (a_t * self.mean).to(x))
+        return carried
+
+
+class GaussianMixture(_Oracle):
+    """The exact ε of data drawn from K isotropic Gaussians, Σ_k w_k·N(μ_k, s_k²·I).
+
+        r_k = softmax_k(ln w_k − ½·(D·ln v_k + ‖x − √ᾱ_t·μ_k‖²/v_k)),   v_k = ᾱ_t·s_k² + 1 − ᾱ_t
+        ε(x, t) = √(1−ᾱ_t)·Σ_k r_k·(x − √ᾱ_t·μ_k)/v_k
+
+    ε is −√(1−ᾱ_t) times the score of x_t's density, r_k the probability that x came from
+    component k. Called as ``Gaussian`` is; with x of shape (batch, ...) of D elements a sample,
+    computed in x's dtype, in memory for batch·K·D values.
+
+    Args:
+        means: μ, (K, ...) of D elements each; x may have any shape of D elements.
+        stds: s ≥ 0, a number or (K,).
+        weights: w ≥ 0, (K,), of any scale; equal by default.
+        schedule: ᾱ; by default the paper's (linear β, T = 1000).
+
+    Raises:
+        ValueError: a parameter not finite, negative or of another shape, or weights that are all
+            0; when called, x not floating point or not of D elements, or t of another shape.
+    """
+
+    means: Tensor
+    stds: Tensor
+    weights: Tensor
+
+    def __init__(
+        self, means: Any, stds: Any, weights: Any = None, schedule: NoiseSchedule | None = None
+    ) -> None:
+        super().__init__(schedule)
+        mu = _parameter("means", means)
+        if mu.ndim < 2 or not mu.numel():
+            raise ValueError(f"means must have shape (K, ...), got {tuple(mu.shape)}")
+        s = _parameter("stds", stds, positive=True)
+        w = _parameter("weights", [1.0] * len(mu) if weights is None else weights, positive=True)
+        if s.shape not in ((), mu.shape[:1]):
+            raise ValueError(f"stds must be a number or ({len(mu)},), got {tuple(s.shape)}")
+        if w.shape != mu.shape[:1] or not w.any():
+            raise ValueError(f"weights must be ({len(mu)},) and not all 0, got {tuple(w.shape)}")
+        self.register_buffer("means", mu)
+        self.register_buffer("stds", s.expand(len(mu)).clone())
+        self.register_buffer("weights", w)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        signal, noise = (root.view(-1, 1, 1) for root in self._roots_at(x, t))
+        means, stds = self.means.flatten(1).to(x), self.stds.to(x)
+        if x.shape[1:].numel() != means.shape[1]:
+            raise ValueError(
+                f"x must have {means.shape[1]} elements a sample, got shape {tuple(x.shape)}"
+            )
+        difference = x.reshape(len(x), 1, means.shape[1]) - signal * means
+        v = (signal * stds.unsqueeze(-1)) ** 2 + noise**2
+        penalty = means.shape[1] * v.log() + difference.square().sum(-1, keepdim=True) / v
+        r = torch.softmax(self.weights.to(x).log().unsqueeze(-1) - 0.5 * penalty, 1)
+        return (noise * r / v * difference).sum(1).view(x.shape)
+
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """``n`` draws of the data, of the shape of one mean: (n, ...).
+
+        Drawn in float64 on the device the oracle is on, where ``generator`` must be too.
+        """
+        n = whole("n", n, low=1)
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        means = self.means[k]
+        z = torch.empty_like(means).normal_(generator=generator)
+        return (means + self.stds[k].view(-1, *[1] * (means.ndim - 1)) * z).to(dtype)
+
+
+def _parameter(name: str, values: Any, positive: bool = False) -> Tensor:
+    """``values`` as a fresh float64 tensor of finite numbers, none below 0 if ``positive``."""
+    if isinstance(values, Tensor):
+        tensor = values.detach().to("cpu", torch.float64, copy=True)
+    else:
+        tensor = torch.tensor(values, dtype=torch.float64)
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} must be finite")
+    if positive and (tensor < 0).any():
+        raise ValueError(f"{name} must be ≥ 0, got {float(tensor.min()):g}")
+    return tensor
+
+
+def _features(name: str, values: Any) -> Tensor:
+    """``values`` as (N, D) float64, or a ``ValueError`` that names ``name``."""
+    features = _parameter(name, values)
+    if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
+        raise ValueError(f"{name} must be (N, D) with N ≥ 2, got {tuple(features.shape)}")
+    return features
