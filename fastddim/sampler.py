@@ -231,8 +231,9 @@ class DDIM:
     def _steps(self, run: _Run, x: Tensor) -> Iterator[Step]:
         states = self._loop(run, x, want_x0=True)
         del x
-        for row, ((t, s), (state, x0)) in enumerate(zip(self.pairs, states, strict=True)):
+        for row, (state, x0) in enumerate(states):  # a zip would hold on to every other state
             assert x0 is not None
+            t, s = self.pairs[row]
             yield Step(row, t, s, state.to(run.dtype), x0.to(run.dtype))
 
     def _start(
@@ -352,12 +353,13 @@ class Spare:
         return box[0] if box and _holders(box) == _ALONE else None
 
 
-def _holders(box: list[Tensor]) -> tuple[int, int, int]:
-    """Who holds box[0]: Python names, C++ references, and views or arrays of its storage."""
+def _holders(box: list[Tensor]) -> tuple[int, int, int, int]:
+    """Who holds box[0]: Python names, C++ references, and the same two of its storage (views)."""
     storage = box[0].untyped_storage()
     return (
         sys.getrefcount(box[0]),
         box[0]._use_count(),  # type: ignore[attr-defined]
+        sys.getrefcount(storage),
         torch._C._storage_Use_Count(storage._cdata),
     )
 
