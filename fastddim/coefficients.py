@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fastddim.check import finite
+from fastddim.check import finite, shown
 from fastddim.schedule import Float64, NoiseSchedule
 from fastddim.timesteps import Pair
 
@@ -47,7 +47,7 @@ def make_table(
 
     Raises:
         ValueError: η is negative, not finite, or asks for c1² > 1 − ᾱ_s; the message names the
-            largest η these pairs allow.
+            largest η these pairs allow. Or there are no pairs, or none of these levels.
     """
     eta = checked_eta(eta)
     abar_t, abar_s = levels(schedule, pairs, final_alpha_cumprod)
@@ -74,7 +74,12 @@ def levels(
 ) -> tuple[Float64, Float64]:
     """(ᾱ_t, ᾱ_s) of each pair, float64; ᾱ_{−1} is ``final_alpha_cumprod``."""
     abar = np.append(schedule.alphas_cumprod, final_alpha_cumprod)  # index −1 is the last
-    t, s = np.array(pairs, dtype=np.int64).T
+    t, s = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    if not t.size or min(t.min(), s.min()) < -1 or max(t.max(), s.max()) >= len(schedule):
+        raise ValueError(
+            f"pairs must hold a step (t, s) or more, of levels in [-1, {len(schedule) - 1}], "
+            f"got {shown(pairs)}"
+        )
     return abar[t], abar[s]
 
 

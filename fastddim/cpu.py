@@ -42,7 +42,7 @@ def ddim_step(
         seeds = None  # the last step adds no noise: do not compute any
     if seeds is not None and not x.is_contiguous():
         # Noise belongs to the logical element, wherever memory keeps it.
-        logical = torch.empty(x.shape)
+        logical = torch.empty(x.shape, dtype=torch.float32)
         normal_(logical, seeds, rows, counter.STEP)
         noise, seeds = torch.empty_like(x).copy_(logical), None
 
@@ -50,7 +50,7 @@ def ddim_step(
     flat_x, flat_output, flat_out = _flat(x), _flat(output), _flat(out)
     flat_noise = None if noise is None else _flat(noise)
     flat_x0 = None if x0 is None else _flat(x0)
-    scratch = torch.empty(3, min(BLOCK, x.numel()))
+    scratch = torch.empty(3, min(BLOCK, x.numel()), dtype=torch.float32)
     for sample, samples, first, count in _blocks(batch, n, rows_differ, seeds is not None):
         start = sample * n + first
         part = slice(start, start + samples * count)

@@ -69,7 +69,7 @@ def generalized_steps(
         seq_next = [-1, *list(seq[:-1])]
         x0_preds: list[Tensor] = []
         xs = [x]
-        for i, j in zip(reversed(seq), reversed(seq_next), strict=True):
+        for i, j in zip(reversed(seq), reversed(seq_next), strict=False):
             t = (torch.ones(n) * i).to(x.device)
             next_t = (torch.ones(n) * j).to(x.device)
             at = compute_alpha(b, t.long())

@@ -231,8 +231,9 @@ class DDIM:
     def _steps(self, run: _Run, x: Tensor) -> Iterator[Step]:
         states = self._loop(run, x, want_x0=True)
         del x
-        for row, ((t, s), (state, x0)) in enumerate(zip(self.pairs, states, strict=True)):
+        for row, (state, x0) in enumerate(states):  # a zip would hold on to every other state
             assert x0 is not None
+            t, s = self.pairs[row]
             yield Step(row, t, s, state.to(run.dtype), x0.to(run.dtype))
 
     def _start(
@@ -269,7 +270,11 @@ class DDIM:
             x, draws = x_T, iter(_given_noise(noise, size, where, noisy))
         elif generator is not None:
             _check_generator(generator, where)
-            x = torch.randn(size, generator=generator, device=where) if x_T is None else x_T
+            x = (
+                torch.randn(size, generator=generator, device=where, dtype=torch.float32)
+                if x_T is None
+                else x_T
+            )
             draws = _generator_noise(generator, size, where, noisy)
         else:
             if seeds is None:
@@ -330,13 +335,17 @@ class Spare:
 
     Fresh memory costs a CPU more than the step itself (page faults: 120 ms against 51 ms for
     50 MB). The caching allocator of a GPU gives it back for nothing, in stream order.
+    The first state kept is x_T, whose memory may be somebody's (a numpy array's, say) without
+    a reference that could be counted: it is never handed out.
     """
 
     def __init__(self) -> None:
         self._box: list[Tensor] = []
+        self._past_first = False
 
     def keep(self, x: Tensor) -> None:
-        self._box = [x] if x.device.type == "cpu" else []
+        self._box = [x] if self._past_first and x.device.type == "cpu" else []
+        self._past_first = True
 
     def take(self) -> Tensor | None:
         """The state kept, if the box is all that holds it."""
@@ -344,12 +353,13 @@ class Spare:
         return box[0] if box and _holders(box) == _ALONE else None
 
 
-def _holders(box: list[Tensor]) -> tuple[int, int, int]:
-    """Who holds box[0]: Python names, C++ references, and views or arrays of its storage."""
+def _holders(box: list[Tensor]) -> tuple[int, int, int, int]:
+    """Who holds box[0]: Python names, C++ references, and the same two of its storage (views)."""
     storage = box[0].untyped_storage()
     return (
         sys.getrefcount(box[0]),
         box[0]._use_count(),  # type: ignore[attr-defined]
+        sys.getrefcount(storage),
         torch._C._storage_Use_Count(storage._cdata),
     )
 
@@ -369,11 +379,7 @@ def _destination(
         size = tuple(whole(f"shape[{i}]", n, low=0 if i == 0 else 1) for i, n in enumerate(shape))
         if len(size) < 2:
             raise ValueError(f"shape must be (batch, ...) with two dimensions or more, got {size}")
-        try:
-            where = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise ValueError(f"device {str(device)!r} cannot be used: {error}") from None
-        return size, where, torch.float32
+        return size, _usable(device), torch.float32
     if not isinstance(x_T, Tensor):
         raise TypeError(f"x_T must be a tensor, got {_kind(x_T)}")
     if x_T.dim() < 2:
@@ -384,9 +390,17 @@ def _destination(
         raise TypeError(f"x_T must be float32, bfloat16 or float16, got {x_T.dtype}")
     if x_T.requires_grad:
         raise ValueError("x_T requires grad, which sampling does not carry: pass x_T.detach()")
-    if device is not None and torch.empty(0, device=device).device != x_T.device:
+    if device is not None and _usable(device) != x_T.device:
         raise ValueError(f"device must be x_T's, {x_T.device}, or left out, got {str(device)!r}")
     return tuple(x_T.shape), x_T.device, x_T.dtype
+
+
+def _usable(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
 
 
 def _checked_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
@@ -414,7 +428,7 @@ def _generator_noise(
     z: Tensor | None = None
     for row in noisy:
         if row:
-            z = torch.randn(size, generator=generator, device=device, out=z)
+            z = torch.randn(size, generator=generator, device=device, dtype=torch.float32, out=z)
         yield None, z if row else None
 
 

@@ -78,6 +78,8 @@ class NoiseSchedule:
         s, max_beta = finite("s", s), finite("max_beta", max_beta)
         if s < 0:
             raise ValueError(f"s must be ≥ 0, got {s:g}")
+        if not 0 < max_beta < 1:
+            raise ValueError(f"max_beta must lie in (0, 1), got {max_beta:g}")
         u = np.arange(_levels(T) + 1, dtype=np.float64) / T
         abar = np.cos((u + s) / (1 + s) * np.pi / 2) ** 2
         return cls.from_betas(np.minimum(1 - abar[1:] / abar[:-1], max_beta), name="cosine")
@@ -101,15 +103,20 @@ class NoiseSchedule:
 def _vector(name: str, values: Any) -> Float64:
     """``values`` as a fresh float64 vector, or a ``ValueError`` that names ``name``."""
     if hasattr(values, "detach"):
+        if values.is_complex():
+            raise TypeError(f"{name} must hold real numbers only")
         values = values.detach().cpu().double().numpy()
     if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str):
         raise TypeError(
             f"{name} must be a sequence, array or tensor of numbers, got {type(values).__name__}"
         )
     try:
-        array = np.array(values, dtype=np.float64)
+        array = np.asarray(values)
+        if array.dtype.kind not in "fiuO":  # NumPy would read strings as numbers
+            raise TypeError
+        array = array.astype(np.float64)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must hold numbers only") from None
+        raise TypeError(f"{name} must hold real numbers only") from None
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} must have shape (T,) with T ≥ 1, got {array.shape}")
     bad = np.flatnonzero(~np.isfinite(array))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from fastddim import reference
 from fastddim.check import finite, whole
-from fastddim.coefficients import floor6, largest_eta
 from fastddim.ops import ddim_step
 from fastddim.sampler import Spare
 
@@ -27,7 +27,7 @@ def generalized_steps(
     """The paper's loop, unchanged for its caller: bit-identical in float32 on the same device.
 
     The generator is left where that loop leaves it: it draws at every step, at η = 0 too. Other
-    dtypes run that loop itself (``fastddim.reference``).
+    dtypes, torch's default one included, run that loop itself (``fastddim.reference``).
 
     Args:
         x: x_T, (batch, channels, height, width).
@@ -46,7 +46,7 @@ def generalized_steps(
             original would give NaN for a large η, the largest that works is named.
     """
     tau = _checked(x, seq, model, b, eta, keep)
-    if x.dtype != torch.float32 or b.dtype != torch.float32:
+    if not tau or {x.dtype, b.dtype, torch.get_default_dtype()} != {torch.float32}:
         xs, x0_preds = reference.generalized_steps(x, tau, model, b, eta)
         return (xs, x0_preds) if keep == "all" else (xs[-1:], x0_preds[-1:])
     table = _table(tau, b, eta)
@@ -77,18 +77,29 @@ def generalized_steps(
     return xs, x0_preds
 
 
+@torch.no_grad()
 def _table(tau: Sequence[int], b: Tensor, eta: float) -> Tensor:
     """The coefficients by the original's own float32 operations, on β's device."""
     t = torch.tensor(tau[::-1], device=b.device)
     s = torch.tensor([-1, *tau[:-1]][::-1], device=b.device)
     at, at_next = (reference.compute_alpha(b, level).flatten() for level in (t, s))
-    c1 = eta * ((1 - at / at_next) * (1 - at_next) / (1 - at)).sqrt()
-    c2 = ((1 - at_next) - c1**2).sqrt()
+
+    def factors(eta: float) -> tuple[Tensor, Tensor]:
+        c1 = eta * ((1 - at / at_next) * (1 - at_next) / (1 - at)).sqrt()
+        return c1, ((1 - at_next) - c1**2).sqrt()
+
+    c1, c2 = factors(eta)
     if c2.isnan().any():
-        abar_t, abar_s = (level.double().cpu().numpy() for level in (at, at_next))
-        most = largest_eta(abar_t, abar_s, (s < 0).cpu().numpy())
+        # In millionths, by the same float32 operations: at the exact bound they may give NaN.
+        most, least = 0, math.ceil(eta * 1e6)
+        while least - most > 1:
+            middle = (most + least) // 2
+            if factors(middle / 1e6)[1].isnan().any():
+                least = middle
+            else:
+                most = middle
         raise ValueError(
-            f"eta must be at most {floor6(most)} for this seq (beyond it 1 − ᾱ_s − c1² is "
+            f"eta must be at most {most / 1e6} for this seq (beyond it 1 − ᾱ_s − c1² is "
             f"negative), got {eta:g}"
         )
     a_t, b_t = at.sqrt(), (1 - at).sqrt()
@@ -119,6 +130,8 @@ def _checked(
         raise ValueError(f'keep must be "all" or "last", got {keep!r}')
     if finite("eta", eta) < 0:
         raise ValueError(f"eta must be ≥ 0, got {eta:g}")
+    if isinstance(seq, str) or not hasattr(seq, "__iter__"):
+        raise TypeError(f"seq must be a sequence of integers, got {type(seq).__name__}")
     tau = [whole(f"seq[{k}]", i, low=0, high=len(b) - 1) for k, i in enumerate(seq)]
     for low, high in pairwise(tau):
         if low > high:
