@@ -162,7 +162,10 @@ def check_png(path: Path | str) -> Path:
 
     Raises:
         ValueError, OSError: naming what was given and what is allowed.
+        ModuleNotFoundError: Pillow is missing, which is better known before there are images.
     """
+    import PIL.Image  # noqa: F401
+
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"out must be a file name that ends in .png, got {str(path)!r}")
