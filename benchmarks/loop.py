@@ -88,7 +88,7 @@ def contenders(shape: tuple[int, ...], steps: int, eta: float) -> dict[str, Run]
 def measure(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
     """Seconds of each run, taken in turns so that a slow minute falls on all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in runs.items():
+    for run in runs.values():
         run()
     gc.disable()
     for _ in range(repeats):
@@ -117,7 +117,9 @@ def cpu_name() -> str:
 def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parent)
+        out = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=RESULTS.parent
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return out.stdout.strip()
