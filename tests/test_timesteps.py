@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from fastddim import DDIM, NoiseSchedule, make_pairs
 from tests.refusals import refused
@@ -113,7 +113,7 @@ def test_the_authors_quad_repeats_steps_from_30_on() -> None:
     assert {tau("quad-ermongroup", S, 1000)[-1] for S in range(2, 1001)} <= {799, 800}
 
 
-def diffusers_tau(spacing: str, S: int, T: int) -> list[int]:
+def diffusers_tau(spacing: Any, S: int, T: int) -> list[int]:
     scheduler = DDIMScheduler(num_train_timesteps=T, timestep_spacing=spacing, steps_offset=0)
     scheduler.set_timesteps(S)
     timesteps: list[int] = scheduler.timesteps.tolist()
