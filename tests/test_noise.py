@@ -331,7 +331,7 @@ APART = [f"elements {k} apart" for k in (1, 2, 3, 4, 8, 32, 1024)]
 
 def pair_of(name: str, n: int) -> tuple[Floats, Floats]:
     """Two vectors of n normals that have nothing to do with one another."""
-    numbers = [int(word) for word in name.split() if word.isdigit()]
+    numbers = [int(word) for word in name.split() if word.isdecimal()]
     if name in LANES:
         z = draw(5, 0, 4 * n).reshape(n, 4)
         return z[:, numbers[0]], z[:, numbers[1]]
