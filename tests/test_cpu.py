@@ -79,13 +79,13 @@ FLAGS = list(itertools.product(["none", "tensor", "counter"], [True, False], [No
 def test_fifty_steps_equal_the_reference(
     prediction: str, kind: str, noise_first: bool, clip: float | None
 ) -> None:
-    options = {"prediction": prediction, "noise_first": noise_first, "clip": clip}
+    options: dict[str, Any] = {"prediction": prediction, "noise_first": noise_first, "clip": clip}
     x = expected = randn(3, 3, 5, 7)
     for row in range(len(TABLE)):
         seeds = torch.tensor([1, 2**32 + 1, 2**63 - 1]) if kind == "counter" else None
         z = randn(3, 3, 5, 7, seed=row) if kind == "tensor" else None
         output = torch.tanh(x * 0.7 + torch.sin(x.flip(-1) * 3 + row))
-        x, _ = fastddim.ddim_step(x, output, TABLE, row, seeds, noise=z, **options)  # type: ignore[arg-type]
+        x, _ = fastddim.ddim_step(x, output, TABLE, row, seeds, noise=z, **options)
         expected, _ = by_reference(expected, output, row, seeds, z, **options)
         assert torch.equal(x, expected), f"row {row}"
     assert x.isfinite().all()
@@ -99,7 +99,8 @@ def test_every_output_dtype_and_differing_rows_equal_the_reference(
     x, output, z = randn(5, 3, 7), randn(5, 3, 7, seed=1).to(dtype), randn(5, 3, 7, seed=2)
     rows, seeds = torch.tensor([0, 49, 3, 3, 20], dtype=torch.int32), torch.arange(5)
     for noise_first, clip in itertools.product([True, False], [None, 1.0]):
-        options = {"prediction": prediction, "noise_first": noise_first, "clip": clip}
+        options: dict[str, Any] = {"noise_first": noise_first, "clip": clip}
+        options["prediction"] = prediction
         assert_same_step(x, output, rows, **options)
         assert_same_step(x, output, rows, noise=z, **options)
         assert_same_step(x, output, rows, seeds, **options)
@@ -201,7 +202,8 @@ def test_row_forms_agree() -> None:
     x, output = randn(3, 9), randn(3, 9, seed=1)
     expected = by_reference(x, output, 4)[0]
     tensors = [torch.tensor(4, dtype=torch.int32), torch.full((3,), 4, dtype=torch.int32)]
-    for rows in (4, *tensors, tensors[0].expand(3)):
+    forms: list[Tensor | int] = [4, *tensors, tensors[0].expand(3)]
+    for rows in forms:
         assert torch.equal(fastddim.ddim_step(x, output, TABLE, rows)[0], expected)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -53,15 +55,14 @@ def wrong(c: np.float32, x: Floats) -> int:
 
 
 def test_the_emulated_fma_rounds_once() -> None:
-    from fractions import Fraction
-
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal(2000).astype(np.float32) for _ in range(2))
     # Near cancellation, near a tie, and neither.
-    near = -(a * b) * rng.choice(np.float32([1, 1 + 2**-23, 0.5, 1e-4, 2**26, -(2.0**25)]), 2000)
+    scales = np.array([1, 1 + 2**-23, 0.5, 1e-4, 2**26, -(2**25)], dtype=np.float32)
+    near = -(a * b) * rng.choice(scales, 2000)
     for x, y, z, found in zip(a, b, near, fma(a, b, near), strict=True):
         exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
-        other = [np.nextafter(found, np.float32(s)) for s in (-np.inf, np.inf)]
+        other = [np.nextafter(found, np.float32(s)) for s in (float("-inf"), float("inf"))]
         error = abs(Fraction(float(found)) - exact)
         for neighbour in other:
             assert error <= abs(Fraction(float(neighbour)) - exact)
