@@ -72,12 +72,13 @@ def test_timed_counts_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = images.Timed(slow, torch.device("cpu"))
     timed(torch.ones(1), torch.zeros(1), scale=1)
     timed.start()
-    clock[0] += 1.0
+    clock[0] += 2.0
     assert timed(torch.ones(1), torch.zeros(1), scale=2) == 2
+    assert timed(torch.ones(1), torch.zeros(1), scale=3) == 3
     assert timed.summary(2) == (
-        "2 images in 4.0 s: 0.50 images/s, 25.0% of the time outside the model"
+        "2 images in 8.0 s: 0.25 images/s, 25.0% of the time outside the model"
     )
-    assert timed.summary(1).startswith("1 image in 4.0 s")
+    assert timed.summary(1).startswith("1 image in 8.0 s")
 
 
 def test_warm_up_takes_a_step_of_each_kind() -> None:
