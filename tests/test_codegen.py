@@ -31,7 +31,7 @@ def machine_code(arch: str, *variants: str) -> dict[str, Facts]:
 
 @pytest.fixture(
     params=[
-        pytest.param(("90", "epsilon", "epsilon philox bf16"), id="sm_90, two variants"),
+        pytest.param(("90", "epsilon x0 clip", "epsilon philox bf16"), id="sm_90, two variants"),
         *(pytest.param((a,), id=f"sm_{a}", marks=pytest.mark.slow) for a in ("80", "90", "100")),
     ]
 )
