@@ -122,7 +122,9 @@ def _ddim_step(
 ) -> None:
     """Lays every tensor out as x is, then hands over to the device's backend."""
     kernels = _kernels(x.device.type)
-    if (kernels and seeds is not None) or not _is_dense(x):
+    # A sample on a row of its own is taken as one stretch of memory.
+    apart = len(x) < 2 or x.stride(0) * len(x) == x.numel()
+    if (kernels and seeds is not None) or not _is_dense(x) or (rows.stride(0) and not apart):
         x = x.contiguous()
     output = _laid_out(output, x)
     noise = None if noise is None else _laid_out(noise, x)
@@ -154,6 +156,7 @@ def _ddim_step(
         out.copy_(into)
     if x0 is not None and x0_into is not None and x0_into is not x0:
         x0.copy_(x0_into)
+    _written(out, x0)
 
 
 def _reference_step(
@@ -192,6 +195,14 @@ def _normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         on_cpu = torch.empty(out.shape, dtype=_STATE)
         cpu.normal_(on_cpu, seeds.cpu(), rows.cpu(), stream)
         out.copy_(on_cpu)
+    _written(out)
+
+
+def _written(*tensors: Tensor | None) -> None:
+    """Says so to autograd, which sees what PyTorch writes but not what Triton and numpy do."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 @functools.cache

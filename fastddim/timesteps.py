@@ -88,6 +88,8 @@ _SPACINGS = {
     "uniform-ermongroup": uniform_ermongroup,
     "quad-ermongroup": quad_ermongroup,
 }
+SPACINGS = tuple(_SPACINGS)
+"""The names ``make_pairs`` knows."""
 
 
 def _explicit(spacing: Any, T: int) -> tuple[Pair, ...]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastddim import generalized_steps, make_pairs, reference
+from fastddim.cpu import BLOCK
 from tests.refusals import refused
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -100,6 +101,11 @@ def test_fifty_steps_are_bit_identical_and_leave_the_same_stream(
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_odd_sizes_and_layouts_are_bit_identical(x: Tensor, eta: float) -> None:
     assert_identical(x, UNIFORM, model, BETAS, eta)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK + 15, 250_003])
+def test_noise_without_effect_moves_the_stream_as_if_it_were_drawn(n: int) -> None:
+    assert_identical(torch.linspace(-2, 2, n).view(1, 1, 1, n), [0, 500], drawing_model, BETAS, 0.0)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

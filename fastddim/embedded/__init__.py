@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from fastddim import weights
 from fastddim.embedded.model import SHAPE as SHAPE
 from fastddim.embedded.model import GarmentModel as GarmentModel
 
@@ -17,17 +19,20 @@ def load(path: Path | str = WEIGHTS) -> GarmentModel:
     Raises:
         FileNotFoundError, ValueError: ``path`` is missing, or not such a file.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
+    tensors, metadata = weights.read(path)
+    if "unet" not in metadata:
+        raise ValueError(f"{path} is no file of garment weights: its metadata has no 'unet'")
     try:
-        with safe_open(path, framework="pt") as file:
-            unet = json.loads((file.metadata() or {})["unet"])
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no file of garment weights: {error}") from None
-    model = GarmentModel(unet)
-    model.unet.load_state_dict(weights)
+        model = GarmentModel(dict(json.loads(metadata["unet"])))
+    except ImportError:
+        raise
+    except Exception as error:  # whatever diffusers makes of a configuration that is none
+        raise ValueError(f"{path} describes no garment model: {error}") from None
+    config: Any = model.unet.config
+    if (channels := (config.in_channels, config.out_channels)) != (4, 4):
+        raise ValueError(
+            f"{path} must have 4 channels in and out, got {channels[0]} and {channels[1]}"
+        )
+    weights.fill(model.unet, tensors, path)
     return model.eval().requires_grad_(False)

@@ -42,7 +42,8 @@ def ddim_step(
         x: x_t, float32, dense, of shape (batch, ...).
         output: what the model returned, float32, bfloat16 or float16; shape and strides of x.
         table: (steps, 7) float32: √ᾱ_t, 1/√ᾱ_t, √(1−ᾱ_t), 1/√(1−ᾱ_t), √ᾱ_s, c1, c2.
-        rows: (batch,) int32 in [0, steps), stride 0 where all samples are on the same row.
+        rows: (batch,) int32 in [0, steps), stride 0 where all samples are on the same row; where
+            not, the batch must be x's outermost dimension in memory.
         seeds: (batch,) int64, for counter noise; x must then be contiguous.
         noise: z, float32, shape and strides of x. Neither: no noise is added.
         prediction: what the model returns: 0 ε, 1 v, 2 x0.
@@ -148,6 +149,10 @@ def _check(
     if table.dtype != torch.float32 or table.device != x.device:
         raise ValueError(f"table must be float32 on {x.device}, got {_describe(table)}")
     _check_vector("rows", rows, torch.int32, x)
+    if rows.stride(0) != 0 and not _samples_apart(x):
+        raise ValueError(
+            f"x must hold each sample in one stretch where rows differ, got {_describe(x)}"
+        )
     if seeds is not None:
         if noise is not None:
             raise ValueError("noise comes from seeds or from a tensor, got both")
@@ -169,6 +174,11 @@ def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, x: Tensor) -> N
             f"{name} must be {dtype} of shape ({x.shape[0]},) on {x.device}, "
             f"got {_describe(tensor)}"
         )
+
+
+def _samples_apart(x: Tensor) -> bool:
+    """Whether each sample of a dense tensor is one stretch of memory."""
+    return len(x) < 2 or x.stride(0) * len(x) == x.numel() or x.numel() == 0
 
 
 def _strides(tensor: Tensor) -> list[int]:

@@ -1,0 +1,187 @@
+"""The loop without its model, against the loop people run: medians of interleaved runs.
+
+    python -m benchmarks.loop                 # writes benchmarks/results/loop-<machine>.json
+    python -m benchmarks.loop --busy          # beside one other busy process
+
+The model returns a tensor made beforehand, so that all that is timed stands between two model
+calls. Every contender's result is checked before anything is timed: the drop-in against the
+seed's loop, ``DDIM.sample`` against the reference step on its own table, all bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import multiprocessing
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastddim
+from fastddim import reference
+
+Run = Callable[[], Tensor]
+RESULTS = Path(__file__).parent / "results"
+
+
+def contenders(shape: tuple[int, ...], steps: int, eta: float) -> dict[str, Run]:
+    """Each loop as a call without arguments that returns the last x; the seed's comes first."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    eps = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    seq = range(0, 1000, 1000 // steps)
+    ddim = fastddim.DDIM(steps=steps, eta=eta)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return eps
+
+    def seed_loop() -> Tensor:
+        return reference.generalized_steps(x, seq, model, betas, eta)[0][-1]
+
+    def drop_in() -> Tensor:
+        return fastddim.generalized_steps(x, seq, model, betas, eta)[0][-1]
+
+    def drop_in_last() -> Tensor:
+        return fastddim.generalized_steps(x, seq, model, betas, eta, keep="last")[0][-1]
+
+    def native() -> Tensor:
+        return ddim.sample(model, x, generator=torch.Generator().manual_seed(3))
+
+    def native_seeds() -> Tensor:
+        return ddim.sample(model, x, seeds=range(shape[0]))
+
+    def expected() -> Tensor:
+        state, generator = x, torch.Generator().manual_seed(3)
+        for row in torch.tensor(ddim.table):
+            z = torch.randn(shape, generator=generator) if row[5] else None
+            state, _ = reference.ddim_step(state, eps, row, z)
+        return state
+
+    for run in (drop_in, drop_in_last):
+        outcomes = []
+        for loop in (seed_loop, run):
+            torch.manual_seed(4)
+            outcomes.append((loop(), torch.get_rng_state()))
+        (want, state), (got, left) = outcomes
+        if not (torch.equal(want, got) and torch.equal(state, left)):
+            raise SystemExit(f"{run.__name__} differs from the seed's loop: nothing was timed")
+    if not torch.equal(expected(), native()):
+        raise SystemExit("DDIM.sample differs from the reference step: nothing was timed")
+    runs = {
+        "seed's loop": seed_loop,
+        "generalized_steps": drop_in,
+        'generalized_steps(keep="last")': drop_in_last,
+        "DDIM.sample(generator=)": native,
+    }
+    return runs | {"DDIM.sample(seeds=)": native_seeds} if eta else runs
+
+
+def measure(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run, taken in turns so that a slow minute falls on all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    gc.disable()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+            gc.collect()
+    gc.enable()
+    return seconds
+
+
+def spin() -> None:
+    while True:
+        math.sqrt(2.0)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        out = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=RESULTS.parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return out.stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", type=int, nargs="+", default=[64, 3, 256, 256])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--busy", action="store_true", help="beside one other busy process")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shape, rows = tuple(args.shape), []
+    other = multiprocessing.get_context("spawn").Process(target=spin, daemon=True)
+    if args.busy:
+        other.start()
+    try:
+        for eta in (0.0, 1.0):
+            seconds = measure(contenders(shape, args.steps, eta), args.repeats)
+            base = seconds["seed's loop"]
+            for name, took in seconds.items():
+                ratios = [b / a for a, b in zip(took, base, strict=True)]
+                rows.append(
+                    {
+                        "eta": eta,
+                        "loop": name,
+                        "ms_per_step": round(statistics.median(took) / args.steps * 1e3, 2),
+                        "ratio": round(statistics.median(base) / statistics.median(took), 2),
+                        "ratio_low": round(min(ratios), 2),
+                        "ratio_high": round(max(ratios), 2),
+                    }
+                )
+    finally:
+        if args.busy:
+            other.terminate()
+    print(f"{'x'.join(map(str, shape))}, {args.steps} steps, {args.threads} threads, {cpu_name()}")
+    print(f"{'eta':>4}  {'loop':<32}{'ms/step':>9}{'seed/it':>9}{'(least to most)':>18}")
+    for r in rows:
+        span = f"({r['ratio_low']} to {r['ratio_high']})"
+        print(f"{r['eta']:>4.0f}  {r['loop']:<32}{r['ms_per_step']:>9}{r['ratio']:>9}{span:>18}")
+    record = {
+        "command": "python -m benchmarks.loop" + " --busy" * args.busy,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": cpu_name(),
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "shape": shape,
+        "steps": args.steps,
+        "repeats": args.repeats,
+        "threads": args.threads,
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    name = "-".join(cpu_name().lower().replace("(r)", "").split()[:3])
+    path = RESULTS / f"loop-{name}{'-busy' * args.busy}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""``fastddim`` and ``python -m fastddim``: runs the command line, and says what went wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status.
+
+    0: done. 2: what was asked for cannot be done, and one line on stderr says why. 130: Ctrl-C.
+    """
+    try:
+        from fastddim.cli import app
+
+        status = app(args=arguments, prog_name="fastddim", standalone_mode=False)
+    except KeyboardInterrupt:
+        status = 130
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        return _refuse(f"{error.name} is missing; it comes with pip install 'fastddim[cli]'")
+    except (TypeError, ValueError, OSError) as error:
+        return _refuse(str(error))
+    except Exception as error:
+        # Typer's own complaints. Their base class is click's or Typer's, depending on its version.
+        if type(error).__name__ == "Abort":
+            status = 130
+        elif (format_message := getattr(error, "format_message", None)) is not None:
+            return _refuse(format_message())
+        else:
+            raise
+    if status == 130:
+        print("fastddim: interrupted", file=sys.stderr)
+    return status or 0
+
+
+_EXTRA = ("typer", "click", "rich", "PIL", "safetensors", "diffusers")
+"""What the commands import beyond the core's own needs."""
+
+
+def _refuse(reason: str) -> int:
+    print(f"fastddim: {' '.join(reason.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""What every test shares. Nothing here imports Triton, which reads TRITON_INTERPRET but once."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The kernels run in Triton's interpreter, unless the GPU tests were asked for by name."""
+    asked = config.getoption("markexpr") or ""
+    if "gpu" not in asked.replace("not gpu", ""):
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests are skipped where there is no GPU, and where the interpreter stands in for it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = "no CUDA device"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "the kernels are interpreted here: ask for these tests with -m gpu"
+    else:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
