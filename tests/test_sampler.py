@@ -327,6 +327,19 @@ def test_models_may_return_tuples_objects_and_any_layout(wrap: Callable[[Tensor]
     assert torch.equal(out, expected)
 
 
+class Graph:
+    """A graph in which autograd, and nobody else, holds x: d(w·x)/dw is x still."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.w = torch.ones_like(x, requires_grad=True)
+        with torch.enable_grad():
+            self.y = self.w * x
+
+    def tobytes(self) -> bytes:
+        (x,) = torch.autograd.grad(self.y.sum(), self.w, retain_graph=True)
+        return x.numpy().tobytes()
+
+
 KEEPS: dict[str, Callable[[Tensor], Any]] = {
     "tensor": lambda x: x,
     "view": lambda x: x[0],
@@ -339,6 +352,7 @@ KEEPS: dict[str, Callable[[Tensor], Any]] = {
     "storage": lambda x: x.untyped_storage(),
     "dlpack": lambda x: np.from_dlpack(x),
     "module buffer": lambda x: torch.nn.Buffer(x),
+    "graph": Graph,
 }
 
 
@@ -347,7 +361,8 @@ def bytes_of(kept: Any) -> bytes:
         return kept.detach().contiguous().numpy().tobytes()
     if isinstance(kept, torch.UntypedStorage):
         return bytes(kept.tolist())
-    return bytes(kept.tobytes())
+    with torch.enable_grad():
+        return bytes(kept.tobytes())
 
 
 @pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
