@@ -15,7 +15,7 @@ from fastddim.check import finite, whole
 from fastddim.coefficients import COLUMNS, PREDICTIONS
 
 _STATE = torch.float32
-_OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
+OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def ddim_step(
@@ -60,7 +60,7 @@ def ddim_step(
     _check_tensor("x", x, x, (_STATE,))
     if x.dim() == 0:
         raise ValueError("x must have shape (batch, ...), got ()")
-    _check_tensor("output", output, x, _OUTPUTS)
+    _check_tensor("output", output, x, OUTPUTS)
     _check_tensor("table", table, x, (_STATE,), (-1, len(COLUMNS)))
     if isinstance(rows, Tensor):
         _check_tensor("rows", rows, x, (torch.int32,), x.shape[:1] if rows.dim() else ())

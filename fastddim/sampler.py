@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastddim.check import finite, whole
 from fastddim.coefficients import PREDICTIONS, Eta, Float32, checked_eta, make_table
-from fastddim.ops import ddim_step, initial_noise
+from fastddim.ops import OUTPUTS, ddim_step, initial_noise
 from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import Pair, Spacing, make_pairs
 
@@ -40,6 +41,12 @@ class Step:
     s: int
     x: Tensor
     x0: Tensor
+
+
+@functools.cache
+def _papers_schedule() -> NoiseSchedule:
+    # One object, since schedules are equal only to themselves: so DDIM(50) == DDIM(50).
+    return NoiseSchedule.linear()
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class DDIM:
 
     steps: int | None = None
     eta: Eta = 0.0
-    schedule: NoiseSchedule = field(default_factory=NoiseSchedule.linear)
+    schedule: NoiseSchedule = field(default_factory=_papers_schedule)
     spacing: Spacing = "uniform"
     prediction: str = "epsilon"
     clip: float | None = None
@@ -322,6 +329,8 @@ class _Run:
             output = output[0]
         if not isinstance(output, Tensor):
             raise TypeError(f"model must return a tensor, got {_kind(output)}")
+        if output.dtype not in OUTPUTS:
+            raise TypeError(f"model must return float32, bfloat16 or float16, got {output.dtype}")
         if output.shape != x.shape:
             raise ValueError(
                 f"model must return a tensor of x's shape, {tuple(x.shape)}, "

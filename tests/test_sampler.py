@@ -513,6 +513,7 @@ def test_replace_makes_another_and_equality_is_that_of_the_arguments() -> None:
     assert other == DDIM(10, eta=1.0, schedule=LINEAR)
     assert hash(other) == hash(DDIM(10, eta=1.0, schedule=LINEAR))
     assert one != other
+    assert DDIM(7) == DDIM(7)
     assert dataclasses.replace(other, steps=5, eta=0.0) == one
     listed = DDIM(spacing=[0, 5], schedule=LINEAR)
     assert dataclasses.replace(listed, eta=1.0).pairs == listed.pairs
@@ -637,7 +638,8 @@ def test_bad_arguments_are_refused_before_any_work(
         (ValueError, ("model", "(2, 3)", "(2, 6)"), lambda x: torch.cat([x, x], 1)),
         (ValueError, ("model", "(2, 3)", "(1, 3)"), lambda x: x[:1]),
         (ValueError, ("model", "(2, 3)", "()"), lambda x: x.sum()),
-        (TypeError, ("output", "int64"), lambda x: x.long()),
+        (TypeError, ("model", "int64"), lambda x: x.long()),
+        (TypeError, ("model", "float64"), lambda x: x.double()),
     ],
 )
 def test_what_a_model_must_not_return_is_refused(
