@@ -51,6 +51,7 @@ def ddim_step(
     flat_noise = None if noise is None else _flat(noise)
     flat_x0 = None if x0 is None else _flat(x0)
     scratch = torch.empty(3, min(BLOCK, x.numel()), dtype=torch.float32)
+    factors = {row: table[row].unbind() for row in set(row_of)}
     for sample, samples, first, count in _blocks(batch, n, rows_differ, seeds is not None):
         start = sample * n + first
         part = slice(start, start + samples * count)
@@ -70,7 +71,7 @@ def ddim_step(
         _step(
             flat_x[part],
             flat_output[part].float(),
-            table[row_of[sample]].unbind(),
+            factors[row_of[sample]],
             z,
             prediction,
             noise_first,

@@ -68,7 +68,8 @@ def test_a_run_leaves_weights_that_load_and_goes_on_from_its_state(
         file.write_bytes(gzip.compress(bytes(16) + pictures.tobytes()))
     out = tmp_path / "out"
     command = ["train", "--batch", "4", "--data", str(tmp_path), "--out", str(out)]
-    for more in (["--minutes", "0.05"], ["--minutes", "0.1", "--resume"]):
+    start = ["--start", str(embedded.WEIGHTS)]
+    for more in (["--minutes", "0.05", *start], ["--minutes", "0.1", "--resume"]):
         monkeypatch.setattr("sys.argv", [*command, *more])
         train.main()
     first, last = (json.loads(line) for line in (out / "log.jsonl").read_text().splitlines())

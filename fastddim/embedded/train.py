@@ -5,13 +5,15 @@
 Needs the images of Debian's package ``dataset-fashion-mnist`` (or ``--data DIR`` with the same
 four files). One process a core; each averages its gradients with the others (DDP over gloo), or
 runs alone without torchrun. The state is saved every five minutes and ``--resume`` goes on from
-it. ``--minutes`` is the whole budget, since the learning rate falls to zero over its last 40%.
+it; ``--start`` takes the weights of an earlier run, and nothing else of it. ``--minutes`` is the
+whole budget, since the learning rate falls to zero over its last 40%.
 
 Objective: squared error of v at noise levels drawn where images are decided, ln σ ~ N(−0.9, 1.3²)
 with σ = √((1−ᾱ)/ᾱ) (Karras et al. 2022, table 1, for data of deviation 0.7 on this schedule's
 discrete levels), one in ten uniform. Hidden weights are updated by Muon (Jordan et al. 2024): in
-three minutes on one core it reached a held-out loss of .2415 where Adam stood at .2626. What is
-kept is an exponential moving average whose window grows with the run (Karras et al. 2024, eq. 6).
+three minutes on one core, at the better of two rates each, the held-out loss of a network twice
+as large came to .2347 with it and to .2471 with Adam. What is kept is an exponential moving
+average whose window grows with the run (Karras et al. 2024, eq. 6).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastddim.embedded import load
 from fastddim.embedded.model import UNET, GarmentModel
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
@@ -116,6 +119,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images a step, over all processes")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="weights to start from, as OUT has them")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
     args = parser.parse_args()
 
@@ -127,7 +131,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     train, test = images("train", args.data), images("t10k", args.data)[:1024]
-    model = GarmentModel()
+    model = load(args.start).train().requires_grad_(True) if args.start else GarmentModel()
     weights = level_weights(model.alphas_cumprod)
     objective = Objective(model)
     ema = Objective(GarmentModel())
