@@ -22,15 +22,19 @@ def ddim_step(
     rows: Tensor,
     seeds: Tensor | None,
     noise: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
     prediction: int,
     noise_first: bool,
     clip: float | None,
+    rederive: bool,
     out: Tensor,
     x0: Tensor | None,
 ) -> None:
     """x_s into ``out`` and, if given, x0 into ``x0``: the Triton kernel's twin.
 
-    ``output``, ``noise``, ``out`` and ``x0`` have x's shape and strides, which are dense.
+    ``noise``, ``out`` and ``x0`` have x's shape and strides, which are dense. So has each sample
+    of ``output``, of which ``guidance`` makes 2·batch; from one to the next may be further.
     """
     if x.numel() == 0:
         return
@@ -46,16 +50,22 @@ def ddim_step(
         normal_(logical, seeds, rows, counter.STEP)
         noise, seeds = torch.empty_like(x).copy_(logical), None
 
-    rows_differ = len(set(row_of)) > 1
-    flat_x, flat_output, flat_out = _flat(x), _flat(output), _flat(out)
+    apart = guidance is not None or threshold is not None or _apart(output, x)
+    alone = apart or len(set(row_of)) > 1
+    stride = output.stride(0) if apart and len(output) > 1 else n
+    flat_x, flat_out = _flat(x), _flat(out)
     flat_noise = None if noise is None else _flat(noise)
     flat_x0 = None if x0 is None else _flat(x0)
-    scratch = torch.empty(3, min(BLOCK, x.numel()), dtype=torch.float32)
+    scratch = torch.empty(4, min(BLOCK, x.numel()), dtype=torch.float32)
     factors = {row: table[row].unbind() for row in set(row_of)}
-    for sample, samples, first, count in _blocks(batch, n, rows_differ, seeds is not None):
+    for sample, samples, first, count in _blocks(batch, n, alone, seeds is not None):
         start = sample * n + first
         part = slice(start, start + samples * count)
-        x0_block, term, scaled = scratch[:, : samples * count].unbind()
+        x0_block, term, scaled, guided = scratch[:, : samples * count].unbind()
+        said = _stretch(output, sample * stride + first, samples * count).float()
+        if guidance is not None:
+            cond = _stretch(output, (batch + sample) * stride + first, count).float()
+            said = torch.sub(cond, said, out=guided).mul_(guidance[sample]).add_(said)
         z = None if flat_noise is None else flat_noise[part]
         if seeds is not None:
             group = slice(sample, sample + samples)
@@ -70,12 +80,14 @@ def ddim_step(
             )
         _step(
             flat_x[part],
-            flat_output[part].float(),
+            said,
             factors[row_of[sample]],
             z,
             prediction,
             noise_first,
             clip,
+            None if threshold is None else threshold[sample],
+            rederive,
             flat_out[part],
             x0_block if flat_x0 is None else flat_x0[part],
             term,
@@ -98,6 +110,8 @@ def _step(
     prediction: int,
     noise_first: bool,
     clip: float | None,
+    threshold: Tensor | None,
+    rederive: bool,
     out: Tensor,
     x0: Tensor,
     term: Tensor,
@@ -120,6 +134,11 @@ def _step(
         eps = torch.sub(x, term, out=term).div_(b_t)
     if clip is not None:
         x0.clamp_(-clip, clip)
+    if threshold is not None:
+        x0.clamp_(-threshold, threshold).div_(threshold)
+    if rederive:
+        torch.mul(x0, a_t, out=term)
+        eps = torch.sub(x, term, out=term).div_(b_t)
     torch.mul(x0, a_s, out=out)
     direction = torch.mul(eps, c2, out=term)
     if z is None:
@@ -133,19 +152,29 @@ def _step(
 
 
 def _blocks(
-    batch: int, n: int, rows_differ: bool, counter_noise: bool
+    batch: int, n: int, alone: bool, counter_noise: bool
 ) -> Iterator[tuple[int, int, int, int]]:
     """Blocks as (sample, samples, first element, elements of each): whole samples or one's part.
 
-    A block holds one row's samples. Without counter noise all is one sample if the rows agree.
+    ``alone``: no block holds two samples. Else, without counter noise, all is one sample.
     """
-    if not rows_differ and not counter_noise:
+    if not alone and not counter_noise:
         batch, n = 1, batch * n
-    together = 1 if rows_differ else max(1, BLOCK // n)
+    together = 1 if alone else max(1, BLOCK // n)
     for sample in range(0, batch, together):
         samples = min(together, batch - sample)
         for first in range(0, n, BLOCK):
             yield sample, samples, first, min(BLOCK, n - first)
+
+
+def _apart(output: Tensor, x: Tensor) -> bool:
+    """Whether there is something between one sample of the output and the next."""
+    return len(x) > 1 and output.stride(0) != x.stride(0)
+
+
+def _stretch(tensor: Tensor, first: int, count: int) -> Tensor:
+    """So many elements of a tensor's memory."""
+    return tensor.as_strided((count,), (1,), tensor.storage_offset() + first)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -26,11 +26,15 @@ def ddim_step(
     seeds: Tensor | None = None,
     *,
     noise: Tensor | None = None,
+    guidance: Tensor | float | None = None,
     prediction: str = "epsilon",
     clip: float | None = None,
+    threshold: Tensor | None = None,
+    rederive: bool = False,
     noise_first: bool = True,
     want_x0: bool = True,
     out: Tensor | None = None,
+    next_input: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(x_s, x0) of one step t → s in one pass over memory, value-identical to eager PyTorch.
 
@@ -40,17 +44,26 @@ def ddim_step(
     Args:
         x: x_t, float32 of shape (batch, ...). Never written.
         output: what the model returned, of x's shape: float32, bfloat16 or float16. The
-            arithmetic is float32. Never written.
+            arithmetic is float32. With twice x's channels (dimension 1) the first half counts: a
+            learned variance follows. Never written.
         table: the coefficients, float32 (steps, 7), from ``fastddim.make_table``.
         rows: the row each sample is on: an int, or int32 of shape () or (batch,) on x's device.
             On a GPU, rows out of range are not noticed: looking would wait for the device.
-        seeds: int64 (batch,): counter noise, see ``fastddim.noise``. A row with c1 = 0 draws none.
+        seeds: int64 (batch,): counter noise, see ``fastddim.noise``. A row with c1 = 0 adds none.
         noise: or z itself, float32 of x's shape. With neither, no noise is added.
+        guidance: w of classifier-free guidance (Ho and Salimans 2022), a number or float32 of
+            shape () or (batch,). ``output`` is then (2·batch, ...), first without the condition
+            and then with it, and u + w·(c − u) stands in its place.
         prediction: what ``output`` is: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0).
         clip: x0 is clamped to ±clip; ε is not derived from it again.
+        threshold: or to ±s and divided by s, float32 > 0 of shape () or (batch,): dynamic
+            thresholding (Saharia et al. 2022, section 2.3), s being their max(quantile, 1).
+        rederive: ε follows from the x0 that was clamped, ε = (x − √ᾱ_t·x0)/√(1−ᾱ_t).
         noise_first: whether c1·z is added before c2·ε (the paper's code) or after it (diffusers).
         want_x0: whether x0 is returned; ``None`` stands in its place otherwise.
         out: where x_s goes, float32 of x's shape, not overlapping an argument; made if not given.
+        next_input: where x_s goes as well, in this tensor's dtype (float32, bfloat16 or
+            float16): of x's shape, or of twice its batch and then stacked, as guidance wants it.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -60,7 +73,15 @@ def ddim_step(
     _check_tensor("x", x, x, (_STATE,))
     if x.dim() == 0:
         raise ValueError("x must have shape (batch, ...), got ()")
-    _check_tensor("output", output, x, OUTPUTS)
+    if guidance is not None and not isinstance(guidance, Tensor):
+        w = finite("guidance", guidance)
+        guidance = torch.full((), w, dtype=_STATE, device=x.device)
+    batch = x.shape[0]
+    expected = [batch if guidance is None else 2 * batch, *x.shape[1:]]
+    if isinstance(output, Tensor) and x.dim() > 1 and output.dim() == x.dim():
+        if output.shape[1] == 2 * x.shape[1]:
+            output = output[:, : x.shape[1]]
+    _check_tensor("output", output, x, OUTPUTS, expected)
     _check_tensor("table", table, x, (_STATE,), (-1, len(COLUMNS)))
     if isinstance(rows, Tensor):
         _check_tensor("rows", rows, x, (torch.int32,), x.shape[:1] if rows.dim() else ())
@@ -73,25 +94,41 @@ def ddim_step(
         _check_tensor("seeds", seeds, x, (torch.int64,), x.shape[:1])
     if noise is not None:
         _check_tensor("noise", noise, x, (_STATE,))
+    if guidance is not None:
+        _check_tensor("guidance", guidance, x, (_STATE,), x.shape[:1] if guidance.dim() else ())
+        guidance = guidance.expand(batch)
     if clip is not None and not finite("clip", clip) > 0:
         raise ValueError(f"clip must be > 0, got {clip:g}")
+    if threshold is not None:
+        if clip is not None:
+            raise ValueError(f"clip must be left out where there is a threshold, got {clip:g}")
+        shape = x.shape[:1] if isinstance(threshold, Tensor) and threshold.dim() else ()
+        _check_tensor("threshold", threshold, x, (_STATE,), shape)
+        threshold = threshold.expand(batch)
     if out is None:
         out = _like(x)
     else:
         _check_tensor("out", out, x, (_STATE,))
+    if next_input is not None:
+        copies = 2 if isinstance(next_input, Tensor) and next_input.shape[:1] != x.shape[:1] else 1
+        _check_tensor("next_input", next_input, x, OUTPUTS, (copies * batch, *x.shape[1:]))
     x0 = _like(x) if want_x0 else None
     torch.ops.fastddim.ddim_step(
         x,
         output,
         table,
-        rows.expand(x.shape[0]),
+        rows.expand(batch),
         seeds,
         noise,
+        guidance,
+        threshold,
         PREDICTIONS.index(prediction),
         noise_first,
         clip,
+        rederive,
         out,
         x0,
+        next_input,
     )
     return out, x0
 
@@ -114,22 +151,32 @@ def _ddim_step(
     rows: Tensor,
     seeds: Tensor | None,
     noise: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
     prediction: int,
     noise_first: bool,
     clip: float | None,
+    rederive: bool,
     out: Tensor,
     x0: Tensor | None,
+    next_input: Tensor | None,
 ) -> None:
     """Lays every tensor out as x is, then hands over to the device's backend."""
     kernels = _kernels(x.device.type)
-    # A sample on a row of its own is taken as one stretch of memory.
+    stacked = next_input is not None and len(next_input) > len(x)
+    by_sample = guidance is not None or threshold is not None or rows.stride(0) != 0
+    # What belongs to a sample needs each in one stretch of memory.
     apart = len(x) < 2 or x.stride(0) * len(x) == x.numel()
-    if (kernels and seeds is not None) or not _is_dense(x) or (rows.stride(0) and not apart):
+    orderly = not kernels or seeds is None or x.is_contiguous() or _is_channels_last(x)
+    if not _is_dense(x) or not orderly or ((by_sample or stacked) and not apart):
         x = x.contiguous()
-    output = _laid_out(output, x)
+    output = _readable(output, x, kernels)
     noise = None if noise is None else _laid_out(noise, x)
     into = out if _same_layout(out, x) else _like(x)
     x0_into = x0 if x0 is None or _same_layout(x0, x) else _like(x)
+    next_into = next_input
+    if next_input is not None and not _writable(next_input, x):
+        next_into = _with_batch(len(next_input), x, next_input.dtype)
     if kernels:
         kernels.ddim_step(
             x,
@@ -138,25 +185,41 @@ def _ddim_step(
             rows,
             into,
             x0_into,
-            seeds=seeds,
+            next_into,
+            seeds=None if seeds is None else seeds.contiguous(),
             noise=noise,
+            guidance=guidance,
+            threshold=threshold,
             prediction=prediction,
             noise_first=noise_first,
             clip=clip,
-        )
-    elif x.device.type == "cpu":
-        cpu.ddim_step(
-            x, output, table, rows, seeds, noise, prediction, noise_first, clip, into, x0_into
+            rederive=rederive,
         )
     else:
-        _reference_step(
-            x, output, table, rows, seeds, noise, prediction, noise_first, clip, into, x0_into
+        step = cpu.ddim_step if x.device.type == "cpu" else _reference_step
+        step(
+            x,
+            output,
+            table,
+            rows,
+            seeds,
+            noise,
+            guidance,
+            threshold,
+            prediction,
+            noise_first,
+            clip,
+            rederive,
+            into,
+            x0_into,
         )
-    if into is not out:
-        out.copy_(into)
-    if x0 is not None and x0_into is not None and x0_into is not x0:
-        x0.copy_(x0_into)
-    _written(out, x0)
+        if next_into is not None:
+            for half in next_into.chunk(2 if stacked else 1):
+                half.copy_(into)
+    for given, written in ((out, into), (x0, x0_into), (next_input, next_into)):
+        if given is not None and written is not None and written is not given:
+            given.copy_(written)
+    _written(out, x0, next_input)
 
 
 def _reference_step(
@@ -166,9 +229,12 @@ def _reference_step(
     rows: Tensor,
     seeds: Tensor | None,
     noise: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
     prediction: int,
     noise_first: bool,
     clip: float | None,
+    rederive: bool,
     out: Tensor,
     x0: Tensor | None,
 ) -> None:
@@ -176,9 +242,18 @@ def _reference_step(
     if seeds is not None:
         noise = torch.empty(x.shape, dtype=_STATE, device=x.device)
         _normal_(noise, seeds, rows, counter.STEP)
-    row = table[rows].view(-1, *[1] * (x.dim() - 1), len(COLUMNS))
+    each = (-1, *[1] * (x.dim() - 1))
     x_s, predicted = reference.ddim_step(
-        x, output.float(), row, noise, PREDICTIONS[prediction], clip, noise_first
+        x,
+        output.float(),
+        table[rows].view(*each, len(COLUMNS)),
+        noise,
+        PREDICTIONS[prediction],
+        clip,
+        noise_first,
+        None if guidance is None else guidance.reshape(each),
+        None if threshold is None else threshold.reshape(each),
+        rederive,
     )
     out.copy_(x_s)
     if x0 is not None:
@@ -228,7 +303,8 @@ def _nothing(*_: object) -> None:
 _library = torch.library.Library("fastddim", "DEF")
 _library.define(
     "ddim_step(Tensor x, Tensor output, Tensor table, Tensor rows, Tensor? seeds, Tensor? noise, "
-    "int prediction, bool noise_first, float? clip, Tensor(a!) out, Tensor(b!)? x0) -> ()",
+    "Tensor? guidance, Tensor? threshold, int prediction, bool noise_first, float? clip, "
+    "bool rederive, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? next_input) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -274,8 +350,45 @@ def _laid_out(tensor: Tensor, x: Tensor) -> Tensor:
     return _like(x, tensor.dtype).copy_(tensor)
 
 
+def _readable(output: Tensor, x: Tensor, kernels: ModuleType | None) -> Tensor:
+    """The model's output as the backend reads it: samples laid out as x's, however far apart."""
+    if len(output) == len(x) and _same_layout(output, x):
+        return output
+    if len(x) < 2 or x.stride(0) * len(x) == x.numel():
+        if _same_layout(output[:1], x[:1]):
+            return output
+        if kernels and kernels.pixel_spacing(output, x) is not None:
+            return output
+    return _with_batch(len(output), x, output.dtype).copy_(output)
+
+
+def _writable(next_input: Tensor, x: Tensor) -> bool:
+    """Whether the kernel may write the next model input where it is to go."""
+    if len(next_input) == len(x):
+        return _same_layout(next_input, x)
+    return _same_layout(next_input[:1], x[:1]) and _is_dense(next_input)
+
+
+def _with_batch(batch: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new tensor of x's layout, of as many samples."""
+    if batch == len(x):
+        return _like(x, dtype)
+    strides = (x.numel() // max(len(x), 1), *x.stride()[1:])
+    return torch.empty_strided((batch, *x.shape[1:]), strides, dtype=dtype, device=x.device)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() > 2 and x.movedim(1, -1).is_contiguous()
+
+
 def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def _stack_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Twice the batch, each sample laid out as x's."""
+    strides = (x.numel() // max(len(x), 1), *x.stride()[1:])
+    return torch.empty_strided((2 * len(x), *x.shape[1:]), strides, dtype=dtype, device=x.device)
 
 
 def _same_layout(tensor: Tensor, x: Tensor) -> bool:

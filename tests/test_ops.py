@@ -34,8 +34,13 @@ def op_arguments(
     clip: float | None = None,
     want_x0: bool = True,
     layout: torch.memory_format = torch.contiguous_format,
+    guided: bool = False,
+    threshold: bool = False,
+    next_dtype: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
     x, output, z = (randn(*shape, seed=i) for i in range(3))
+    if guided:
+        output = torch.cat([output, z])
     x, output = (t.contiguous(memory_format=layout) for t in (x, output.to(dtype)))
     return (
         x,
@@ -44,11 +49,15 @@ def op_arguments(
         rows(3, 40),
         torch.tensor([1, 2**40]) if noise == "counter" else None,
         z if noise == "tensor" else None,
+        torch.tensor([1.5, 7.5]) if guided else None,
+        torch.tensor([1.0, 1.2]) if threshold else None,
         prediction,
         True,
         clip,
+        threshold,
         torch.zeros_like(x),
         torch.zeros_like(x) if want_x0 else None,
+        None if next_dtype is None else torch.zeros_like(x, dtype=next_dtype),
     )
 
 
@@ -58,6 +67,8 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "tensor noise, v, clip": op_arguments(noise="tensor", prediction=1, clip=1.0),
     "bfloat16, sample, no x0": op_arguments(dtype=torch.bfloat16, prediction=2, want_x0=False),
     "channels_last": op_arguments(noise="counter", layout=torch.channels_last),
+    "guidance, next input": op_arguments(guided=True, next_dtype=torch.bfloat16),
+    "threshold": op_arguments(threshold=True),
 }
 
 
@@ -78,12 +89,12 @@ def test_versions_are_bumped_for_what_is_written_and_for_nothing_else(
 ) -> None:
     if backend == "kernel":
         monkeypatch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
-    arguments = op_arguments(noise="counter")
+    arguments = op_arguments(noise="counter", next_dtype=torch.float16)
     before = [t._version for t in arguments if isinstance(t, Tensor)]
     torch.ops.fastddim.ddim_step(*arguments)
     after = [t._version for t in arguments if isinstance(t, Tensor)]
     bumped = [b - a for a, b in zip(before, after, strict=True)]
-    assert [n > 0 for n in bumped] == [False] * 5 + [True, True]
+    assert [n > 0 for n in bumped] == [False] * 5 + [True, True, True]
     out = torch.zeros(2, 3)
     torch.ops.fastddim.normal_(out, torch.arange(2), rows(0, 0), 1)
     assert out._version > 0
@@ -246,6 +257,53 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "clip nan": ({"clip": float("nan")}, ValueError, "clip must be finite, got nan"),
     "clip infinite": ({"clip": float("inf")}, ValueError, "clip must be finite, got inf"),
     "clip no number": ({"clip": "1"}, TypeError, "clip must be a number, got '1'"),
+    "guidance nan": ({"guidance": float("nan")}, ValueError, "guidance must be finite, got nan"),
+    "guidance without halves": (
+        {"guidance": 2.0},
+        ValueError,
+        "output must have shape (4, 3), got (2, 3)",
+    ),
+    "guidance shape": (
+        {"guidance": randn(3), "output": randn(4, 3)},
+        ValueError,
+        "guidance must have shape (2,), got (3,)",
+    ),
+    "guidance dtype": (
+        {"guidance": randn(2).double(), "output": randn(4, 3)},
+        TypeError,
+        "guidance must be float32, got float64",
+    ),
+    "halves without guidance": (
+        {"output": randn(4, 3)},
+        ValueError,
+        "output must have shape (2, 3), got (4, 3)",
+    ),
+    "threshold no tensor": ({"threshold": 1.0}, TypeError, "threshold must be a tensor, got float"),
+    "threshold shape": (
+        {"threshold": randn(2, 1)},
+        ValueError,
+        "threshold must have shape (2,), got (2, 1)",
+    ),
+    "threshold and clip": (
+        {"threshold": randn(2), "clip": 1.0},
+        ValueError,
+        "clip must be left out where there is a threshold, got 1",
+    ),
+    "next_input shape": (
+        {"next_input": randn(3, 3)},
+        ValueError,
+        "next_input must have shape (4, 3), got (3, 3)",
+    ),
+    "next_input dtype": (
+        {"next_input": randn(2, 3).double()},
+        TypeError,
+        "next_input must be float32 or bfloat16 or float16, got float64",
+    ),
+    "next_input no tensor": (
+        {"next_input": torch.float16},
+        TypeError,
+        "next_input must be a tensor, got dtype",
+    ),
     "out no tensor": ({"out": 1}, TypeError, "out must be a tensor, got int"),
     "out shape": ({"out": randn(3, 2)}, ValueError, "out must have shape (2, 3), got (3, 2)"),
     "out dtype": ({"out": randn(2, 3).half()}, TypeError, "out must be float32, got float16"),

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
 from .noise import normal_kernel
-from .step import ddim_step_kernel
+from .step import block_channels, ddim_step_kernel
 
 COLUMNS = 7
 _is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-# The interpreter pays for each program, a GPU for each idle lane.
-_MAX_BLOCK = 16384 if _INTERPRETED else 1024
+# From here on a program takes several blocks, whose common work then costs each element less;
+# fewer elements are better spread over the multiprocessors.
+_LARGE = 1 << 20
+_INTERPRETED_FOURS = 4096
+_MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def ddim_step(
@@ -29,59 +33,89 @@ def ddim_step(
     rows: Tensor,
     out: Tensor,
     x0: Tensor | None = None,
+    next_input: Tensor | None = None,
     *,
     seeds: Tensor | None = None,
     noise: Tensor | None = None,
+    guidance: Tensor | None = None,
+    threshold: Tensor | None = None,
     prediction: int = 0,
     noise_first: bool = True,
     clip: float | None = None,
+    rederive: bool = False,
 ) -> None:
-    """Writes x_s to ``out`` and, if given, the predicted x0 to ``x0``.
+    """Writes x_s to ``out`` and, where given, the predicted x0 and the next model input.
 
     Args:
         x: x_t, float32, dense, of shape (batch, ...).
-        output: what the model returned, float32, bfloat16 or float16; shape and strides of x.
+        output: what the model returned, float32, bfloat16 or float16, of x's shape; with
+            ``guidance`` (2·batch, ...), first without and then with the condition. Samples lie as
+            x's do, but any number of elements apart; if channels last, pixels too, so that the
+            first half of the channels of a learned variance is a view.
         table: (steps, 7) float32: √ᾱ_t, 1/√ᾱ_t, √(1−ᾱ_t), 1/√(1−ᾱ_t), √ᾱ_s, c1, c2.
-        rows: (batch,) int32 in [0, steps), stride 0 where all samples are on the same row; where
-            not, the batch must be x's outermost dimension in memory.
-        seeds: (batch,) int64, for counter noise; x must then be contiguous.
+        rows: (batch,) int32 in [0, steps), stride 0 where all samples are on the same row.
+        out, x0: float32, with the shape and strides of x.
+        next_input: x_s in its own dtype, float32, bfloat16 or float16: of x's shape and strides,
+            or (2·batch, ...), twice.
+        seeds: (batch,) int64, for counter noise.
         noise: z, float32, shape and strides of x. Neither: no noise is added.
+        guidance: (batch,) float32, w in output_u + w·(output_c − output_u); any stride.
+        threshold: (batch,) float32, s > 0 in x0 = clamp(x0, ±s)/s.
         prediction: what the model returns: 0 ε, 1 v, 2 x0.
         noise_first: whether the noise is added before the direction to x_t or after it.
         clip: x0 is clamped to ±clip.
+        rederive: whether ε follows from the x0 that was clamped.
+
+    Where anything belongs to a sample (rows, seeds, guidance that differ, a threshold), the batch
+    must be x's outermost dimension in memory. With seeds x must be contiguous or channels last.
     """
-    _check(x, output, table, rows, out, x0, seeds, noise)
+    _check_state(x, out, x0, noise, next_input)
+    _check_coefficients(x, table, rows, seeds, guidance, threshold)
+    if seeds is not None and noise is not None:
+        raise ValueError("noise comes from seeds or from a tensor, got both")
+    if clip is not None and threshold is not None:
+        raise ValueError(f"clip must be None with a threshold, got {clip:g}")
+    twice = next_input is not None and len(next_input) > len(x)
+    g = _geometry(x, output, rows, seeds, guidance, threshold, twice)
     if x.numel() == 0:
         return
-    batch, total = x.shape[0], x.numel()
-    per_sample = rows.stride(0) != 0 or seeds is not None
-    samples = batch if per_sample else 1
-    n = total // samples
-    block = min(_MAX_BLOCK, max(16, triton.next_power_of_2(n)))
-    blocks = -(-n // block)
+    quads, parts = _block(g, noisy=seeds is not None)
+    blocks = -(-g.fours // (quads * parts))
+    groups = g.channels // block_channels(g.channels) if g.channels else 1
+    if threshold is not None:
+        threshold = threshold.contiguous()
     with _device(x):
-        ddim_step_kernel[(samples * blocks,)](
+        ddim_step_kernel[(g.samples * blocks * groups,)](
             x,
             output,
             noise,
             out,
             x0,
+            next_input,
             table,
             rows,
             seeds,
-            n,
+            guidance,
+            threshold,
+            None if threshold is None else threshold.reciprocal(),
+            g.n,
+            g.samples,
             blocks,
+            g.output_stride,
             rows.stride(0),
-            0.0 if clip is None else clip,
+            0 if guidance is None else guidance.stride(0),
+            clip,
             COLUMNS=COLUMNS,
             PREDICTION=prediction,
-            NOISE=2 if seeds is not None else 1 if noise is not None else 0,
             NOISE_FIRST=noise_first,
-            CLIP=clip is not None,
-            WRITE_X0=x0 is not None,
-            VECTOR=n % 4 == 0,
+            REDERIVE=rederive,
+            NEXT_TWICE=twice,
+            CHANNELS=g.channels,
+            OUTPUT_CHANNELS=g.output_channels,
+            FOURS=g.in_fours,
             PORTABLE=_portable(),
-            BLOCK_SIZE=block,
+            QUADS=quads,
+            PARTS=parts,
             num_warps=4,
             # Contracted multiply-adds would differ from eager PyTorch in the last bit.
             enable_fp_fusion=False,
@@ -97,7 +131,8 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
     if out.numel() == 0:
         return
     n = out.numel() // out.shape[0]
-    block = min(_MAX_BLOCK, max(16, triton.next_power_of_2(n)))
+    most = 4 * _INTERPRETED_FOURS if _INTERPRETED else 1024
+    block = min(most, max(16, triton.next_power_of_2(n)))
     blocks = -(-n // block)
     with _device(out):
         normal_kernel[(out.shape[0] * blocks,)](
@@ -124,41 +159,156 @@ def _device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device.index) if x.is_cuda else nullcontext()
 
 
-def _check(
+@dataclass(frozen=True)
+class _Geometry:
+    """How a step's elements lie in memory, in the kernel's terms."""
+
+    samples: int
+    n: int  # elements of each
+    channels: int  # 0: a sample lies in the order of its elements; else channels last
+    output_channels: int  # from one pixel of the model's output to the next
+    output_stride: int  # from one sample of the model's output to the next
+
+    @property
+    def run(self) -> int:
+        """Elements in a row that follow one another, logically too."""
+        return self.n // max(self.channels, 1)
+
+    @property
+    def in_fours(self) -> bool:
+        """Whether every four that share a Philox call can be one access."""
+        return self.run % 4 == 0 and self.output_stride % 4 == 0
+
+    @property
+    def fours(self) -> int:
+        """Fours of a run; those of a channel may begin up to three pixels early."""
+        early = 3 if self.channels and not self.in_fours else 0
+        return -(-(self.run + early) // 4)
+
+
+def _geometry(
     x: Tensor,
     output: Tensor,
-    table: Tensor,
     rows: Tensor,
+    seeds: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
+    twice: bool,
+) -> _Geometry:
+    batch = len(x)
+    shape = (batch if guidance is None else 2 * batch, *x.shape[1:])
+    if output.dtype not in _MODEL_DTYPES or output.shape != shape or output.device != x.device:
+        raise ValueError(
+            f"output must be float32, bfloat16 or float16 of shape {tuple(shape)} on {x.device}, "
+            f"got {_describe(output)}"
+        )
+    n = x.numel() // max(batch, 1)
+    output_stride = output.stride(0) if len(output) > 1 else n
+    by_sample = {
+        "rows differ": rows.stride(0) != 0,
+        "there are seeds": seeds is not None,
+        "guidance differs": guidance is not None and guidance.stride(0) != 0,
+        "there is a threshold": threshold is not None,
+        "the samples of output are apart": batch > 1 and output_stride != x.stride(0),
+    }
+    stacked = {"guidance stacks output": guidance is not None, "next_input is stacked": twice}
+    reasons = [reason for reason, holds in (by_sample | stacked).items() if holds]
+    if reasons and batch > 1 and x.numel() and x.stride(0) != n:
+        raise ValueError(
+            f"x must hold each sample in one stretch where {reasons[0]}, got {_describe(x)}"
+        )
+    alike = _inner_strides(output) == _inner_strides(x)
+    if alike and (seeds is None or x.is_contiguous()):
+        if any(by_sample.values()):
+            return _Geometry(batch, n, 0, 0, output_stride)
+        return _Geometry(1, x.numel(), 0, 0, output_stride * batch)
+    spacing = pixel_spacing(output, x)
+    if spacing is None:
+        name, tensor = ("x", x) if alike else ("output", output)
+        raise ValueError(
+            f"{name} must be contiguous or channels last{'' if alike else ', as x is'}, "
+            f"got {_describe(tensor)}"
+        )
+    return _Geometry(batch, n, x.shape[1], spacing, output_stride)
+
+
+def pixel_spacing(output: Tensor, x: Tensor) -> int | None:
+    """From one pixel of the model's output to the next, where it and x are channels last."""
+    if x.dim() < 3 or not x.movedim(1, -1).is_contiguous() or output.dim() != x.dim():
+        return None
+    channels = x.shape[1]
+    dims = [d for d in range(2, x.dim()) if x.shape[d] > 1]
+    spacing = output.stride(dims[-1]) if dims else channels
+    pixels_alike = all(output.stride(d) * channels == x.stride(d) * spacing for d in dims)
+    return spacing if pixels_alike and (channels == 1 or output.stride(1) == 1) else None
+
+
+def _block(g: _Geometry, noisy: bool) -> tuple[int, int]:
+    """(fours, parts): a program takes so many parts of so many fours, of each of its channels.
+
+    More parts spread the program's own work over more elements, fewer spread the elements over
+    more multiprocessors. The interpreter pays for each program alone.
+    """
+    wide = not g.channels and g.in_fours
+    fours, parts = 256 if wide else 128, 4
+    if g.channels:
+        parts = 1 if g.in_fours and block_channels(g.channels) == 4 else 2 if noisy else 4
+    if _INTERPRETED:
+        fours = _INTERPRETED_FOURS
+    if g.samples * g.n < _LARGE or g.fours < fours * parts:
+        parts = 1
+    return min(fours, max(4, triton.next_power_of_2(g.fours))), parts
+
+
+def _check_state(
+    x: Tensor,
     out: Tensor,
     x0: Tensor | None,
-    seeds: Tensor | None,
     noise: Tensor | None,
+    next_input: Tensor | None,
 ) -> None:
     if x.dim() < 1 or x.dtype != torch.float32 or not _is_dense(x):
         raise ValueError(f"x must be dense float32 of shape (batch, ...), got {_describe(x)}")
-    if output.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"output must be float32, bfloat16 or float16, got {output.dtype}")
-    _check_like("output", output, x, output.dtype)
     _check_like("out", out, x, torch.float32)
     if x0 is not None:
         _check_like("x0", x0, x, torch.float32)
     if noise is not None:
         _check_like("noise", noise, x, torch.float32)
+    if next_input is not None:
+        if next_input.dtype not in _MODEL_DTYPES:
+            raise ValueError(
+                f"next_input must be float32, bfloat16 or float16, got {_describe(next_input)}"
+            )
+        halves = 2 if next_input.dim() and len(next_input) == 2 * len(x) and len(x) else 1
+        for half in next_input.chunk(halves):
+            _check_like("next_input", half, x, next_input.dtype)
+        if halves == 2 and next_input.stride(0) * len(x) != x.numel():
+            raise ValueError(
+                f"next_input must be dense, got {_describe(next_input)}"
+            )
+
+
+def _check_coefficients(
+    x: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    seeds: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
+) -> None:
     if table.dim() != 2 or table.shape[1] != COLUMNS or not table.is_contiguous():
         raise ValueError(f"table must be contiguous (steps, {COLUMNS}), got {_describe(table)}")
     if table.dtype != torch.float32 or table.device != x.device:
         raise ValueError(f"table must be float32 on {x.device}, got {_describe(table)}")
     _check_vector("rows", rows, torch.int32, x)
-    if rows.stride(0) != 0 and not _samples_apart(x):
-        raise ValueError(
-            f"x must hold each sample in one stretch where rows differ, got {_describe(x)}"
-        )
     if seeds is not None:
-        if noise is not None:
-            raise ValueError("noise comes from seeds or from a tensor, got both")
-        if not x.is_contiguous():
-            raise ValueError(f"x must be contiguous with seeds, got {_describe(x)}")
         _check_vector("seeds", seeds, torch.int64, x)
+        if seeds.stride(0) != 1 and len(seeds) > 1:
+            raise ValueError(f"seeds must be contiguous, got {_describe(seeds)}")
+    if guidance is not None:
+        _check_vector("guidance", guidance, torch.float32, x)
+    if threshold is not None:
+        _check_vector("threshold", threshold, torch.float32, x)
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype) -> None:
@@ -176,9 +326,9 @@ def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, x: Tensor) -> N
         )
 
 
-def _samples_apart(x: Tensor) -> bool:
-    """Whether each sample of a dense tensor is one stretch of memory."""
-    return len(x) < 2 or x.stride(0) * len(x) == x.numel() or x.numel() == 0
+def _inner_strides(tensor: Tensor) -> list[int]:
+    """The strides that matter within a sample: those of dimensions longer than one."""
+    return [s for s, n in zip(tensor.stride()[1:], tensor.shape[1:], strict=True) if n > 1]
 
 
 def _strides(tensor: Tensor) -> list[int]:

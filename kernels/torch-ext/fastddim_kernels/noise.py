@@ -30,27 +30,31 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def log_sin_cos(u, theta, PORTABLE: tl.constexpr):
-    """(ln u, sin θ, cos θ) for u in (0, 1], |θ| ≤ π.
+def radius_and_angle(a, b, PORTABLE: tl.constexpr):
+    """(−2 ln u, sin θ, cos θ), u = (a + ½)·2⁻³² and θ = 2π·(b + ½)·2⁻³², from float32 words.
 
     The .approx instructions cost one slot each; tl.log, tl.sin and tl.cos would double the
     kernel and give it a stack. The interpreter and AMD take the portable twins.
     """
     if PORTABLE:
-        return tl.log(u), tl.sin(theta), tl.cos(theta)
+        u, turn = (a + 0.5) * 2.3283064365386963e-10, (b + 0.5) * 2.3283064365386963e-10
+        theta = turn * 6.283185307179586
+        return -2.0 * tl.log(u), tl.sin(theta), tl.cos(theta)
     else:  # noqa: RET505  (without it Triton looks these names up on AMD, which has none)
-        return libdevice.fast_logf(u), libdevice.fast_sinf(theta), libdevice.fast_cosf(theta)
+        u = tl.fma(a, 2.3283064365386963e-10, 1.1641532182693481e-10)
+        theta = tl.fma(b, 1.4629180792671596e-09, 7.314590396335798e-10)
+        minus_two_ln_u = libdevice.fast_log2f(u) * -1.3862943611198906
+        return minus_two_ln_u, libdevice.fast_sinf(theta), libdevice.fast_cosf(theta)
 
 
 @triton.jit
 def box_muller(a, b, PORTABLE: tl.constexpr):
     """Two normals from two words: u = (word + ½)·2⁻³², r = √(−2 ln u_a), θ = 2π·u_b."""
-    u = (a.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    # From the signed word: the same angle less a turn, with half the rounding error.
-    turn = (b.to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    log_u, sin, cos = log_sin_cos(u, turn * 6.283185307179586, PORTABLE)
+    # θ from the signed word: the same angle less a turn, with half the rounding error.
+    signed = b.to(tl.int32, bitcast=True).to(tl.float32)
+    minus_two_ln_u, sin, cos = radius_and_angle(a.to(tl.float32), signed, PORTABLE)
     # The approximate logarithm may exceed 0 near u = 1; without the max r would be NaN there.
-    r = tl.sqrt(tl.maximum(-2.0 * log_u, 0.0))
+    r = tl.sqrt(tl.maximum(minus_two_ln_u, 0.0))
     return r * cos, r * sin
 
 

@@ -14,57 +14,77 @@ from .noise import join4, philox_normal4
 EPSILON = tl.constexpr(0)
 V = tl.constexpr(1)
 SAMPLE = tl.constexpr(2)
-NO_NOISE = tl.constexpr(0)
-TENSOR = tl.constexpr(1)
-PHILOX = tl.constexpr(2)
+
+FAR = tl.constexpr(1 << 30)
+"""Beyond every block: what is left of a sample is compared in 32 bits."""
 
 
 @triton.jit
-def divide(x, c, rcp_c, PORTABLE: tl.constexpr):
+def divide(x, c, rcp_c, FINITE: tl.constexpr, PORTABLE: tl.constexpr):
     """x / c, correctly rounded, from rcp_c = fl(1/c): exact for |x| > 2⁻¹⁰⁰.
 
-    tl.div_rn costs 25 instructions and a call for each element. Where q overflows the residual
-    is NaN and q itself the answer. The interpreter does not fuse its fma, hence the twin.
+    tl.div_rn costs 25 instructions and a call for each element. Where q is not finite the residual
+    is NaN and q itself the answer: ``FINITE`` says that this cannot be. The interpreter does not
+    fuse its fma, hence the twin.
     """
     if PORTABLE:
         return tl.div_rn(x, tl.zeros_like(x) + c)
     q = x * rcp_c
     y = tl.fma(tl.fma(-c, q, x), rcp_c, q)
-    return tl.where(tl.abs(q) < float("inf"), y, q)
+    return y if FINITE else tl.where(tl.abs(q) < float("inf"), y, q)
+
+
+@triton.jit
+def guide(output, cond_ptr, offsets, mask, w):
+    """output_u + w·(output_c − output_u), where the model's output holds both halves."""
+    if w is not None:
+        cond = tl.load(cond_ptr + offsets, mask=mask).to(tl.float32)
+        output = output + w * (cond - output)
+    return output
 
 
 @triton.jit
 def predict_x0(x, output, a_t, rcp_a_t, b_t, PREDICTION: tl.constexpr, PORTABLE: tl.constexpr):
     """x0 from what the model returned; a_t = √ᾱ_t, b_t = √(1−ᾱ_t)."""
     if PREDICTION == EPSILON:
-        return divide(x - output * b_t, a_t, rcp_a_t, PORTABLE)
+        return divide(x - output * b_t, a_t, rcp_a_t, False, PORTABLE)
     if PREDICTION == V:
         return a_t * x - b_t * output
     return output
 
 
 @triton.jit
-def predict_eps(x, x0, output, a_t, b_t, rcp_b_t, PREDICTION: tl.constexpr, PORTABLE: tl.constexpr):
-    """ε from what the model returned; x0 is the one not yet clipped."""
+def bound_x0(x0, clip, threshold, rcp_threshold, PORTABLE: tl.constexpr):
+    """x0 within ±clip, or within ±s and then divided by s; NaN stays NaN, as in torch.clamp."""
+    if clip is not None:
+        x0 = tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
+    if threshold is not None:
+        x0 = tl.clamp(x0, -threshold, threshold, propagate_nan=tl.PropagateNan.ALL)
+        # An infinite s: the residual is then x0 itself, and nothing remains of it.
+        c = threshold if PORTABLE else tl.minimum(threshold, 3.4028234663852886e38)
+        x0 = divide(x0, c, rcp_threshold, True, PORTABLE)
+    return x0
+
+
+@triton.jit
+def predict_eps(
+    x, output, x0, bounded_x0, a_t, b_t, rcp_b_t,
+    PREDICTION: tl.constexpr, REDERIVE: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """ε from what the model returned; rederived, from the x0 that was bounded."""
+    if REDERIVE:
+        return divide(x - a_t * bounded_x0, b_t, rcp_b_t, False, PORTABLE)
     if PREDICTION == EPSILON:
         return output
     if PREDICTION == V:
         return a_t * output + b_t * x
-    return divide(x - a_t * x0, b_t, rcp_b_t, PORTABLE)
-
-
-@triton.jit
-def clip_x0(x0, clip, CLIP: tl.constexpr):
-    """x0 within ±clip; NaN stays NaN, as in torch.clamp."""
-    if CLIP:
-        return tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
-    return x0
+    return divide(x - a_t * x0, b_t, rcp_b_t, False, PORTABLE)
 
 
 @triton.jit
 def combine(x0, eps, z, a_s, c1, c2, NOISE: tl.constexpr, NOISE_FIRST: tl.constexpr):
     """x_s = √ᾱ_s·x0 + c1·z + c2·ε, summed in the order of the loop that is replaced."""
-    if NOISE == NO_NOISE:
+    if not NOISE:
         return a_s * x0 + c2 * eps
     if NOISE_FIRST:
         return a_s * x0 + c1 * z + c2 * eps
@@ -72,105 +92,279 @@ def combine(x0, eps, z, a_s, c1, c2, NOISE: tl.constexpr, NOISE_FIRST: tl.conste
 
 
 @triton.jit
-def update(
-    x_ptr,
-    output_ptr,
-    noise_ptr,
-    out_ptr,
-    x0_ptr,
-    row_ptr,
-    clip,
-    z,
-    offsets,
-    mask,
-    PREDICTION: tl.constexpr,
-    NOISE: tl.constexpr,
-    NOISE_FIRST: tl.constexpr,
-    CLIP: tl.constexpr,
-    WRITE_X0: tl.constexpr,
-    PORTABLE: tl.constexpr,
-):
-    """The step at these offsets: load, predict x0, clip, direction, noise, store."""
-    a_t, rcp_a_t = tl.load(row_ptr), tl.load(row_ptr + 1)
-    b_t, rcp_b_t = tl.load(row_ptr + 2), tl.load(row_ptr + 3)
-    a_s, c1, c2 = tl.load(row_ptr + 4), tl.load(row_ptr + 5), tl.load(row_ptr + 6)
+def rounded(x, dtype: tl.constexpr, PORTABLE: tl.constexpr):
+    """x in ``dtype``, to nearest even: the interpreter would cut bfloat16 off."""
+    if PORTABLE and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = tl.where(x == x, bits, 0x7FC0)  # the sum could carry a NaN into the sign
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
 
+
+@triton.jit
+def fetch(state, model, access, w):
+    """(x, what the model says of it, z): all that one access reads."""
+    x_ptr, noise_ptr, _, _, _, _ = state
+    output_ptr, cond_ptr = model
+    offsets, output_offsets, mask, z = access
     x = tl.load(x_ptr + offsets, mask=mask)
-    output = tl.load(output_ptr + offsets, mask=mask).to(tl.float32)
-    if NOISE == TENSOR:
+    output = tl.load(output_ptr + output_offsets, mask=mask).to(tl.float32)
+    output = guide(output, cond_ptr, output_offsets, mask, w)
+    if noise_ptr is not None:
         z = tl.load(noise_ptr + offsets, mask=mask)
+    return x, output, z
 
-    x0 = predict_x0(x, output, a_t, rcp_a_t, b_t, PREDICTION, PORTABLE)
-    eps = predict_eps(x, x0, output, a_t, b_t, rcp_b_t, PREDICTION, PORTABLE)
-    x0 = clip_x0(x0, clip, CLIP)
-    tl.store(out_ptr + offsets, combine(x0, eps, z, a_s, c1, c2, NOISE, NOISE_FIRST), mask=mask)
-    if WRITE_X0:
+
+@triton.jit
+def finish(
+    fetched, access, factors, bounds, state,
+    PREDICTION: tl.constexpr, NOISE: tl.constexpr, NOISE_FIRST: tl.constexpr,
+    REDERIVE: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """The step itself: predict x0, bound it, direction, noise, store."""
+    x, output, z = fetched
+    offsets, _, mask, _ = access
+    a_t, rcp_a_t, b_t, rcp_b_t, a_s, c1, c2 = factors
+    clip, threshold, rcp_threshold = bounds
+    _, _, out_ptr, x0_ptr, next_ptr, next_again_ptr = state
+
+    predicted = predict_x0(x, output, a_t, rcp_a_t, b_t, PREDICTION, PORTABLE)
+    x0 = bound_x0(predicted, clip, threshold, rcp_threshold, PORTABLE)
+    eps = predict_eps(x, output, predicted, x0, a_t, b_t, rcp_b_t, PREDICTION, REDERIVE, PORTABLE)
+    x_s = combine(x0, eps, z, a_s, c1, c2, NOISE, NOISE_FIRST)
+
+    tl.store(out_ptr + offsets, x_s, mask=mask)
+    if x0_ptr is not None:
         tl.store(x0_ptr + offsets, x0, mask=mask)
+    if next_ptr is not None:
+        model_input = rounded(x_s, next_ptr.dtype.element_ty, PORTABLE)
+        tl.store(next_ptr + offsets, model_input, mask=mask)
+        if next_again_ptr is not None:
+            tl.store(next_again_ptr + offsets, model_input, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_elements", "blocks_per_sample", "rows_stride"])
+@triton.jit
+def step_noise(quad, row, seed, PORTABLE: tl.constexpr):
+    """The normals of elements 4·quad … 4·quad + 3, or four zeros where there is no seed."""
+    if seed is None:
+        return 0.0, 0.0, 0.0, 0.0
+    else:  # noqa: RET505  (without it Triton compiles on into what there is no seed for)
+        return philox_normal4(quad, row, 0, seed, PORTABLE)
+
+
+@triton.jit
+def in_order(j, first_quad, n_elements, noise_of, FOURS: tl.constexpr, PORTABLE: tl.constexpr):
+    """The accesses of these fours of a sample that lies in the order of its elements."""
+    row, seed = noise_of
+    z = step_noise(first_quad + j, row, seed, PORTABLE)
+    left = tl.minimum(n_elements - first_quad * 4, FAR).to(tl.int32)
+    if FOURS:
+        # Rows of four with the mask on the row: `offsets < n` alone, with n no multiple of 16,
+        # would make every access scalar, and a flat block with a 16-bit output would exchange
+        # its elements through shared memory.
+        offsets = j[:, None] * 4 + tl.arange(0, 4)[None, :]
+        z_row = join4(z[0], z[1], z[2], z[3]) if seed is not None else 0.0
+        accesses = ((offsets, offsets, (j * 4 < left)[:, None], z_row),)
+    else:
+        # A sample that is no multiple of four: rows of four would reach into the next sample.
+        accesses = ()
+        for lane in tl.static_range(4):
+            offsets = j * 4 + lane
+            accesses = accesses + ((offsets, offsets, offsets < left, z[lane]),)
+    return accesses
+
+
+@triton.jit
+def four_channels(
+    j, first_quad, first_channel, n_pixels, noise_of,
+    CHANNELS: tl.constexpr, OUTPUT_CHANNELS: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """The accesses of these fours of pixels that lie channels last: four channels are a row."""
+    row, seed = noise_of
+    z = ()
+    for k in tl.static_range(4):
+        quad = (first_channel + k) * (n_pixels // 4) + first_quad + j
+        z = z + (step_noise(quad, row, seed, PORTABLE),)
+    mask = (j * 4 < tl.minimum(n_pixels - first_quad * 4, FAR).to(tl.int32))[:, None]
+    accesses = ()
+    for lane in tl.static_range(4):
+        pixel, c = (j * 4 + lane)[:, None], tl.arange(0, 4)[None, :]
+        z_row = 0.0
+        if seed is not None:
+            z_row = join4(z[0][lane], z[1][lane], z[2][lane], z[3][lane])
+        offsets, output_offsets = pixel * CHANNELS + c, pixel * OUTPUT_CHANNELS + c
+        accesses = accesses + ((offsets, output_offsets, mask, z_row),)
+    return accesses
+
+
+@triton.jit
+def one_channel(
+    j, first_quad, start, early, n_pixels, noise_of,
+    CHANNELS: tl.constexpr, OUTPUT_CHANNELS: tl.constexpr, FOURS: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """The accesses of these fours of one channel of pixels, which are that many elements apart.
+
+    Where sizes are no multiple of four, a channel's first element, ``start``, stands anywhere in
+    its four: fours begin ``early`` pixels before it, and one on a border is drawn for both
+    channels. What the pointers lack of it is constant, or each access would have an address to
+    work out for itself.
+    """
+    row, seed = noise_of
+    z = step_noise((start >> 2) + first_quad + j, row, seed, PORTABLE)
+    left = tl.minimum(n_pixels - first_quad * 4 + early, FAR).to(tl.int32)
+    skipped = tl.where(first_quad == 0, early, 0).to(tl.int32)
+    accesses = ()
+    for lane in tl.static_range(4):
+        pixel = j * 4 + lane
+        mask = j * 4 < left if FOURS else (pixel >= skipped) & (pixel < left)
+        accesses = accesses + ((pixel * CHANNELS, pixel * OUTPUT_CHANNELS, mask, z[lane]),)
+    return accesses
+
+
+@triton.jit
+def moved(pointer, offset):
+    """pointer + offset; None stays None."""
+    if pointer is not None:
+        pointer += offset
+    return pointer
+
+
+@triton.jit
+def pointers_at(state, model, offset, output_offset):
+    """The pointers into tensors of the state's layout, and of the model's output, moved."""
+    x_ptr, noise_ptr, out_ptr, x0_ptr, next_ptr, next_again_ptr = state
+    output_ptr, cond_ptr = model
+    state = (
+        x_ptr + offset, moved(noise_ptr, offset), out_ptr + offset, moved(x0_ptr, offset),
+        moved(next_ptr, offset), moved(next_again_ptr, offset),
+    )  # fmt: skip
+    return state, (output_ptr + output_offset, moved(cond_ptr, output_offset))
+
+
+@triton.constexpr_function
+def block_channels(channels):
+    """How many channels a block takes of samples that lie channels last; it divides them."""
+    return 4 if channels > 0 and channels % 4 == 0 else channels if 0 < channels < 4 else 1
+
+
+SIZES = [
+    "n_elements", "samples", "blocks_per_sample", "output_stride", "rows_stride", "guidance_stride",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
 def ddim_step_kernel(
     x_ptr,
     output_ptr,
     noise_ptr,
     out_ptr,
     x0_ptr,
+    next_ptr,
     table_ptr,
     rows_ptr,
     seeds_ptr,
+    guidance_ptr,
+    threshold_ptr,
+    rcp_threshold_ptr,
     n_elements,
+    samples,
     blocks_per_sample,
+    output_stride,
     rows_stride,
+    guidance_stride,
     clip,
     COLUMNS: tl.constexpr,
     PREDICTION: tl.constexpr,
-    NOISE: tl.constexpr,
     NOISE_FIRST: tl.constexpr,
-    CLIP: tl.constexpr,
-    WRITE_X0: tl.constexpr,
-    VECTOR: tl.constexpr,
+    REDERIVE: tl.constexpr,
+    NEXT_TWICE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUT_CHANNELS: tl.constexpr,
+    FOURS: tl.constexpr,
     PORTABLE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    QUADS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """x_s and, if asked for, x0 of BLOCK_SIZE elements of one sample.
+    """x_s and whatever else is asked for, of one block of one sample.
 
-    One grid axis, since the others end at 65,535. Sizes are in elements of one sample. What
-    changes between calls is read from device memory, so that a captured graph can serve them all.
+    One grid axis, since the others end at 65,535. Sizes are in elements; n_elements is a
+    sample's. A pointer that is None is a choice made at compile time. What changes between calls
+    is read from device memory, so that a captured graph can serve them all.
+
+    CHANNELS = 0: a sample is one stretch of memory in the order of its elements. Otherwise its
+    pixels lie CHANNELS apart, OUTPUT_CHANNELS apart in the model's output, and a block is up to
+    four channels of some pixels: noise belongs to the element, wherever memory keeps it.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    sample, block = pid // blocks_per_sample, pid % blocks_per_sample
-    base = sample * n_elements
+    WIDTH: tl.constexpr = block_channels(CHANNELS)
+    GROUPS: tl.constexpr = CHANNELS // WIDTH if CHANNELS > 0 else 1
+    pid = tl.program_id(0)
+    first_channel = (pid % GROUPS * WIDTH).to(tl.int64)
+    sample = pid // GROUPS // blocks_per_sample
+    block = (pid // GROUPS - sample * blocks_per_sample).to(tl.int64)
+    sample = sample.to(tl.int64)
+
     row = tl.load(rows_ptr + sample * rows_stride)
-    row_ptr = table_ptr + row * COLUMNS
-    quad = block * (BLOCK_SIZE // 4) + tl.arange(0, BLOCK_SIZE // 4)
+    factors = ()
+    for column in tl.static_range(7):
+        factors = factors + (tl.load(table_ptr + row * COLUMNS + column),)
+    seed, w, threshold, rcp_threshold = None, None, None, None
+    if seeds_ptr is not None:
+        seed = tl.load(seeds_ptr + sample)
+    if guidance_ptr is not None:
+        w = tl.load(guidance_ptr + sample * guidance_stride)
+    if threshold_ptr is not None:
+        threshold = tl.load(threshold_ptr + sample)
+        rcp_threshold = tl.load(rcp_threshold_ptr + sample)
 
-    z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
-    if NOISE == PHILOX:
-        z0 = tl.zeros((BLOCK_SIZE // 4,), tl.float32)
-        z1, z2, z3 = z0, z0, z0
-        if tl.load(row_ptr + 5) != 0:  # the last step adds no noise: do not compute any
-            seed = tl.load(seeds_ptr + sample)
-            z0, z1, z2, z3 = philox_normal4(quad, row, 0, seed, PORTABLE)
+    # Pointers go to the block, in 64 bits; offsets count from there and fit in 32.
+    if FOURS:  # so written, these tell the compiler of the alignment
+        n_elements = n_elements // 4 * 4
+        output_stride = output_stride // 4 * 4
+    cond_ptr, next_again_ptr = None, None
+    if guidance_ptr is not None:
+        cond_ptr = output_ptr + samples.to(tl.int64) * output_stride
+    if NEXT_TWICE:
+        next_again_ptr = next_ptr + samples.to(tl.int64) * n_elements
+    first_quad = block * (PARTS * QUADS)
+    first, output_first = first_quad * 4, first_quad * 4
+    if CHANNELS > 0:
+        first, output_first = first * CHANNELS + first_channel, first * OUTPUT_CHANNELS + first_channel
+    state, model = pointers_at(
+        (x_ptr, noise_ptr, out_ptr, x0_ptr, next_ptr, next_again_ptr), (output_ptr, cond_ptr),
+        sample * n_elements + first, sample * output_stride + output_first,
+    )  # fmt: skip
 
-    if VECTOR:
-        # Rows of four with the mask on the row: `offsets < n` alone, with n no multiple of 16,
-        # would make every access scalar, and a flat block with a 16-bit output would exchange
-        # its elements through shared memory.
-        quads = tl.multiple_of(n_elements, 4) // 4
-        offsets = (sample * quads + quad)[:, None] * 4 + tl.arange(0, 4)[None, :]
-        z = join4(z0, z1, z2, z3) if NOISE == PHILOX else z0
-        update(
-            x_ptr, output_ptr, noise_ptr, out_ptr, x0_ptr, row_ptr, clip, z,
-            offsets, (quad < quads)[:, None],
-            PREDICTION, NOISE, NOISE_FIRST, CLIP, WRITE_X0, PORTABLE,
-        )  # fmt: skip
-    else:
-        # A sample that is no multiple of four: rows of four would reach into the next sample.
-        z = (z0, z1, z2, z3)
-        for lane in tl.static_range(4):
-            offsets = quad * 4 + lane
-            update(
-                x_ptr, output_ptr, noise_ptr, out_ptr, x0_ptr, row_ptr, clip, z[lane],
-                base + offsets, offsets < n_elements,
-                PREDICTION, NOISE, NOISE_FIRST, CLIP, WRITE_X0, PORTABLE,
-            )  # fmt: skip
+    n_pixels = n_elements // CHANNELS if CHANNELS > 0 else n_elements
+    noise_of = (row, seed)
+    for k in tl.static_range(1 if CHANNELS % 4 == 0 and FOURS else WIDTH):
+        start = (first_channel + k) * n_pixels
+        early = start * 0 if FOURS or CHANNELS == 0 else start & 3
+        state_here, model_here = pointers_at(
+            state, model, k - early * CHANNELS, k - early * OUTPUT_CHANNELS
+        )
+        for part in tl.static_range(PARTS):
+            j = tl.arange(0, QUADS) + part * QUADS
+            if CHANNELS == 0:
+                accesses = in_order(j, first_quad, n_elements, noise_of, FOURS, PORTABLE)
+            elif CHANNELS % 4 == 0 and FOURS:
+                accesses = four_channels(
+                    j, first_quad, first_channel, n_pixels, noise_of,
+                    CHANNELS, OUTPUT_CHANNELS, PORTABLE,
+                )  # fmt: skip
+            else:
+                accesses = one_channel(
+                    j, first_quad, start, early, n_pixels, noise_of,
+                    CHANNELS, OUTPUT_CHANNELS, FOURS, PORTABLE,
+                )  # fmt: skip
+            # All is read before anything is written: a load cannot be moved before a store.
+            fetched = ()
+            for i in tl.static_range(len(accesses)):
+                fetched = fetched + (fetch(state_here, model_here, accesses[i], w),)
+            for i in tl.static_range(len(accesses)):
+                finish(
+                    fetched[i], accesses[i], factors, (clip, threshold, rcp_threshold), state_here,
+                    PREDICTION, noise_ptr is not None or seeds_ptr is not None, NOISE_FIRST,
+                    REDERIVE, PORTABLE,
+                )  # fmt: skip

@@ -1,0 +1,145 @@
+"""The ways people run a step, by name, for the tests, the machine code and the benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastddim
+from fastddim.coefficients import PREDICTIONS
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of the step.
+
+    Attributes:
+        prediction: what the model returns.
+        noise: ``"none"``, ``"tensor"`` or ``"philox"`` (counter noise, from seeds).
+        dtype: of the model's output and input; the state is float32.
+        shape: of a sample, (channels, height, width).
+        channels_last: the layout of every tensor.
+        learned: whether the output has twice the channels, a learned variance after ε.
+        guidance: whether the output holds both halves of classifier-free guidance.
+        clip, threshold: how x0 is bounded, if it is.
+        rederive: whether ε follows from the bounded x0.
+        noise_first: whether noise is added before the direction (the seed) or after (diffusers).
+        want_x0: whether x0 is written too.
+        next_inputs: how often x_s is written for the model's next call, in its dtype.
+        rows_differ: whether each sample is on a row of its own.
+    """
+
+    prediction: str = "epsilon"
+    noise: str = "none"
+    dtype: torch.dtype = torch.float32
+    shape: tuple[int, int, int] = (4, 64, 64)
+    channels_last: bool = False
+    learned: bool = False
+    guidance: bool = False
+    clip: float | None = None
+    threshold: bool = False
+    rederive: bool = False
+    noise_first: bool = True
+    want_x0: bool = False
+    next_inputs: int = 0
+    rows_differ: bool = False
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Read and written, coefficients apart: what a copy would have to move."""
+        said = self.dtype.itemsize * (2 if self.guidance else 1)
+        state = 4 * (2 + self.want_x0 + (self.noise == "tensor"))
+        return state + said + self.dtype.itemsize * self.next_inputs
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+ODD = (3, 255, 255)
+
+VARIANTS = {
+    "epsilon": Variant(),
+    "epsilon bf16": Variant(dtype=BF16),
+    "epsilon x0 clip": Variant(want_x0=True, clip=1.0),
+    "epsilon tensor": Variant(noise="tensor", noise_first=False),
+    "epsilon philox": Variant(noise="philox"),
+    "epsilon philox bf16": Variant(noise="philox", dtype=BF16),
+    "epsilon philox rows x0": Variant(noise="philox", rows_differ=True, want_x0=True),
+    "epsilon odd": Variant(shape=ODD, rows_differ=True),
+    "epsilon odd philox": Variant(shape=ODD, noise="philox"),
+    "epsilon last philox": Variant(channels_last=True, noise="philox"),
+    "epsilon last philox rgb": Variant(noise="philox", shape=(3, 64, 64), channels_last=True),
+    "epsilon last philox odd": Variant(shape=ODD, channels_last=True, noise="philox"),
+    "epsilon clip rederive": Variant(clip=1.0, rederive=True, noise_first=False),
+    "epsilon threshold": Variant(threshold=True, want_x0=True),
+    "epsilon fp16 next": Variant(dtype=FP16, next_inputs=1),
+    "v": Variant("v"),
+    "v philox bf16 next": Variant("v", "philox", BF16, next_inputs=1),
+    "sample philox x0 clip": Variant("sample", "philox", want_x0=True, clip=1.0),
+    "learned philox clip rederive": Variant(
+        noise="philox", learned=True, clip=1.0, rederive=True, shape=(3, 64, 64)
+    ),
+    "learned last": Variant(learned=True, channels_last=True),
+    "learned last rgb": Variant(learned=True, channels_last=True, shape=(3, 64, 64)),
+    "guidance bf16 next": Variant(dtype=BF16, guidance=True, next_inputs=2),
+    "guidance philox bf16 clip next": Variant(
+        noise="philox", dtype=BF16, guidance=True, clip=1.0, next_inputs=2
+    ),
+    "guidance philox threshold": Variant(noise="philox", guidance=True, threshold=True),
+}
+
+
+def step_arguments(
+    v: Variant, batch: int, device: str = "cpu", shape: tuple[int, ...] | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """What ``fastddim.ddim_step`` is called with for a batch of this variant.
+
+    On ``"meta"`` the tensors have no content, and the step does not run.
+    """
+    sample = shape or v.shape
+    table = fastddim.DDIM(steps=50, eta=1.0).table
+    g = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normals(*size: int) -> Tensor:
+        t = torch.randn(size, generator=g, device=device)
+        return t.movedim(1, -1).contiguous().movedim(-1, 1) if v.channels_last else t
+
+    rows = torch.arange(batch, dtype=torch.int32, device=device) % 49
+    channels = sample[0] * (2 if v.learned else 1)
+    output = normals(batch * (2 if v.guidance else 1), channels, *sample[1:]).to(v.dtype)
+    found: dict[str, Any] = {
+        "x": normals(batch, *sample),
+        "output": output,
+        "table": torch.tensor(table, device=device),
+        "rows": rows if v.rows_differ else rows[:1].expand(batch),
+        "prediction": v.prediction,
+        "noise_first": v.noise_first,
+        "clip": v.clip,
+        "rederive": v.rederive,
+        "want_x0": v.want_x0,
+    }
+    if v.noise == "philox":
+        found["seeds"] = torch.arange(2**40, 2**40 + batch, device=device)
+    if v.noise == "tensor":
+        found["noise"] = normals(batch, *sample)
+    if v.guidance:
+        found["guidance"] = torch.linspace(1.5, 9, batch, device=device)
+    if v.threshold:
+        found["threshold"] = torch.linspace(1, 2, batch, device=device)
+    if v.next_inputs:
+        found["next_input"] = torch.cat(
+            [torch.empty_like(found["x"], dtype=v.dtype)] * v.next_inputs
+        )
+    return found
+
+
+def launch_arguments(v: Variant, batch: int, device: str = "cpu", **options: Any) -> dict[str, Any]:
+    """The same in the terms of ``fastddim_kernels.ddim_step``, which takes tensors laid out."""
+    found = step_arguments(v, batch, device, **options)
+    x = found["x"]
+    found["output"] = found["output"][:, : x.shape[1]]
+    found["prediction"] = PREDICTIONS.index(v.prediction)
+    found["out"] = torch.empty_like(x)
+    found["x0"] = torch.empty_like(x) if found.pop("want_x0") else None
+    return found
