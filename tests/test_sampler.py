@@ -318,6 +318,7 @@ def test_a_float64_default_dtype_changes_nothing() -> None:
         lambda eps: SimpleNamespace(sample=eps),
         lambda eps: eps.double().float().contiguous().clone(),
         lambda eps: torch.stack([eps, eps], -1)[..., 0],
+        lambda eps: torch.cat([eps, torch.full_like(eps, torch.nan)], dim=1),  # learned variance
     ],
 )
 def test_models_may_return_tuples_objects_and_any_layout(wrap: Callable[[Tensor], Any]) -> None:

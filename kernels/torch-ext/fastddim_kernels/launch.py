@@ -283,9 +283,7 @@ def _check_state(
         for half in next_input.chunk(halves):
             _check_like("next_input", half, x, next_input.dtype)
         if halves == 2 and next_input.stride(0) * len(x) != x.numel():
-            raise ValueError(
-                f"next_input must be dense, got {_describe(next_input)}"
-            )
+            raise ValueError(f"next_input must be dense, got {_describe(next_input)}")
 
 
 def _check_coefficients(

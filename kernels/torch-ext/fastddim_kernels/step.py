@@ -298,7 +298,9 @@ def ddim_step_kernel(
     four channels of some pixels: noise belongs to the element, wherever memory keeps it.
     """
     WIDTH: tl.constexpr = block_channels(CHANNELS)
-    GROUPS: tl.constexpr = CHANNELS // WIDTH if CHANNELS > 0 else 1
+    PIXEL: tl.constexpr = CHANNELS if CHANNELS > 0 else 1
+    OUTPUT_PIXEL: tl.constexpr = OUTPUT_CHANNELS if CHANNELS > 0 else 1
+    GROUPS: tl.constexpr = PIXEL // WIDTH
     pid = tl.program_id(0)
     first_channel = (pid % GROUPS * WIDTH).to(tl.int64)
     sample = pid // GROUPS // blocks_per_sample
@@ -328,21 +330,19 @@ def ddim_step_kernel(
     if NEXT_TWICE:
         next_again_ptr = next_ptr + samples.to(tl.int64) * n_elements
     first_quad = block * (PARTS * QUADS)
-    first, output_first = first_quad * 4, first_quad * 4
-    if CHANNELS > 0:
-        first, output_first = first * CHANNELS + first_channel, first * OUTPUT_CHANNELS + first_channel
     state, model = pointers_at(
         (x_ptr, noise_ptr, out_ptr, x0_ptr, next_ptr, next_again_ptr), (output_ptr, cond_ptr),
-        sample * n_elements + first, sample * output_stride + output_first,
+        sample * n_elements + first_quad * 4 * PIXEL + first_channel,
+        sample * output_stride + first_quad * 4 * OUTPUT_PIXEL + first_channel,
     )  # fmt: skip
 
-    n_pixels = n_elements // CHANNELS if CHANNELS > 0 else n_elements
+    n_pixels = n_elements // PIXEL
     noise_of = (row, seed)
     for k in tl.static_range(1 if CHANNELS % 4 == 0 and FOURS else WIDTH):
         start = (first_channel + k) * n_pixels
         early = start * 0 if FOURS or CHANNELS == 0 else start & 3
         state_here, model_here = pointers_at(
-            state, model, k - early * CHANNELS, k - early * OUTPUT_CHANNELS
+            state, model, k - early * PIXEL, k - early * OUTPUT_PIXEL
         )
         for part in tl.static_range(PARTS):
             j = tl.arange(0, QUADS) + part * QUADS
