@@ -257,7 +257,7 @@ def _block(g: _Geometry, noisy: bool) -> tuple[int, int]:
         fours = _INTERPRETED_FOURS
     if g.samples * g.n < _LARGE or g.fours < fours * parts:
         parts = 1
-    return min(fours, max(4, triton.next_power_of_2(g.fours))), parts
+    return min(fours, max(4, int(triton.next_power_of_2(g.fours)))), parts
 
 
 def _check_state(

@@ -1,7 +1,7 @@
 """One DDIM step in Triton, one pass over memory: the kernel, its body term by term."""
 
 # Triton compiles these bodies; to pyright its language is made of functions that never return.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 from __future__ import annotations
 
