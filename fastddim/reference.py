@@ -16,6 +16,9 @@ def ddim_step(
     prediction: str = "epsilon",
     clip: float | None = None,
     noise_first: bool = True,
+    guidance: Tensor | None = None,
+    threshold: Tensor | None = None,
+    rederive: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(x_s, x0) of one step t → s, in the dtype of its arguments (Song et al. 2021, eq. 12).
 
@@ -24,9 +27,18 @@ def ddim_step(
 
     ``row`` is one row of the coefficient table. A ``v`` model has x0 = √ᾱ_t·x − √(1−ᾱ_t)·v and
     ε = √ᾱ_t·v + √(1−ᾱ_t)·x; a ``sample`` model returns x0 and ε = (x − √ᾱ_t·x0)/√(1−ᾱ_t).
-    ``clip`` bounds x0, not ε. ``noise_first=False`` adds the noise last, as diffusers does.
+    Of an ``output`` with twice x's channels the first half counts (a learned variance follows).
+    ``guidance`` is w in output_u + w·(output_c − output_u), ``output`` being both halves along
+    the batch (Ho and Salimans 2022). ``clip`` bounds x0 by ±clip; ``threshold`` is s in
+    x0 = clamp(x0, ±s)/s (Saharia et al. 2022, section 2.3); ``rederive`` has ε follow from the
+    bounded x0. ``noise_first=False`` adds the noise last, as diffusers does.
     """
     a_t, _, b_t, _, a_s, c1, c2 = row.unbind(-1)
+    if output.dim() > 1 and output.shape[1] == 2 * x.shape[1]:
+        output = output[:, : x.shape[1]]
+    if guidance is not None:
+        uncond, cond = output.chunk(2)
+        output = uncond + guidance * (cond - uncond)
     if prediction == "epsilon":
         x0, eps = (x - output * b_t) / a_t, output
     elif prediction == "v":
@@ -35,6 +47,10 @@ def ddim_step(
         x0, eps = output, (x - a_t * output) / b_t
     if clip is not None:
         x0 = x0.clamp(-clip, clip)
+    if threshold is not None:
+        x0 = x0.clamp(-threshold, threshold) / threshold
+    if rederive:
+        eps = (x - a_t * x0) / b_t
     x_s = a_s * x0
     if z is not None and noise_first:
         x_s = x_s + c1 * z
