@@ -8,6 +8,8 @@ reassociation, so a vector's lanes and the loop's remainder give the same bits: 
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import functools
 import math
 import threading
@@ -33,8 +35,9 @@ ROOM = CHUNK // 4 + 1
 """Quads that a chunk may touch: one more than it holds, where it begins inside one."""
 TASK = 64 * CHUNK
 """Elements a thread takes at a time: a core that is busy with something else takes fewer."""
-SHARE = 2 * TASK
-"""Elements for which one more thread pays for its start."""
+SHARE, NOISY_SHARE = 16 * TASK, 4 * TASK
+"""Elements for which one more thread pays, without counter noise and with it: about a millisecond
+of work, since on a busy machine a thread may be kept waiting, and be waited for, that long."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,6 +49,7 @@ _part: Callable[..., Any] = numba.njit(no_cpython_wrapper=True, **_OPTIONS)
 
 def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compiled now, or read from the cache where there is a folder to keep one in."""
+
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             compiled = numba.njit(signature, cache=True, **_OPTIONS)(function)
@@ -111,12 +115,13 @@ _EXPONENT, _SQRT_HALF = np.int32(23), np.int32(0x3F3504F3)  # the bits of √½ 
 # of the value before rounding.
 _S0, _S1, _S2, _S3 = (np.float32(c) for c in (6.2831855, -41.341663, 81.592354, -75.39356))
 _C0, _C1, _C2, _C3 = (np.float32(c) for c in (-19.739208, 64.93932, -85.44324, 59.229244))
-_EIGHTH, _QUARTER = np.uint32(1 << 29), np.uint32((1 << 30) - 1)
+_EIGHTH, _QUARTER = np.int32(1 << 29), np.int32((1 << 30) - 1)
+_SIGN, _BIT = np.int32(-(1 << 31)), np.int32(1)
 
 
 @_part
 def _words(seed, row, stream, quad, quads, words):  # type: ignore[no-untyped-def]
-    """Philox4x32-10 of the quads from ``quad`` on into ``words``, uint32 (4 × ROOM)."""
+    """Philox4x32-10 of the quads from ``quad`` on: all words 0, all words 2, all 1, all 3."""
     low, high = np.uint64(seed) & _LOW, np.uint64(seed) >> _WORD
     for i in range(quads):
         index = np.uint64(quad + i)
@@ -128,8 +133,8 @@ def _words(seed, row, stream, quad, quads, words):  # type: ignore[no-untyped-de
             p0, p1 = (c0 & _LOW) * _M0, (c2 & _LOW) * _M1
             c0, c1, c2, c3 = (p1 >> _WORD) ^ c1 ^ k0, p1, (p0 >> _WORD) ^ c3 ^ k1, p0
             k0, k1 = k0 + _W0, k1 + _W1
-        words[i], words[i + ROOM] = np.uint32(c0 & _LOW), np.uint32(c1 & _LOW)
-        words[i + 2 * ROOM], words[i + 3 * ROOM] = np.uint32(c2 & _LOW), np.uint32(c3 & _LOW)
+        words[i], words[i + 2 * quads] = np.uint32(c0 & _LOW), np.uint32(c1 & _LOW)
+        words[i + quads], words[i + 3 * quads] = np.uint32(c2 & _LOW), np.uint32(c3 & _LOW)
 
 
 @_part
@@ -145,36 +150,51 @@ def _ln(u):  # type: ignore[no-untyped-def]
 
 
 @_part
-def _pair(a, b):  # type: ignore[no-untyped-def]
-    """Box–Muller: r·cos θ and r·sin θ of two words."""
-    u = (np.float32(a) + _HALF) * _SCALE
-    square = _MINUS_TWO * _ln(u)
-    r = math.sqrt(square if square > _ZERO else _ZERO)
-    # θ is a quarter turn ``quarter`` times and f of a turn, |f| ≤ ⅛, taken apart as integers.
-    word = np.uint32(b + _EIGHTH)
-    quarter = word >> np.uint32(30)
-    rest = np.int32(np.int32(word & _QUARTER) - np.int32(_EIGHTH))
-    f = (np.float32(rest) + _HALF) * _SCALE
-    g = f * f
-    s = f * (_S0 + g * (_S1 + g * (_S2 + g * _S3)))
-    c = _ONE + g * (_C0 + g * (_C1 + g * (_C2 + g * _C3)))
-    odd = quarter & np.uint32(1) != 0
-    cosine, sine = (s, c) if odd else (c, s)
-    cosine = -cosine if (quarter + np.uint32(1)) & np.uint32(2) != 0 else cosine
-    sine = -sine if quarter & np.uint32(2) != 0 else sine
-    return r * cosine, r * sine
+def _box_muller(count, words, z):  # type: ignore[no-untyped-def]
+    """All r·cos θ, then all r·sin θ, from ``count`` words for u and as many for θ."""
+    for i in range(count):
+        u = (np.float32(words[i]) + _HALF) * _SCALE
+        square = _MINUS_TWO * _ln(u)
+        r = math.sqrt(square if square > _ZERO else _ZERO)
+        # θ is a number of quarter turns, the upper two bits, and f of a turn, |f| ≤ ⅛.
+        word = np.int32(np.int32(words[i + count]) + _EIGHTH)
+        f = (np.float32(np.int32((word & _QUARTER) - _EIGHTH)) + _HALF) * _SCALE
+        g = f * f
+        s = f * (_S0 + g * (_S1 + g * (_S2 + g * _S3)))
+        c = _ONE + g * (_C0 + g * (_C1 + g * (_C2 + g * _C3)))
+        next_bit = np.int32(word << _BIT)  # its sign says whether the quarters are odd
+        cosine, sine = (s, c) if next_bit < 0 else (c, s)
+        cosine_sign = np.int32((word ^ next_bit) & _SIGN)
+        sine_sign = np.int32(word & _SIGN)
+        z[i] = np.int32(np.float32(r * cosine).view(np.int32) ^ cosine_sign).view(np.float32)
+        z[i + count] = np.int32(np.float32(r * sine).view(np.int32) ^ sine_sign).view(np.float32)
 
 
 @_part
-def _normals(seed, row, stream, first, count, words, z):  # type: ignore[no-untyped-def]
+def _normals(seed, row, stream, first, count, words, pairs, z):  # type: ignore[no-untyped-def]
     """Writes the normals of elements ``first`` to ``first + count`` to z; the first one's place."""
     quad, lane = first // 4, first % 4
     quads = (lane + count + 3) // 4
     _words(seed, row, stream, quad, quads, words)
+    _box_muller(2 * quads, words, pairs)
     for i in range(quads):
-        z[4 * i], z[4 * i + 1] = _pair(words[i], words[i + ROOM])
-        z[4 * i + 2], z[4 * i + 3] = _pair(words[i + 2 * ROOM], words[i + 3 * ROOM])
+        z[4 * i], z[4 * i + 1] = pairs[i], pairs[i + 2 * quads]
+        z[4 * i + 2], z[4 * i + 3] = pairs[i + quads], pairs[i + 3 * quads]
     return lane
+
+
+@_part
+def _scattered(seed, row, stream, first, count, channels, pixels, words, pairs, plane, z):  # type: ignore[no-untyped-def]
+    """``_normals`` of ``count`` elements in memory's order, where a pixel's channels are adjacent.
+
+    Noise belongs to the logical element, channel · pixels + pixel.
+    """
+    low, high = first // channels, (first + count - 1) // channels + 1
+    for channel in range(channels):
+        lane = _normals(seed, row, stream, channel * pixels + low, high - low, words, pairs, plane)
+        for i in range(high - low):
+            z[i * channels + channel] = plane[i + lane]
+    return first - low * channels
 
 
 # --- The step's terms -------------------------------------------------------------------------
@@ -191,15 +211,16 @@ def _widened(address, dtype, start, count, into):  # type: ignore[no-untyped-def
             into[i] = np.uint32(np.uint32(half[i]) << np.uint32(16)).view(np.float32)
     else:
         for i in range(count):
-            # The exponent's bias is put right by a product, which is exact for denormals too.
             bits = np.uint32(half[i])
-            magnitude = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))
-            value = magnitude.view(np.float32) * np.float32(2.0**112)
-            exact = np.float32(value).view(np.uint32)
-            if magnitude >= np.uint32(0x0F800000):  # infinity or NaN
-                exact = np.uint32(exact | np.uint32(0x7F800000))
+            magnitude = np.uint32(bits & np.uint32(0x7FFF))
+            # Its exponent's bias is 15, float32's 127; what is below the least exponent counts
+            # 2⁻²⁴; the largest exponent, of infinity and NaN, becomes float32's.
+            word = np.uint32(np.uint32(magnitude << np.uint32(13)) + np.uint32(112 << 23))
+            word = np.uint32(word | np.uint32(0x7F800000)) if magnitude >= 0x7C00 else word
+            tiny = np.float32(np.float32(magnitude) * np.float32(2.0**-24)).view(np.uint32)
+            word = tiny if magnitude < 0x400 else word
             sign = np.uint32((bits & np.uint32(0x8000)) << np.uint32(16))
-            into[i] = np.uint32(exact | sign).view(np.float32)
+            into[i] = np.uint32(word | sign).view(np.float32)
     return into
 
 
@@ -249,7 +270,7 @@ def _combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out):  # 
             out[i] = a_s * x0[i] + c2 * eps[i] + c1 * z[i + lane]
 
 
-@_compiled("int64(" + 23 * "int64, " + "float64)")
+@_compiled("int64(" + 24 * "int64, " + "float64)")
 def _steps(  # type: ignore[no-untyped-def]
     x_address,
     output_address,
@@ -264,6 +285,7 @@ def _steps(  # type: ignore[no-untyped-def]
     counter_address,
     batch,
     n,
+    channels,
     steps,
     output_stride,
     row_stride,
@@ -303,7 +325,8 @@ def _steps(  # type: ignore[no-untyped-def]
 
     x0_own, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     u_own, c_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    z_own, words = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.uint32)
+    z_own, plane = np.empty(4 * ROOM + 2 * channels, np.float32), np.empty(4 * ROOM, np.float32)
+    pairs, words = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.uint32)
     while True:
         start, stop = 0, total
         if counter_address:
@@ -341,8 +364,23 @@ def _steps(  # type: ignore[no-untyped-def]
                     eps[i] = (x[i] - a_t * x0[i]) / b_t
             noisy, z, lane = noise_address != 0, _floats(noise_address, start, count), 0
             if counted and c1 != 0:
-                noisy, z = True, z_own
-                lane = _normals(seeds[sample], row, _STEP, first, count, words, z_own)
+                noisy, z, seed = True, z_own, seeds[sample]
+                if channels == 1:
+                    lane = _normals(seed, row, _STEP, first, count, words, pairs, z_own)
+                else:
+                    lane = _scattered(
+                        seed,
+                        row,
+                        _STEP,
+                        first,
+                        count,
+                        channels,
+                        n // channels,
+                        words,
+                        pairs,
+                        plane,
+                        z_own,
+                    )
             _combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out)
             start += count
         if counter_address == 0 or start >= total:
@@ -357,7 +395,8 @@ def _fill(  # type: ignore[no-untyped-def]
     rows = carray(_int32(rows_address), (batch,))
     seeds = carray(_int64(seeds_address), (batch,))
     total = batch * n
-    z, words = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.uint32)
+    z, pairs = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.float32)
+    words = np.empty(4 * ROOM, np.uint32)
     while True:
         start, stop = 0, total
         if counter_address:
@@ -368,7 +407,7 @@ def _fill(  # type: ignore[no-untyped-def]
             first = start - sample * n
             count = min(min(CHUNK, n - first), stop - start)
             row = rows[sample * row_stride]
-            lane = _normals(seeds[sample], row, stream, first, count, words, z)
+            lane = _normals(seeds[sample], row, stream, first, count, words, pairs, z)
             out = _floats(out_address, start, count)
             for i in range(count):
                 out[i] = z[i + lane]
@@ -420,17 +459,24 @@ def step(
         return
     batch = x.shape[0]
     n = total // batch
+    apart = batch == 1 or x.stride(0) == n
+    channels = 1
     if seeds is not None and not x.is_contiguous():
+        few = apart and x.dim() > 2 and x.shape[1] <= CHUNK // 16
+        channels = x.shape[1] if few and x[0].movedim(0, -1).is_contiguous() else 0
+    if channels == 0:
         # Noise belongs to the logical element, wherever memory keeps it.
+        assert seeds is not None
         logical = torch.empty(x.shape, dtype=torch.float32)
         normal_(logical, seeds, rows, counter.STEP)
         noise, seeds = torch.empty_like(x).copy_(logical), None
-    apart = batch == 1 or x.stride(0) == n
     row_stride, guidance_stride, threshold_stride = (
         0 if t is None or batch == 1 else t.stride(0) for t in (rows, guidance, threshold)
     )
     if not apart and (row_stride or threshold_stride or guidance is not None):
         raise ValueError("samples that are on rows of their own must lie one after another")
+    table = table.contiguous()
+    seeds = None if seeds is None else seeds.contiguous()
     call = functools.partial(
         _steps,
         x.data_ptr(),
@@ -447,6 +493,7 @@ def step(
     sizes = (
         batch,
         n,
+        channels,
         table.shape[0],
         output.stride(0) if apart and output.shape[0] > 1 else n,
         row_stride,
@@ -457,9 +504,11 @@ def step(
         int(noise_first),
         int(clip is not None),
         int(rederive),
-        0.0 if clip is None else clip,
+        0.0 if clip is None else float(clip),
     )
-    if _shared_out(call, sizes, total):
+    shares = total // (SHARE if seeds is None else NOISY_SHARE)
+    tensors = (x, output, table, rows, seeds, noise, guidance, threshold, out, x0)
+    if _shared_out(call, sizes, shares, tensors):
         raise ValueError(
             f"rows must lie in [0, {len(table)}), got {int(rows.min())} to {int(rows.max())}"
         )
@@ -471,34 +520,55 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
     if total == 0:
         return
     batch = out.shape[0]
+    seeds = seeds.contiguous()
     call = functools.partial(_fill, out.data_ptr(), seeds.data_ptr(), rows.data_ptr())
     sizes = (batch, total // batch, 0 if batch == 1 else rows.stride(0), stream)
-    _shared_out(call, sizes, total)
+    _shared_out(call, sizes, total // NOISY_SHARE, (out, seeds, rows))
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _shared_out(call: Callable[..., int], sizes: tuple[float, ...], total: int) -> int:
-    """``call(address of the tasks' counter, *sizes)`` on as many threads as pay for themselves."""
-    threads = min(torch.get_num_threads(), total // SHARE) if total >= 2 * SHARE else 1
-    if threads < 2:
+def _shared_out(
+    call: Callable[..., int], sizes: tuple[float, ...], shares: int, tensors: tuple[Any, ...]
+) -> int:
+    """``call(address of the tasks' counter, *sizes)`` on as many threads as pay for themselves.
+
+    Threads are made for the call: none is left to a fork or to the interpreter's end, and each
+    has its maker's rounding mode. One that has not begun when all tasks are taken, because every
+    core is busy, is not waited for: it will find nothing to do. ``tensors`` own the addresses.
+    """
+    helpers = min(torch.get_num_threads(), shares) - 1
+    if helpers < 1:
         return call(0, *sizes)
     tasks = torch.zeros(1, dtype=torch.int64)
-    arguments = (tasks.data_ptr(), *sizes)
-    # Threads made for the call: none is left to a fork or to the interpreter's end, and each has
-    # its maker's rounding mode.
-    helpers = [threading.Thread(target=call, args=arguments) for _ in range(threads - 1)]
-    started = []
+    job = functools.partial(call, tasks.data_ptr(), *sizes)
+    jobs, ended = [(job, tensors, tasks)] * helpers, threading.Semaphore(0)
+    begun = 0
     try:
-        for helper in helpers:
-            helper.start()
-            started.append(helper)
-    except RuntimeError:  # no more threads, or the interpreter is ending: those there are do it
-        pass
-    try:
-        return call(*arguments)
+        try:
+            for _ in range(helpers):
+                _thread.start_new_thread(_help, (jobs, ended))
+        except RuntimeError:  # no more threads, or the interpreter is ending: fewer will do
+            pass
+        return job()
     finally:
-        for helper in started:
-            helper.join()
+        begun = helpers
+        while jobs:
+            with contextlib.suppress(IndexError):
+                jobs.pop()
+                begun -= 1
+        for _ in range(begun):
+            ended.acquire()
+
+
+def _help(jobs: list[tuple[Callable[[], int], Any, Any]], ended: threading.Semaphore) -> None:
+    try:
+        job = jobs.pop()
+    except IndexError:
+        return
+    try:
+        job[0]()
+    finally:
+        ended.release()
