@@ -6,6 +6,9 @@ reassociation, so a vector's lanes and the loop's remainder give the same bits: 
 ``reference.ddim_step``, and noise that depends on (seed, row, element) alone.
 """
 
+# numba changes what a function's arguments are, and names of its own are not seen as exported.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import _thread
@@ -14,7 +17,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
@@ -39,6 +42,8 @@ SHARE, NOISY_SHARE = 16 * TASK, 4 * TASK
 """Elements for which one more thread pays, without counter noise and with it: about a millisecond
 of work, since on a busy machine a thread may be kept waiting, and be waited for, that long."""
 
+_Job: TypeAlias = tuple[Callable[[], int], tuple[Any, ...]]
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
@@ -51,11 +56,12 @@ def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., An
     """Compiled now, or read from the cache where there is a folder to keep one in."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any]
         try:
             compiled = numba.njit(signature, cache=True, **_OPTIONS)(function)
         except (RuntimeError, OSError):  # neither this folder nor the user's can be written to
             compiled = numba.njit(signature, **_OPTIONS)(function)
-        return compiled  # type: ignore[no-any-return]
+        return compiled
 
     return decorate
 
@@ -90,7 +96,7 @@ def _next(typing_context: Any, address: Any) -> Any:
 
 
 @_part
-def _floats(address, start, count):  # type: ignore[no-untyped-def]
+def _floats(address, start, count):
     return carray(_float32(address + 4 * start), (count,))
 
 
@@ -120,7 +126,7 @@ _SIGN, _BIT = np.int32(-(1 << 31)), np.int32(1)
 
 
 @_part
-def _words(seed, row, stream, quad, quads, words):  # type: ignore[no-untyped-def]
+def _words(seed, row, stream, quad, quads, words):
     """Philox4x32-10 of the quads from ``quad`` on: all words 0, all words 2, all 1, all 3."""
     low, high = np.uint64(seed) & _LOW, np.uint64(seed) >> _WORD
     for i in range(quads):
@@ -138,7 +144,7 @@ def _words(seed, row, stream, quad, quads, words):  # type: ignore[no-untyped-de
 
 
 @_part
-def _ln(u):  # type: ignore[no-untyped-def]
+def _ln(u):
     """ln u of a positive normal float32: u = 2^k·(1 + f)."""
     bits = np.float32(u).view(np.int32)
     k = np.int32(np.int32(bits - _SQRT_HALF) >> _EXPONENT)
@@ -150,7 +156,7 @@ def _ln(u):  # type: ignore[no-untyped-def]
 
 
 @_part
-def _box_muller(count, words, z):  # type: ignore[no-untyped-def]
+def _box_muller(count, words, z):
     """All r·cos θ, then all r·sin θ, from ``count`` words for u and as many for θ."""
     for i in range(count):
         u = (np.float32(words[i]) + _HALF) * _SCALE
@@ -171,7 +177,7 @@ def _box_muller(count, words, z):  # type: ignore[no-untyped-def]
 
 
 @_part
-def _normals(seed, row, stream, first, count, words, pairs, z):  # type: ignore[no-untyped-def]
+def _normals(seed, row, stream, first, count, words, pairs, z):
     """Writes the normals of elements ``first`` to ``first + count`` to z; the first one's place."""
     quad, lane = first // 4, first % 4
     quads = (lane + count + 3) // 4
@@ -184,7 +190,7 @@ def _normals(seed, row, stream, first, count, words, pairs, z):  # type: ignore[
 
 
 @_part
-def _scattered(seed, row, stream, first, count, channels, pixels, words, pairs, plane, z):  # type: ignore[no-untyped-def]
+def _scattered(seed, row, stream, first, count, channels, pixels, words, pairs, plane, z):
     """``_normals`` of ``count`` elements in memory's order, where a pixel's channels are adjacent.
 
     Noise belongs to the logical element, channel · pixels + pixel.
@@ -201,7 +207,7 @@ def _scattered(seed, row, stream, first, count, channels, pixels, words, pairs, 
 
 
 @_part
-def _widened(address, dtype, start, count, into):  # type: ignore[no-untyped-def]
+def _widened(address, dtype, start, count, into):
     """A stretch of the model's output as float32, in ``into`` if it is not so already."""
     if dtype == 0:
         return _floats(address, start, count)
@@ -225,14 +231,14 @@ def _widened(address, dtype, start, count, into):  # type: ignore[no-untyped-def
 
 
 @_part
-def _guide(count, u, c, w, into):  # type: ignore[no-untyped-def]
+def _guide(count, u, c, w, into):
     """u + w·(c − u) from the unconditional and the conditional output."""
     for i in range(count):
         into[i] = u[i] + w * (c[i] - u[i])
 
 
 @_part
-def _predict(count, prediction, x, e, a_t, b_t, x0, eps):  # type: ignore[no-untyped-def]
+def _predict(count, prediction, x, e, a_t, b_t, x0, eps):
     """x0 and ε; of an epsilon model, whose output ε is, x0 alone."""
     if prediction == 0:
         for i in range(count):
@@ -248,7 +254,7 @@ def _predict(count, prediction, x, e, a_t, b_t, x0, eps):  # type: ignore[no-unt
 
 
 @_part
-def _clamp(count, x0, bound):  # type: ignore[no-untyped-def]
+def _clamp(count, x0, bound):
     """x0 within ±bound. A NaN stays one: neither comparison holds for it."""
     for i in range(count):
         value = x0[i]
@@ -257,7 +263,7 @@ def _clamp(count, x0, bound):  # type: ignore[no-untyped-def]
 
 
 @_part
-def _combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out):  # type: ignore[no-untyped-def]
+def _combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out):
     """x_s = √ᾱ_s·x0 + c1·z + c2·ε, the noise added before the direction or after it."""
     if not noisy:
         for i in range(count):
@@ -271,7 +277,7 @@ def _combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out):  # 
 
 
 @_compiled("int64(" + 24 * "int64, " + "float64)")
-def _steps(  # type: ignore[no-untyped-def]
+def _steps(
     x_address,
     output_address,
     table_address,
@@ -388,9 +394,7 @@ def _steps(  # type: ignore[no-untyped-def]
 
 
 @_compiled("int64(" + 7 * "int64, " + "int64)")
-def _fill(  # type: ignore[no-untyped-def]
-    out_address, seeds_address, rows_address, counter_address, batch, n, row_stride, stream
-):
+def _fill(out_address, seeds_address, rows_address, counter_address, batch, n, row_stride, stream):
     """Counter noise into ``out``, task by task as in ``_steps``."""
     rows = carray(_int32(rows_address), (batch,))
     seeds = carray(_int64(seeds_address), (batch,))
@@ -467,7 +471,7 @@ def step(
     if channels == 0:
         # Noise belongs to the logical element, wherever memory keeps it.
         assert seeds is not None
-        logical = torch.empty(x.shape, dtype=torch.float32)
+        logical = torch.empty_like(x, memory_format=torch.contiguous_format)
         normal_(logical, seeds, rows, counter.STEP)
         noise, seeds = torch.empty_like(x).copy_(logical), None
     row_stride, guidance_stride, threshold_stride = (
@@ -542,10 +546,10 @@ def _shared_out(
     helpers = min(torch.get_num_threads(), shares) - 1
     if helpers < 1:
         return call(0, *sizes)
-    tasks = torch.zeros(1, dtype=torch.int64)
+    tasks = torch.zeros(1, dtype=torch.int64, device="cpu")
     job = functools.partial(call, tasks.data_ptr(), *sizes)
-    jobs, ended = [(job, tensors, tasks)] * helpers, threading.Semaphore(0)
-    begun = 0
+    jobs: list[_Job] = [(job, (*tensors, tasks))] * helpers
+    ended = threading.Semaphore(0)
     try:
         try:
             for _ in range(helpers):
@@ -563,12 +567,14 @@ def _shared_out(
             ended.acquire()
 
 
-def _help(jobs: list[tuple[Callable[[], int], Any, Any]], ended: threading.Semaphore) -> None:
+def _help(jobs: list[_Job], ended: threading.Semaphore) -> None:
+    """One thread's part: a job, if there is one left, with the tensors it writes to held."""
     try:
-        job = jobs.pop()
+        job, tensors = jobs.pop()
     except IndexError:
         return
     try:
-        job[0]()
+        job()
     finally:
+        del job, tensors  # before the maker goes on, which may look whether memory is still held
         ended.release()

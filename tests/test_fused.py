@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import itertools
 import os
 import subprocess
@@ -119,10 +120,10 @@ def weights(batch: int, shared: bool) -> Tensor:
 def test_every_variant_equals_the_reference(prediction: int, dtype: torch.dtype) -> None:
     x, z, outputs = randn(3, 5, 41), randn(3, 5, 41, seed=1), randn(6, 5, 41, seed=2).to(dtype)
     seeds = torch.tensor([0, 2**32 + 5, 2**63 - 1])
-    variants = itertools.product(
-        ("none", "tensor", "counter"), BOUNDS, *[(False, True)] * 4, (7, [3, LAST, 20])
-    )
-    for kind, bounded, guided, rederive, noise_first, shared, row in variants:
+    flags = itertools.product((False, True), repeat=5)
+    variants = itertools.product(("none", "tensor", "counter"), BOUNDS, flags)
+    for kind, bounded, (guided, rederive, noise_first, shared, together) in variants:
+        row: int | list[int] = 7 if together else [3, LAST, 20]
         assert_same_step(
             x,
             outputs if guided else outputs[:3],
@@ -156,8 +157,10 @@ def test_a_hundred_thousand_elements_are_not_contracted(prediction: int) -> None
 
 
 NASTY = torch.tensor(
-    [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 65504.0, 1e-38, -1e-40, 1.4e-45]
-    + [0.0, -0.0, 1.0, -2.0, 0.7, -0.7]
+    [
+        *[float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 65504.0],
+        *[1e-38, -1e-40, 1.4e-45, 0.0, -0.0, 1.0, -2.0, 0.7, -0.7],
+    ]
 )
 
 
@@ -272,11 +275,13 @@ def test_any_dense_layout_and_noise_of_the_logical_element(
 
 def test_samples_that_are_not_apart_are_refused_what_is_a_samples_own() -> None:
     x = LAYOUTS["batch inside"](randn(2, 3, 4, 5))
-    for arguments in (
-        (x, x, TABLE, rows_of(2, [1, 2]), None, None, None, None),
-        (x, x, TABLE, rows_of(2, 1), None, None, None, torch.ones(2)),
-        (x, torch.cat([x, x]), TABLE, rows_of(2, 1), None, None, torch.ones(2), None),
-    ):
+    each: list[tuple[Any, ...]] = [
+        (x, rows_of(2, [1, 2]), None, None),
+        (x, rows_of(2, 1), None, torch.ones(2)),
+        (torch.cat([x, x]), rows_of(2, 1), torch.ones(2), None),
+    ]
+    for output, rows, w, s in each:
+        arguments = (x, output, TABLE, rows, None, None, w, s)
         with pytest.raises(ValueError, match="one after another"):
             fused.step(*arguments, 0, True, None, False, torch.empty_like(x), None)
 
@@ -377,6 +382,7 @@ def jitted() -> dict[str, Any]:
     return {"words": words, "ln": ln, "box_muller": box_muller, "normals": some}
 
 
+MASK = np.uint64(2**32 - 1)
 CORNERS = [0, 1, 2**32 - 1, 2**32, 0x1234_5678_9ABC_DEF0, 2**63 - 1]
 
 
@@ -387,7 +393,8 @@ def test_words_are_philoxs(jitted: dict[str, Any], seed: int, quad: int) -> None
     index = np.arange(quad, quad + quads, dtype=np.uint64)
     low, high = (np.full(quads, word, np.uint64) for word in (seed % 2**32, seed >> 32))
     for row, stream in itertools.product((0, 49, 2**31 - 1), (STEP, INITIAL, FORWARD)):
-        counter = (index % 2**32, index >> 32, low * 0 + row, low * 0 + stream)
+        rest = [np.full(quads, word, np.uint64) for word in (row, stream)]
+        counter = (index & MASK, index >> np.uint64(32), rest[0], rest[1])
         expected = philox4x32(counter, (low, high))
         found = np.zeros(4 * quads, np.uint32)
         jitted["words"](seed, row, stream, quad, quads, found)
@@ -535,15 +542,15 @@ def big_step(layout: str = "flat") -> tuple[Tensor, Tensor, Tensor]:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lets a share be one task, and counts the threads that were started."""
     counted: list[int] = []
-    start = fused._thread.start_new_thread
+    start = _thread.start_new_thread
 
-    def starting(function: Callable[..., None], arguments: tuple[Any, ...]) -> int:
+    def starting(function: Callable[..., None], arguments: tuple[Any, ...]) -> Any:
         counted.append(1)
         return start(function, arguments)
 
     monkeypatch.setattr(fused, "SHARE", TASK)
     monkeypatch.setattr(fused, "NOISY_SHARE", TASK)
-    monkeypatch.setattr(fused._thread, "start_new_thread", starting)
+    monkeypatch.setattr(_thread, "start_new_thread", starting)
     return counted
 
 
@@ -573,7 +580,7 @@ def test_threads_that_cannot_start_or_start_late_are_done_without(
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for start in (never, lambda *call: late.append(call)):
-        monkeypatch.setattr(fused._thread, "start_new_thread", start)
+        monkeypatch.setattr(_thread, "start_new_thread", start)
         found = big_step()
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b)
@@ -606,6 +613,24 @@ def test_a_thread_that_has_begun_is_waited_for(
     big_step()
     assert len(ended) == 3
     assert len(started) == 4
+
+
+def test_no_thread_holds_the_tensors_when_the_step_is_over(
+    started: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lingering(threading.Semaphore):
+        def release(self, n: int = 1) -> None:
+            super().release(n)
+            time.sleep(0.05)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(fused.threading, "Semaphore", Lingering)  # type: ignore[attr-defined]
+    x, out = randn(*BIG), torch.empty(BIG)
+    held = sys.getrefcount(out)
+    for _ in range(5):  # a thread may come late, and then it holds nothing anyway
+        fused.step(x, x, TABLE, rows_of(3, 4), *[None] * 4, 0, True, None, False, out, None)
+        assert sys.getrefcount(out) == held
+    assert len(started) == 5
 
 
 # --- Where it is used -------------------------------------------------------------------------
