@@ -628,7 +628,8 @@ def test_no_thread_holds_the_tensors_when_the_step_is_over(
     x, out = randn(*BIG), torch.empty(BIG)
     held = sys.getrefcount(out)
     for _ in range(5):  # a thread may come late, and then it holds nothing anyway
-        fused.step(x, x, TABLE, rows_of(3, 4), *[None] * 4, 0, True, None, False, out, None)
+        args = (x, x, TABLE, rows_of(3, 4), None, None, None, None)
+        fused.step(*args, 0, True, None, False, out, None)
         assert sys.getrefcount(out) == held
     assert len(started) == 5
 
