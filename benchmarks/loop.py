@@ -5,12 +5,14 @@
 
 The model returns a tensor made beforehand, so that all that is timed stands between two model
 calls. Every contender's result is checked before anything is timed: the drop-in against the
-seed's loop, ``DDIM.sample`` against the reference step on its own table, all bit for bit.
+seed's loop, ``DDIM.sample`` against the reference step on its own table, all bit for bit. Where
+numba is installed each runs twice, on PyTorch's operations and on the fused pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import math
@@ -20,17 +22,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fastddim
-from fastddim import reference
+from fastddim import cpu, reference
 
 Run = Callable[[], Tensor]
+Backend = Callable[[], contextlib.AbstractContextManager[str]]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -41,6 +45,7 @@ def contenders(shape: tuple[int, ...], steps: int, eta: float) -> dict[str, Run]
     betas = torch.linspace(1e-4, 0.02, 1000)
     seq = range(0, 1000, 1000 // steps)
     ddim = fastddim.DDIM(steps=steps, eta=eta)
+    seeds = range(shape[0])
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return eps
@@ -58,32 +63,72 @@ def contenders(shape: tuple[int, ...], steps: int, eta: float) -> dict[str, Run]
         return ddim.sample(model, x, generator=torch.Generator().manual_seed(3))
 
     def native_seeds() -> Tensor:
-        return ddim.sample(model, x, seeds=range(shape[0]))
+        return ddim.sample(model, x, seeds=seeds)
 
-    def expected() -> Tensor:
-        state, generator = x, torch.Generator().manual_seed(3)
-        for row in torch.tensor(ddim.table):
-            z = torch.randn(shape, generator=generator) if row[5] else None
+    def by_reference(draw: Callable[[int], Tensor]) -> Tensor:
+        state = x
+        for index, row in enumerate(torch.tensor(ddim.table)):
+            z = draw(index) if row[5] else None
             state, _ = reference.ddim_step(state, eps, row, z)
         return state
 
-    for run in (drop_in, drop_in_last):
-        outcomes = []
-        for loop in (seed_loop, run):
-            torch.manual_seed(4)
-            outcomes.append((loop(), torch.get_rng_state()))
-        (want, state), (got, left) = outcomes
-        if not (torch.equal(want, got) and torch.equal(state, left)):
-            raise SystemExit(f"{run.__name__} differs from the seed's loop: nothing was timed")
-    if not torch.equal(expected(), native()):
-        raise SystemExit("DDIM.sample differs from the reference step: nothing was timed")
-    runs = {
-        "seed's loop": seed_loop,
-        "generalized_steps": drop_in,
-        'generalized_steps(keep="last")': drop_in_last,
-        "DDIM.sample(generator=)": native,
-    }
-    return runs | {"DDIM.sample(seeds=)": native_seeds} if eta else runs
+    def counter_noise(index: int) -> Tensor:
+        z = torch.empty(shape)
+        rows = torch.tensor(index, dtype=torch.int32).expand(shape[0])
+        torch.ops.fastddim.normal_(z, torch.tensor(seeds), rows, 0)
+        return z
+
+    torch.manual_seed(4)
+    wanted, left = seed_loop(), torch.get_rng_state()
+    generator = torch.Generator().manual_seed(3)
+    wanted_native = by_reference(lambda index: torch.randn(shape, generator=generator))
+    runs: dict[str, Run] = {"seed's loop": seed_loop}
+    for path in paths():
+        with path() as name:
+            for run in (drop_in, drop_in_last):
+                torch.manual_seed(4)
+                if not (torch.equal(run(), wanted) and torch.equal(torch.get_rng_state(), left)):
+                    raise SystemExit(f"{run.__name__}, {name}: not the seed's loop; nothing timed")
+            if not torch.equal(native(), wanted_native):
+                raise SystemExit(f"DDIM.sample, {name}: not the reference; nothing timed")
+            if eta and not torch.equal(native_seeds(), by_reference(counter_noise)):
+                raise SystemExit(f"DDIM.sample(seeds=), {name}: not the reference; nothing timed")
+        found: dict[str, Run] = {
+            "generalized_steps": drop_in,
+            'generalized_steps(keep="last")': drop_in_last,
+            "DDIM.sample(generator=)": native,
+        }
+        found |= {"DDIM.sample(seeds=)": native_seeds} if eta else {}
+        runs |= {f"{loop}, {name}": on(path, run) for loop, run in found.items()}
+    return runs
+
+
+@contextlib.contextmanager
+def pytorch() -> Iterator[str]:
+    """The step's PyTorch operations, where numba is installed too."""
+    usual = cpu._fused
+    cpu._fused = lambda: None
+    try:
+        yield "PyTorch"
+    finally:
+        cpu._fused = usual
+
+
+@contextlib.contextmanager
+def numba() -> Iterator[str]:
+    yield "numba"
+
+
+def paths() -> list[Backend]:
+    return [pytorch, numba] if cpu._fused() else [pytorch]
+
+
+def on(path: Backend, run: Run) -> Run:
+    def there() -> Tensor:
+        with path():
+            return run()
+
+    return there
 
 
 def measure(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
@@ -162,16 +207,17 @@ def main() -> None:
         if args.busy:
             other.terminate()
     print(f"{'x'.join(map(str, shape))}, {args.steps} steps, {args.threads} threads, {cpu_name()}")
-    print(f"{'eta':>4}  {'loop':<32}{'ms/step':>9}{'seed/it':>9}{'(least to most)':>18}")
+    print(f"{'eta':>4}  {'loop':<41}{'ms/step':>9}{'seed/it':>9}{'(least to most)':>18}")
     for r in rows:
         span = f"({r['ratio_low']} to {r['ratio_high']})"
-        print(f"{r['eta']:>4.0f}  {r['loop']:<32}{r['ms_per_step']:>9}{r['ratio']:>9}{span:>18}")
+        print(f"{r['eta']:>4.0f}  {r['loop']:<41}{r['ms_per_step']:>9}{r['ratio']:>9}{span:>18}")
     record = {
         "command": " ".join(["python -m benchmarks.loop", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": cpu_name(),
         "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | ({"numba": version("numba")} if cpu._fused() else {}),
         "shape": shape,
         "steps": args.steps,
         "repeats": args.repeats,
