@@ -79,7 +79,7 @@ def ddim_step(
     g = _geometry(x, output, rows, seeds, guidance, threshold, twice)
     if x.numel() == 0:
         return
-    quads, parts = _block(g)
+    quads, parts = _block(g, noisy=seeds is not None)
     blocks = -(-g.fours // (quads * parts))
     groups = g.channels // block_channels(g.channels) if g.channels else 1
     if threshold is not None:
@@ -243,7 +243,7 @@ def pixel_spacing(output: Tensor, x: Tensor) -> int | None:
     return spacing if pixels_alike and (channels == 1 or output.stride(1) == 1) else None
 
 
-def _block(g: _Geometry) -> tuple[int, int]:
+def _block(g: _Geometry, noisy: bool) -> tuple[int, int]:
     """(fours, parts): a program takes so many parts of so many fours, of each of its channels.
 
     More parts spread the program's own work over more elements, fewer spread the elements over
@@ -252,7 +252,9 @@ def _block(g: _Geometry) -> tuple[int, int]:
     wide = not g.channels and g.in_fours
     fours, parts = 256 if wide else 128, 4
     if g.channels:
-        parts = 1 if g.in_fours and block_channels(g.channels) == 4 else 2
+        width = block_channels(g.channels)
+        # Four parts of three channels would take 114 registers.
+        parts = 1 if g.in_fours and width == 4 else 4 if width == 1 and not noisy else 2
     if _INTERPRETED:
         fours = _INTERPRETED_FOURS
     if g.samples * g.n < _LARGE or g.fours < fours * parts:
