@@ -29,18 +29,27 @@ from torch import Tensor
 
 import fastddim
 from fastddim import reference
+from fastddim.noise import STEP
 
 Run = Callable[[], Tensor]
 RESULTS = Path(__file__).parent / "results"
 
 
-def contenders(shape: tuple[int, ...], steps: int, eta: float) -> dict[str, Run]:
+def contenders(
+    shape: tuple[int, ...], steps: int, eta: float, device: str = "cpu"
+) -> dict[str, Run]:
     """Each loop as a call without arguments that returns the last x; the seed's comes first."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    eps = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    betas = torch.linspace(1e-4, 0.02, 1000)
+
+    def stream(seed: int) -> torch.Generator:
+        return torch.Generator(device).manual_seed(seed)
+
+    x = torch.randn(shape, generator=stream(1), device=device)
+    eps = torch.randn(shape, generator=stream(2), device=device)
+    betas = torch.linspace(1e-4, 0.02, 1000, device=device)
     seq = range(0, 1000, 1000 // steps)
     ddim = fastddim.DDIM(steps=steps, eta=eta)
+    table, noisy = torch.tensor(ddim.table, device=device), (ddim.table[:, 5] != 0).tolist()
+    seeds = torch.arange(shape[0], device=device)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return eps
@@ -55,27 +64,36 @@ def contenders(shape: tuple[int, ...], steps: int, eta: float) -> dict[str, Run]
         return fastddim.generalized_steps(x, seq, model, betas, eta, keep="last")[0][-1]
 
     def native() -> Tensor:
-        return ddim.sample(model, x, generator=torch.Generator().manual_seed(3))
+        return ddim.sample(model, x, generator=stream(3))
 
     def native_seeds() -> Tensor:
         return ddim.sample(model, x, seeds=range(shape[0]))
 
-    def expected() -> Tensor:
-        state, generator = x, torch.Generator().manual_seed(3)
-        for row in torch.tensor(ddim.table):
-            z = torch.randn(shape, generator=generator) if row[5] else None
+    def eager() -> Tensor:
+        state, generator = x, stream(3)
+        for row, draw in zip(table.unbind(), noisy, strict=True):
+            z = torch.randn(shape, generator=generator, device=device) if draw else None
             state, _ = reference.ddim_step(state, eps, row, z)
         return state
 
+    def eager_seeds() -> Tensor:
+        state, z = x, torch.empty_like(x)
+        rows = torch.arange(steps, dtype=torch.int32, device=device)
+        for row in range(steps):
+            torch.ops.fastddim.normal_(z, seeds, rows[row].expand(shape[0]), STEP)
+            state, _ = reference.ddim_step(state, eps, table[row], z)
+        return state
+
+    rng_state = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
     for run in (drop_in, drop_in_last):
         outcomes = []
         for loop in (seed_loop, run):
             torch.manual_seed(4)
-            outcomes.append((loop(), torch.get_rng_state()))
+            outcomes.append((loop(), rng_state()))
         (want, state), (got, left) = outcomes
         if not (torch.equal(want, got) and torch.equal(state, left)):
             raise SystemExit(f"{run.__name__} differs from the seed's loop: nothing was timed")
-    if not torch.equal(expected(), native()):
+    if not torch.equal(eager(), native()) or not torch.equal(eager_seeds(), native_seeds()):
         raise SystemExit("DDIM.sample differs from the reference step: nothing was timed")
     runs = {
         "seed's loop": seed_loop,
@@ -83,19 +101,28 @@ def contenders(shape: tuple[int, ...], steps: int, eta: float) -> dict[str, Run]
         'generalized_steps(keep="last")': drop_in_last,
         "DDIM.sample(generator=)": native,
     }
+    if device != "cpu":  # where what the seed's loop pays for most is its copies to the CPU
+        runs["reference.ddim_step"] = eager
     return runs | {"DDIM.sample(seeds=)": native_seeds} if eta else runs
 
 
-def measure(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turns so that a slow minute falls on all alike."""
+def measure(
+    runs: dict[str, Run], repeats: int, wait: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each run, taken in turns so that a slow minute falls on all alike.
+
+    ``wait`` returns once the device has done what it was given.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
+    wait()
     gc.disable()
     for _ in range(repeats):
         for name, run in runs.items():
             begin = time.perf_counter()
             run()
+            wait()
             seconds[name].append(time.perf_counter() - begin)
             gc.collect()
     gc.enable()
