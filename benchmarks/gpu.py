@@ -46,6 +46,7 @@ Call: TypeAlias = Callable[[int], object]
 """A launch on one of several sets of tensors, by its number."""
 Record: TypeAlias = dict[str, Any]
 
+DEVICE = "cuda"
 ELEMENTS = 64 * 3 * 256 * 256
 FOOTPRINT = 8
 """The memory that launches go round in, in sizes of the L2."""
@@ -238,8 +239,8 @@ def sets_of(set_bytes: int) -> int:
 
 def copies(total: int, count: int) -> dict[str, Call]:
     """A copy and an addition that move as many bytes as one launch of what they are beside."""
-    a, b = ([torch.randn(total // 8, device="cuda") for _ in range(count)] for _ in range(2))
-    p, q, r = ([torch.randn(total // 12, device="cuda") for _ in range(count)] for _ in range(3))
+    a, b = ([torch.randn(total // 8, device=DEVICE) for _ in range(count)] for _ in range(2))
+    p, q, r = ([torch.randn(total // 12, device=DEVICE) for _ in range(count)] for _ in range(3))
 
     def copy(i: int) -> object:
         return b[i % count].copy_(a[i % count])
@@ -255,7 +256,7 @@ def launches_of(v: Variant, elements: int) -> tuple[list[Given], int]:
     n = v.shape[0] * v.shape[1] * v.shape[2]
     batch = -(-elements // n)
     total = moved_bytes(v) * batch * n
-    return [launch_arguments(v, batch, "cuda", seed=i) for i in range(sets_of(total))], total
+    return [launch_arguments(v, batch, DEVICE, seed=i) for i in range(sets_of(total))], total
 
 
 def differ(what: str, names: list[str]) -> None:
@@ -461,7 +462,7 @@ def host() -> Iterator[Record]:
 
     launch: Any = fastddim_kernels.launch
     v = VARIANTS["epsilon"]
-    found = launch_arguments(v, 1, "cuda", shape=(4, 8, 8))
+    found = launch_arguments(v, 1, DEVICE, shape=(4, 8, 8))
     fastddim_kernels.ddim_step(**found)
     differ("the step on 1x4x8x8", differing(found))
     step = as_step(found)
@@ -496,10 +497,10 @@ def replays() -> Iterator[Record]:
     for shape in ((1, 4, 64, 64), (4, 3, 32, 32)):
         for eta in (0.0, 1.0):
             ddim = fastddim.DDIM(steps=steps, eta=eta)
-            table = torch.tensor(ddim.table, device="cuda")
-            rows = torch.arange(steps, dtype=torch.int32, device="cuda").unbind()
-            seeds = torch.arange(shape[0], device="cuda") if eta else None
-            x_T, eps = (torch.randn(shape, device="cuda") for _ in range(2))
+            table = torch.tensor(ddim.table, device=DEVICE)
+            rows = torch.arange(steps, dtype=torch.int32, device=DEVICE).unbind()
+            seeds = torch.arange(shape[0], device=DEVICE) if eta else None
+            x_T, eps = (torch.randn(shape, device=DEVICE) for _ in range(2))
 
             def run(
                 _: int,
@@ -547,7 +548,7 @@ def loops() -> Iterator[Record]:
     for shape, steps, repeats in LOOPS:
         for eta in (0.0, 1.0):
             try:
-                runs = contenders(shape, steps, eta, "cuda")
+                runs = contenders(shape, steps, eta, DEVICE)
             except SystemExit as differs:
                 raise WrongResultError(f"at {shape}, eta {eta:g}: {differs}") from None
             seconds = measure(runs, repeats, torch.cuda.synchronize)
@@ -689,7 +690,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--tune", nargs="*", choices=list(VARIANTS), default=list(TUNED))
-    parser.add_argument("--tune-seconds", type=float, default=90.0)
+    parser.add_argument("--tune-seconds", type=float, default=60.0)
     args = parser.parse_args(arguments)
     if args.elements < ELEMENTS:
         parser.error(f"--elements must be at least {ELEMENTS}, got {args.elements}")
@@ -746,7 +747,10 @@ def main(arguments: list[str] | None = None) -> int:
         torch.cuda.empty_cache()
         return found
 
+    path = args.results / f"{slug(machine['gpu'])}.json"
     for name, parts in sections.items():
+        if name == "tuning" and tests is not None and not wrong:
+            write(path, record)  # what is left to do is exploratory, and may be cut short
         begin = time.monotonic()
         record[name] = [row for rows in parts for row in collected(rows)]
         took = time.monotonic() - begin
@@ -754,16 +758,15 @@ def main(arguments: list[str] | None = None) -> int:
     record["clocks_after"] = clocks()
     for line in wrong:
         print(f"WRONG: {line}", file=sys.stderr)
-    if wrong:
-        print("nothing is kept of a run with wrong results", file=sys.stderr)
-        return 1
     if tests is None:
         print("nothing is kept of a run without its tests: see benchmarks/gpu.sh")
+    elif wrong:
+        path.unlink(missing_ok=True)
+        print("nothing is kept of a run with wrong results", file=sys.stderr)
     else:
-        path = args.results / f"{slug(machine['gpu'])}.json"
         write(path, record)
         print(f"\n{path}")
-    return 1 if failed else 0
+    return 1 if wrong or failed else 0
 
 
 if __name__ == "__main__":
