@@ -208,7 +208,7 @@ def host_seconds(
     """Median seconds until a call returns. The queue is emptied before it could fill up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        for _ in range(100):
+        for _ in range(min(100, repeats)):
             call()
     gc.disable()
     for _ in range(repeats):

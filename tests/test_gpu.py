@@ -50,12 +50,13 @@ def arguments(name: str, size: str = "odd", seed: int = 0) -> Given:
 
 
 def plain(
-    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, row: int = 20, seed: int = 0
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, row: int = 20, **more: Any
 ) -> Given:
     """A step of an ε model on contiguous tensors, all samples on one row."""
-    g = torch.Generator(DEVICE).manual_seed(seed)
+    g = torch.Generator(DEVICE).manual_seed(0)
     x, output = (torch.randn(shape, generator=g, device=DEVICE) for _ in range(2))
-    return {"x": x, "output": output.to(dtype), "table": factors(), "rows": on_row(row, shape[0])}
+    rows = on_row(row, shape[0])
+    return {"x": x, "output": output.to(dtype), "table": factors(), "rows": rows, **more}
 
 
 def factors(eta: float = 1.0) -> Tensor:
@@ -69,6 +70,13 @@ def on_row(row: int, batch: int) -> Tensor:
 def last(tensor: Tensor) -> Tensor:
     """The same values, channels last, a single channel's strides included."""
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def moved(
+    given: Given, to: Callable[[Tensor], Tensor], names: tuple[str, ...] = ("x", "output")
+) -> Given:
+    """These of the step's tensors somewhere else, the others as they are."""
+    return {name: to(value) if name in names else value for name, value in given.items()}
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -190,8 +198,8 @@ def test_the_smallest_and_the_largest_words_give_a_normal() -> None:
     "shape", [(3, 4, 8, 8), (3, 4, 5, 7), (2, 8, 5, 7), (3, 3, 8, 8), (3, 3, 5, 7), (2, 1, 5, 7)]
 )
 def test_channels_last_and_contiguous_draw_the_same_noise(shape: tuple[int, ...]) -> None:
-    given = plain(shape) | {"seeds": torch.arange(shape[0], device=DEVICE) + 2**33}
-    of_last = given | {name: last(given[name]) for name in ("x", "output")}
+    given = plain(shape, seeds=torch.arange(shape[0], device=DEVICE) + 2**33)
+    of_last = moved(given, last)
     z, z_last = kernel_noise(given), kernel_noise(of_last)
     assert z is not None
     assert z_last is not None
@@ -205,7 +213,7 @@ def test_layouts_may_be_mixed(large: bool) -> None:
     want = by_reference(given, None)[0]
     given["noise"] = torch.zeros_like(given["x"])
     for name in ("x", "output", "noise"):
-        assert torch.equal(fastddim.ddim_step(**(given | {name: last(given[name])}))[0], want)
+        assert torch.equal(fastddim.ddim_step(**moved(given, last, (name,)))[0], want)
 
 
 @pytest.mark.parametrize("blocks", [(16, 1), (128, 2), (512, 4), (256, 8)])
@@ -245,10 +253,9 @@ def test_memory_may_begin_anywhere(dtype: torch.dtype, n: int) -> None:
             return room[offset : offset + tensor.numel()].view_as(tensor).copy_(tensor)
 
         want = by_reference(given, None)
-        moved = given | {name: shifted(given[name]) for name in ("x", "output")}
         room = torch.full((2 * n + 16,), 12345.0, device=DEVICE)
         out = room[offset : offset + 2 * n].view(2, n)
-        _, x0 = fastddim.ddim_step(**moved, out=out)
+        _, x0 = fastddim.ddim_step(**moved(given, shifted), out=out)
         assert x0 is not None
         assert torch.equal(out, want[0])
         assert torch.equal(x0, want[1])
@@ -260,10 +267,10 @@ def test_memory_may_begin_anywhere(dtype: torch.dtype, n: int) -> None:
 @pytest.mark.parametrize("shape", [(4, 2, 2), (3, 1, 3)])
 def test_more_samples_than_a_grids_other_axes_hold(shape: tuple[int, ...], layout: str) -> None:
     batch = 65_537
-    given = plain((batch, *shape)) | {"seeds": torch.arange(batch, device=DEVICE)}
+    given = plain((batch, *shape), seeds=torch.arange(batch, device=DEVICE))
     given["rows"] = torch.arange(batch, dtype=torch.int32, device=DEVICE) % 50
     if layout == "channels last":
-        given |= {name: last(given[name]) for name in ("x", "output")}
+        given = moved(given, last)
     assert_is_the_reference(given)
     z = kernel_noise(given)
     assert z is not None
@@ -324,7 +331,7 @@ def test_nan_and_infinity_come_out_as_eagers(prediction: str, bound: Given) -> N
     x, output = (t.reshape(1, 64) for t in torch.meshgrid(values, values, indexing="ij"))
     for row in (0, 49):
         for n in (64, 63):
-            given = plain((1, n), row=row) | bound | {"prediction": prediction}
+            given = plain((1, n), row=row, prediction=prediction, **bound)
             given |= {"x": x[:, :n].contiguous(), "output": output[:, :n].contiguous()}
             given["next_input"] = torch.empty(1, n, dtype=torch.bfloat16, device=DEVICE)
             assert_is_the_reference(given)
@@ -334,7 +341,7 @@ def test_nan_and_infinity_come_out_as_eagers(prediction: str, bound: Given) -> N
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_half_outputs_are_widened_and_nothing_else(dtype: torch.dtype, prediction: str) -> None:
     for n in (64, 63):
-        given = plain((3, n), dtype) | {"prediction": prediction, "clip": 1.0}
+        given = plain((3, n), dtype, prediction=prediction, clip=1.0)
         assert_is_the_reference(given)
 
 
@@ -492,7 +499,8 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 def test_any_gpu_serves_whichever_is_current() -> None:
     for name in ("epsilon", "epsilon philox", "guidance philox threshold"):
         given = arguments(name)
-        there: Given = {k: v.to("cuda:1") if isinstance(v, Tensor) else v for k, v in given.items()}
+        tensors = tuple(name for name, value in given.items() if isinstance(value, Tensor))
+        there = moved(given, lambda tensor: tensor.to("cuda:1"), tensors)
         there["rows"] = there["rows"][:1].expand(3)
         x_s, _ = fastddim.ddim_step(**there)
         assert x_s.device.index == 1
