@@ -32,20 +32,28 @@ from torch import Tensor
 
 import fastddim
 from fastddim import cpu, reference
+from fastddim.noise import STEP
 
 Run = Callable[[], Tensor]
 Backend = Callable[[], contextlib.AbstractContextManager[str]]
 RESULTS = Path(__file__).parent / "results"
 
 
-def contenders(shape: tuple[int, ...], steps: int, eta: float) -> dict[str, Run]:
+def contenders(
+    shape: tuple[int, ...], steps: int, eta: float, device: str = "cpu"
+) -> dict[str, Run]:
     """Each loop as a call without arguments that returns the last x; the seed's comes first."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    eps = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    betas = torch.linspace(1e-4, 0.02, 1000)
+
+    def stream(seed: int) -> torch.Generator:
+        return torch.Generator(device).manual_seed(seed)
+
+    x = torch.randn(shape, generator=stream(1), device=device)
+    eps = torch.randn(shape, generator=stream(2), device=device)
+    betas = torch.linspace(1e-4, 0.02, 1000, device=device)
     seq = range(0, 1000, 1000 // steps)
     ddim = fastddim.DDIM(steps=steps, eta=eta)
-    seeds = range(shape[0])
+    table, noisy = torch.tensor(ddim.table, device=device), (ddim.table[:, 5] != 0).tolist()
+    seeds = torch.arange(shape[0], device=device)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return eps
@@ -60,46 +68,50 @@ def contenders(shape: tuple[int, ...], steps: int, eta: float) -> dict[str, Run]
         return fastddim.generalized_steps(x, seq, model, betas, eta, keep="last")[0][-1]
 
     def native() -> Tensor:
-        return ddim.sample(model, x, generator=torch.Generator().manual_seed(3))
+        return ddim.sample(model, x, generator=stream(3))
 
     def native_seeds() -> Tensor:
-        return ddim.sample(model, x, seeds=seeds)
+        return ddim.sample(model, x, seeds=range(shape[0]))
 
-    def by_reference(draw: Callable[[int], Tensor]) -> Tensor:
-        state = x
-        for index, row in enumerate(torch.tensor(ddim.table)):
-            z = draw(index) if row[5] else None
+    def eager() -> Tensor:
+        state, generator = x, stream(3)
+        for row, draw in zip(table.unbind(), noisy, strict=True):
+            z = torch.randn(shape, generator=generator, device=device) if draw else None
             state, _ = reference.ddim_step(state, eps, row, z)
         return state
 
-    def counter_noise(index: int) -> Tensor:
-        z = torch.empty(shape)
-        rows = torch.tensor(index, dtype=torch.int32).expand(shape[0])
-        torch.ops.fastddim.normal_(z, torch.tensor(seeds), rows, 0)
-        return z
+    def eager_seeds() -> Tensor:
+        state, z = x, torch.empty_like(x)
+        rows = torch.arange(steps, dtype=torch.int32, device=device)
+        for row in range(steps):
+            torch.ops.fastddim.normal_(z, seeds, rows[row].expand(shape[0]), STEP)
+            state, _ = reference.ddim_step(state, eps, table[row], z)
+        return state
 
+    rng_state = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
     torch.manual_seed(4)
-    wanted, left = seed_loop(), torch.get_rng_state()
-    generator = torch.Generator().manual_seed(3)
-    wanted_native = by_reference(lambda index: torch.randn(shape, generator=generator))
+    wanted, left = seed_loop(), rng_state()
+    wanted_native = eager()
     runs: dict[str, Run] = {"seed's loop": seed_loop}
-    for path in paths():
+    if device != "cpu":  # where what the seed's loop pays for most is its copies to the CPU
+        runs["reference.ddim_step"] = eager
+    for path in paths(device):
         with path() as name:
             for run in (drop_in, drop_in_last):
                 torch.manual_seed(4)
-                if not (torch.equal(run(), wanted) and torch.equal(torch.get_rng_state(), left)):
-                    raise SystemExit(f"{run.__name__}, {name}: not the seed's loop; nothing timed")
+                if not (torch.equal(run(), wanted) and torch.equal(rng_state(), left)):
+                    raise SystemExit(f"{run.__name__}{name} is not the seed's loop: nothing timed")
             if not torch.equal(native(), wanted_native):
-                raise SystemExit(f"DDIM.sample, {name}: not the reference; nothing timed")
-            if eta and not torch.equal(native_seeds(), by_reference(counter_noise)):
-                raise SystemExit(f"DDIM.sample(seeds=), {name}: not the reference; nothing timed")
+                raise SystemExit(f"DDIM.sample{name} is not the reference: nothing was timed")
+            if eta and not torch.equal(native_seeds(), eager_seeds()):
+                raise SystemExit(f"DDIM.sample(seeds=){name} is not the reference: nothing timed")
         found: dict[str, Run] = {
             "generalized_steps": drop_in,
             'generalized_steps(keep="last")': drop_in_last,
             "DDIM.sample(generator=)": native,
         }
         found |= {"DDIM.sample(seeds=)": native_seeds} if eta else {}
-        runs |= {f"{loop}, {name}": on(path, run) for loop, run in found.items()}
+        runs |= {loop + name: on(path, run) for loop, run in found.items()}
     return runs
 
 
@@ -109,17 +121,19 @@ def pytorch() -> Iterator[str]:
     usual = cpu._fused
     cpu._fused = lambda: None
     try:
-        yield "PyTorch"
+        yield ", PyTorch"
     finally:
         cpu._fused = usual
 
 
 @contextlib.contextmanager
 def numba() -> Iterator[str]:
-    yield "numba"
+    yield ", numba"
 
 
-def paths() -> list[Backend]:
+def paths(device: str) -> list[Backend]:
+    if device != "cpu":
+        return [lambda: contextlib.nullcontext("")]
     return [pytorch, numba] if cpu._fused() else [pytorch]
 
 
@@ -129,18 +143,62 @@ def on(path: Backend, run: Run) -> Run:
             return run()
 
     return there
+=======
+    def eager() -> Tensor:
+        state, generator = x, stream(3)
+        for row, draw in zip(table.unbind(), noisy, strict=True):
+            z = torch.randn(shape, generator=generator, device=device) if draw else None
+            state, _ = reference.ddim_step(state, eps, row, z)
+        return state
+
+    def eager_seeds() -> Tensor:
+        state, z = x, torch.empty_like(x)
+        rows = torch.arange(steps, dtype=torch.int32, device=device)
+        for row in range(steps):
+            torch.ops.fastddim.normal_(z, seeds, rows[row].expand(shape[0]), STEP)
+            state, _ = reference.ddim_step(state, eps, table[row], z)
+        return state
+
+    rng_state = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
+    for run in (drop_in, drop_in_last):
+        outcomes = []
+        for loop in (seed_loop, run):
+            torch.manual_seed(4)
+            outcomes.append((loop(), rng_state()))
+        (want, state), (got, left) = outcomes
+        if not (torch.equal(want, got) and torch.equal(state, left)):
+            raise SystemExit(f"{run.__name__} differs from the seed's loop: nothing was timed")
+    if not torch.equal(eager(), native()) or not torch.equal(eager_seeds(), native_seeds()):
+        raise SystemExit("DDIM.sample differs from the reference step: nothing was timed")
+    runs = {
+        "seed's loop": seed_loop,
+        "generalized_steps": drop_in,
+        'generalized_steps(keep="last")': drop_in_last,
+        "DDIM.sample(generator=)": native,
+    }
+    if device != "cpu":  # where what the seed's loop pays for most is its copies to the CPU
+        runs["reference.ddim_step"] = eager
+    return runs | {"DDIM.sample(seeds=)": native_seeds} if eta else runs
+>>>>>>> gpu
 
 
-def measure(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turns so that a slow minute falls on all alike."""
+def measure(
+    runs: dict[str, Run], repeats: int, wait: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each run, taken in turns so that a slow minute falls on all alike.
+
+    ``wait`` returns once the device has done what it was given.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
+    wait()
     gc.disable()
     for _ in range(repeats):
         for name, run in runs.items():
             begin = time.perf_counter()
             run()
+            wait()
             seconds[name].append(time.perf_counter() - begin)
             gc.collect()
     gc.enable()
