@@ -20,7 +20,8 @@ from fastddim import ops, reference
 from fastddim.coefficients import PREDICTIONS
 from fastddim.noise import STEP, normals
 from fastddim_kernels import launch
-from tests.test_kernel import DRAWN, TABLE, randn, same
+from tests.test_kernel import DRAWN, TABLE, model, randn, same
+from tests.tolerances import EAGER_FACTOR, HALF_ATOL
 
 BACKENDS = ["kernel", "cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -385,3 +386,116 @@ def test_any_call_equals_eager(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_any_call_equals_eager_at_length(data: st.DataObject) -> None:
     check_drawn_step(data)
+
+
+NAN, INF = float("nan"), float("inf")
+SPECIAL = torch.tensor([NAN, INF, -INF, 3e38, 1e-44, 0.0, 1.0, -2.0])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter, on ±inf
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("of", ["noise", "guidance", "threshold", "seeds"])
+def test_nan_and_infinity_come_out_as_eagers(of: str, prediction: str) -> None:
+    x, output, third = (t.flatten() for t in torch.meshgrid([SPECIAL] * 3, indexing="ij"))
+    weights = torch.tensor([NAN, INF, 0.0, -7.5])
+    bounds = torch.tensor([NAN, INF, 3e38, 1e-44])
+    batch = 1 if of == "seeds" else 4
+    for n, rederive, row, dtype in ((512, False, 20, DTYPES[2]), (511, True, 49, DTYPES[1])):
+        x_n, output_n, third_n = (t[:n].expand(batch, n).contiguous() for t in (x, output, third))
+        arguments: dict[str, Any] = {"x": x_n, "output": output_n, "table": TABLE, "rows": row}
+        if of == "noise":
+            arguments |= {"noise": third_n, "noise_first": rederive}
+        elif of == "guidance":
+            arguments |= {"output": torch.cat([output_n, third_n]), "guidance": weights}
+        elif of == "threshold":
+            arguments |= {"threshold": bounds}
+        else:
+            arguments |= {"seeds": torch.arange(batch), "clip": 1.0}
+        arguments["next_input"] = torch.empty(2 * batch, n, dtype=dtype)
+        assert_equals_eager(arguments | {"prediction": prediction, "rederive": rederive})
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter, on overflow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_next_input_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
+    # Halfway between two values of the dtype, beside it, subnormal, and where the largest end.
+    high = torch.arange(0, 0x7F80, 7, dtype=torch.int32)[:, None] << 16
+    low = [0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF]
+    bits = (high | torch.tensor(low, dtype=torch.int32)).flatten()
+    fine = torch.arange(4096) * 2.0**-26
+    ends = torch.tensor([65504.0, 65519.99, 65520.0, 65536.0, 3.3895e38, 3.3961e38, 3.4e38])
+    values = torch.cat([bits.view(torch.float32), fine, ends])
+    x_s = torch.cat([values, -values])[None]
+    # x_s = 1·x0 + 0·ε, with ε = (0 − 0·x0)/1.
+    table = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]])
+    arguments = {"x": torch.zeros_like(x_s), "output": x_s, "prediction": "sample"}
+    for copies in (1, 2):
+        next_input = torch.empty(copies, x_s.numel(), dtype=dtype)
+        assert_equals_eager(arguments | {"table": table, "rows": 0, "next_input": next_input})
+
+
+FIFTY: dict[str, dict[str, Any]] = {
+    "clip": {"guidance": 7.5, "clip": 0.8, "rederive": True},
+    "threshold": {
+        "guidance": torch.tensor([1.5, 7.5]),
+        "threshold": torch.tensor([1.0, 1.3]),
+        "prediction": "v",
+    },
+}
+
+
+@pytest.mark.parametrize("bound", ["clip", pytest.param("threshold", marks=pytest.mark.slow)])
+def test_fifty_guided_steps_with_a_learned_variance_equal_eager(bound: str) -> None:
+    shape = (2, 3, 3, 4)
+
+    def learned(x: Tensor, row: int) -> Tensor:
+        both = torch.cat([model(x, row), model(x, row + 7)])
+        return torch.cat([both, both.flip(0)], dim=1)
+
+    for backend in BACKENDS:
+        x = expected = randn(*shape)
+        with pytest.MonkeyPatch.context() as patch:
+            if backend == "kernel":
+                patch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
+            for row in range(len(TABLE)):
+                z = randn(*shape, seed=row)
+                options = {"noise": z, "noise_first": row % 2 == 0, **FIFTY[bound]}
+                x, x0 = fastddim.ddim_step(x, learned(x, row), TABLE, row, **options)
+                of_eager = by_reference(expected, learned(expected, row), TABLE, row, **options)
+                expected = of_eager[0]
+                assert x0 is not None
+                assert torch.equal(x0, of_eager[1]), f"x0 at row {row}, {backend}"
+                assert torch.equal(x, expected), f"x_s at row {row}, {backend}"
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("cpu", torch.bfloat16),
+        ("cpu", torch.float16),
+        ("kernel", torch.bfloat16),
+        pytest.param("kernel", torch.float16, marks=pytest.mark.slow),
+    ],
+)
+def test_guided_half_outputs_lose_nothing_to_eager(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "kernel":
+        monkeypatch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
+    x = eager = randn(2, 2, 4, 4).to(dtype).float()
+    truth, w = x.double(), torch.tensor(7.5)
+    next_input = torch.empty(4, 2, 4, 4, dtype=dtype)
+    for row in range(len(TABLE)):
+        said = torch.cat([model(truth, row), model(truth, row + 7)])
+        output = torch.cat([said, -said], dim=1).to(dtype)
+        x, _ = fastddim.ddim_step(x, output, TABLE, row, guidance=w, next_input=next_input)
+        half, double = TABLE[row].to(dtype), TABLE[row].double()
+        eager = reference.ddim_step(eager.to(dtype), output, half, guidance=w.to(dtype))[0]
+        truth = reference.ddim_step(truth, output.double(), double, guidance=w.double())[0]
+    error, eagers_own = (x - truth).abs().max(), (eager.double() - truth).abs().max()
+    assert error <= EAGER_FACTOR * eagers_own + HALF_ATOL[dtype]
+    assert error < 1e-3 * eagers_own, "float32 state: no error but its own rounding"
+    # What the model is handed has been rounded once, from that state.
+    for half in next_input.chunk(2):
+        assert torch.equal(half, x.to(dtype))
