@@ -496,6 +496,7 @@ BAD: dict[str, tuple[str, Callable[[SimpleNamespace], Any]]] = {
     "next_input device": ("next_input", lambda a: a.x.to("meta")),
     "next_input apart": ("next_input", lambda a: torch.empty(2, 8, 4)[:, :4]),
     "two next_inputs' strides": ("next_input", lambda a: torch.empty(4, 4, 4).mT),
+    "next_input of one value": ("next_input", lambda a: torch.tensor(1.0)),
     "two next_inputs apart": ("next_input", lambda a: torch.empty(4, 8, 4)[:, :4]),
 }
 
