@@ -281,10 +281,10 @@ def _check_state(
             raise ValueError(
                 f"next_input must be float32, bfloat16 or float16, got {_describe(next_input)}"
             )
-        halves = 2 if next_input.dim() and len(next_input) == 2 * len(x) and len(x) else 1
-        for half in next_input.chunk(halves):
+        stacked = next_input.dim() > 0 and len(next_input) == 2 * len(x) > 0
+        for half in next_input.chunk(2) if stacked else (next_input,):
             _check_like("next_input", half, x, next_input.dtype)
-        if halves == 2 and next_input.stride(0) * len(x) != x.numel():
+        if stacked and next_input.stride(0) * len(x) != x.numel():
             raise ValueError(f"next_input must be dense, got {_describe(next_input)}")
 
 
