@@ -143,43 +143,6 @@ def on(path: Backend, run: Run) -> Run:
             return run()
 
     return there
-=======
-    def eager() -> Tensor:
-        state, generator = x, stream(3)
-        for row, draw in zip(table.unbind(), noisy, strict=True):
-            z = torch.randn(shape, generator=generator, device=device) if draw else None
-            state, _ = reference.ddim_step(state, eps, row, z)
-        return state
-
-    def eager_seeds() -> Tensor:
-        state, z = x, torch.empty_like(x)
-        rows = torch.arange(steps, dtype=torch.int32, device=device)
-        for row in range(steps):
-            torch.ops.fastddim.normal_(z, seeds, rows[row].expand(shape[0]), STEP)
-            state, _ = reference.ddim_step(state, eps, table[row], z)
-        return state
-
-    rng_state = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
-    for run in (drop_in, drop_in_last):
-        outcomes = []
-        for loop in (seed_loop, run):
-            torch.manual_seed(4)
-            outcomes.append((loop(), rng_state()))
-        (want, state), (got, left) = outcomes
-        if not (torch.equal(want, got) and torch.equal(state, left)):
-            raise SystemExit(f"{run.__name__} differs from the seed's loop: nothing was timed")
-    if not torch.equal(eager(), native()) or not torch.equal(eager_seeds(), native_seeds()):
-        raise SystemExit("DDIM.sample differs from the reference step: nothing was timed")
-    runs = {
-        "seed's loop": seed_loop,
-        "generalized_steps": drop_in,
-        'generalized_steps(keep="last")': drop_in_last,
-        "DDIM.sample(generator=)": native,
-    }
-    if device != "cpu":  # where what the seed's loop pays for most is its copies to the CPU
-        runs["reference.ddim_step"] = eager
-    return runs | {"DDIM.sample(seeds=)": native_seeds} if eta else runs
->>>>>>> gpu
 
 
 def measure(
