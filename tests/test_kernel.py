@@ -303,6 +303,43 @@ def test_offsets_pass_two_to_the_thirty_first(tmp_path: Path, vector: bool) -> N
     (tmp_path / "sparse").unlink()
 
 
+def test_second_halves_pass_two_to_the_thirty_first(tmp_path: Path) -> None:
+    # Two samples of 2³⁰ elements: the condition's half and the next input's begin at 2³¹.
+    n, block = 2**30, 16
+
+    def sparse(name: str, samples: int, dtype: torch.dtype) -> Tensor:
+        file = str(tmp_path / name)
+        memory = torch.from_file(file, shared=True, size=samples * n, dtype=dtype)
+        return memory.view(samples, n)
+
+    x, output = sparse("x", 2, torch.float32), sparse("output", 4, torch.float16)
+    next_input = sparse("next_input", 4, torch.float16)
+    x[:, :block], output[:, :block] = randn(2, block), randn(4, block, seed=1)
+    uncond, cond = output[:, :block].float().chunk(2)
+    expected = by_reference(x[:, :block], uncond + 7.5 * (cond - uncond), on_row(5, 2))[0]
+    kernel: Any = ddim_step_kernel
+    kernel[(2,)](
+        *(x, output, None, x, None, next_input, TABLE, on_row(5, 2), None, torch.tensor(7.5)),
+        *(None, None, n, 2, 1, n, 0, 0, None),
+        COLUMNS=7,
+        PREDICTION=0,
+        NOISE_FIRST=True,
+        REDERIVE=False,
+        NEXT_TWICE=True,
+        CHANNELS=0,
+        OUTPUT_CHANNELS=0,
+        FOURS=True,
+        PORTABLE=True,
+        QUADS=block // 4,
+        PARTS=1,
+    )
+    assert torch.equal(x[:, :block], expected)
+    assert torch.equal(next_input[:, :block], torch.cat([expected, expected]).half())
+    del x, output, next_input
+    for file in tmp_path.iterdir():
+        file.unlink()
+
+
 @pytest.mark.parametrize(
     "order", [(0, 2, 3, 1), (1, 0, 2, 3), (3, 2, 1, 0)], ids=["channels_last", "batch second", "T"]
 )

@@ -277,16 +277,57 @@ def test_every_variant_in_several_parts_and_blocks_equals_eager(
         assert found or shape[0] < 3
 
 
-def laid(tensor: Tensor, order: list[int], gap: int | None = None, offset: int = 0) -> Tensor:
+@pytest.mark.parametrize("name", ["guidance bf16 next", "learned last rgb", "epsilon last philox"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_is_copied_on_the_way_to_the_kernel(
+    name: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: dict[str, Any] = {}
+
+    class Recorder:
+        pixel_spacing = staticmethod(fastddim_kernels.pixel_spacing)
+
+        @staticmethod
+        def ddim_step(*tensors: Tensor, **options: Any) -> None:
+            names = ("x", "output", "table", "rows", "out", "x0", "next_input")
+            handed.update(options, **dict(zip(names, tensors, strict=True)))
+
+    monkeypatch.setattr(ops, "_kernels", lambda device: Recorder)
+    arguments = of_variant(name, torch.bfloat16, LAYOUTS[layout], 2, (4, 3, 5))
+    fastddim.ddim_step(**arguments)
+    for argument, tensor in arguments.items():
+        if isinstance(tensor, Tensor):
+            assert handed[argument].data_ptr() == tensor.data_ptr(), argument
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_output_beside_something_else_equals_eager(layout: str) -> None:
+    # Samples of a multiple of four elements, but not apart by one; and of the next input too.
+    arguments = of_variant("guidance bf16 next", torch.bfloat16, LAYOUTS[layout], 2, (4, 1, 3))
+    order = [0, 2, 3, 1] if LAYOUTS[layout] else [0, 1, 2, 3]
+    for extra in (1, 2, 3, None):
+        for gap in (0, order.index(1)):
+            output = laid(arguments["output"], order, gap, 1, extra)
+            assert_equals_eager(arguments | {"output": output})
+
+
+def laid(
+    tensor: Tensor,
+    order: list[int],
+    gap: int | None = None,
+    offset: int = 0,
+    extra: int | None = None,
+) -> Tensor:
     """The same values with the dimensions in this order in memory, which begins at ``offset``.
 
-    Of the dimension at place ``gap`` in that order there is twice as much, as in what ``[:, :C]``
-    and ``chunk(2)`` leave.
+    Of the dimension at place ``gap`` in that order there is ``extra`` more, or twice as much, as
+    in what ``[:, :C]`` and ``chunk(2)`` leave.
     """
     stride, strides = 1, [0] * len(order)
     for place in reversed(range(len(order))):
+        size = tensor.shape[order[place]]
         strides[order[place]] = stride
-        stride *= tensor.shape[order[place]] * (2 if place == gap else 1)
+        stride *= size if place != gap else size + (extra or size)
     whole = torch.full((offset + stride,), GUARD, dtype=tensor.dtype)
     return whole.as_strided(tensor.shape, strides, offset).copy_(tensor)
 
@@ -306,12 +347,12 @@ def check_drawn_step(data: st.DataObject) -> None:
     bound = draw("bound", None, 1.0, "scalar", "each", "apart")
     orders = [list(range(rank)), [0, *range(2, rank), 1][:rank], None]
 
-    def memory(name: str) -> tuple[list[int], int | None, int]:
+    def memory(name: str) -> tuple[list[int], int | None, int, int | None]:
         order = draw(f"order of {name}", *orders)
         if order is None:
             order = data.draw(st.permutations(range(rank)), label="in full")
         gap = draw(f"gap of {name}", None, None, *range(rank))
-        return order, gap, draw(f"offset of {name}", 0, 0, 1, 2, 3)
+        return order, gap, draw(f"offset of {name}", 0, 0, 1, 2, 3), draw("extra", None, 1)
 
     of_x = memory("x")
 
@@ -424,7 +465,8 @@ def test_the_next_input_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
     bits = (high | torch.tensor(low, dtype=torch.int32)).flatten()
     fine = torch.arange(4096) * 2.0**-26
     ends = torch.tensor([65504.0, 65519.99, 65520.0, 65536.0, 3.3895e38, 3.3961e38, 3.4e38])
-    values = torch.cat([bits.view(torch.float32), fine, ends])
+    nans = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF], dtype=torch.int32)
+    values = torch.cat([bits.view(torch.float32), fine, ends, nans.view(torch.float32)])
     x_s = torch.cat([values, -values])[None]
     # x_s = 1·x0 + 0·ε, with ε = (0 − 0·x0)/1.
     table = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]])
