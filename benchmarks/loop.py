@@ -5,12 +5,14 @@
 
 The model returns a tensor made beforehand, so that all that is timed stands between two model
 calls. Every contender's result is checked before anything is timed: the drop-in against the
-seed's loop, ``DDIM.sample`` against the reference step on its own table, all bit for bit.
+seed's loop, ``DDIM.sample`` against the reference step on its own table, all bit for bit. Where
+numba is installed each runs twice, on PyTorch's operations and on the fused pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import math
@@ -20,18 +22,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fastddim
-from fastddim import reference
+from fastddim import cpu, reference
 from fastddim.noise import STEP
 
 Run = Callable[[], Tensor]
+Backend = Callable[[], contextlib.AbstractContextManager[str]]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -85,25 +89,60 @@ def contenders(
         return state
 
     rng_state = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
-    for run in (drop_in, drop_in_last):
-        outcomes = []
-        for loop in (seed_loop, run):
-            torch.manual_seed(4)
-            outcomes.append((loop(), rng_state()))
-        (want, state), (got, left) = outcomes
-        if not (torch.equal(want, got) and torch.equal(state, left)):
-            raise SystemExit(f"{run.__name__} differs from the seed's loop: nothing was timed")
-    if not torch.equal(eager(), native()) or not torch.equal(eager_seeds(), native_seeds()):
-        raise SystemExit("DDIM.sample differs from the reference step: nothing was timed")
-    runs = {
-        "seed's loop": seed_loop,
-        "generalized_steps": drop_in,
-        'generalized_steps(keep="last")': drop_in_last,
-        "DDIM.sample(generator=)": native,
-    }
+    torch.manual_seed(4)
+    wanted, left = seed_loop(), rng_state()
+    wanted_native = eager()
+    runs: dict[str, Run] = {"seed's loop": seed_loop}
     if device != "cpu":  # where what the seed's loop pays for most is its copies to the CPU
         runs["reference.ddim_step"] = eager
-    return runs | {"DDIM.sample(seeds=)": native_seeds} if eta else runs
+    for path in paths(device):
+        with path() as name:
+            for run in (drop_in, drop_in_last):
+                torch.manual_seed(4)
+                if not (torch.equal(run(), wanted) and torch.equal(rng_state(), left)):
+                    raise SystemExit(f"{run.__name__}{name} is not the seed's loop: nothing timed")
+            if not torch.equal(native(), wanted_native):
+                raise SystemExit(f"DDIM.sample{name} is not the reference: nothing was timed")
+            if eta and not torch.equal(native_seeds(), eager_seeds()):
+                raise SystemExit(f"DDIM.sample(seeds=){name} is not the reference: nothing timed")
+        found: dict[str, Run] = {
+            "generalized_steps": drop_in,
+            'generalized_steps(keep="last")': drop_in_last,
+            "DDIM.sample(generator=)": native,
+        }
+        found |= {"DDIM.sample(seeds=)": native_seeds} if eta else {}
+        runs |= {loop + name: on(path, run) for loop, run in found.items()}
+    return runs
+
+
+@contextlib.contextmanager
+def pytorch() -> Iterator[str]:
+    """The step's PyTorch operations, where numba is installed too."""
+    usual = cpu._fused
+    cpu._fused = lambda: None
+    try:
+        yield ", PyTorch"
+    finally:
+        cpu._fused = usual
+
+
+@contextlib.contextmanager
+def numba() -> Iterator[str]:
+    yield ", numba"
+
+
+def paths(device: str) -> list[Backend]:
+    if device != "cpu":
+        return [lambda: contextlib.nullcontext("")]
+    return [pytorch, numba] if cpu._fused() else [pytorch]
+
+
+def on(path: Backend, run: Run) -> Run:
+    def there() -> Tensor:
+        with path():
+            return run()
+
+    return there
 
 
 def measure(
@@ -189,16 +228,17 @@ def main() -> None:
         if args.busy:
             other.terminate()
     print(f"{'x'.join(map(str, shape))}, {args.steps} steps, {args.threads} threads, {cpu_name()}")
-    print(f"{'eta':>4}  {'loop':<32}{'ms/step':>9}{'seed/it':>9}{'(least to most)':>18}")
+    print(f"{'eta':>4}  {'loop':<41}{'ms/step':>9}{'seed/it':>9}{'(least to most)':>18}")
     for r in rows:
         span = f"({r['ratio_low']} to {r['ratio_high']})"
-        print(f"{r['eta']:>4.0f}  {r['loop']:<32}{r['ms_per_step']:>9}{r['ratio']:>9}{span:>18}")
+        print(f"{r['eta']:>4.0f}  {r['loop']:<41}{r['ms_per_step']:>9}{r['ratio']:>9}{span:>18}")
     record = {
         "command": " ".join(["python -m benchmarks.loop", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": cpu_name(),
         "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | ({"numba": version("numba")} if cpu._fused() else {}),
         "shape": shape,
         "steps": args.steps,
         "repeats": args.repeats,

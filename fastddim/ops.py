@@ -44,8 +44,8 @@ def ddim_step(
     Args:
         x: x_t, float32 of shape (batch, ...). Never written.
         output: what the model returned, of x's shape: float32, bfloat16 or float16. The
-            arithmetic is float32. With twice x's channels (dimension 1) the first half counts: a
-            learned variance follows. Never written.
+            arithmetic is float32. With twice x's channels (dimension 1 of three or more) the
+            first half counts: a learned variance follows. Never written.
         table: the coefficients, float32 (steps, 7), from ``fastddim.make_table``.
         rows: the row each sample is on: an int, or int32 of shape () or (batch,) on x's device.
             On a GPU, rows out of range are not noticed: looking would wait for the device.
@@ -78,9 +78,8 @@ def ddim_step(
         guidance = torch.full((), w, dtype=_STATE, device=x.device)
     batch = x.shape[0]
     expected = [batch if guidance is None else 2 * batch, *x.shape[1:]]
-    if isinstance(output, Tensor) and x.dim() > 1 and output.dim() == x.dim():
-        if output.shape[1] == 2 * x.shape[1]:
-            output = output[:, : x.shape[1]]
+    if isinstance(output, Tensor) and output.dim() == x.dim() > 2:
+        output = output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] else output
     _check_tensor("output", output, x, OUTPUTS, expected)
     _check_tensor("table", table, x, (_STATE,), (-1, len(COLUMNS)))
     if isinstance(rows, Tensor):

@@ -34,7 +34,7 @@ def ddim_step(
     bounded x0. ``noise_first=False`` adds the noise last, as diffusers does.
     """
     a_t, _, b_t, _, a_s, c1, c2 = row.unbind(-1)
-    if output.dim() > 1 and output.shape[1] == 2 * x.shape[1]:
+    if output.dim() > 2 and output.shape[1] == 2 * x.shape[1]:
         output = output[:, : x.shape[1]]
     if guidance is not None:
         uncond, cond = output.chunk(2)

@@ -146,8 +146,9 @@ class DDIM:
 
         Args:
             model: called as ``model(x, t, **cond)`` without gradients, t being int64 of shape
-                (batch,). Returns a tensor of x's shape, or a tuple or an object with ``.sample``
-                that holds one.
+                (batch,). Returns a tensor of x's shape, or one with twice the channels (a learned
+                variance, which is not used), or a tuple or an object with ``.sample`` that holds
+                one.
             x_T: where to start, (batch, ...), float32, bfloat16 or float16; never written.
             shape: (batch, ...) to start from noise, where x_T is not given.
             seeds: an integer in [0, 2⁶³) for each sample. What is drawn for a sample depends on
@@ -331,10 +332,11 @@ class _Run:
             raise TypeError(f"model must return a tensor, got {_kind(output)}")
         if output.dtype not in OUTPUTS:
             raise TypeError(f"model must return float32, bfloat16 or float16, got {output.dtype}")
-        if output.shape != x.shape:
+        with_variance = x.dim() > 2 and (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+        if output.shape not in (x.shape, with_variance):
             raise ValueError(
-                f"model must return a tensor of x's shape, {tuple(x.shape)}, "
-                f"got {tuple(output.shape)}"
+                f"model must return a tensor of x's shape, {tuple(x.shape)}, or one with twice the "
+                f"channels (a learned variance), got {tuple(output.shape)}"
             )
         return output
 

@@ -2,110 +2,254 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
+import torch
 
-Facts: TypeAlias = dict[str, Any]
+from benchmarks.variants import ODD, VARIANTS, Variant
+
 ROOT = Path(__file__).parents[1]
-ELEMENTS = 8  # of a thread: 1024 of a block by 4 warps
+COMMITTED = ROOT / "benchmarks" / "results" / "codegen.json"
+COLUMNS = [
+    "variant", "arch", "dtype", "regs", "stack", "shared", "local", "sass_per_element",
+    "bytes_per_element", "budget_share", "load_widths", "store_widths",
+]  # fmt: skip
 
 
-@functools.cache
-def machine_code(arch: str, *variants: str) -> dict[str, Facts]:
-    """The facts of each variant, from a process in which the interpreter is off."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+@dataclass(frozen=True)
+class Code:
+    """One kernel: its row, how often each instruction stands in it, and Triton's own form of it."""
+
+    name: str
+    row: dict[str, Any]
+    elements: int  # of a thread
+    sass: dict[str, int]
+    ptx: dict[str, int]
+    ttir: str
+
+    @property
+    def v(self) -> Variant:
+        """The variant; the kernel that fills x_T draws noise, and writes it."""
+        return VARIANTS.get(self.name, Variant("x_T", noise="philox"))
+
+    @property
+    def pairs(self) -> int:
+        """Box–Muller pairs of a thread; two are drawn by one call of Philox."""
+        return self.elements // 2 if self.v.noise == "philox" else 0
+
+    @property
+    def divisions(self) -> int:
+        """Divisions of a thread: x0 or ε by a root, and by the threshold."""
+        predicted = self.v.prediction == "epsilon"
+        derived = self.v.rederive or self.v.prediction == "sample"
+        return self.elements * (predicted + derived + self.v.threshold)
+
+    @property
+    def scalar(self) -> bool:
+        """Whether the layout leaves no four elements side by side to every access."""
+        odd = self.v.shape == ODD
+        return odd or (self.v.channels_last and self.v.shape[0] % 4 != 0) or self.name == "normal"
+
+
+def codegen(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command, in a process of its own: the interpreter, once on, is on for good."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
-    command = [sys.executable, "-m", "tests.compile_kernels", arch, *variants]
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.codegen", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def compiled(out: Path, arch: str, only: tuple[str, ...]) -> list[Code]:
+    arguments = ["--out", str(out), "--arch", arch]
+    run = codegen(*arguments, *(["--only", ",".join(only)] if only else []))
     assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Facts] = json.loads(run.stdout)
+    details, found = json.loads((out / "details.json").read_text()), []
+    for row in json.loads((out / "codegen.json").read_text()):
+        name = f"{row['variant'].replace(' ', '-')}-{arch}"
+        ttir = (out / f"{name}.ttir").read_text()
+        of = details[name]
+        elements = of["elements_per_thread"]
+        found.append(Code(row["variant"], row, elements, of["sass"], of["ptx"], ttir))
+    assert [c.name for c in found] == list(only or (*VARIANTS, "normal"))
     return found
 
 
 @pytest.fixture(
+    scope="module",
     params=[
         pytest.param(("90", "epsilon x0 clip", "epsilon philox bf16"), id="sm_90, two variants"),
         *(pytest.param((a,), id=f"sm_{a}", marks=pytest.mark.slow) for a in ("80", "90", "100")),
-    ]
+    ],
 )
-def code(request: pytest.FixtureRequest) -> dict[str, Facts]:
+def code(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Code]:
     """The machine code of one architecture."""
-    return machine_code(*request.param)
+    arch, *only = request.param
+    return compiled(tmp_path_factory.mktemp("codegen"), arch, tuple(only))
 
 
-def test_no_stack_no_spills_no_shared_memory_no_barrier(code: dict[str, Facts]) -> None:
-    for name, facts in code.items():
-        assert (facts["stack"], facts["local"], facts["shared"]) == (0, 0, 0), name
-        assert not starting(facts["sass"], "LDS", "STS", "LDL", "STL", "BAR", "CALL"), name
+def test_no_stack_no_spills_no_shared_memory_no_barrier_no_call(code: list[Code]) -> None:
+    for c in code:
+        assert (c.row["stack"], c.row["local"], c.row["shared"]) == (0, 0, 0), c.name
+        banned = ("LDS", "STS", "LDL", "STL", "LDSM", "BAR", "CALL", "RET", "WARPSYNC", "SHFL")
+        assert not starting(c.sass, *banned), c.name
 
 
-def test_at_most_64_registers(code: dict[str, Facts]) -> None:
-    for name, facts in code.items():
-        assert facts["reg"] <= 64, name
+def test_nothing_jumps_so_that_each_instruction_is_issued_once(code: list[Code]) -> None:
+    for c in code:
+        assert not starting(c.sass, "BRA", "BRX", "JMP", "BSSY"), c.name
 
 
-def test_vectors_are_128_bits_of_float32_and_64_of_bfloat16(code: dict[str, Facts]) -> None:
-    for name, facts in code.items():
-        if name == "normal" or "scalar" in name:
-            continue
-        loads = 1 + ("bf16" not in name) + ("tensor" in name)  # x, output, noise
-        stores = 1 + ("x0" in name or name == "epsilon philox bf16")
-        sass = starting(facts["sass"], "LDG.E.128"), starting(facts["sass"], "STG.E.128")
-        assert sass == (loads * ELEMENTS // 4, stores * ELEMENTS // 4), name
-        halves = starting(facts["sass"], "LDG.E.64") - ("philox" in name)  # a seed has 64 bits
-        assert halves == ("bf16" in name) * ELEMENTS // 4, name
-        assert starting(facts["sass"], "STG") == stores * ELEMENTS // 4, name
+def test_at_most_64_registers(code: list[Code]) -> None:
+    for c in code:
+        assert c.row["regs"] <= 64, c.name
 
 
-def test_no_multiply_is_contracted_into_an_add(code: dict[str, Facts]) -> None:
-    # What is fused is written so: the two multiply-adds of an exact division.
-    for name, facts in code.items():
-        divides = name.startswith(("epsilon", "sample"))
-        assert starting(facts["ptx"], "fma.") == 2 * ELEMENTS * divides, name
-        assert starting(facts["sass"], "FFMA") == 2 * ELEMENTS * divides, name
-        assert starting(facts["ptx"], "div.") == 1, f"{name}: the program's, of integers"
+def test_at_most_24_instructions_an_element_and_48_with_counter_noise(code: list[Code]) -> None:
+    for c in code:
+        assert c.row["sass_per_element"] <= (48 if c.pairs else 24), c.name
 
 
-def test_philox_multiplies_wide_and_box_muller_approximates(code: dict[str, Facts]) -> None:
-    for name, facts in code.items():
-        quads = ELEMENTS // 4 if "philox" in name or "scalar" in name or name == "normal" else 0
-        ptx = facts["ptx"]
+def test_a_step_issues_at_most_three_quarters_of_what_a_copy_leaves_room_for(
+    code: list[Code],
+) -> None:
+    for c in code:
+        if c.name != "normal":  # it only writes: arithmetic is all its time, once a run
+            assert c.row["budget_share"] <= 0.75, c.name
+
+
+def test_each_access_is_as_wide_as_four_elements(code: list[Code]) -> None:
+    for c in code:
+        v, n = c.v, c.elements // 4
+        halves = v.dtype != torch.float32
+        said = 2 if v.guidance else 1
+        loads = {"128": n * (1 + (v.noise == "tensor")), "64": 0}
+        stores = {"128": n * (1 + v.want_x0), "64": 0}
+        loads["64" if halves else "128"] += n * said
+        stores["64" if halves else "128"] += n * v.next_inputs
+        if c.name == "normal":
+            loads, stores = {"64": 0, "32": 0}, {"32": c.elements}
+        elif c.scalar:
+            loads, stores = ({"32": 4 * wide["128"]} for wide in (loads, stores))
+        # What belongs to the block: the row, what the equation needs of it, w, s and 1/s.
+        loads["64"] = loads.get("64", 0) + (v.noise == "philox")
+        found = dict(c.row["load_widths"])
+        scalars = found.pop("32") - loads.pop("32", 0)
+        assert 1 <= scalars <= 8 + v.guidance + 2 * v.threshold, c.name
+        assert found == {bits: k for bits, k in loads.items() if k}, c.name
+        assert c.row["store_widths"] == {bits: k for bits, k in stores.items() if k}, c.name
+
+
+def test_no_multiply_is_contracted_into_an_add(code: list[Code]) -> None:
+    # What is fused is written so: twice in a division, twice in a pair of normals.
+    for c in code:
+        written = 2 * c.divisions + 2 * c.pairs
+        # Blackwell has instructions that do two at once.
+        assert starting(c.ptx, "fma.") + starting(c.ptx, "fma.rn.f32x2") == written, c.name
+        assert starting(c.sass, "FFMA") + starting(c.sass, "FFMA2") == written, c.name
+        assert starting(c.ptx, "div.") == 1, f"{c.name}: the program's, of integers"
+
+
+def test_philox_multiplies_wide_and_box_muller_approximates(code: list[Code]) -> None:
+    for c in code:
+        calls = c.pairs // 2
         # Ten rounds of two; what does not depend on the element is not computed for each.
-        assert ptx.get("mul.wide.u32", 0) >= 16 * quads, name
-        assert starting(ptx, "mul.hi", "mul.lo.s64", "mul.lo.u64") <= 3 * quads, name
-        for function in ("lg2", "sin", "cos"):
-            assert starting(ptx, f"{function}.") == starting(ptx, f"{function}.approx"), name
-            assert starting(ptx, f"{function}.approx") == 2 * quads, name
+        assert c.ptx.get("mul.wide.u32", 0) >= 16 * calls, c.name
+        others = starting(c.ptx, "mul.hi", "mul.lo.s64", "mul.lo.u64")
+        assert others <= 3 * calls + 1, c.name
+        for function in ("lg2", "sin", "cos", "sqrt"):
+            assert starting(c.ptx, f"{function}.") == c.pairs, c.name
+            assert starting(c.ptx, f"{function}.approx") == c.pairs, c.name
 
 
-def test_clamp_keeps_nan(code: dict[str, Facts]) -> None:
-    for name, facts in code.items():
-        clips = ELEMENTS if "clip" in name else 0
-        assert starting(facts["ptx"], "min.NaN.f32") == clips, name
-        assert starting(facts["ptx"], "max.NaN.f32") == clips, name
+def test_bounds_keep_nan_and_nothing_else_is_bounded_so(code: list[Code]) -> None:
+    for c in code:
+        bounded = c.elements if c.v.clip is not None or c.v.threshold else 0
+        assert starting(c.ptx, "min.NaN.f32") == bounded, c.name
+        assert starting(c.ptx, "max.NaN.f32") == bounded, c.name
+        # The one of Box–Muller, which must not keep NaN; a threshold's, of the block.
+        assert starting(c.ptx, "max.f32") == c.pairs, c.name
+        assert starting(c.ptx, "min.f32") == c.v.threshold, c.name
 
 
-def test_offsets_are_64_bits_wide(code: dict[str, Facts]) -> None:
-    for name, facts in code.items():
-        assert facts["offsets"] == ["i64"], name
+def test_a_block_is_found_in_64_bits(code: list[Code]) -> None:
+    # Offsets within a block may have 32, and so may the row of a table.
+    for c in code:
+        moves = scalar_moves(c.ttir)
+        roots = {root for root, _, _ in moves}
+        assert {"%out_ptr", "%rows_ptr"} <= roots, c.name
+        for root, offset, kind in moves:
+            if root != "%table_ptr":
+                assert kind == "i64", f"{c.name}: {root} moves by {offset} in {kind}"
+        assert not overflowing(c.ttir), c.name
 
 
-@pytest.mark.slow
-def test_amd_compiles_without_scratch_or_spills() -> None:
-    for name, facts in machine_code("gfx942").items():
-        assert facts["private_segment_fixed_size"] == 0, name
-        assert facts["vgpr_spill_count"] == 0, name
-        assert not starting(facts["code"], "scratch_", "ds_"), name
-        if "scalar" not in name and name != "normal":
-            assert facts["code"]["global_store_dwordx4"] >= 1, name
+def scalar_moves(ttir: str) -> list[tuple[str, str, str]]:
+    """(argument, offset, its type) of each move of a pointer that is not a tensor of them."""
+    move = r"(%[\w-]+) = tt\.addptr (%[\w-]+), (%[\w-]+) : !tt\.ptr<\w+>, (i\d+)"
+    root: dict[str, str] = {}
+    found = []
+    for result, pointer, offset, kind in re.findall(move, ttir):
+        root[result] = root.get(pointer) or pointer
+        found.append((root[result], offset, kind))
+    return found
+
+
+def overflowing(ttir: str) -> list[str]:
+    """Products of two variables taken in 32 bits and only then widened."""
+    multiply = r"(%[\w-]+) = arith\.muli (%[\w-]+), (%[\w-]+) : i32"
+    constants = set(re.findall(r"(%[\w-]+) = arith\.constant ", ttir))
+    products = {r for r, a, b in re.findall(multiply, ttir) if not {a, b} & constants}
+    return [v for v in re.findall(r"arith\.extsi (%[\w-]+) : i32", ttir) if v in products]
+
+
+def test_each_row_has_the_columns_of_the_table(code: list[Code]) -> None:
+    for c in code:
+        assert list(c.row) == COLUMNS
 
 
 def starting(counts: dict[str, int], *prefixes: str) -> int:
     return sum(n for name, n in counts.items() if name.startswith(prefixes))
+
+
+def refused(run: subprocess.CompletedProcess[str], *said: str) -> None:
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert all(words in run.stderr for words in said), run.stderr
+
+
+def test_it_refuses_to_run_interpreted(tmp_path: Path) -> None:
+    refused(codegen("--out", str(tmp_path / "a"), TRITON_INTERPRET="1"), "TRITON_INTERPRET")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_it_refuses_nonsense_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    out = str(tmp_path / "a")
+    refused(codegen("--out", out, "--arch", "42"), "--arch", "80, 90, 100", "'42'")
+    refused(codegen("--out", out, "--arch", ""), "--arch", "''")
+    refused(codegen("--out", out, "--only", "epsilon,zeta"), "--only", "'zeta'")
+    refused(codegen("--out", str(file)), "--out", "file")
+    refused(codegen("--out", "/proc/nothing"), "--out", "/proc/nothing")
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "kept"
+
+
+@pytest.mark.slow
+def test_amd_compiles_without_scratch_or_spills(tmp_path: Path) -> None:
+    for c in compiled(tmp_path, "gfx942", ()):
+        assert (c.row["stack"], c.row["local"], c.row["shared"]) == (0, 0, 0), c.name
+        assert not starting(c.sass, "scratch_", "ds_"), c.name
+        assert c.row["budget_share"] is None, c.name
+        if not c.scalar:
+            assert c.row["store_widths"]["128"] >= 1, c.name

@@ -435,10 +435,24 @@ def good() -> SimpleNamespace:
         x0=torch.empty(2, 4, 4),
         seeds=None,
         noise=None,
+        guidance=None,
+        threshold=None,
+        next_input=None,
+        clip=None,
     )
 
 
-BAD: dict[str, tuple[str, Callable[[SimpleNamespace], Tensor]]] = {
+def guided(a: SimpleNamespace) -> SimpleNamespace:
+    a.guidance = torch.ones(2)
+    return a
+
+
+def bounded(a: SimpleNamespace) -> SimpleNamespace:
+    a.threshold, a.clip = torch.ones(2), 1.0
+    return a
+
+
+BAD: dict[str, tuple[str, Callable[[SimpleNamespace], Any]]] = {
     "x double": ("x", lambda a: a.x.double()),
     "x has gaps": ("x", lambda a: randn(2, 4, 8)[..., ::2]),
     "x has no batch": ("x", lambda a: torch.tensor(1.0)),
@@ -459,6 +473,31 @@ BAD: dict[str, tuple[str, Callable[[SimpleNamespace], Tensor]]] = {
     "noise strides": ("noise", lambda a: a.x.mT),
     "seeds dtype": ("seeds", lambda a: torch.arange(2, dtype=torch.int32)),
     "seeds shape": ("seeds", lambda a: torch.arange(3)),
+    "seeds strides": ("seeds", lambda a: torch.arange(4)[::2]),
+    "seeds device": ("seeds", lambda a: torch.arange(2, device="meta")),
+    "rows device": ("rows", lambda a: a.rows.to("meta")),
+    "table device": ("table", lambda a: a.table.to("meta")),
+    "out device": ("out", lambda a: a.out.to("meta")),
+    "x0 device": ("x0", lambda a: a.x0.to("meta")),
+    "noise device": ("noise", lambda a: a.x.to("meta")),
+    "guidance dtype": ("guidance", lambda a: torch.ones(2).double()),
+    "guidance shape": ("guidance", lambda a: torch.ones(3)),
+    "guidance dimensions": ("guidance", lambda a: torch.tensor(7.5)),
+    "guidance device": ("guidance", lambda a: torch.ones(2, device="meta")),
+    "output without halves": ("output", lambda a: guided(a).output),
+    "output of halves": ("output", lambda a: torch.cat([a.output, a.output])),
+    "threshold dtype": ("threshold", lambda a: torch.ones(2).half()),
+    "threshold shape": ("threshold", lambda a: torch.ones(2, 1)),
+    "threshold device": ("threshold", lambda a: torch.ones(2, device="meta")),
+    "clip with a threshold": ("clip", lambda a: bounded(a).clip),
+    "next_input dtype": ("next_input", lambda a: a.x.double()),
+    "next_input shape": ("next_input", lambda a: torch.empty(3, 4, 4)),
+    "next_input strides": ("next_input", lambda a: a.x.mT.bfloat16()),
+    "next_input device": ("next_input", lambda a: a.x.to("meta")),
+    "next_input apart": ("next_input", lambda a: torch.empty(2, 8, 4)[:, :4]),
+    "two next_inputs' strides": ("next_input", lambda a: torch.empty(4, 4, 4).mT),
+    "next_input of one value": ("next_input", lambda a: torch.tensor(1.0)),
+    "two next_inputs apart": ("next_input", lambda a: torch.empty(4, 8, 4)[:, :4]),
 }
 
 
@@ -488,15 +527,41 @@ def test_the_launcher_asks_for_contiguous_memory_with_seeds() -> None:
         fastddim_kernels.ddim_step(**vars(arguments))
 
 
-def test_the_launcher_asks_for_samples_that_are_one_stretch_where_rows_differ() -> None:
+def test_the_launcher_asks_for_one_stretch_of_two_stacked_next_inputs() -> None:
+    # Of one sample the halves' own strides do not say how far apart they are.
+    x, out = randn(1, 4, 4), torch.empty(1, 4, 4)
+    next_input = torch.empty(2, 8, 4)[:, :4]
+    with pytest.raises(ValueError, match=r"^next_input must be dense, got .*strides"):
+        fastddim_kernels.ddim_step(x, x, TABLE, on_row(0, 1), out, next_input=next_input)
+
+
+# What belongs to a sample, or lies sample by sample.
+ONE_STRETCH: dict[str, dict[str, Tensor]] = {
+    "rows differ": {"rows": torch.zeros(4, dtype=torch.int32)},
+    "there are seeds": {"seeds": torch.arange(4)},
+    "guidance differs": {"guidance": torch.ones(4), "output": randn(8, 2, 4)},
+    "guidance stacks output": {
+        "guidance": torch.ones(()).expand(4),
+        "output": randn(2, 8, 4).permute(1, 0, 2),
+    },
+    "there is a threshold": {"threshold": torch.ones(4)},
+    "the samples of output are apart": {"output": randn(4, 2, 4)},
+}
+
+
+@pytest.mark.parametrize("reason", ONE_STRETCH)
+def test_the_launcher_asks_for_samples_that_are_one_stretch(reason: str) -> None:
     arguments = good()
     for name in ("x", "output", "out", "x0"):
         setattr(arguments, name, getattr(arguments, name).permute(1, 0, 2))
     arguments.rows = on_row(0, 4)
     fastddim_kernels.ddim_step(**vars(arguments))
-    arguments.rows = torch.zeros(4, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"^x must hold each sample in one stretch .*strides"):
+    for name, value in ONE_STRETCH[reason].items():
+        setattr(arguments, name, value)
+    message = rf"^x must hold each sample in one stretch where {reason}, got .*strides"
+    with pytest.raises(ValueError, match=message) as caught:
         fastddim_kernels.ddim_step(**vars(arguments))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

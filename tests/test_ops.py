@@ -37,6 +37,7 @@ def op_arguments(
     guided: bool = False,
     threshold: bool = False,
     next_dtype: torch.dtype | None = None,
+    next_inputs: int = 1,
 ) -> tuple[Any, ...]:
     x, output, z = (randn(*shape, seed=i) for i in range(3))
     if guided:
@@ -57,7 +58,9 @@ def op_arguments(
         threshold,
         torch.zeros_like(x),
         torch.zeros_like(x) if want_x0 else None,
-        None if next_dtype is None else torch.zeros_like(x, dtype=next_dtype),
+        None
+        if next_dtype is None
+        else torch.cat([torch.zeros_like(x)] * next_inputs).to(next_dtype),
     )
 
 
@@ -69,6 +72,16 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "channels_last": op_arguments(noise="counter", layout=torch.channels_last),
     "guidance, next input": op_arguments(guided=True, next_dtype=torch.bfloat16),
     "threshold": op_arguments(threshold=True),
+    "everything": op_arguments(
+        dtype=torch.float16,
+        noise="counter",
+        prediction=1,
+        layout=torch.channels_last,
+        guided=True,
+        threshold=True,
+        next_dtype=torch.float16,
+        next_inputs=2,
+    ),
 }
 
 
@@ -174,6 +187,20 @@ def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
         assert x_s.stride() == x.stride()
         assert fastddim.ddim_step(x, output, table, 3, want_x0=False)[1] is None
         assert initial_noise(seeds, (2, 5)).shape == (2, 5)
+        # Both halves of guidance, each with a variance, and the next model input of both.
+        stacked = torch.empty(4, 6, 4, 4, dtype=torch.bfloat16)
+        next_input = torch.empty(4, 3, 4, 4, dtype=torch.bfloat16)
+        guided, _ = fastddim.ddim_step(
+            x,
+            stacked,
+            table,
+            3,
+            guidance=7.5,
+            threshold=torch.ones(2),
+            rederive=True,
+            next_input=next_input,
+        )
+        assert guided.shape == x.shape
 
 
 def test_meta_tensors_are_no_device_of_their_own() -> None:
@@ -273,6 +300,26 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "guidance must be float32, got float64",
     ),
+    "guidance no number": (
+        {"guidance": "7.5", "output": randn(4, 3)},
+        TypeError,
+        "guidance must be a number, got '7.5'",
+    ),
+    "guidance infinite": (
+        {"guidance": float("inf"), "output": randn(4, 3)},
+        ValueError,
+        "guidance must be finite, got inf",
+    ),
+    "guidance dimensions": (
+        {"guidance": randn(2, 1), "output": randn(4, 3)},
+        ValueError,
+        "guidance must have shape (2,), got (2, 1)",
+    ),
+    "guidance device": (
+        {"guidance": torch.empty(2, device="meta"), "output": randn(4, 3)},
+        ValueError,
+        "guidance must be on cpu with x, got meta",
+    ),
     "halves without guidance": (
         {"output": randn(4, 3)},
         ValueError,
@@ -283,6 +330,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"threshold": randn(2, 1)},
         ValueError,
         "threshold must have shape (2,), got (2, 1)",
+    ),
+    "threshold dtype": (
+        {"threshold": randn(2).double()},
+        TypeError,
+        "threshold must be float32, got float64",
+    ),
+    "threshold device": (
+        {"threshold": torch.empty((), device="meta")},
+        ValueError,
+        "threshold must be on cpu with x, got meta",
     ),
     "threshold and clip": (
         {"threshold": randn(2), "clip": 1.0},
@@ -304,6 +361,36 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "next_input must be a tensor, got dtype",
     ),
+    "next_input device": (
+        {"next_input": torch.empty(2, 3, device="meta")},
+        ValueError,
+        "next_input must be on cpu with x, got meta",
+    ),
+    "next_input dimensions": (
+        {"next_input": randn(2)},
+        ValueError,
+        "next_input must have shape (2, 3), got (2,)",
+    ),
+    "two next_inputs' shape": (
+        {"next_input": randn(4, 4)},
+        ValueError,
+        "next_input must have shape (4, 3), got (4, 4)",
+    ),
+    "noise device": (
+        {"noise": torch.empty(2, 3, device="meta")},
+        ValueError,
+        "noise must be on cpu with x, got meta",
+    ),
+    "learned variance of no channels": (
+        {"output": randn(2, 6)},
+        ValueError,
+        "output must have shape (2, 3), got (2, 6)",
+    ),
+    "learned variance and another": (
+        {"x": randn(2, 3, 4), "output": randn(2, 9, 4)},
+        ValueError,
+        "output must have shape (2, 3, 4), got (2, 9, 4)",
+    ),
     "out no tensor": ({"out": 1}, TypeError, "out must be a tensor, got int"),
     "out shape": ({"out": randn(3, 2)}, ValueError, "out must have shape (2, 3), got (3, 2)"),
     "out dtype": ({"out": randn(2, 3).half()}, TypeError, "out must be float32, got float16"),
@@ -323,9 +410,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             "output": randn(2, 3),
             "table": TABLE,
             "noise": randn(2, 3),
+            "threshold": randn(2),
             "out": randn(2, 3),
+            "next_input": randn(2, 3),
         }.items()
     },
+    "guidance requires grad": (
+        {"guidance": randn(2).requires_grad_(), "output": randn(4, 3)},
+        ValueError,
+        "guidance requires grad, which the step does not carry: detach it",
+    ),
 }
 
 

@@ -252,12 +252,14 @@ def _block(g: _Geometry, noisy: bool) -> tuple[int, int]:
     wide = not g.channels and g.in_fours
     fours, parts = 256 if wide else 128, 4
     if g.channels:
-        parts = 1 if g.in_fours and block_channels(g.channels) == 4 else 2 if noisy else 4
+        width = block_channels(g.channels)
+        # Four parts of three channels would take 114 registers.
+        parts = 1 if g.in_fours and width == 4 else 4 if width == 1 and not noisy else 2
     if _INTERPRETED:
         fours = _INTERPRETED_FOURS
     if g.samples * g.n < _LARGE or g.fours < fours * parts:
         parts = 1
-    return min(fours, max(4, triton.next_power_of_2(g.fours))), parts
+    return min(fours, max(4, int(triton.next_power_of_2(g.fours)))), parts
 
 
 def _check_state(
@@ -279,13 +281,11 @@ def _check_state(
             raise ValueError(
                 f"next_input must be float32, bfloat16 or float16, got {_describe(next_input)}"
             )
-        halves = 2 if next_input.dim() and len(next_input) == 2 * len(x) and len(x) else 1
-        for half in next_input.chunk(halves):
+        stacked = next_input.dim() > 0 and len(next_input) == 2 * len(x) > 0
+        for half in next_input.chunk(2) if stacked else (next_input,):
             _check_like("next_input", half, x, next_input.dtype)
-        if halves == 2 and next_input.stride(0) * len(x) != x.numel():
-            raise ValueError(
-                f"next_input must be dense, got {_describe(next_input)}"
-            )
+        if stacked and next_input.stride(0) * len(x) != x.numel():
+            raise ValueError(f"next_input must be dense, got {_describe(next_input)}")
 
 
 def _check_coefficients(

@@ -1,7 +1,7 @@
 """Counter noise in Triton: four normals a Philox call, and the kernel that fills a tensor."""
 
 # Triton compiles these bodies; to pyright its language is made of functions that never return.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from __future__ import annotations
 

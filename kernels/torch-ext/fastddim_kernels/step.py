@@ -1,7 +1,7 @@
 """One DDIM step in Triton, one pass over memory: the kernel, its body term by term."""
 
 # Triton compiles these bodies; to pyright its language is made of functions that never return.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def divide(x, c, rcp_c, FINITE: tl.constexpr, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def guide(output, cond_ptr, offsets, mask, w):
+def guide(output, cond_ptr, base, offsets, mask, w):
     """output_u + w·(output_c − output_u), where the model's output holds both halves."""
     if w is not None:
-        cond = tl.load(cond_ptr + offsets, mask=mask).to(tl.float32)
+        cond = tl.load(cond_ptr + base + offsets, mask=mask).to(tl.float32)
         output = output + w * (cond - output)
     return output
 
@@ -103,22 +103,23 @@ def rounded(x, dtype: tl.constexpr, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def fetch(state, model, access, w):
+def fetch(state, model, bases, access, w):
     """(x, what the model says of it, z): all that one access reads."""
     x_ptr, noise_ptr, _, _, _, _ = state
     output_ptr, cond_ptr = model
+    base, output_base = bases
     offsets, output_offsets, mask, z = access
-    x = tl.load(x_ptr + offsets, mask=mask)
-    output = tl.load(output_ptr + output_offsets, mask=mask).to(tl.float32)
-    output = guide(output, cond_ptr, output_offsets, mask, w)
+    x = tl.load(x_ptr + base + offsets, mask=mask)
+    output = tl.load(output_ptr + output_base + output_offsets, mask=mask).to(tl.float32)
+    output = guide(output, cond_ptr, output_base, output_offsets, mask, w)
     if noise_ptr is not None:
-        z = tl.load(noise_ptr + offsets, mask=mask)
+        z = tl.load(noise_ptr + base + offsets, mask=mask)
     return x, output, z
 
 
 @triton.jit
 def finish(
-    fetched, access, factors, bounds, state,
+    fetched, access, factors, bounds, state, base,
     PREDICTION: tl.constexpr, NOISE: tl.constexpr, NOISE_FIRST: tl.constexpr,
     REDERIVE: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
@@ -134,14 +135,14 @@ def finish(
     eps = predict_eps(x, output, predicted, x0, a_t, b_t, rcp_b_t, PREDICTION, REDERIVE, PORTABLE)
     x_s = combine(x0, eps, z, a_s, c1, c2, NOISE, NOISE_FIRST)
 
-    tl.store(out_ptr + offsets, x_s, mask=mask)
+    tl.store(out_ptr + base + offsets, x_s, mask=mask)
     if x0_ptr is not None:
-        tl.store(x0_ptr + offsets, x0, mask=mask)
+        tl.store(x0_ptr + base + offsets, x0, mask=mask)
     if next_ptr is not None:
         model_input = rounded(x_s, next_ptr.dtype.element_ty, PORTABLE)
-        tl.store(next_ptr + offsets, model_input, mask=mask)
+        tl.store(next_ptr + base + offsets, model_input, mask=mask)
         if next_again_ptr is not None:
-            tl.store(next_again_ptr + offsets, model_input, mask=mask)
+            tl.store(next_again_ptr + base + offsets, model_input, mask=mask)
 
 
 @triton.jit
@@ -208,7 +209,7 @@ def one_channel(
 
     Where sizes are no multiple of four, a channel's first element, ``start``, stands anywhere in
     its four: fours begin ``early`` pixels before it, and one on a border is drawn for both
-    channels. What the pointers lack of it is constant, or each access would have an address to
+    channels. What the base lacks of it is constant, or each access would have an address to
     work out for itself.
     """
     row, seed = noise_of
@@ -221,26 +222,6 @@ def one_channel(
         mask = j * 4 < left if FOURS else (pixel >= skipped) & (pixel < left)
         accesses = accesses + ((pixel * CHANNELS, pixel * OUTPUT_CHANNELS, mask, z[lane]),)
     return accesses
-
-
-@triton.jit
-def moved(pointer, offset):
-    """pointer + offset; None stays None."""
-    if pointer is not None:
-        pointer += offset
-    return pointer
-
-
-@triton.jit
-def pointers_at(state, model, offset, output_offset):
-    """The pointers into tensors of the state's layout, and of the model's output, moved."""
-    x_ptr, noise_ptr, out_ptr, x0_ptr, next_ptr, next_again_ptr = state
-    output_ptr, cond_ptr = model
-    state = (
-        x_ptr + offset, moved(noise_ptr, offset), out_ptr + offset, moved(x0_ptr, offset),
-        moved(next_ptr, offset), moved(next_again_ptr, offset),
-    )  # fmt: skip
-    return state, (output_ptr + output_offset, moved(cond_ptr, output_offset))
 
 
 @triton.constexpr_function
@@ -298,7 +279,9 @@ def ddim_step_kernel(
     four channels of some pixels: noise belongs to the element, wherever memory keeps it.
     """
     WIDTH: tl.constexpr = block_channels(CHANNELS)
-    GROUPS: tl.constexpr = CHANNELS // WIDTH if CHANNELS > 0 else 1
+    PIXEL: tl.constexpr = CHANNELS if CHANNELS > 0 else 1
+    OUTPUT_PIXEL: tl.constexpr = OUTPUT_CHANNELS if CHANNELS > 0 else 1
+    GROUPS: tl.constexpr = PIXEL // WIDTH
     pid = tl.program_id(0)
     first_channel = (pid % GROUPS * WIDTH).to(tl.int64)
     sample = pid // GROUPS // blocks_per_sample
@@ -318,7 +301,7 @@ def ddim_step_kernel(
         threshold = tl.load(threshold_ptr + sample)
         rcp_threshold = tl.load(rcp_threshold_ptr + sample)
 
-    # Pointers go to the block, in 64 bits; offsets count from there and fit in 32.
+    # A block begins at its base, in 64 bits; offsets count from there and fit in 32.
     if FOURS:  # so written, these tell the compiler of the alignment
         n_elements = n_elements // 4 * 4
         output_stride = output_stride // 4 * 4
@@ -328,22 +311,19 @@ def ddim_step_kernel(
     if NEXT_TWICE:
         next_again_ptr = next_ptr + samples.to(tl.int64) * n_elements
     first_quad = block * (PARTS * QUADS)
-    first, output_first = first_quad * 4, first_quad * 4
-    if CHANNELS > 0:
-        first, output_first = first * CHANNELS + first_channel, first * OUTPUT_CHANNELS + first_channel
-    state, model = pointers_at(
-        (x_ptr, noise_ptr, out_ptr, x0_ptr, next_ptr, next_again_ptr), (output_ptr, cond_ptr),
-        sample * n_elements + first, sample * output_stride + output_first,
-    )  # fmt: skip
+    base = sample * n_elements + first_quad * 4 * PIXEL + first_channel
+    output_base = sample * output_stride + first_quad * 4 * OUTPUT_PIXEL + first_channel
+    # As a tuple they are passed on, but never returned: Triton 3.6 cannot return a None.
+    state = (x_ptr, noise_ptr, out_ptr, x0_ptr, next_ptr, next_again_ptr)
+    model = (output_ptr, cond_ptr)
 
-    n_pixels = n_elements // CHANNELS if CHANNELS > 0 else n_elements
+    n_pixels = n_elements // PIXEL
     noise_of = (row, seed)
     for k in tl.static_range(1 if CHANNELS % 4 == 0 and FOURS else WIDTH):
         start = (first_channel + k) * n_pixels
         early = start * 0 if FOURS or CHANNELS == 0 else start & 3
-        state_here, model_here = pointers_at(
-            state, model, k - early * CHANNELS, k - early * OUTPUT_CHANNELS
-        )
+        base_k = base + (k - early * PIXEL)
+        output_base_k = output_base + (k - early * OUTPUT_PIXEL)
         for part in tl.static_range(PARTS):
             j = tl.arange(0, QUADS) + part * QUADS
             if CHANNELS == 0:
@@ -361,10 +341,10 @@ def ddim_step_kernel(
             # All is read before anything is written: a load cannot be moved before a store.
             fetched = ()
             for i in tl.static_range(len(accesses)):
-                fetched = fetched + (fetch(state_here, model_here, accesses[i], w),)
+                fetched = fetched + (fetch(state, model, (base_k, output_base_k), accesses[i], w),)
             for i in tl.static_range(len(accesses)):
                 finish(
-                    fetched[i], accesses[i], factors, (clip, threshold, rcp_threshold), state_here,
-                    PREDICTION, noise_ptr is not None or seeds_ptr is not None, NOISE_FIRST,
+                    fetched[i], accesses[i], factors, (clip, threshold, rcp_threshold), state,
+                    base_k, PREDICTION, noise_ptr is not None or seeds_ptr is not None, NOISE_FIRST,
                     REDERIVE, PORTABLE,
                 )  # fmt: skip

@@ -1,0 +1,308 @@
+"""The machine code of every variant, compiled ahead of time: no GPU is needed.
+
+    python -m benchmarks.codegen --out DIR                  # sm_80, sm_90 and sm_100
+    python -m benchmarks.codegen --out DIR --arch 90,gfx942 --only "epsilon,v philox bf16 next"
+
+The launcher itself is called, on tensors without content, and Triton's own dispatch compiles what
+it asks for, for a GPU that need not be there. DIR gets ``codegen.json``, one row a variant and
+architecture; ``details.json``, how often each instruction stands in the code; and
+``<variant>-<arch>.cubin`` beside its ``.ttir``, ``.ptx`` and ``.sass``.
+
+Accesses are counted as the machine code has them, the scalars of a block among the loads: of 32
+bits the row and its factors, guidance and thresholds, of 64 the seed. For AMD, gfx942: vector
+registers, bytes of scratch, of LDS, and spilled registers for local; no budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+
+from benchmarks.variants import VARIANTS, launch_arguments
+from fastddim_kernels import launch
+from fastddim_kernels.step import block_channels
+
+BIN = Path(nvidia.__file__).parent / "bin"
+NORMAL = "normal"
+NAMES = (*VARIANTS, NORMAL)
+BATCH = 512
+"""Enough for the blocks of a large launch: 2²³ elements of four channels of 64²."""
+SLOTS_PER_BYTE = {"80": 11.0, "90": 7.75, "100": 5.2}
+"""Instructions of a thread that an A100, H200 and B200 can issue while a copy moves one byte."""
+ARCHS = (*SLOTS_PER_BYTE, "gfx942")
+COLUMNS = {
+    "variant": "variant",
+    "arch": "arch",
+    "regs": "regs",
+    "stack": "stack",
+    "shared": "shared",
+    "local": "local",
+    "sass_per_element": "SASS/el",
+    "bytes_per_element": "bytes/el",
+    "budget_share": "budget",
+    "load_widths": "loads (bits×times)",
+    "store_widths": "stores",
+}
+TEXT = ("variant", "load_widths", "store_widths")
+
+Row = dict[str, Any]
+
+
+class Driver:
+    """What Triton's dispatch asks of a driver before it compiles; nothing can be launched."""
+
+    def __init__(self, arch: str) -> None:
+        self.device = ARCHS.index(arch)  # dispatch keeps what it compiled by device
+        amd = arch.startswith("gfx")
+        self.target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+class Compiler:
+    """Stands where the launcher has a kernel; compiles it where that would launch."""
+
+    kernel: Any
+    elements: int  # of a thread
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def compiled(*args: Any, **options: Any) -> None:
+            self.kernel = self.function.warmup(*args, grid=grid, **options)
+            threads = options["num_warps"] * self.kernel.metadata.target.warp_size
+            block = options.get("BLOCK_SIZE")
+            if block is None:
+                width = block_channels(options["CHANNELS"]) if options["CHANNELS"] else 1
+                block = options["QUADS"] * options["PARTS"] * 4 * width
+            self.elements = block // threads
+
+        return compiled
+
+
+def compiled(name: str, arch: str) -> Compiler:
+    """The kernel that the launcher launches for this variant on this architecture."""
+    driver: Any = Driver(arch)
+    triton.runtime.driver.set_active(driver)
+    normal = name == NORMAL
+    kernel = "normal_kernel" if normal else "ddim_step_kernel"
+    compiler = Compiler(getattr(launch, kernel))
+    portable = arch.startswith("gfx")
+    with (
+        patch.object(launch, kernel, compiler),
+        patch.object(launch, "_portable", lambda: portable),
+    ):
+        if normal:
+            x = torch.empty(BATCH, 4, 64, 64, device="meta")
+            seeds = torch.empty(BATCH, dtype=torch.int64, device="meta")
+            launch.normal_(x, seeds, seeds[:1].int().expand(BATCH), 1)
+        else:
+            launch.ddim_step(**launch_arguments(VARIANTS[name], BATCH, "meta"))
+    return compiler
+
+
+def row_of(name: str, arch: str, facts: dict[str, int], sass: Counter[str], elements: int) -> Row:
+    """A row of the table: ``sass`` counts a thread's instructions, for so many elements."""
+    v = VARIANTS.get(name)
+    per_element = round(sass.total() / elements, 2)
+    moved = v.bytes_per_element if v else 4
+    slots = SLOTS_PER_BYTE.get(arch)
+    return {
+        "variant": name,
+        "arch": arch,
+        "dtype": str(v.dtype if v else torch.float32).removeprefix("torch."),
+        **facts,
+        "sass_per_element": per_element,
+        "bytes_per_element": moved,
+        "budget_share": slots and round(per_element / (moved * slots), 3),
+        "load_widths": widths(sass, "LDG", "global_load", "buffer_load"),
+        "store_widths": widths(sass, "STG", "global_store", "buffer_store"),
+    }
+
+
+def instructions(sass: str) -> Counter[str]:
+    """How often each stands in the code, up to the last exit: what follows is padding."""
+    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    if not names:  # AMD's assembly
+        names = re.findall(r"^\s+([a-z]+_[a-z]\w*)", sass, re.MULTILINE)
+    last = max(i for i, name in enumerate(names) if name.startswith(("EXIT", "s_endpgm")))
+    return Counter(names[: last + 1])
+
+
+def widths(sass: Counter[str], *access: str) -> dict[str, int]:
+    """Bits → accesses of global memory, widest first."""
+    found: Counter[int] = Counter()
+    for name, n in sass.items():
+        if name.startswith(access):
+            bits = re.search(r"\.[US]?(8|16|64|128|256)\b", name)
+            dwords = re.search(r"dwordx(\d)", name)
+            narrow = 16 if "short" in name else 8 if "byte" in name else 32
+            found[int(bits[1]) if bits else 32 * int(dwords[1]) if dwords else narrow] += n
+    return {str(bits): n for bits, n in sorted(found.items(), reverse=True)}
+
+
+def disassembled(cubin: bytes) -> tuple[str, dict[str, int]]:
+    """The SASS, and the registers and bytes of memory that the machine code asks for."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run(
+                [str(BIN / tool), option, file.name], check=True, capture_output=True, text=True
+            ).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    names = {"regs": "REG", "stack": "STACK", "shared": "SHARED", "local": "LOCAL"}
+    return sass, {name: found[said] for name, said in names.items()}
+
+
+def amd_facts(code: str) -> dict[str, int]:
+    """The same of AMD's assembly."""
+    names = {
+        "regs": "vgpr_count",
+        "stack": "private_segment_fixed_size",
+        "shared": "group_segment_fixed_size",
+        "local": "vgpr_spill_count",
+    }
+    found = dict(re.findall(r"^\s+\.(\w+):\s+(\d+)", code, re.MULTILINE))
+    return {name: int(found[said]) for name, said in names.items()}
+
+
+def file_name(variant: str, arch: str) -> str:
+    return f"{variant.replace(' ', '-')}-{arch}"
+
+
+def compile_to(out: Path, name: str, arch: str) -> tuple[Row, dict[str, Any]]:
+    """Compiles one variant and writes its files; its row and its details."""
+    compiler = compiled(name, arch)
+    asm, elements = compiler.kernel.asm, compiler.elements
+    files: dict[str, str | bytes] = {"ttir": asm["ttir"]}
+    if "cubin" in asm:
+        sass, facts = disassembled(asm["cubin"])
+        files |= {"ptx": asm["ptx"], "sass": sass, "cubin": asm["cubin"]}
+    else:
+        sass, facts = asm["amdgcn"], amd_facts(asm["amdgcn"])
+        files |= {"amdgcn": sass}
+    for kind, content in files.items():
+        write(out / f"{file_name(name, arch)}.{kind}", content)
+    counts = instructions(sass)
+    ptx = re.findall(
+        r"^\s*(?:@%?!?\w+\s+)?([a-z]\w*(?:\.\w+)+)\s", asm.get("ptx", ""), re.MULTILINE
+    )
+    details = {"elements_per_thread": elements, "sass": counts, "ptx": Counter(ptx)}
+    return row_of(name, arch, facts, counts, elements), details
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """The whole file or, where that fails, what was there before."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except OSError as error:
+        refuse(f"cannot write {str(path)!r}: {error.strerror}")
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write(path, json.dumps(content, indent=1) + "\n")
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in columns, as Markdown, which reads as well in a terminal."""
+    lines = [list(COLUMNS.values()), *([cell(row[name]) for name in COLUMNS] for row in rows)]
+    spans = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = [
+        "-" * span if name in TEXT else "-" * (span - 1) + ":"
+        for name, span in zip(COLUMNS, spans, strict=True)
+    ]
+    return "\n".join(
+        "| "
+        + " | ".join(
+            text.ljust(span) if name in TEXT else text.rjust(span)
+            for name, text, span in zip(COLUMNS, line, spans, strict=True)
+        )
+        + " |"
+        for line in (lines[0], rule, *lines[1:])
+    )
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{bits}×{n}" for bits, n in value.items())
+    return "-" if value is None else str(value)
+
+
+def chosen(option: str, said: str, allowed: tuple[str, ...]) -> list[str]:
+    """What was said between commas, each once, if all of it is allowed."""
+    found = list(dict.fromkeys(part.strip() for part in said.split(",")))
+    for part in found:
+        if part not in allowed:
+            refuse(f"{option} must be among {', '.join(allowed)}, got {part!r}")
+    return found
+
+
+def refuse(message: str) -> NoReturn:
+    print(f"benchmarks.codegen: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--arch", default=",".join(SLOTS_PER_BYTE), help=f"among {', '.join(ARCHS)}"
+    )
+    parser.add_argument("--only", default=",".join(NAMES), help="variants; all where not given")
+    args = parser.parse_args()
+    interpret = os.environ.get("TRITON_INTERPRET", "")
+    if interpret not in ("", "0"):
+        refuse(f"TRITON_INTERPRET must not be set, got {interpret!r}: nothing would be compiled")
+    archs = chosen("--arch", args.arch, ARCHS)
+    names = chosen("--only", args.only, NAMES)
+    out: Path = args.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        refuse(f"--out must be a directory to write to, got {str(out)!r}: {error.strerror}")
+    rows, details = [], {}
+    for arch in archs:
+        for name in names:
+            row, details[file_name(name, arch)] = compile_to(out, name, arch)
+            rows.append(row)
+    write_json(out / "details.json", details)
+    write_json(out / "codegen.json", rows)
+    print(f"triton {triton.__version__}\n\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,580 @@
+"""The step on a CPU as one pass over memory, compiled by numba; imported at the first step.
+
+Each stretch of elements passes through the equation's terms while it sits in the L1 cache, every
+term a loop that LLVM turns into vector instructions. There is no fused multiply-add and no
+reassociation, so a vector's lanes and the loop's remainder give the same bits: those of
+``reference.ddim_step``, and noise that depends on (seed, row, element) alone.
+"""
+
+# numba changes what a function's arguments are, and names of its own are not seen as exported.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import functools
+import math
+import threading
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from fastddim import noise as counter
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("numba is told not to compile (NUMBA_DISABLE_JIT)")
+
+CHUNK = 1024
+"""Elements taken through all terms at once: seven arrays of them fill a 32 KiB L1."""
+ROOM = CHUNK // 4 + 1
+"""Quads that a chunk may touch: one more than it holds, where it begins inside one."""
+TASK = 64 * CHUNK
+"""Elements a thread takes at a time: a core that is busy with something else takes fewer."""
+SHARE, NOISY_SHARE = 16 * TASK, 4 * TASK
+"""Elements for which one more thread pays, without counter noise and with it: about a millisecond
+of work, since on a busy machine a thread may be kept waiting, and be waited for, that long."""
+
+_Job: TypeAlias = tuple[Callable[[], int], tuple[Any, ...]]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+
+_part: Callable[..., Any] = numba.njit(no_cpython_wrapper=True, **_OPTIONS)
+"""For what is compiled as part of its caller, when that is not read from the cache."""
+
+
+def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiled now, or read from the cache where there is a folder to keep one in."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any]
+        try:
+            compiled = numba.njit(signature, cache=True, **_OPTIONS)(function)
+        except (RuntimeError, OSError):  # neither this folder nor the user's can be written to
+            compiled = numba.njit(signature, **_OPTIONS)(function)
+        return compiled
+
+    return decorate
+
+
+def _pointer(dtype: Any) -> Any:
+    """A function from an address to a pointer. Plain integers cost a call far less than arrays."""
+
+    @intrinsic
+    def pointer(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(dtype)(types.int64), generate
+
+    return pointer
+
+
+_float32, _uint16 = _pointer(types.float32), _pointer(types.uint16)
+_int32, _int64 = _pointer(types.int32), _pointer(types.int64)
+
+
+@intrinsic
+def _next(typing_context: Any, address: Any) -> Any:
+    """The int64 at an address, which is raised by one, atomically."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        place = builder.inttoptr(arguments[0], word.as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(word, 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@_part
+def _floats(address, start, count):
+    return carray(_float32(address + 4 * start), (count,))
+
+
+# --- Noise: the definition is that of fastddim.noise ------------------------------------------
+
+_STEP = np.int64(counter.STEP)  # a literal would be compiled apart from a stream not known
+_LOW, _WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+
+_SCALE, _HALF, _ONE = np.float32(2.0**-32), np.float32(0.5), np.float32(1.0)
+_ZERO, _MINUS_TWO = np.float32(0.0), np.float32(-2.0)
+
+# ln(1 + f) = f + f²·Q(f) on [√½ − 1, √2 − 1]: minimax, 3.0e-8 of ln(1 + f) before rounding.
+_Q0, _Q1, _Q2, _Q3 = (np.float32(c) for c in (-0.4999999, 0.3333395, -0.25001755, 0.19962072))
+_Q4, _Q5, _Q6, _Q7 = (np.float32(c) for c in (-0.16570507, 0.14917974, -0.14307527, 0.08734846))
+# ln 2 in two parts: the first has nine bits, so that its product with a binary exponent is exact.
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_EXPONENT, _SQRT_HALF = np.int32(23), np.int32(0x3F3504F3)  # the bits of √½ in float32
+
+# In turns, on [−⅛, ⅛]: sin 2πf = f·S(f²) and cos 2πf = 1 + f²·C(f²), minimax, 3.2e-9 and 6.4e-11
+# of the value before rounding.
+_S0, _S1, _S2, _S3 = (np.float32(c) for c in (6.2831855, -41.341663, 81.592354, -75.39356))
+_C0, _C1, _C2, _C3 = (np.float32(c) for c in (-19.739208, 64.93932, -85.44324, 59.229244))
+_EIGHTH, _QUARTER = np.int32(1 << 29), np.int32((1 << 30) - 1)
+_SIGN, _BIT = np.int32(-(1 << 31)), np.int32(1)
+
+
+@_part
+def _words(seed, row, stream, quad, quads, words):
+    """Philox4x32-10 of the quads from ``quad`` on: all words 0, all words 2, all 1, all 3."""
+    low, high = np.uint64(seed) & _LOW, np.uint64(seed) >> _WORD
+    for i in range(quads):
+        index = np.uint64(quad + i)
+        c0, c1, c2, c3 = index & _LOW, index >> _WORD, np.uint64(row), np.uint64(stream)
+        k0, k1 = low, high
+        for _ in range(10):
+            # Words are kept in 64 bits, whose upper half only a product's operand must clear:
+            # so it becomes vpmuludq, four products at a time.
+            p0, p1 = (c0 & _LOW) * _M0, (c2 & _LOW) * _M1
+            c0, c1, c2, c3 = (p1 >> _WORD) ^ c1 ^ k0, p1, (p0 >> _WORD) ^ c3 ^ k1, p0
+            k0, k1 = k0 + _W0, k1 + _W1
+        words[i], words[i + 2 * quads] = np.uint32(c0 & _LOW), np.uint32(c1 & _LOW)
+        words[i + quads], words[i + 3 * quads] = np.uint32(c2 & _LOW), np.uint32(c3 & _LOW)
+
+
+@_part
+def _ln(u):
+    """ln u of a positive normal float32: u = 2^k·(1 + f)."""
+    bits = np.float32(u).view(np.int32)
+    k = np.int32(np.int32(bits - _SQRT_HALF) >> _EXPONENT)
+    f = np.int32(bits - np.int32(k << _EXPONENT)).view(np.float32) - _ONE
+    q = _Q3 + f * (_Q4 + f * (_Q5 + f * (_Q6 + f * _Q7)))
+    q = _Q0 + f * (_Q1 + f * (_Q2 + f * q))
+    exponent = np.float32(k)
+    return exponent * _LN2_HIGH + (f + (exponent * _LN2_LOW + f * f * q))
+
+
+@_part
+def _box_muller(count, words, z):
+    """All r·cos θ, then all r·sin θ, from ``count`` words for u and as many for θ."""
+    for i in range(count):
+        u = (np.float32(words[i]) + _HALF) * _SCALE
+        square = _MINUS_TWO * _ln(u)
+        r = math.sqrt(square if square > _ZERO else _ZERO)
+        # θ is a number of quarter turns, the upper two bits, and f of a turn, |f| ≤ ⅛.
+        word = np.int32(np.int32(words[i + count]) + _EIGHTH)
+        f = (np.float32(np.int32((word & _QUARTER) - _EIGHTH)) + _HALF) * _SCALE
+        g = f * f
+        s = f * (_S0 + g * (_S1 + g * (_S2 + g * _S3)))
+        c = _ONE + g * (_C0 + g * (_C1 + g * (_C2 + g * _C3)))
+        next_bit = np.int32(word << _BIT)  # its sign says whether the quarters are odd
+        cosine, sine = (s, c) if next_bit < 0 else (c, s)
+        cosine_sign = np.int32((word ^ next_bit) & _SIGN)
+        sine_sign = np.int32(word & _SIGN)
+        z[i] = np.int32(np.float32(r * cosine).view(np.int32) ^ cosine_sign).view(np.float32)
+        z[i + count] = np.int32(np.float32(r * sine).view(np.int32) ^ sine_sign).view(np.float32)
+
+
+@_part
+def _normals(seed, row, stream, first, count, words, pairs, z):
+    """Writes the normals of elements ``first`` to ``first + count`` to z; the first one's place."""
+    quad, lane = first // 4, first % 4
+    quads = (lane + count + 3) // 4
+    _words(seed, row, stream, quad, quads, words)
+    _box_muller(2 * quads, words, pairs)
+    for i in range(quads):
+        z[4 * i], z[4 * i + 1] = pairs[i], pairs[i + 2 * quads]
+        z[4 * i + 2], z[4 * i + 3] = pairs[i + quads], pairs[i + 3 * quads]
+    return lane
+
+
+@_part
+def _scattered(seed, row, stream, first, count, channels, pixels, words, pairs, plane, z):
+    """``_normals`` of ``count`` elements in memory's order, where a pixel's channels are adjacent.
+
+    Noise belongs to the logical element, channel · pixels + pixel.
+    """
+    low, high = first // channels, (first + count - 1) // channels + 1
+    for channel in range(channels):
+        lane = _normals(seed, row, stream, channel * pixels + low, high - low, words, pairs, plane)
+        for i in range(high - low):
+            z[i * channels + channel] = plane[i + lane]
+    return first - low * channels
+
+
+# --- The step's terms -------------------------------------------------------------------------
+
+
+@_part
+def _widened(address, dtype, start, count, into):
+    """A stretch of the model's output as float32, in ``into`` if it is not so already."""
+    if dtype == 0:
+        return _floats(address, start, count)
+    half = carray(_uint16(address + 2 * start), (count,))
+    if dtype == 1:
+        for i in range(count):
+            into[i] = np.uint32(np.uint32(half[i]) << np.uint32(16)).view(np.float32)
+    else:
+        for i in range(count):
+            bits = np.uint32(half[i])
+            magnitude = np.uint32(bits & np.uint32(0x7FFF))
+            # Its exponent's bias is 15, float32's 127; what is below the least exponent counts
+            # 2⁻²⁴; the largest exponent, of infinity and NaN, becomes float32's.
+            word = np.uint32(np.uint32(magnitude << np.uint32(13)) + np.uint32(112 << 23))
+            word = np.uint32(word | np.uint32(0x7F800000)) if magnitude >= 0x7C00 else word
+            tiny = np.float32(np.float32(magnitude) * np.float32(2.0**-24)).view(np.uint32)
+            word = tiny if magnitude < 0x400 else word
+            sign = np.uint32((bits & np.uint32(0x8000)) << np.uint32(16))
+            into[i] = np.uint32(word | sign).view(np.float32)
+    return into
+
+
+@_part
+def _guide(count, u, c, w, into):
+    """u + w·(c − u) from the unconditional and the conditional output."""
+    for i in range(count):
+        into[i] = u[i] + w * (c[i] - u[i])
+
+
+@_part
+def _predict(count, prediction, x, e, a_t, b_t, x0, eps):
+    """x0 and ε; of an epsilon model, whose output ε is, x0 alone."""
+    if prediction == 0:
+        for i in range(count):
+            x0[i] = (x[i] - e[i] * b_t) / a_t
+    elif prediction == 1:
+        for i in range(count):
+            x0[i] = a_t * x[i] - b_t * e[i]
+            eps[i] = a_t * e[i] + b_t * x[i]
+    else:
+        for i in range(count):
+            x0[i] = e[i]
+            eps[i] = (x[i] - a_t * e[i]) / b_t
+
+
+@_part
+def _clamp(count, x0, bound):
+    """x0 within ±bound. A NaN stays one: neither comparison holds for it."""
+    for i in range(count):
+        value = x0[i]
+        value = -bound if value < -bound else value
+        x0[i] = bound if value > bound else value
+
+
+@_part
+def _combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out):
+    """x_s = √ᾱ_s·x0 + c1·z + c2·ε, the noise added before the direction or after it."""
+    if not noisy:
+        for i in range(count):
+            out[i] = a_s * x0[i] + c2 * eps[i]
+    elif noise_first:
+        for i in range(count):
+            out[i] = a_s * x0[i] + c1 * z[i + lane] + c2 * eps[i]
+    else:
+        for i in range(count):
+            out[i] = a_s * x0[i] + c2 * eps[i] + c1 * z[i + lane]
+
+
+@_compiled("int64(" + 24 * "int64, " + "float64)")
+def _steps(
+    x_address,
+    output_address,
+    table_address,
+    rows_address,
+    seeds_address,
+    noise_address,
+    guidance_address,
+    threshold_address,
+    out_address,
+    x0_address,
+    counter_address,
+    batch,
+    n,
+    channels,
+    steps,
+    output_stride,
+    row_stride,
+    guidance_stride,
+    threshold_stride,
+    dtype,
+    prediction,
+    noise_first,
+    clips,
+    rederive,
+    clip,
+):
+    """Takes tasks until none is left; an address of 0 stands for None, a counter's for one task.
+
+    Returns 1, with nothing written, if a row is not in the table; else 0.
+    """
+    rows = carray(_int32(rows_address), (batch,))
+    table = carray(_float32(table_address), (7 * steps,))
+    seeds = carray(_int64(seeds_address), (batch,))
+    guidance = carray(_float32(guidance_address), (batch,))
+    threshold = carray(_float32(threshold_address), (batch,))
+    for sample in range(batch if row_stride else 1):
+        row = rows[sample * row_stride]
+        if row < 0 or row >= steps:
+            return 1
+    total = batch * n
+    conditional = output_address + batch * output_stride * (4 if dtype == 0 else 2)
+    counted = seeds_address != 0 and (row_stride != 0 or table[7 * rows[0] + 5] != 0)
+    if (
+        row_stride == 0
+        and guidance_stride == 0
+        and threshold_stride == 0
+        and output_stride == n
+        and not counted
+    ):
+        n = total  # nothing belongs to one sample: all of them are one
+
+    x0_own, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    u_own, c_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    z_own, plane = np.empty(4 * ROOM + 2 * channels, np.float32), np.empty(4 * ROOM, np.float32)
+    pairs, words = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.uint32)
+    while True:
+        start, stop = 0, total
+        if counter_address:
+            start = TASK * _next(counter_address)
+            stop = min(start + TASK, total)
+        while start < stop:
+            sample = start // n
+            first = start - sample * n
+            count = min(min(CHUNK, n - first), stop - start)
+            row = rows[sample * row_stride]
+            a_t, b_t, a_s = table[7 * row], table[7 * row + 2], table[7 * row + 4]
+            c1, c2 = table[7 * row + 5], table[7 * row + 6]
+            x, out = _floats(x_address, start, count), _floats(out_address, start, count)
+            x0, eps = _floats(x0_address, start, count) if x0_address else x0_own, eps_own
+
+            where = sample * output_stride + first
+            e = _widened(output_address, dtype, where, count, u_own)
+            if guidance_address:
+                c = _widened(conditional, dtype, where, count, c_own)
+                _guide(count, e, c, guidance[sample * guidance_stride], u_own)
+                e = u_own
+            _predict(count, prediction, x, e, a_t, b_t, x0, eps)
+            if prediction == 0:
+                eps = e
+            if clips:
+                _clamp(count, x0, np.float32(clip))
+            if threshold_address:
+                s = threshold[sample * threshold_stride]
+                _clamp(count, x0, s)
+                for i in range(count):
+                    x0[i] = x0[i] / s
+            if rederive:
+                eps = eps_own
+                for i in range(count):
+                    eps[i] = (x[i] - a_t * x0[i]) / b_t
+            noisy, z, lane = noise_address != 0, _floats(noise_address, start, count), 0
+            if counted and c1 != 0:
+                noisy, z, seed = True, z_own, seeds[sample]
+                if channels == 1:
+                    lane = _normals(seed, row, _STEP, first, count, words, pairs, z_own)
+                else:
+                    lane = _scattered(
+                        seed,
+                        row,
+                        _STEP,
+                        first,
+                        count,
+                        channels,
+                        n // channels,
+                        words,
+                        pairs,
+                        plane,
+                        z_own,
+                    )
+            _combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out)
+            start += count
+        if counter_address == 0 or start >= total:
+            return 0
+
+
+@_compiled("int64(" + 7 * "int64, " + "int64)")
+def _fill(out_address, seeds_address, rows_address, counter_address, batch, n, row_stride, stream):
+    """Counter noise into ``out``, task by task as in ``_steps``."""
+    rows = carray(_int32(rows_address), (batch,))
+    seeds = carray(_int64(seeds_address), (batch,))
+    total = batch * n
+    z, pairs = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.float32)
+    words = np.empty(4 * ROOM, np.uint32)
+    while True:
+        start, stop = 0, total
+        if counter_address:
+            start = TASK * _next(counter_address)
+            stop = min(start + TASK, total)
+        while start < stop:
+            sample = start // n
+            first = start - sample * n
+            count = min(min(CHUNK, n - first), stop - start)
+            row = rows[sample * row_stride]
+            lane = _normals(seeds[sample], row, stream, first, count, words, pairs, z)
+            out = _floats(out_address, start, count)
+            for i in range(count):
+                out[i] = z[i + lane]
+            start += count
+        if counter_address == 0 or start >= total:
+            return 0
+
+
+# --- From tensors to addresses -----------------------------------------------------------------
+
+
+def step(
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
+    prediction: int,
+    noise_first: bool,
+    clip: float | None,
+    rederive: bool,
+    out: Tensor,
+    x0: Tensor | None,
+) -> None:
+    """x_s into ``out`` and, if given, x0 into ``x0``: ``reference.ddim_step`` in one pass.
+
+        output = u + w·(c − u)                              with guidance w
+        x0     = clamp(x0, −clip, clip)                     or clamp(x0, −s, s)/s
+        ε      = (x − √ᾱ_t·x0)/√(1−ᾱ_t)                     again, if asked to rederive it
+        x_s    = √ᾱ_s·x0 + c1·z + c2·ε
+
+    Args:
+        x, noise, out, x0: float32 of shape (batch, ...), dense, of one layout.
+        output: what the model returned, float32, bfloat16 or float16. A sample of it is laid out
+            as one of x's; from sample to sample may be any stride. With guidance it is
+            (2·batch, ...), all u before all c.
+        table, rows: float32 (steps, 7) and int32 (batch,), of any stride.
+        seeds: int64 (batch,): counter noise, for the elements' row-major indices.
+        guidance, threshold: w and s, float32 (batch,), of any stride.
+        prediction: 0 epsilon, 1 v, 2 sample.
+        noise_first: whether c1·z is added before c2·ε or after it.
+        clip: or None; not both of it and ``threshold``.
+    """
+    total = x.numel()
+    if total == 0:
+        return
+    batch = x.shape[0]
+    n = total // batch
+    apart = batch == 1 or x.stride(0) == n
+    channels = 1
+    if seeds is not None and not x.is_contiguous():
+        few = apart and x.dim() > 2 and x.shape[1] <= CHUNK // 16
+        channels = x.shape[1] if few and x[0].movedim(0, -1).is_contiguous() else 0
+    if channels == 0:
+        # Noise belongs to the logical element, wherever memory keeps it.
+        assert seeds is not None
+        logical = torch.empty_like(x, memory_format=torch.contiguous_format)
+        normal_(logical, seeds, rows, counter.STEP)
+        noise, seeds = torch.empty_like(x).copy_(logical), None
+    row_stride, guidance_stride, threshold_stride = (
+        0 if t is None or batch == 1 else t.stride(0) for t in (rows, guidance, threshold)
+    )
+    if not apart and (row_stride or threshold_stride or guidance is not None):
+        raise ValueError("samples that are on rows of their own must lie one after another")
+    table = table.contiguous()
+    seeds = None if seeds is None else seeds.contiguous()
+    call = functools.partial(
+        _steps,
+        x.data_ptr(),
+        output.data_ptr(),
+        table.data_ptr(),
+        rows.data_ptr(),
+        _address(seeds),
+        _address(noise),
+        _address(guidance),
+        _address(threshold),
+        out.data_ptr(),
+        _address(x0),
+    )
+    sizes = (
+        batch,
+        n,
+        channels,
+        table.shape[0],
+        output.stride(0) if apart and output.shape[0] > 1 else n,
+        row_stride,
+        guidance_stride,
+        threshold_stride,
+        _DTYPES.index(output.dtype),
+        prediction,
+        int(noise_first),
+        int(clip is not None),
+        int(rederive),
+        0.0 if clip is None else float(clip),
+    )
+    shares = total // (SHARE if seeds is None else NOISY_SHARE)
+    tensors = (x, output, table, rows, seeds, noise, guidance, threshold, out, x0)
+    if _shared_out(call, sizes, shares, tensors):
+        raise ValueError(
+            f"rows must lie in [0, {len(table)}), got {int(rows.min())} to {int(rows.max())}"
+        )
+
+
+def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
+    """Fills ``out``, contiguous float32 (batch, ...), with counter noise."""
+    total = out.numel()
+    if total == 0:
+        return
+    batch = out.shape[0]
+    seeds = seeds.contiguous()
+    call = functools.partial(_fill, out.data_ptr(), seeds.data_ptr(), rows.data_ptr())
+    sizes = (batch, total // batch, 0 if batch == 1 else rows.stride(0), stream)
+    _shared_out(call, sizes, total // NOISY_SHARE, (out, seeds, rows))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _shared_out(
+    call: Callable[..., int], sizes: tuple[float, ...], shares: int, tensors: tuple[Any, ...]
+) -> int:
+    """``call(address of the tasks' counter, *sizes)`` on as many threads as pay for themselves.
+
+    Threads are made for the call: none is left to a fork or to the interpreter's end, and each
+    has its maker's rounding mode. One that has not begun when all tasks are taken, because every
+    core is busy, is not waited for: it will find nothing to do. ``tensors`` own the addresses.
+    """
+    helpers = min(torch.get_num_threads(), shares) - 1
+    if helpers < 1:
+        return call(0, *sizes)
+    tasks = torch.zeros(1, dtype=torch.int64, device="cpu")
+    job = functools.partial(call, tasks.data_ptr(), *sizes)
+    jobs: list[_Job] = [(job, (*tensors, tasks))] * helpers
+    ended = threading.Semaphore(0)
+    try:
+        try:
+            for _ in range(helpers):
+                _thread.start_new_thread(_help, (jobs, ended))
+        except RuntimeError:  # no more threads, or the interpreter is ending: fewer will do
+            pass
+        return job()
+    finally:
+        begun = helpers
+        while jobs:
+            with contextlib.suppress(IndexError):
+                jobs.pop()
+                begun -= 1
+        for _ in range(begun):
+            ended.acquire()
+
+
+def _help(jobs: list[_Job], ended: threading.Semaphore) -> None:
+    """One thread's part: a job, if there is one left, with the tensors it writes to held."""
+    try:
+        job, tensors = jobs.pop()
+    except IndexError:
+        return
+    try:
+        job()
+    finally:
+        del job, tensors  # before the maker goes on, which may look whether memory is still held
+        ended.release()
