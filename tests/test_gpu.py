@@ -440,7 +440,7 @@ def test_a_captured_loop_is_the_loop(batch: int) -> None:
     ddim = DDIM(50, eta=1.0)
     table = torch.tensor(ddim.table, device=DEVICE)
     rows = torch.arange(50, dtype=torch.int32, device=DEVICE).unbind()
-    x_T = torch.empty(batch, 3, 8, 8, device=DEVICE)
+    x_T = torch.zeros(batch, 3, 8, 8, device=DEVICE)
     seeds = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
 
     def loop(_: int) -> Tensor:
