@@ -491,9 +491,8 @@ def host() -> Iterator[Record]:
         yield {"call": name, "us": rounded(seconds * 1e6)}
 
 
-def replays() -> Iterator[Record]:
-    """Fifty steps captured by hand, their model's output made beforehand: what a node costs."""
-    steps = 50
+def replays(steps: int = 50) -> Iterator[Record]:
+    """The steps captured by hand, their model's output made beforehand: what a node costs."""
     for shape in ((1, 4, 64, 64), (4, 3, 32, 32)):
         for eta in (0.0, 1.0):
             ddim = fastddim.DDIM(steps=steps, eta=eta)
