@@ -16,14 +16,24 @@ from torch import Tensor
 import fastddim
 import fastddim_kernels
 from benchmarks.variants import VARIANTS, launch_arguments, step_arguments
-from fastddim import ops, reference
+from fastddim import cpu, ops, reference
 from fastddim.coefficients import PREDICTIONS
 from fastddim.noise import STEP, normals
 from fastddim_kernels import launch
 from tests.test_kernel import DRAWN, TABLE, model, randn, same
 from tests.tolerances import EAGER_FACTOR, HALF_ATOL
 
-BACKENDS = ["kernel", "cpu"]
+BACKENDS = ("kernel", "blocks", "fused")
+
+
+def use(backend: str, patch: pytest.MonkeyPatch) -> None:
+    """The kernel, or one of the CPU's two paths."""
+    if backend == "kernel":
+        patch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
+    if backend != "fused":
+        patch.setattr(cpu, "_fused", lambda: None)  # whose normals differ in their last bits
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PAD, GUARD = 67, 4096.0  # which every dtype can hold
 
@@ -80,8 +90,8 @@ def by_reference(
 
     rows = torch.as_tensor(rows, dtype=torch.int32).expand(batch)
     if seeds is not None:
-        z = normals(seeds.numpy(), rows.numpy(), x.numel() // max(batch, 1), STEP)
-        noise = torch.from_numpy(z).view(x.shape)
+        noise = torch.empty(x.shape)
+        cpu.normal_(noise, seeds, rows, STEP)  # the path's own, which has tests of its own
     row = table[rows.long()].view(*each, 7)
     w, s = of_samples(guidance), of_samples(threshold)
     return reference.ddim_step(
@@ -101,7 +111,6 @@ def assert_rounded(next_input: Tensor, x_s: Tensor) -> None:
 
 def assert_equals_eager(arguments: dict[str, Any], offset: int = 0) -> None:
     """Both backends, through the op: every result, and nothing written but these."""
-    expected, expected_x0 = by_reference(**arguments)
     for backend in BACKENDS:
         memory, called = Memory(), dict(arguments)
         for name in ("out", "next_input"):
@@ -110,8 +119,8 @@ def assert_equals_eager(arguments: dict[str, Any], offset: int = 0) -> None:
         given = [t for n, t in arguments.items() if isinstance(t, Tensor) and t is called[n]]
         before = [t.clone() for t in given]
         with pytest.MonkeyPatch.context() as patch:
-            if backend == "kernel":
-                patch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
+            use(backend, patch)
+            expected, expected_x0 = by_reference(**arguments)
             x_s, x0 = fastddim.ddim_step(**called)
         assert same(x_s, expected), backend
         if called.get("out") is not None:
@@ -217,6 +226,7 @@ def assert_launch_equals_eager(
     monkeypatch.setattr(launch, "_INTERPRETED_FOURS", fours)
     monkeypatch.setattr(launch, "_block", recorded)
     variant = replace(VARIANTS[name], channels_last=LAYOUTS[layout])
+    use("kernel", monkeypatch)
     expected, expected_x0 = by_reference(**step_arguments(variant, batch, shape=shape))
     arguments, memory = launch_arguments(variant, batch, shape=shape), Memory()
     for result in ("out", "x0", "next_input"):
@@ -497,8 +507,7 @@ def test_fifty_guided_steps_with_a_learned_variance_equal_eager(bound: str) -> N
     for backend in BACKENDS:
         x = expected = randn(*shape)
         with pytest.MonkeyPatch.context() as patch:
-            if backend == "kernel":
-                patch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
+            use(backend, patch)
             for row in range(len(TABLE)):
                 z = randn(*shape, seed=row)
                 options = {"noise": z, "noise_first": row % 2 == 0, **FIFTY[bound]}
@@ -514,8 +523,8 @@ def test_fifty_guided_steps_with_a_learned_variance_equal_eager(bound: str) -> N
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        ("cpu", torch.bfloat16),
-        ("cpu", torch.float16),
+        ("blocks", torch.bfloat16),
+        ("fused", torch.float16),
         pytest.param("kernel", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("kernel", torch.float16, marks=pytest.mark.slow),
     ],
@@ -523,8 +532,7 @@ def test_fifty_guided_steps_with_a_learned_variance_equal_eager(bound: str) -> N
 def test_guided_half_outputs_lose_nothing_to_eager(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backend == "kernel":
-        monkeypatch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
+    use(backend, monkeypatch)
     x = eager = randn(2, 2, 4, 4).to(dtype).float()
     truth, w = x.double(), torch.tensor(7.5)
     next_input = torch.empty(4, 2, 4, 4, dtype=dtype)
