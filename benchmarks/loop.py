@@ -120,7 +120,7 @@ def contenders(
 def pytorch() -> Iterator[str]:
     """The step's PyTorch operations, where numba is installed too."""
     usual = cpu._fused
-    cpu._fused = lambda: None
+    cpu._fused = lambda: None  # type: ignore[assignment]
     try:
         yield ", PyTorch"
     finally:
