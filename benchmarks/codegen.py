@@ -253,6 +253,24 @@ def table(rows: list[Row]) -> str:
     )
 
 
+def spans(rows: list[Row]) -> str:
+    """The least and the most of the steps, with counter noise and without, by architecture."""
+    lines = []
+    for arch in dict.fromkeys(row["arch"] for row in rows if row["arch"] in SLOTS_PER_BYTE):
+        for noisy, noise in ((False, "without counter noise"), (True, "with it")):
+            named = [n for n, v in VARIANTS.items() if (v.noise == "philox") == noisy]
+            some = [row for row in rows if row["arch"] == arch and row["variant"] in named]
+            if some:
+                said, share = (
+                    [row[key] for row in some] for key in ("sass_per_element", "budget_share")
+                )
+                lines.append(
+                    f"- sm_{arch} {noise}: {min(said)} to {max(said)} instructions an element, "
+                    f"{min(share):.0%} to {max(share):.0%} of the budget"
+                )
+    return "\n".join(lines)
+
+
 def cell(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{bits}×{n}" for bits, n in value.items())
@@ -301,7 +319,7 @@ def main() -> None:
             rows.append(row)
     write_json(out / "details.json", details)
     write_json(out / "codegen.json", rows)
-    print(f"triton {triton.__version__}\n\n{table(rows)}")
+    print(f"triton {triton.__version__}\n\n{table(rows)}\n\n{spans(rows)}")
 
 
 if __name__ == "__main__":

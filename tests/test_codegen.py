@@ -7,13 +7,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
+import triton
 
+from benchmarks import codegen
+from benchmarks.codegen import NAMES, file_name, spans, table
 from benchmarks.variants import ODD, VARIANTS, Variant
 
 ROOT = Path(__file__).parents[1]
@@ -59,26 +63,22 @@ class Code:
         return odd or (self.v.channels_last and self.v.shape[0] % 4 != 0) or self.name == "normal"
 
 
-def codegen(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command, in a process of its own: the interpreter, once on, is on for good."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+def compiled(out: Path, arch: str, only: tuple[str, ...] = ()) -> list[Code]:
+    """By the command, in a process of its own: the interpreter, once on, is on for good."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
-    command = [sys.executable, "-m", "benchmarks.codegen", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-def compiled(out: Path, arch: str, only: tuple[str, ...]) -> list[Code]:
-    arguments = ["--out", str(out), "--arch", arch]
-    run = codegen(*arguments, *(["--only", ",".join(only)] if only else []))
+    command = [sys.executable, "-m", "benchmarks.codegen", "--out", str(out), "--arch", arch]
+    command += ["--only", ",".join(only)] if only else []
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     details, found = json.loads((out / "details.json").read_text()), []
     for row in json.loads((out / "codegen.json").read_text()):
-        name = f"{row['variant'].replace(' ', '-')}-{arch}"
-        ttir = (out / f"{name}.ttir").read_text()
-        of = details[name]
+        name = file_name(row["variant"], arch)
+        assert (out / f"{name}.{'amdgcn' if arch == 'gfx942' else 'cubin'}").stat().st_size > 0
+        ttir, of = (out / f"{name}.ttir").read_text(), details[name]
         elements = of["elements_per_thread"]
         found.append(Code(row["variant"], row, elements, of["sass"], of["ptx"], ttir))
-    assert [c.name for c in found] == list(only or (*VARIANTS, "normal"))
+    assert [c.name for c in found] == list(only or NAMES)
     return found
 
 
@@ -210,6 +210,22 @@ def overflowing(ttir: str) -> list[str]:
     return [v for v in re.findall(r"arith\.extsi (%[\w-]+) : i32", ttir) if v in products]
 
 
+def test_the_page_shows_the_committed_file() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    rows = json.loads(COMMITTED.read_text())
+    assert table([row for row in rows if row["arch"] == "90"]) in page
+    assert spans(rows) in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton.__version__ != "3.7.1", reason="the page is of triton 3.7.1")
+def test_the_committed_file_is_of_this_code(code: list[Code]) -> None:
+    committed = {(row["variant"], row["arch"]): row for row in json.loads(COMMITTED.read_text())}
+    again = "python -m benchmarks.codegen --out DIR, then DIR/codegen.json to benchmarks/results"
+    for c in code:
+        assert committed[c.name, c.row["arch"]] == c.row, again
+
+
 def test_each_row_has_the_columns_of_the_table(code: list[Code]) -> None:
     for c in code:
         assert list(c.row) == COLUMNS
@@ -219,35 +235,64 @@ def starting(counts: dict[str, int], *prefixes: str) -> int:
     return sum(n for name, n in counts.items() if name.startswith(prefixes))
 
 
-def refused(run: subprocess.CompletedProcess[str], *said: str) -> None:
-    assert run.returncode == 2
-    assert run.stdout == ""
-    assert run.stderr.count("\n") == 1, run.stderr
-    assert all(words in run.stderr for words in said), run.stderr
+Refuse: TypeAlias = Callable[..., None]
 
 
-def test_it_refuses_to_run_interpreted(tmp_path: Path) -> None:
-    refused(codegen("--out", str(tmp_path / "a"), TRITON_INTERPRET="1"), "TRITON_INTERPRET")
+@pytest.fixture
+def refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Arguments are refused in one line that says so; what is refused compiles nothing."""
+
+    def check(*arguments: str, said: tuple[str, ...]) -> None:
+        monkeypatch.setattr(sys, "argv", ["codegen", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            codegen.main()
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert all(words in captured.err for words in said), captured.err
+
+    return check
+
+
+def test_it_refuses_to_run_interpreted(
+    tmp_path: Path, refuses: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    refuses("--out", str(tmp_path / "a"), said=("TRITON_INTERPRET", "'1'"))
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_it_refuses_nonsense_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_it_refuses_nonsense_and_leaves_nothing_behind(
+    tmp_path: Path, refuses: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     file = tmp_path / "file"
     file.write_text("kept")
     out = str(tmp_path / "a")
-    refused(codegen("--out", out, "--arch", "42"), "--arch", "80, 90, 100", "'42'")
-    refused(codegen("--out", out, "--arch", ""), "--arch", "''")
-    refused(codegen("--out", out, "--only", "epsilon,zeta"), "--only", "'zeta'")
-    refused(codegen("--out", str(file)), "--out", "file")
-    refused(codegen("--out", "/proc/nothing"), "--out", "/proc/nothing")
+    refuses("--out", out, "--arch", "42", said=("--arch", "80, 90, 100", "'42'"))
+    refuses("--out", out, "--arch", "", said=("--arch", "''"))
+    refuses("--out", out, "--only", "epsilon,zeta", said=("--only", "'zeta'"))
+    refuses("--out", str(file), said=("--out", str(file)))
+    refuses("--out", str(file / "a"), said=("--out", str(file)))
+    refuses("--out", "/proc/nothing", said=("--out", "/proc/nothing"))
     assert list(tmp_path.iterdir()) == [file]
     assert file.read_text() == "kept"
 
 
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        codegen.write(tmp_path / "taken", "text")
+    assert capsys.readouterr().err.count("\n") == 1
+    codegen.write(tmp_path / "free", "text")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["free", "taken"]
+
+
 @pytest.mark.slow
 def test_amd_compiles_without_scratch_or_spills(tmp_path: Path) -> None:
-    for c in compiled(tmp_path, "gfx942", ()):
+    for c in compiled(tmp_path, "gfx942"):
         assert (c.row["stack"], c.row["local"], c.row["shared"]) == (0, 0, 0), c.name
         assert not starting(c.sass, "scratch_", "ds_"), c.name
         assert c.row["budget_share"] is None, c.name
