@@ -250,7 +250,8 @@ def _block(g: _Geometry, noisy: bool) -> tuple[int, int]:
     more multiprocessors. The interpreter pays for each program alone.
     """
     wide = not g.channels and g.in_fours
-    fours, parts = 256 if wide else 128, 4
+    # One for each lane at least (AMD's wavefronts have 64), or lanes trade through shared memory.
+    fours, parts = 256 if wide or _portable() else 128, 4
     if g.channels:
         width = block_channels(g.channels)
         # Four parts of three channels would take 114 registers.
