@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_five_samples_and_none_equal_eager(name: str) -> None:
 def test_every_variant_dtype_and_layout_in_many_sizes_equals_eager(
     name: str, dtype: torch.dtype, layout: str
 ) -> None:
-    last, sizes = LAYOUTS[layout], list(itertools.product(BATCHES, CHANNELS, PIXELS))
+    last, sizes = LAYOUTS[layout], list(itertools.product(BATCHES, CHANNELS, [*PIXELS, (3, 5)]))
     for batch, channels, pixels in random.Random(f"{name} {dtype} {layout}").sample(sizes, 3):
         arguments = of_variant(name, dtype, last, batch, (channels, *pixels))
         assert_equals_eager(arguments, offset=batch % 4)
@@ -185,7 +186,8 @@ def test_every_variant_dtype_and_layout_in_many_sizes_equals_eager(
 @pytest.mark.parametrize(
     ("channels", "pixels"),
     [
-        *[(2, (1, 5)), (3, (7, 7)), (4, (2, 2)), (5, (1, 2)), (8, (1, 1))],
+        # Fifteen pixels fill a program; the second channel's begin three early, and need another.
+        *[(2, (3, 5)), (3, (7, 7)), (4, (2, 2)), (5, (1, 2)), (8, (1, 1))],
         *[pytest.param(*c, marks=pytest.mark.slow) for c in itertools.product(CHANNELS, PIXELS)],
     ],
 )
@@ -197,8 +199,10 @@ def test_noise_belongs_to_the_element_in_either_layout(
     expected = (z * TABLE[row, 5]).view(x.shape)
     monkeypatch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
     for t in (x, x.contiguous(memory_format=torch.channels_last)):
-        x_s, _ = fastddim.ddim_step(t, t, TABLE, row, seeds)
+        memory = Memory()
+        x_s, _ = fastddim.ddim_step(t, t, TABLE, row, seeds, out=memory.like(t), want_x0=False)
         assert torch.equal(x_s, expected)
+        memory.check()
 
 
 def assert_launch_equals_eager(
@@ -424,6 +428,25 @@ def check_drawn_step(data: st.DataObject) -> None:
             patch.setattr(launch, "_LARGE", 0)
             patch.setattr(launch, "_INTERPRETED_FOURS", 4)
         assert_equals_eager(arguments, draw("offset of results", 0, 1, 2, 3))
+
+
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels": lambda t: t[:, 1:5],
+    "every other channel": lambda t: t[:, ::2],
+    "rows": lambda t: t[:, :4, 1:3],
+    "every other row": lambda t: t[:, :4, ::2],
+    "columns": lambda t: t[:, :4, :, :3],
+    "every other column": lambda t: t[:, :4, :, 1::2],
+    "one pixel for all": lambda t: t[:, :4, :1, :1].expand(-1, -1, 3, 5),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_what_is_cut_from_a_channels_last_output_equals_eager(cut: str) -> None:
+    last = torch.channels_last
+    output = CUTS[cut](randn(2, 8, 4, 6, seed=1).contiguous(memory_format=last))
+    x = randn(*output.shape).contiguous(memory_format=last)
+    assert_equals_eager({"x": x, "output": output, "table": TABLE, "rows": 20})
 
 
 @settings(max_examples=60, **DRAWN)
