@@ -207,6 +207,7 @@ def compile_to(out: Path, name: str, arch: str) -> tuple[Row, dict[str, Any]]:
     else:
         sass, facts = asm["amdgcn"], amd_facts(asm["amdgcn"])
         files |= {"amdgcn": sass}
+    facts["shared"] += compiler.kernel.metadata.shared  # what a launch adds to the code's own
     for kind, content in files.items():
         write(out / f"{file_name(name, arch)}.{kind}", content)
     counts = instructions(sass)
@@ -319,7 +320,7 @@ def main() -> None:
             rows.append(row)
     write_json(out / "details.json", details)
     write_json(out / "codegen.json", rows)
-    print(f"triton {triton.__version__}\n\n{table(rows)}\n\n{spans(rows)}")
+    print(f"triton {triton.__version__}\n\n{table(rows)}\n\n{spans(rows)}".rstrip())
 
 
 if __name__ == "__main__":
