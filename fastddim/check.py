@@ -40,3 +40,7 @@ def shown(value: Any) -> str:
     """``value`` in a message of one line: its type where its repr is longer."""
     text = repr(value)
     return type(value).__name__ if "\n" in text or len(text) > 80 else text
+
+
+def kind(value: object) -> str:
+    return type(value).__name__

@@ -35,6 +35,7 @@ def make_table(
     pairs: Sequence[Pair],
     eta: Eta = 0.0,
     final_alpha_cumprod: float = 1.0,
+    temperature: float = 1.0,
 ) -> Float32:
     """The table of a trajectory, float32 of shape (len(pairs), len(COLUMNS)).
 
@@ -43,7 +44,9 @@ def make_table(
         c1 = η·√((1 − ᾱ_t/ᾱ_s)·(1−ᾱ_s)/(1−ᾱ_t)),   c2 = √(1 − ᾱ_s − c1²)
 
     ``eta="hat"`` keeps the mean of η = 1 and draws with the larger √(1 − ᾱ_t/ᾱ_s) (their σ̂). A
-    step to s = −1 takes ᾱ_s = ``final_alpha_cumprod`` and no noise, for σ̂ too.
+    step to s = −1 takes ᾱ_s = ``final_alpha_cumprod`` and no noise, for σ̂ too. ``temperature``
+    scales what noise there is, and c2 knows nothing of it. A step towards noise, s > t, is that
+    of the ODE run backwards, and needs η = 0; t = −1 is clean data there.
 
     Raises:
         ValueError: η is negative, not finite, or asks for c1² > 1 − ᾱ_s; the message names the
@@ -51,6 +54,10 @@ def make_table(
     """
     eta = checked_eta(eta)
     abar_t, abar_s = levels(schedule, pairs, final_alpha_cumprod)
+    if eta == 0:
+        return pack(abar_t, abar_s, np.zeros_like(abar_t), np.sqrt(1 - abar_s))
+    if (abar_t > abar_s).any():
+        raise ValueError(f"eta must be 0 for a step towards noise, got {eta}")
     last = np.array([s < 0 for _, s in pairs])
     posterior = (1 - abar_t / abar_s) * (1 - abar_s) / (1 - abar_t)
     posterior[last] = 0.0
@@ -66,7 +73,8 @@ def make_table(
             )
         variance = eta**2 * posterior
         c1 = np.sqrt(variance)
-    return pack(abar_t, abar_s, c1, np.sqrt(np.maximum(1 - abar_s - variance, 0.0)))
+    c2 = np.sqrt(np.maximum(1 - abar_s - variance, 0.0))
+    return pack(abar_t, abar_s, temperature * c1, c2)
 
 
 def levels(

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fastddim.check import whole
-from fastddim.sampler import DDIM, Model, Progress
+from fastddim.predict import Model
+from fastddim.run import Progress
+from fastddim.sampler import DDIM
 
 LARGEST_BATCH = 65_536
 

@@ -34,6 +34,7 @@ def ddim_step(
     noise_first: bool = True,
     want_x0: bool = True,
     out: Tensor | None = None,
+    x0_out: Tensor | None = None,
     next_input: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(x_s, x0) of one step t → s in one pass over memory, value-identical to eager PyTorch.
@@ -62,6 +63,7 @@ def ddim_step(
         noise_first: whether c1·z is added before c2·ε (the paper's code) or after it (diffusers).
         want_x0: whether x0 is returned; ``None`` stands in its place otherwise.
         out: where x_s goes, float32 of x's shape, not overlapping an argument; made if not given.
+        x0_out: where x0 goes, likewise.
         next_input: where x_s goes as well, in this tensor's dtype (float32, bfloat16 or
             float16): of x's shape, or of twice its batch and then stacked, as guidance wants it.
 
@@ -78,8 +80,8 @@ def ddim_step(
         guidance = torch.full((), w, dtype=_STATE, device=x.device)
     batch = x.shape[0]
     expected = [batch if guidance is None else 2 * batch, *x.shape[1:]]
-    if isinstance(output, Tensor) and output.dim() == x.dim() > 2:
-        output = output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] else output
+    if isinstance(output, Tensor) and _with_variance(output, x):
+        expected[1] *= 2
     _check_tensor("output", output, x, OUTPUTS, expected)
     _check_tensor("table", table, x, (_STATE,), (-1, len(COLUMNS)))
     if isinstance(rows, Tensor):
@@ -95,7 +97,7 @@ def ddim_step(
         _check_tensor("noise", noise, x, (_STATE,))
     if guidance is not None:
         _check_tensor("guidance", guidance, x, (_STATE,), x.shape[:1] if guidance.dim() else ())
-        guidance = guidance.expand(batch)
+        guidance = _by_sample(guidance, batch)
     if clip is not None and not finite("clip", clip) > 0:
         raise ValueError(f"clip must be > 0, got {clip:g}")
     if threshold is not None:
@@ -103,20 +105,17 @@ def ddim_step(
             raise ValueError(f"clip must be left out where there is a threshold, got {clip:g}")
         shape = x.shape[:1] if isinstance(threshold, Tensor) and threshold.dim() else ()
         _check_tensor("threshold", threshold, x, (_STATE,), shape)
-        threshold = threshold.expand(batch)
-    if out is None:
-        out = _like(x)
-    else:
-        _check_tensor("out", out, x, (_STATE,))
+        threshold = _by_sample(threshold, batch)
+    out = _given_or_made("out", out, x)
     if next_input is not None:
         copies = 2 if isinstance(next_input, Tensor) and next_input.shape[:1] != x.shape[:1] else 1
         _check_tensor("next_input", next_input, x, OUTPUTS, (copies * batch, *x.shape[1:]))
-    x0 = _like(x) if want_x0 else None
+    x0 = _given_or_made("x0_out", x0_out, x) if want_x0 or x0_out is not None else None
     torch.ops.fastddim.ddim_step(
         x,
         output,
         table,
-        rows.expand(batch),
+        _by_sample(rows, batch),
         seeds,
         noise,
         guidance,
@@ -133,11 +132,15 @@ def ddim_step(
 
 
 def initial_noise(
-    seeds: Tensor, shape: Sequence[int], device: torch.device | str | None = None
+    seeds: Tensor,
+    shape: Sequence[int],
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x_T: the normals of stream 1, row 0; float32 of ``shape`` (batch, ...) for (batch,) seeds."""
     seeds = seeds.to(device)
-    out = torch.empty(tuple(shape), dtype=_STATE, device=seeds.device)
+    if out is None:
+        out = torch.empty(tuple(shape), dtype=_STATE, device=seeds.device)
     rows = torch.zeros((), dtype=torch.int32, device=seeds.device).expand(len(seeds))
     torch.ops.fastddim.normal_(out, seeds, rows, counter.INITIAL)
     return out
@@ -161,6 +164,8 @@ def _ddim_step(
     next_input: Tensor | None,
 ) -> None:
     """Lays every tensor out as x is, then hands over to the device's backend."""
+    if _with_variance(output, x):
+        output = output[:, : x.shape[1]]
     kernels = _kernels(x.device.type)
     stacked = next_input is not None and len(next_input) > len(x)
     by_sample = guidance is not None or threshold is not None or rows.stride(0) != 0
@@ -342,6 +347,23 @@ def _check_tensor(
         )
 
 
+def _given_or_made(name: str, tensor: Tensor | None, x: Tensor) -> Tensor:
+    if tensor is None:
+        return _like(x)
+    _check_tensor(name, tensor, x, (_STATE,))
+    return tensor
+
+
+def _by_sample(tensor: Tensor, batch: int) -> Tensor:
+    # Even a view is a call of torch's dispatcher, and the loop has one for all of its step.
+    return tensor if tensor.dim() else tensor.expand(batch)
+
+
+def _with_variance(output: Tensor, x: Tensor) -> bool:
+    """Whether there are twice x's channels: a learned variance follows."""
+    return output.dim() == x.dim() > 2 and output.shape[1] == 2 * x.shape[1]
+
+
 def _laid_out(tensor: Tensor, x: Tensor) -> Tensor:
     """``tensor`` with x's strides: a flat pass over two layouts would pair the wrong elements."""
     if _same_layout(tensor, x):
@@ -369,11 +391,18 @@ def _writable(next_input: Tensor, x: Tensor) -> bool:
 
 
 def _with_batch(batch: int, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A new tensor of x's layout, of as many samples."""
+    """A new tensor of ``batch`` samples, each laid out as x's."""
     if batch == len(x):
         return _like(x, dtype)
     strides = (x.numel() // max(len(x), 1), *x.stride()[1:])
     return torch.empty_strided((batch, *x.shape[1:]), strides, dtype=dtype, device=x.device)
+
+
+def input_like(x: Tensor, dtype: torch.dtype, copies: int) -> Tensor:
+    """Memory for a model input: ``copies`` times the batch, each sample laid out as x's."""
+    if not _is_dense(x) or x.stride(0) * len(x) != x.numel():
+        return torch.empty((copies * len(x), *x.shape[1:]), dtype=dtype, device=x.device)
+    return _with_batch(copies * len(x), x, dtype)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -382,12 +411,6 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.preserve_format)
-
-
-def _stack_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Twice the batch, each sample laid out as x's."""
-    strides = (x.numel() // max(len(x), 1), *x.stride()[1:])
-    return torch.empty_strided((2 * len(x), *x.shape[1:]), strides, dtype=dtype, device=x.device)
 
 
 def _same_layout(tensor: Tensor, x: Tensor) -> bool:

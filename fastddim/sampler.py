@@ -1,28 +1,75 @@
-"""DDIM: the sampler. Its loop is the paper's, and reads like it."""
+"""DDIM: the sampler. Its loops are the paper's, and read like it."""
 
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim.check import finite, whole
-from fastddim.coefficients import PREDICTIONS, Eta, Float32, checked_eta, make_table
-from fastddim.ops import OUTPUTS, ddim_step, initial_noise
+from fastddim.check import finite, kind, whole
+from fastddim.coefficients import PREDICTIONS, Eta, Float32, checked_eta, levels, make_table, pack
+from fastddim.ops import ddim_step
+from fastddim.predict import Model, Predictor
+from fastddim.run import (
+    Given,
+    Guidance,
+    Noise,
+    Plan,
+    Progress,
+    Row,
+    Run,
+    checked_dtype,
+    checked_guidance,
+    checked_known,
+    checked_shape,
+    checked_state,
+    checked_temperature,
+    rows_of,
+    usable,
+    wrapper,
+)
 from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import Pair, Spacing, make_pairs
+from fastddim.trajectory import Recorder, Trajectory
 
-Model: TypeAlias = Callable[..., Any]
-Noise: TypeAlias = Sequence[Tensor] | Tensor
-Draw: TypeAlias = tuple[Tensor | None, Tensor | None]
-"""A step's (seeds, z): at most one is a tensor."""
-Progress: TypeAlias = bool | Callable[[Iterable[Any]], Iterable[Any]]
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    from typing_extensions import Unpack
+
+    from fastddim.graph import Captured
+
+    class Options(TypedDict, total=False):
+        """What ``DDIM.sample`` takes beside the model, x_T and the trajectory."""
+
+        shape: Sequence[int] | None
+        seeds: Sequence[int] | Tensor | None
+        generator: torch.Generator | None
+        noise: Given | None
+        device: torch.device | str | None
+        dtype: torch.dtype | None
+        autocast: torch.dtype | bool | None
+        cond: Mapping[str, Any] | None
+        uncond: Mapping[str, Any] | None
+        guidance: Guidance | None
+        cond_fn: Model | None
+        self_condition: str | None
+        start: int
+        known: Tensor | None
+        mask: Tensor | None
+        batch_size: int | None
+        callback: Callback | None
+        every: int
+        offload: bool
+        progress: Progress
+
+
+Callback: TypeAlias = Callable[["Step"], "Tensor | bool | None"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +77,10 @@ class Step:
     """What one step of the loop leaves behind.
 
     Attributes:
-        index: the step's row, 0 for the first taken.
-        t, s: the levels it went from and to; s = −1 is clean data.
+        index: the step's row in the table, 0 for the noisiest. ``sample(model, step.x,
+            start=step.index + 1)`` goes on from there; from a step of the loop run backwards,
+            ``start=step.index``.
+        t, s: the levels it went from and to; −1 is clean data.
         x: x_s.
         x0: the x0 predicted from x_t.
     """
@@ -68,6 +117,7 @@ class DDIM:
         clip: the predicted x0 is clamped to ±clip; None leaves it alone.
         final_alpha_cumprod: ᾱ_s of the step to s = −1. 1 is clean data; Stable Diffusion ends
             at ᾱ_0.
+        temperature: what c1 is multiplied by, ≥ 0; c2 stays as it is.
 
     Attributes:
         pairs: the (t, s) of each step, in the order in which they are taken.
@@ -81,12 +131,13 @@ class DDIM:
     prediction: str = "epsilon"
     clip: float | None = None
     final_alpha_cumprod: float = 1.0
+    temperature: float = 1.0
     pairs: tuple[Pair, ...] = field(init=False, repr=False)
     table: Float32 = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, NoiseSchedule):
-            raise TypeError(f"schedule must be a NoiseSchedule, got {_kind(self.schedule)}")
+            raise TypeError(f"schedule must be a NoiseSchedule, got {kind(self.schedule)}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(
                 f"prediction must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}"
@@ -115,18 +166,40 @@ class DDIM:
                 f"final_alpha_cumprod must lie between {cleanest:.6g}, the level of the last "
                 f"step, and 1, got {final:g}"
             )
-        table = make_table(self.schedule, pairs, self.eta, final)
+        temperature = checked_temperature(self.temperature)
+        table = make_table(self.schedule, pairs, self.eta, final, temperature)
         table.setflags(write=False)
         derived = {
             "steps": steps,
             "spacing": spacing,
             "eta": checked_eta(self.eta),
             "final_alpha_cumprod": final,
+            "temperature": temperature,
             "pairs": pairs,
             "table": table,
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    @overload
+    def sample(
+        self,
+        model: Model,
+        x_T: Tensor | None = None,
+        *,
+        trajectory: None = None,
+        **options: Unpack[Options],
+    ) -> Tensor: ...
+
+    @overload
+    def sample(
+        self,
+        model: Model,
+        x_T: Tensor | None = None,
+        *,
+        trajectory: str | Sequence[str],
+        **options: Unpack[Options],
+    ) -> tuple[Tensor, Trajectory]: ...
 
     def sample(
         self,
@@ -136,21 +209,37 @@ class DDIM:
         shape: Sequence[int] | None = None,
         seeds: Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
-        noise: Noise | None = None,
+        noise: Given | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        autocast: torch.dtype | bool | None = None,
         cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+        guidance: Guidance | None = None,
+        cond_fn: Model | None = None,
+        self_condition: str | None = None,
+        start: int = 0,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+        batch_size: int | None = None,
+        callback: Callback | None = None,
+        trajectory: str | Sequence[str] | None = None,
+        every: int = 1,
+        offload: bool = False,
         progress: Progress = False,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Trajectory]:
         """Samples: the loop from the noisiest level down to clean data.
+
+        Between two model calls there is one kernel and nothing else, and nothing is asked of the
+        host: what the steps read is on the device before the first call.
 
         Args:
             model: called as ``model(x, t, **cond)`` without gradients, t being int64 of shape
                 (batch,). Returns a tensor of x's shape, or one with twice the channels (a learned
                 variance, which is not used), or a tuple or an object with ``.sample`` that holds
                 one.
-            x_T: where to start, (batch, ...), float32, bfloat16 or float16; never written.
-            shape: (batch, ...) to start from noise, where x_T is not given.
+            x_T: where to begin, (batch, ...), float32, bfloat16 or float16; never written.
+            shape: (batch, ...) to begin with noise, where x_T is not given.
             seeds: an integer in [0, 2⁶³) for each sample. What is drawn for a sample depends on
                 its seed alone: not on its batch or the device.
             generator: or torch's own stream, a generator of the sampling device: x_T first, then
@@ -159,22 +248,81 @@ class DDIM:
                 three, seeds come from torch's default generator, as ``torch.manual_seed`` sets it.
             device: where to sample; x_T's by default, else torch's default device.
             dtype: what x is cast to for the model; x_T's by default. The state stays float32.
+            autocast: ``torch.autocast`` around the model: its dtype, or True for the device's own.
             cond: keyword arguments for the model.
+            uncond: those that stand in their place without the condition. What has a row for
+                each sample is stacked once, uncond before cond, and the model is called with
+                twice the batch; the rest is the same for both.
+            guidance: w of classifier-free guidance, u + w·(c − u) (Ho and Salimans 2022; they
+                write 1 + w): a number, (batch,) for each sample, (rows, 1) for each step, (rows,
+                batch) for both, or a function of t that gives one of the first two. In a row
+                where w is 1 throughout, the model is asked with cond alone.
+            cond_fn: ``cond_fn(x, t, **cond)`` = ∇_x ln p(y | x_t) for classifier guidance: ε
+                becomes ε − √(1−ᾱ_t)·∇ (Dhariwal and Nichol 2021, algorithm 2). x is float32; it
+                enables gradients itself. ``clip`` bounds the x0 that follows.
+            self_condition: the model's keyword for the x0 that the step before has predicted,
+                zeros at first (Chen et al. 2023, Analog Bits).
+            start: the row to begin with; x_T is then x at that row's t, as ``add_noise``,
+                ``invert`` or a ``Step`` gives it. Rows and their noise keep their numbers.
+            known, mask: inpainting: an image of x_T's shape and a mask in [0, 1] that broadcasts
+                to it. Where the mask is 1 each state is the image, noised to the state's level
+                (stream 2 of the seeds).
+            batch_size: how many samples the model gets at once. The last batch is padded with its
+                last sample, so that the model always sees full ones; no sample depends on it.
+            callback: called with the ``Step`` after each. A tensor it returns takes x's place;
+                True ends the loop there, and what is returned is x at that level.
+            trajectory: ``"x"``, ``"x0"`` or both, kept along the way.
+            every: k, to keep each k-th state, and always the last.
+            offload: whether they are kept on the host instead, copied while the loop goes on.
             progress: True for a bar (needs the ``cli`` extra), or a wrapper such as ``tqdm.tqdm``.
 
         Returns:
-            The last x, in x_T's dtype, float32 by default.
+            The last x, in x_T's dtype, float32 by default. With ``trajectory``, (x, Trajectory).
 
         Raises:
             TypeError, ValueError: before any work, naming the argument, what was given and what
                 is allowed; or, when the model has returned something that is no such tensor.
         """
-        run, x = self._start(
-            model, x_T, shape, seeds, generator, noise, device, dtype, cond, progress
+        run, x, made = self._prepare(
+            self._plan(start),
+            model,
+            x_T,
+            shape=shape,
+            seeds=seeds,
+            generator=generator,
+            noise=noise,
+            device=device,
+            dtype=dtype,
+            autocast=autocast,
+            cond=cond,
+            uncond=uncond,
+            guidance=guidance,
+            cond_fn=cond_fn,
+            self_condition=self_condition,
+            known=known,
+            mask=mask,
+            progress=progress,
         )
-        for x, _ in self._loop(run, x, want_x0=False):  # noqa: B007, B020
-            pass
-        return x.to(run.dtype)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable, got {kind(callback)}")
+        batches = _batches(x, batch_size, run, callback)
+        path = None
+        if trajectory is not None:
+            order = [row.number for row in run.rows]
+            size = tuple(x.shape)
+            path = Recorder(
+                trajectory, every, offload, order, self.pairs, size, run.dtype, x.device
+            )
+        run.wants_x0 |= callback is not None or (path is not None and path.wants("x0"))
+        with run.predictor.one_cast():
+            if batches is None:
+                out = self._sampled(run, x, made, path, callback)
+            else:
+                out = torch.empty_like(x, dtype=run.dtype)
+                for samples, part, begin in batches:
+                    state = self._sampled(part, begin, True, path, None, samples)
+                    out[samples] = state[: samples.stop - samples.start]
+        return out if path is None else (out, path.finished())
 
     def iterate(
         self,
@@ -184,21 +332,197 @@ class DDIM:
         shape: Sequence[int] | None = None,
         seeds: Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
-        noise: Noise | None = None,
+        noise: Given | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        autocast: torch.dtype | bool | None = None,
         cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+        guidance: Guidance | None = None,
+        cond_fn: Model | None = None,
+        self_condition: str | None = None,
+        start: int = 0,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+        reverse: bool = False,
+        until: int | None = None,
+        refine: int = 0,
         progress: Progress = False,
     ) -> Iterator[Step]:
-        """``sample`` one step at a time, with the x0 predicted at each.
+        """``sample``, or with ``reverse`` ``invert``, one step at a time, with each step's x0.
 
-        The arguments, checked before the first step is asked for, are ``sample``'s. The tensors
-        of a step are the caller's to keep: nothing that follows writes to them.
+        The arguments, checked before the first step is asked for, are those of the two. The
+        tensors of a step are the caller's to keep: nothing that follows writes to them.
         """
-        run, x = self._start(
-            model, x_T, shape, seeds, generator, noise, device, dtype, cond, progress
+        if not reverse:
+            if until is not None or refine:
+                raise ValueError("until and refine belong to reverse=True")
+            plan = self._plan(start)
+        else:
+            given: dict[str, Any] = {
+                "seeds": seeds,
+                "generator": generator,
+                "noise": noise,
+                "shape": shape,
+            }
+            given |= {"known": known, "mask": mask, "self_condition": self_condition}
+            given["start"] = start or None
+            needless = [name for name, value in given.items() if value is not None]
+            if needless:
+                raise ValueError(f"{needless[0]} has no place in a loop that runs backwards")
+            refine = whole("refine", refine, low=0)
+            plan = self._reverse_plan(until)
+        run, x, made = self._prepare(
+            plan,
+            model,
+            x_T,
+            shape=shape,
+            seeds=seeds,
+            generator=generator,
+            noise=noise,
+            device=device,
+            dtype=dtype,
+            autocast=autocast,
+            cond=cond,
+            uncond=uncond,
+            guidance=guidance,
+            cond_fn=cond_fn,
+            self_condition=self_condition,
+            known=known,
+            mask=mask,
+            progress=progress,
         )
-        return self._steps(run, x)
+        run.wants_x0 = True
+        states = self._backwards(run, x, made, refine) if reverse else self._loop(run, x, made)
+        return _steps(run, states)
+
+    def invert(
+        self,
+        model: Model,
+        x0: Tensor,
+        *,
+        until: int | None = None,
+        refine: int = 0,
+        dtype: torch.dtype | None = None,
+        autocast: torch.dtype | bool | None = None,
+        cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+        guidance: Guidance | None = None,
+        cond_fn: Model | None = None,
+        progress: Progress = False,
+    ) -> Tensor:
+        """The loop run backwards, from data to the noise it comes from: the ODE of η = 0.
+
+            x_t = √ᾱ_t·(x_s − √(1−ᾱ_s)·ε)/√ᾱ_s + √(1−ᾱ_t)·ε,   ε = ε(x_s, t)
+
+        where exactness asks for ε(x_t, t). ``refine`` puts the x_t found in the place of x_s and
+        solves again; what the iteration settles on is what ``sample`` takes back to x_s. The
+        model is told the level it goes to, as data themselves have none.
+
+        Args:
+            x0: clean data, (batch, ...), float32, bfloat16 or float16; never written.
+            until: the row to stop before: the result is x at that row's t, and ``sample(model,
+                x, start=until)`` takes it back. 0 by default: the noisiest level.
+            refine: how many more times the model is asked in each step.
+            model, dtype, autocast, cond, uncond, guidance, cond_fn, progress: as in ``sample``;
+                guidance for each step counts the same rows.
+
+        Returns:
+            x at the level of row ``until``, in x0's dtype.
+
+        Raises:
+            TypeError, ValueError: as ``sample`` does; η must be 0, and clip None.
+        """
+        refine = whole("refine", refine, low=0)
+        run, x, made = self._prepare(
+            self._reverse_plan(until),
+            model,
+            x0,
+            dtype=dtype,
+            autocast=autocast,
+            cond=cond,
+            uncond=uncond,
+            guidance=guidance,
+            cond_fn=cond_fn,
+            progress=progress,
+        )
+        with run.predictor.one_cast():
+            for _, x, _ in self._backwards(run, x, made, refine):  # noqa: B007, B020
+                pass
+        return x.to(run.dtype)
+
+    def add_noise(
+        self,
+        x0: Tensor,
+        start: int,
+        *,
+        seeds: Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """x at row ``start``'s t, for ``sample(..., start=start)``: image to image.
+
+            x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε
+
+        Args:
+            x0: clean data, (batch, ...), float32, bfloat16 or float16; never written.
+            start: the row that will be the first.
+            seeds, generator: where ε comes from, as ``sample`` draws an x_T (stream 1 of the
+                seeds).
+            noise: or ε itself, float32 of x0's shape.
+
+        Returns:
+            x_t in x0's dtype.
+        """
+        x0 = checked_state("x0", x0, None)
+        row = whole("start", start, low=0, high=len(self.pairs) - 1)
+        given = None if noise is None else [noise]
+        source = Noise.of(tuple(x0.shape), x0.device, 1, seeds, generator, given)
+        eps = source.initial() if noise is None else noise
+        table = torch.tensor(self._forward_table()[row : row + 1], device=x0.device)
+        # Forward from clean data is the ODE's own step back from it, the noise standing for ε.
+        x, _ = ddim_step(x0.to(torch.float32), eps, table, 0, want_x0=False)
+        return x.to(x0.dtype)
+
+    def capture(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        autocast: torch.dtype | bool | None = None,
+        cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+        guidance: Guidance | None = None,
+        cond_fn: Model | None = None,
+        self_condition: str | None = None,
+        start: int = 0,
+    ) -> Captured:
+        """The loop as a CUDA graph, to be replayed: see ``fastddim.graph.Captured``.
+
+        ``seeds``, ``x_T``, the tensors of ``cond`` and ``uncond``, and ``guidance`` may be others
+        at each call. The remaining arguments are ``sample``'s.
+        """
+        from fastddim.graph import Captured
+
+        def prepare(x_T: Tensor, **given: Any) -> Run:
+            run, _, _ = self._prepare(
+                self._plan(start),
+                model,
+                x_T,
+                dtype=dtype,
+                autocast=autocast,
+                cond_fn=cond_fn,
+                self_condition=self_condition,
+                **given,
+            )
+            return run
+
+        size, where = checked_shape(shape), usable(device)
+        whole("start", start, low=0, high=len(self.pairs) - 1)
+        t = tuple(t for t, _ in self.pairs)
+        return Captured(prepare, self._loop, size, where, start, t, cond, uncond, guidance)
 
     def describe(self) -> None:
         """Prints what will be done: each step's levels and factors, and the model calls."""
@@ -212,266 +536,221 @@ class DDIM:
         for row, ((t, s), f) in enumerate(zip(self.pairs, self.table.tolist(), strict=True)):
             print(f"{row:>5}{t:>6}{s:>6}{f[0]:>11.6f}{f[4]:>11.6f}{f[5]:>11.6f}{f[6]:>11.6f}")
 
-    def _loop(self, run: _Run, x: Tensor, want_x0: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(x_s, x0) after each step. All it needs is on the device before it begins."""
-        spare = Spare()
-        for row, t in run.progress(run.steps):  # τ_S → τ_1
+    def _loop(
+        self, run: Run, x: Tensor, made: bool = False
+    ) -> Iterator[tuple[Row, Tensor, Tensor | None]]:
+        """(row, x_s, x0) after each step. All it needs is on the device before it begins."""
+        run.begin(x, made)
+        x = run.known_in(x, run.rows[0].number)
+        for row in run.progress(run.rows):  # τ_S → τ_1
             with torch.no_grad():
-                eps = run.predict(x, t)
-                seeds, z = next(run.noise)  # after the model's call, as eager loops draw
-                x_s, x0 = ddim_step(
-                    x,
-                    eps,
-                    run.table,
-                    row,
-                    seeds,
-                    noise=z,
-                    prediction=self.prediction,
-                    clip=self.clip,
-                    want_x0=want_x0,
-                    out=spare.take(),
-                )
-            spare.keep(x)
-            x = x_s
-            del x_s, eps  # or they would hold what `spare` may hand out again
-            yield x, x0
+                eps = run.predict(x, row)
+                x, x0 = run.step(x, eps, row)
+                x = run.known_in(x, row.number + 1)
+            del eps  # or it would hold what a later step may write
+            yield row, x, x0
+            if run.instead is not None:
+                x, run.instead = run.instead, None
 
-    def _steps(self, run: _Run, x: Tensor) -> Iterator[Step]:
-        states = self._loop(run, x, want_x0=True)
-        del x
-        for row, (state, x0) in enumerate(states):  # a zip would hold on to every other state
-            assert x0 is not None
-            t, s = self.pairs[row]
-            yield Step(row, t, s, state.to(run.dtype), x0.to(run.dtype))
+    def _backwards(
+        self, run: Run, x: Tensor, made: bool, refine: int
+    ) -> Iterator[tuple[Row, Tensor, Tensor | None]]:
+        """(row, x_t, x0) after each step up: x_t solves x_s = step(x_t), the better the longer."""
+        run.begin(x, made)
+        for row in run.progress(run.rows):  # τ_1 → τ_S
+            with torch.no_grad():
+                y, x0 = run.step(x, run.eps(x, row), row)
+                for _ in range(refine):
+                    y, x0 = run.step(x, run.eps(y, row), row)
+            x = y
+            del y
+            yield row, x, x0
 
-    def _start(
+    def _sampled(
         self,
+        run: Run,
+        x: Tensor,
+        made: bool,
+        path: Recorder | None,
+        callback: Callback | None,
+        samples: slice = slice(None),
+    ) -> Tensor:
+        """Where the loop ends, in the result's dtype; what goes on beside it is done here."""
+        for row, x, x0 in self._loop(run, x, made):  # noqa: B020
+            if path is not None:
+                path.keep(row.number, samples, x, x0)
+            if callback is not None:
+                answer = callback(_step(run, row, x, x0))
+                if answer is True:
+                    break
+                if answer is not None and answer is not False:
+                    run.instead = x = _replacing(answer, x)
+        return x.to(run.dtype)
+
+    def _plan(self, start: int) -> Plan:
+        """The table's rows from ``start`` on."""
+        first = whole("start", start, low=0, high=len(self.pairs) - 1)
+        order = range(first, len(self.pairs))
+        t = tuple(t for t, _ in self.pairs)
+        return Plan(
+            self.table, order, t, self.pairs, self._shift(), self.prediction, self.clip, None
+        )
+
+    def _reverse_plan(self, until: int | None) -> Plan:
+        """The same rows, each from its s to its t, from the last to ``until``."""
+        if self.table[:, 5].any():
+            raise ValueError(
+                f"eta must be 0 to run backwards, got {self.eta}: noise that was added cannot be "
+                f"taken away"
+            )
+        if self.clip is not None:
+            raise ValueError(
+                f"clip must be None to run backwards, got {self.clip:g}: a clamp has no inverse"
+            )
+        last = whole("until", 0 if until is None else until, low=0, high=len(self.pairs) - 1)
+        up = tuple((s, t) for t, s in self.pairs)
+        abar, _ = levels(self.schedule, self.pairs, self.final_alpha_cumprod)
+        zeros = np.zeros_like(abar)
+        return Plan(
+            make_table(self.schedule, up, 0.0, self.final_alpha_cumprod),
+            range(len(up) - 1, last - 1, -1),
+            tuple(t for t, _ in self.pairs),
+            up,
+            self._shift(),
+            self.prediction,
+            None,
+            pack(abar, zeros, zeros, np.ones_like(abar)),
+        )
+
+    def _shift(self) -> Float32:
+        """What cond_fn's gradient is multiplied by: ε − √(1−ᾱ_t)·∇, in the model's own terms."""
+        abar, _ = levels(self.schedule, self.pairs, self.final_alpha_cumprod)
+        b = np.sqrt(1 - abar)
+        with np.errstate(divide="ignore"):  # refused where it is asked for
+            factors = {"epsilon": -b, "v": -b / np.sqrt(abar), "sample": b**2 / np.sqrt(abar)}
+        return factors[self.prediction].astype(np.float32)
+
+    def _forward_table(self) -> Float32:
+        """From clean data to each row's t, and last to the final s (itself where that is −1)."""
+        t = [t for t, _ in self.pairs]
+        return make_table(self.schedule, [(-1, i) for i in (*t, max(self.pairs[-1][1], 0))])
+
+    def _prepare(
+        self,
+        plan: Plan,
         model: Model,
         x_T: Tensor | None,
-        shape: Sequence[int] | None,
-        seeds: Sequence[int] | Tensor | None,
-        generator: torch.Generator | None,
-        noise: Noise | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        cond: Mapping[str, Any] | None,
-        progress: Progress,
-    ) -> tuple[_Run, Tensor]:
-        """Every argument checked and on the device: what the loop reads, and the x it starts at."""
-        if not callable(model):
-            raise TypeError(f"model must be callable, got {_kind(model)}")
-        if cond is not None and not isinstance(cond, Mapping):
-            raise TypeError(f"cond must map names to values, got {_kind(cond)}")
-        sources = {"seeds": seeds, "generator": generator, "noise": noise}
-        given = [name for name, source in sources.items() if source is not None]
-        if len(given) > 1:
-            raise ValueError(f"noise has one source, got {' and '.join(given)}")
-        size, where, state_dtype = _destination(x_T, shape, device)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
-        noisy = (self.table[:, 5] != 0).tolist()
-
-        draws: Iterator[Draw]
-        if noise is not None:
-            if x_T is None:
-                raise ValueError("x_T must be given with noise, which holds the steps' only")
-            x, draws = x_T, iter(_given_noise(noise, size, where, noisy))
-        elif generator is not None:
-            _check_generator(generator, where)
-            x = (
-                torch.randn(size, generator=generator, device=where, dtype=torch.float32)
-                if x_T is None
-                else x_T
-            )
-            draws = _generator_noise(generator, size, where, noisy)
-        else:
-            if seeds is None:
-                seeds = torch.randint(0, 2**63 - 1, size[:1])
-            keys = _checked_seeds(seeds, size[0]).to(where)
-            x = initial_noise(keys, size) if x_T is None else x_T
-            draws = iter([(keys, None) if row else (None, None) for row in noisy])
-
-        table = torch.tensor(self.table, device=where)
-        rows = torch.arange(len(table), dtype=torch.int32, device=where).unbind()
-        t = torch.tensor([t for t, _ in self.pairs], device=where)
-        timesteps = t[:, None].expand(-1, size[0]).unbind()
-        run = _Run(
-            model,
-            dict(cond or {}),
-            dtype or state_dtype,
+        *,
+        shape: Sequence[int] | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        noise: Given | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        autocast: torch.dtype | bool | None = None,
+        cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+        guidance: Guidance | None = None,
+        cond_fn: Model | None = None,
+        self_condition: str | None = None,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+        progress: Progress = False,
+    ) -> tuple[Run, Tensor, bool]:
+        """Every argument checked and on the device, the x to begin at, and whether it is ours."""
+        name = "x_T" if plan.as_eps is None else "x0"
+        if plan.as_eps is not None:
+            x_T = checked_state(name, x_T, device)
+        elif (x_T is None) == (shape is None):
+            raise ValueError(f"give x_T or shape, got {'neither' if x_T is None else 'both'}")
+        elif x_T is None and plan.order[0]:
+            raise ValueError(f"x_T must be given with start = {plan.order[0]}: noise is at row 0")
+        elif x_T is not None:
+            checked_state(name, x_T, device)
+        size = checked_shape(shape) if x_T is None else tuple(x_T.shape)
+        where = usable(device) if x_T is None else x_T.device
+        state_dtype = torch.float32 if x_T is None else x_T.dtype
+        model_dtype = checked_dtype(dtype) or state_dtype
+        w = checked_guidance(guidance, uncond, size[0], plan.levels)
+        if w is not None and (w == 1).all():
+            uncond = w = None  # w = 1 is the model with its condition
+        predictor = Predictor.of(
+            model, size[0], where, model_dtype, cond, uncond, cond_fn, self_condition, autocast
+        )
+        if cond_fn is not None and not np.isfinite(plan.shift).all():
+            raise ValueError("cond_fn cannot be used where ᾱ is 0, as it is in this schedule")
+        wrapped = wrapper(progress)
+        source = Noise.of(size, where, len(plan.table), seeds, generator, noise)
+        x = source.initial() if x_T is None else x_T.to(torch.float32)
+        clean = (*(False for _ in self.pairs), self.pairs[-1][1] < 0)
+        inpainted = checked_known(known, mask, x, self._forward_table(), clean)
+        if inpainted is not None and source.given is not None:
+            raise ValueError("known needs seeds or a generator, got noise, which is the steps'")
+        scales = None if w is None else torch.tensor(w, device=where)
+        run = Run(
+            predictor,
+            torch.tensor(plan.table, device=where),
+            rows_of(plan, predictor, scales, inpainted is not None),
+            plan.prediction,
+            plan.clip,
+            None if plan.as_eps is None else torch.tensor(plan.as_eps, device=where),
+            scales,
+            source,
+            inpainted,
             state_dtype,
-            table,
-            list(zip(rows, timesteps, strict=True)),
-            draws,
-            _progress(progress),
+            self_condition is not None,
+            wrapped,
         )
-        return run, x.to(torch.float32)
+        return run, x, x is not x_T
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One call's arguments, checked, on the device."""
-
-    model: Model
-    cond: dict[str, Any]
-    model_dtype: torch.dtype
-    dtype: torch.dtype
-    table: Tensor
-    steps: list[tuple[Tensor, Tensor]]
-    noise: Iterator[Draw]
-    progress: Callable[[Iterable[Any]], Iterable[Any]]
-
-    def predict(self, x: Tensor, t: Tensor) -> Tensor:
-        """What the model says of x at t, unpacked and checked."""
-        output: Any = self.model(x.to(self.model_dtype), t, **self.cond)
-        if not isinstance(output, Tensor) and hasattr(output, "sample"):
-            output = output.sample
-        elif isinstance(output, tuple) and output:
-            output = output[0]
-        if not isinstance(output, Tensor):
-            raise TypeError(f"model must return a tensor, got {_kind(output)}")
-        if output.dtype not in OUTPUTS:
-            raise TypeError(f"model must return float32, bfloat16 or float16, got {output.dtype}")
-        with_variance = x.dim() > 2 and (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-        if output.shape not in (x.shape, with_variance):
-            raise ValueError(
-                f"model must return a tensor of x's shape, {tuple(x.shape)}, or one with twice the "
-                f"channels (a learned variance), got {tuple(output.shape)}"
-            )
-        return output
-
-
-class Spare:
-    """A state that nobody holds any more, written anew by a later step.
-
-    Fresh memory costs a CPU more than the step itself (page faults: 120 ms against 51 ms for
-    50 MB). The caching allocator of a GPU gives it back for nothing, in stream order.
-    The first state kept is x_T, whose memory may be somebody's (a numpy array's, say) without
-    a reference that could be counted: it is never handed out.
-    """
-
-    def __init__(self) -> None:
-        self._box: list[Tensor] = []
-        self._past_first = False
-
-    def keep(self, x: Tensor) -> None:
-        self._box = [x] if self._past_first and x.device.type == "cpu" else []
-        self._past_first = True
-
-    def take(self) -> Tensor | None:
-        """The state kept, if the box is all that holds it."""
-        box, self._box = self._box, []
-        return box[0] if box and _holders(box) == _ALONE else None
-
-
-def _holders(box: list[Tensor]) -> tuple[int, int, int, int]:
-    """Who holds box[0]: Python names, C++ references, and the same two of its storage (views)."""
-    storage = box[0].untyped_storage()
-    return (
-        sys.getrefcount(box[0]),
-        box[0]._use_count(),  # type: ignore[attr-defined]
-        sys.getrefcount(storage),
-        torch._C._storage_Use_Count(storage._cdata),
-    )
-
-
-_ALONE = _holders([torch.empty(1)])
-
-
-def _destination(
-    x_T: Tensor | None, shape: Sequence[int] | None, device: torch.device | str | None
-) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
-    """(shape, device, dtype) of the state, from x_T or from ``shape``."""
-    if (x_T is None) == (shape is None):
-        raise ValueError(f"give x_T or shape, got {'neither' if x_T is None else 'both'}")
-    if x_T is None:
-        if isinstance(shape, str) or not isinstance(shape, Sequence):
-            raise TypeError(f"shape must be a sequence of integers, got {_kind(shape)}")
-        size = tuple(whole(f"shape[{i}]", n, low=0 if i == 0 else 1) for i, n in enumerate(shape))
-        if len(size) < 2:
-            raise ValueError(f"shape must be (batch, ...) with two dimensions or more, got {size}")
-        return size, _usable(device), torch.float32
-    if not isinstance(x_T, Tensor):
-        raise TypeError(f"x_T must be a tensor, got {_kind(x_T)}")
-    if x_T.dim() < 2:
+def _batches(
+    x: Tensor, batch_size: int | None, run: Run, callback: Callback | None
+) -> Iterator[tuple[slice, Run, Tensor]] | None:
+    """(samples, their run, where they begin) of each full batch, or None for all at once."""
+    if batch_size is None:
+        return None
+    size = whole("batch_size", batch_size, low=1)
+    if callback is not None:
+        raise ValueError("batch_size and callback exclude each other: give it one batch at a time")
+    if run.noise.generator is not None and (run.known or any(row.noisy for row in run.rows)):
         raise ValueError(
-            f"x_T must have shape (batch, ...) with two dimensions or more, got {tuple(x_T.shape)}"
+            "batch_size needs seeds or noise where steps add noise: a generator's stream belongs "
+            "to the whole batch"
         )
-    if x_T.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"x_T must be float32, bfloat16 or float16, got {x_T.dtype}")
-    if x_T.requires_grad:
-        raise ValueError("x_T requires grad, which sampling does not carry: pass x_T.detach()")
-    if device is not None and _usable(device) != x_T.device:
-        raise ValueError(f"device must be x_T's, {x_T.device}, or left out, got {str(device)!r}")
-    return tuple(x_T.shape), x_T.device, x_T.dtype
+
+    def batches() -> Iterator[tuple[slice, Run, Tensor]]:
+        firsts = range(0, len(x), size)
+        ticks = iter(run.progress([row for _ in firsts for row in run.rows]))
+        for first in firsts:
+            last = min(first + size, len(x))
+            index = torch.arange(first, first + size, device=x.device).clamp_(max=last - 1)
+            part = run.part(index)
+            part.progress = lambda rows: (row for row, _ in zip(rows, ticks, strict=False))
+            yield slice(first, last), part, x[index]
+        for _ in ticks:
+            pass
+
+    return batches()
 
 
-def _usable(device: torch.device | str | None) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
+def _step(run: Run, row: Row, x: Tensor, x0: Tensor | None) -> Step:
+    assert x0 is not None
+    t, s = row.pair
+    return Step(row.number, t, s, x.to(run.dtype), x0.to(run.dtype))
 
 
-def _checked_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
-    """``seeds`` as int64 (batch,)."""
-    values: Any = seeds.tolist() if isinstance(seeds, (Tensor, np.ndarray)) else seeds
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(f"seeds must be a sequence of integers, got {_kind(seeds)}")
-    if len(values) != batch:
-        raise ValueError(f"seeds must be one for each of {batch} samples, got {len(values)}")
-    checked = [whole(f"seeds[{i}]", k, low=0, high=2**63 - 1) for i, k in enumerate(values)]
-    return torch.tensor(checked, dtype=torch.int64)
+def _steps(run: Run, states: Iterator[tuple[Row, Tensor, Tensor | None]]) -> Iterator[Step]:
+    for row, x, x0 in states:
+        yield _step(run, row, x, x0)
 
 
-def _check_generator(generator: torch.Generator, device: torch.device) -> None:
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {_kind(generator)}")
-    if generator.device.type != device.type:
-        raise ValueError(f"generator must be on {device}, got one on {generator.device}")
-
-
-def _generator_noise(
-    generator: torch.Generator, size: tuple[int, ...], device: torch.device, noisy: list[bool]
-) -> Iterator[Draw]:
-    """torch's own stream, drawn only where the step adds noise, into one buffer."""
-    z: Tensor | None = None
-    for row in noisy:
-        if row:
-            z = torch.randn(size, generator=generator, device=device, dtype=torch.float32, out=z)
-        yield None, z if row else None
-
-
-def _given_noise(
-    noise: Noise, size: tuple[int, ...], device: torch.device, noisy: list[bool]
-) -> list[Draw]:
-    if not isinstance(noise, (Tensor, Sequence)) or len(noise) != len(noisy):
-        got = f"{len(noise)}" if hasattr(noise, "__len__") else _kind(noise)
-        raise ValueError(f"noise must hold a tensor for each of {len(noisy)} rows, got {got}")
-    for row, z in enumerate(noise):
-        if not isinstance(z, Tensor) or z.shape != size or z.dtype != torch.float32:
-            got = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else _kind(z)
-            raise ValueError(f"noise[{row}] must be a float32 tensor of shape {size}, got {got}")
-        if z.device != device:
-            raise ValueError(f"noise[{row}] must be on {device}, got {z.device}")
-    return [(None, z if row else None) for row, z in zip(noisy, noise, strict=True)]
-
-
-def _progress(progress: Progress) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    if callable(progress):
-        return progress
-    if not progress:
-        return iter
-    try:
-        from rich.progress import track
-    except ImportError:
+def _replacing(answer: object, x: Tensor) -> Tensor:
+    """What a callback has returned to take x's place."""
+    if not isinstance(answer, Tensor) or answer.shape != x.shape or answer.device != x.device:
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else kind(answer)
         raise ValueError(
-            "progress=True needs rich (pip install 'fastddim[cli]'); a wrapper such as tqdm.tqdm "
-            "serves too"
-        ) from None
-    return lambda steps: track(steps, description="sampling")
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
+            f"callback must return None, True to stop, or a tensor of x's shape, "
+            f"{tuple(x.shape)}, on {x.device}, got {got}"
+        )
+    return answer.detach().to(torch.float32)

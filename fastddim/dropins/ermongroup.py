@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastddim import reference
+from fastddim.buffers import Spare
 from fastddim.check import finite, whole
 from fastddim.cpu import BLOCK
 from fastddim.ops import ddim_step
-from fastddim.sampler import Spare
 
 
 def generalized_steps(
@@ -67,7 +67,8 @@ def generalized_steps(
                 want_x0=keep == "all" or row == len(tau) - 1,
                 out=spare.take(),
             )
-        spare.keep(x)
+        if row:  # the first x is the caller's
+            spare.keep(x)
         x = x_s
         del x_s, eps
         if keep == "last":

@@ -1,0 +1,332 @@
+"""The loop captured: one CUDA graph that is replayed with other seeds, conditions and guidance."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastddim.buffers import Spare
+from fastddim.check import kind, shown
+from fastddim.ops import initial_noise, input_like
+from fastddim.predict import stacked
+from fastddim.run import Guidance, Row, Run, checked_guidance, checked_seeds, checked_state
+
+Replay: TypeAlias = Callable[[], Tensor]
+Loop: TypeAlias = Callable[[Run, Tensor], Iterator[tuple[Row, Tensor, Tensor | None]]]
+
+WHOLE = 100
+"""The most steps in one graph. Beyond them a step is captured and replayed for each row: a graph
+holds a node for every kernel, and a U-Net has hundreds in each of its calls."""
+
+
+class Captured:
+    """A sampler whose whole loop is a CUDA graph: what ``DDIM.capture`` returns.
+
+        act = ddim.capture(model, (1, 16, 7), cond=dict(global_cond=obs))
+        a = act(seeds=[tick], cond=dict(global_cond=obs))
+
+    A call copies its arguments into the memory that the graph reads, replays it and returns a copy
+    of the result, bit for bit that of ``DDIM.sample``. What is not given stays as it was. The model
+    runs once for every row when it is captured, and never again in Python: what it did then, it
+    does in each replay, and its weights are those at their addresses (loading others in place
+    works). Other shapes, dtypes and arguments that are no tensors need a capture of their own.
+
+    Up to 100 steps are one graph. Beyond them there is a graph of one step for either of two
+    buffers, and the row is counted on the device.
+
+    Where there are no CUDA graphs (a CPU, say) a call runs the loop itself, in the same way, so
+    that a program runs anywhere.
+
+    This code has not yet run on a GPU.
+
+    Raises:
+        TypeError, ValueError: as ``DDIM.sample`` does, in ``capture`` and in each call.
+        RuntimeError: the model cannot be captured; the message says why.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[..., Run],
+        loop: Loop,
+        size: tuple[int, ...],
+        device: torch.device,
+        start: int,
+        levels: tuple[int, ...],
+        cond: Mapping[str, Any] | None,
+        uncond: Mapping[str, Any] | None,
+        guidance: Guidance | None,
+    ) -> None:
+        self._size, self._start, self._levels = size, start, levels
+        self._x_T = torch.zeros(size, dtype=torch.float32, device=device)
+        # Copies: what a call writes here must not be seen in the caller's own tensors.
+        copies: dict[int, Tensor] = {}
+        self._cond, self._uncond = _copied(cond, copies), _copied(uncond, copies)
+        self._run = prepare(
+            self._x_T,
+            seeds=[0] * size[0],
+            cond=self._cond,
+            uncond=self._uncond,
+            guidance=guidance,
+        )
+        assert self._run.noise.seeds is not None
+        self._seeds = self._run.noise.seeds
+        whole = len(self._run.rows) <= WHOLE
+        self._replay = self._whole(loop) if whole else self._stepwise()
+
+    def __call__(
+        self,
+        *,
+        seeds: Sequence[int] | Tensor | None = None,
+        x_T: Tensor | None = None,
+        cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+        guidance: Guidance | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """One replay.
+
+        Args:
+            seeds: an integer in [0, 2⁶³) for each sample; by default they come from torch's
+                default generator.
+            x_T: where to begin, of the captured shape; from the seeds by default. Required where
+                the capture has a ``start`` beyond row 0.
+            cond, uncond: the tensors that are others than before, of the same shape and dtype.
+            guidance: w, where guidance was captured. A row captured with w = 1 throughout has no
+                unconditional half and keeps w = 1.
+            out: where the result goes, float32 of the captured shape; made if not given.
+
+        Returns:
+            ``out``, or a new tensor, float32.
+        """
+        device = self._x_T.device
+        if x_T is not None:
+            checked_state("x_T", x_T, device)
+            if x_T.shape != self._x_T.shape:
+                raise ValueError(f"x_T must have shape {self._size}, got {tuple(x_T.shape)}")
+        elif self._start:
+            raise ValueError(f"x_T must be given with start = {self._start}: noise is at row 0")
+        if out is not None:
+            checked_state("out", out, device)
+            if out.shape != self._x_T.shape or out.dtype != torch.float32:
+                raise ValueError(
+                    f"out must be float32 of shape {self._size}, got {out.dtype} {tuple(out.shape)}"
+                )
+        keys = None
+        if seeds is not None or x_T is None or any(row.noisy for row in self._run.rows):
+            given = torch.randint(0, 2**63 - 1, self._size[:1]) if seeds is None else seeds
+            keys = checked_seeds(given, self._size[0])
+        w = self._weights(guidance)
+        copies = self._renewed(cond, uncond)
+        # Nothing above has written anything: a call that is refused leaves all as it was.
+        with torch.no_grad():
+            if keys is not None:
+                self._seeds.copy_(keys, non_blocking=True)
+            if x_T is not None:
+                self._x_T.copy_(x_T)
+            else:
+                initial_noise(self._seeds, self._size, out=self._x_T)
+            if w is not None and self._run.guidance is not None:
+                self._run.guidance.copy_(w)
+            for into, value in copies:
+                into.copy_(value)
+            predictor = self._run.predictor
+            if copies and predictor.uncond is not None:
+                both = stacked(predictor.uncond, predictor.cond, self._size[0])
+                for into, value in _matched("cond", predictor.both, both):
+                    into.copy_(value)
+            result = self._replay()
+            return result.clone() if out is None else out.copy_(result)
+
+    def _weights(self, guidance: Guidance | None) -> Tensor | None:
+        """w of a call, (rows, batch), where it is given."""
+        if guidance is None:
+            return None
+        w = checked_guidance(guidance, self, self._size[0], self._levels)
+        assert w is not None
+        for row in self._run.rows:
+            if row.guidance is None and (w[row.number] != 1).any():
+                raise ValueError(
+                    f"guidance must be 1 in row {row.number}, which was captured without its "
+                    f"unconditional half, got {w[row.number].tolist()}"
+                )
+        return torch.from_numpy(w)
+
+    def _renewed(
+        self, cond: Mapping[str, Any] | None, uncond: Mapping[str, Any] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(memory, value) of each tensor that a call brings."""
+        found = []
+        for name, given, held in (("cond", cond, self._cond), ("uncond", uncond, self._uncond)):
+            if given is None:
+                continue
+            if not isinstance(given, Mapping):
+                raise TypeError(f"{name} must map names to values, got {kind(given)}")
+            for key, value in given.items():
+                if key not in (held or {}):
+                    raise ValueError(f"{name} must hold what was captured, got {key!r}")
+                found += _matched(f"{name}[{key!r}]", held[key], value)
+        return found
+
+    def _whole(self, loop: Loop) -> Replay:
+        """All steps as one graph."""
+
+        def body() -> Tensor:
+            x = self._x_T
+            with self._run.predictor.one_cast():
+                for _, x, _ in loop(self._run, self._x_T):  # noqa: B007
+                    pass
+            return x
+
+        return record(body, self._x_T.device)
+
+    def _stepwise(self) -> Replay:
+        """A graph of one step for each kind of row there is, which counts the rows itself."""
+        run, device, batch = self._run, self._x_T.device, self._size[0]
+        rows = run.rows
+        n = torch.zeros(1, dtype=torch.int64, device=device)
+        index = torch.stack([row.rows[0] for row in rows])
+        level = torch.tensor([row.pair[0] for row in rows], device=device)
+        shifts = [row.shift for row in rows if row.shift is not None]
+        shift = torch.stack(shifts) if shifts else None
+        states, x0s = ([torch.empty_like(self._x_T) for _ in range(2)] for _ in range(2))
+        inputs = {
+            copies: [input_like(self._x_T, run.predictor.dtype, copies) for _ in range(2)]
+            for copies in {row.following[0] for row in rows if row.following is not None}
+        }
+
+        def body(row: Row, side: int, first: bool, fed: bool) -> None:
+            x, other = states[side], 1 - side
+            which = index.index_select(0, n)
+            t = level.index_select(0, n)
+            w = None
+            if row.guidance is not None and run.guidance is not None:
+                w = run.guidance.index_select(0, which)[0]
+            here = row._replace(
+                rows=which.expand(batch),
+                t=t.expand(batch),
+                asked=t.expand(len(row.asked)),
+                guidance=w,
+                shift=None if shift is None else shift.index_select(0, n)[0],
+            )
+            given = inputs[len(row.asked) // batch][side] if fed else None
+            run.place(
+                x,
+                given,
+                None if first else x0s[side],
+                Fixed(states[other]),
+                {copies: Fixed(pair[other]) for copies, pair in inputs.items()},
+                Fixed(x0s[other]),
+            )
+            run.step(x, run.predict(x, here), here)
+            n.add_(1)
+
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        steps: dict[Any, Replay] = {}
+        order = []
+        fed = False
+        for i, row in enumerate(rows):
+            alike = (i % 2, i == 0, fed, row.guidance is not None, row.noisy, row.following)
+            if alike not in steps:
+                n.zero_()
+                steps[alike] = record(partial(body, row, i % 2, i == 0, fed), device, pool)
+            order.append(steps[alike])
+            fed = row.following is not None and row.following[1]
+
+        def replay() -> Tensor:
+            n.zero_()
+            states[0].copy_(self._x_T)
+            for step in order:
+                step()
+            return states[len(rows) % 2]
+
+        return replay
+
+
+class Fixed(Spare):
+    """The buffer that a captured step writes, whoever holds it."""
+
+    def keep(self, tensor: Tensor) -> None:
+        pass
+
+    def take(self) -> Tensor | None:
+        return self._boxes[0][0]
+
+
+def record(body: Callable[[], Any], device: torch.device, pool: Any = None) -> Replay:
+    """``body`` as a graph: what is returned replays it, and gives what ``body`` gave.
+
+    ``body`` itself where there are no CUDA graphs.
+    """
+    if device.type != "cuda":
+        return body
+    with torch.cuda.device(device), torch.no_grad():
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            body()  # compiles the kernels and has the libraries choose theirs
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                result = body()
+        except RuntimeError as error:
+            raise RuntimeError(f"the model cannot be captured: {_reason(error)}") from error
+
+    def replay() -> Any:
+        with torch.cuda.device(device):
+            graph.replay()
+        return result
+
+    return replay
+
+
+def _reason(error: BaseException) -> str:
+    """The first thing that went wrong, and the line of the model it went wrong in."""
+    while error.__context__ is not None:  # ending a broken capture fails as well
+        error = error.__context__
+    said = (str(error).splitlines() or [kind(error)])[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f"{os.sep}torch{os.sep}" not in f.filename]
+    where = f" ({own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
+    return (
+        f"{said}{where}. A graph holds no reading of values (.item(), .cpu(), branches on a "
+        f"tensor), no copy from the host and no shapes that depend on data"
+    )
+
+
+def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
+    """``value`` with a copy of each tensor, one for all the places where it stands."""
+    if isinstance(value, Tensor):
+        return copies.setdefault(id(value), value.detach().clone())
+    if isinstance(value, Mapping):
+        return {key: _copied(item, copies) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([_copied(item, copies) for item in value])
+    return value
+
+
+def _matched(name: str, held: Any, value: Any) -> list[tuple[Tensor, Tensor]]:
+    """(tensor held, tensor given) for each in two values that must be alike in all else."""
+    if isinstance(held, Tensor):
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (held.shape, held.dtype):
+            got = (
+                f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else kind(value)
+            )
+            raise ValueError(
+                f"{name} must be {held.dtype} {tuple(held.shape)}, as captured, got {got}"
+            )
+        return [] if value is held else [(held, value)]
+    if isinstance(held, Mapping) and isinstance(value, Mapping) and held.keys() == value.keys():
+        return [pair for k in held for pair in _matched(f"{name}[{k!r}]", held[k], value[k])]
+    if type(held) in (list, tuple) and type(value) is type(held) and len(value) == len(held):
+        both = enumerate(zip(held, value, strict=True))
+        return [pair for i, (h, v) in both for pair in _matched(f"{name}[{i}]", h, v)]
+    if type(value) is not type(held) or isinstance(held, (Mapping, list, tuple)) or held != value:
+        raise ValueError(f"{name} is part of the graph, {shown(held)}, got {shown(value)}")
+    return []
