@@ -18,7 +18,7 @@ from fastddim.predict import stacked
 from fastddim.run import Guidance, Row, Run, checked_guidance, checked_seeds, checked_state
 
 Replay: TypeAlias = Callable[[], Tensor]
-Loop: TypeAlias = Callable[[Run, Tensor], Iterator[tuple[Row, Tensor, Tensor | None]]]
+Loop: TypeAlias = Callable[[Run], Iterator[tuple[Row, Tensor, Tensor | None]]]
 
 WHOLE = 100
 """The most steps in one graph. Beyond them a step is captured and replayed for each row: a graph
@@ -177,9 +177,9 @@ class Captured:
         """All steps as one graph."""
 
         def body() -> Tensor:
-            x = self._x_T
+            self._run.x = x = self._x_T
             with self._run.predictor.one_cast():
-                for _, x, _ in loop(self._run, self._x_T):  # noqa: B007
+                for _, x, _ in loop(self._run):  # noqa: B007
                     pass
             return x
 

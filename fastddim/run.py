@@ -157,6 +157,8 @@ class Run:
     """A loop's arguments on the device, and its two moves: ``predict`` and ``step``.
 
     Attributes:
+        x: where to begin, until the loop has begun.
+        made: whether x is nobody's memory but the loop's.
         predictor: the model and what goes with its calls.
         table: the coefficients.
         rows: the steps to take, in order.
@@ -171,6 +173,8 @@ class Run:
         progress: what the rows are wrapped in.
     """
 
+    x: Tensor | None
+    made: bool
     predictor: Predictor
     table: Tensor
     rows: list[Row]
@@ -194,18 +198,21 @@ class Run:
     """``_made`` as the model is given it."""
     _x0: Tensor | None = None
 
-    def begin(self, x: Tensor, made: bool) -> None:
-        """Buffers for a loop that begins at x, ``made`` here or a caller's.
+    def begin(self) -> Tensor:
+        """The x to begin at, and buffers for the loop.
 
-        All that the steps write is there before the first model call, on a CPU.
+        On a CPU all that the steps write is there before the first model call.
         """
-        self.place(x if made else None, None, None, Spare(), {1: Spare(), 2: Spare()}, Spare())
+        x, self.x = self.x, None  # held by the loop alone, which may write it when it is past
+        assert x is not None
+        made = x if self.made else None
+        self.place(made, None, None, Spare(), {1: Spare(), 2: Spare()}, Spare())
         self.instead = None
         if x.device.type == "cpu":
-            fresh = range(1 if made else 2)
-            self.states = Spare(*(torch.empty_like(x) for _ in fresh))
+            self.states = Spare(*(torch.empty_like(x) for _ in range(1 if self.made else 2)))
             if self.predictor.self_condition is not None:
                 self.x0s = Spare(*(torch.empty_like(x) for _ in range(2)))
+        return x
 
     def place(
         self,
@@ -305,14 +312,16 @@ class Run:
             index, t = row.rows[:1].expand(n), row.t[:1].expand(n)
             return row._replace(rows=index, t=t, asked=asked, guidance=w)
 
+        assert self.x is not None
         return replace(
             self,
+            x=self.x[samples],
+            made=True,
             predictor=self.predictor.part(samples),
             rows=[narrowed(row) for row in self.rows],
             guidance=some,
             noise=self.noise.part(samples),
             known=None if self.known is None else self.known.part(samples),
-            inputs={1: Spare(), 2: Spare()},
         )
 
 

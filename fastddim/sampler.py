@@ -283,7 +283,7 @@ class DDIM:
             TypeError, ValueError: before any work, naming the argument, what was given and what
                 is allowed; or, when the model has returned something that is no such tensor.
         """
-        run, x, made = self._prepare(
+        run = self._prepare(
             self._plan(start),
             model,
             x_T,
@@ -305,22 +305,21 @@ class DDIM:
         )
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {kind(callback)}")
-        batches = _batches(x, batch_size, run, callback)
+        batches = _batches(run, batch_size, callback)
         path = None
         if trajectory is not None:
             order = [row.number for row in run.rows]
-            size = tuple(x.shape)
-            path = Recorder(
-                trajectory, every, offload, order, self.pairs, size, run.dtype, x.device
-            )
+            size, where = run.noise.size, run.noise.device
+            path = Recorder(trajectory, every, offload, order, self.pairs, size, run.dtype, where)
         run.wants_x0 |= callback is not None or (path is not None and path.wants("x0"))
         with run.predictor.one_cast():
             if batches is None:
-                out = self._sampled(run, x, made, path, callback)
+                out = self._sampled(run, path, callback)
             else:
-                out = torch.empty_like(x, dtype=run.dtype)
-                for samples, part, begin in batches:
-                    state = self._sampled(part, begin, True, path, None, samples)
+                assert run.x is not None
+                out = torch.empty_like(run.x, dtype=run.dtype)
+                for samples, part in batches:
+                    state = self._sampled(part, path, None, samples)
                     out[samples] = state[: samples.stop - samples.start]
         return out if path is None else (out, path.finished())
 
@@ -372,7 +371,7 @@ class DDIM:
                 raise ValueError(f"{needless[0]} has no place in a loop that runs backwards")
             refine = whole("refine", refine, low=0)
             plan = self._reverse_plan(until)
-        run, x, made = self._prepare(
+        run = self._prepare(
             plan,
             model,
             x_T,
@@ -393,7 +392,7 @@ class DDIM:
             progress=progress,
         )
         run.wants_x0 = True
-        states = self._backwards(run, x, made, refine) if reverse else self._loop(run, x, made)
+        states = self._backwards(run, refine) if reverse else self._loop(run)
         return _steps(run, states)
 
     def invert(
@@ -434,7 +433,7 @@ class DDIM:
             TypeError, ValueError: as ``sample`` does; η must be 0, and clip None.
         """
         refine = whole("refine", refine, low=0)
-        run, x, made = self._prepare(
+        run = self._prepare(
             self._reverse_plan(until),
             model,
             x0,
@@ -447,7 +446,7 @@ class DDIM:
             progress=progress,
         )
         with run.predictor.one_cast():
-            for _, x, _ in self._backwards(run, x, made, refine):  # noqa: B007, B020
+            for _, x, _ in self._backwards(run, refine):  # noqa: B007
                 pass
         return x.to(run.dtype)
 
@@ -507,7 +506,7 @@ class DDIM:
         from fastddim.graph import Captured
 
         def prepare(x_T: Tensor, **given: Any) -> Run:
-            run, _, _ = self._prepare(
+            return self._prepare(
                 self._plan(start),
                 model,
                 x_T,
@@ -517,7 +516,6 @@ class DDIM:
                 self_condition=self_condition,
                 **given,
             )
-            return run
 
         size, where = checked_shape(shape), usable(device)
         whole("start", start, low=0, high=len(self.pairs) - 1)
@@ -536,12 +534,9 @@ class DDIM:
         for row, ((t, s), f) in enumerate(zip(self.pairs, self.table.tolist(), strict=True)):
             print(f"{row:>5}{t:>6}{s:>6}{f[0]:>11.6f}{f[4]:>11.6f}{f[5]:>11.6f}{f[6]:>11.6f}")
 
-    def _loop(
-        self, run: Run, x: Tensor, made: bool = False
-    ) -> Iterator[tuple[Row, Tensor, Tensor | None]]:
+    def _loop(self, run: Run) -> Iterator[tuple[Row, Tensor, Tensor | None]]:
         """(row, x_s, x0) after each step. All it needs is on the device before it begins."""
-        run.begin(x, made)
-        x = run.known_in(x, run.rows[0].number)
+        x = run.known_in(run.begin(), run.rows[0].number)
         for row in run.progress(run.rows):  # τ_S → τ_1
             with torch.no_grad():
                 eps = run.predict(x, row)
@@ -552,11 +547,9 @@ class DDIM:
             if run.instead is not None:
                 x, run.instead = run.instead, None
 
-    def _backwards(
-        self, run: Run, x: Tensor, made: bool, refine: int
-    ) -> Iterator[tuple[Row, Tensor, Tensor | None]]:
+    def _backwards(self, run: Run, refine: int) -> Iterator[tuple[Row, Tensor, Tensor | None]]:
         """(row, x_t, x0) after each step up: x_t solves x_s = step(x_t), the better the longer."""
-        run.begin(x, made)
+        x = run.begin()
         for row in run.progress(run.rows):  # τ_1 → τ_S
             with torch.no_grad():
                 y, x0 = run.step(x, run.eps(x, row), row)
@@ -569,14 +562,12 @@ class DDIM:
     def _sampled(
         self,
         run: Run,
-        x: Tensor,
-        made: bool,
         path: Recorder | None,
         callback: Callback | None,
         samples: slice = slice(None),
     ) -> Tensor:
         """Where the loop ends, in the result's dtype; what goes on beside it is done here."""
-        for row, x, x0 in self._loop(run, x, made):  # noqa: B020
+        for row, x, x0 in self._loop(run):
             if path is not None:
                 path.keep(row.number, samples, x, x0)
             if callback is not None:
@@ -656,8 +647,8 @@ class DDIM:
         known: Tensor | None = None,
         mask: Tensor | None = None,
         progress: Progress = False,
-    ) -> tuple[Run, Tensor, bool]:
-        """Every argument checked and on the device, the x to begin at, and whether it is ours."""
+    ) -> Run:
+        """Every argument checked and on the device, and the x to begin at."""
         name = "x_T" if plan.as_eps is None else "x0"
         if plan.as_eps is not None:
             x_T = checked_state(name, x_T, device)
@@ -687,7 +678,9 @@ class DDIM:
         if inpainted is not None and source.given is not None:
             raise ValueError("known needs seeds or a generator, got noise, which is the steps'")
         scales = None if w is None else torch.tensor(w, device=where)
-        run = Run(
+        return Run(
+            x,
+            x is not x_T,
             predictor,
             torch.tensor(plan.table, device=where),
             rows_of(plan, predictor, scales, inpainted is not None),
@@ -701,16 +694,15 @@ class DDIM:
             self_condition is not None,
             wrapped,
         )
-        return run, x, x is not x_T
 
 
 def _batches(
-    x: Tensor, batch_size: int | None, run: Run, callback: Callback | None
-) -> Iterator[tuple[slice, Run, Tensor]] | None:
-    """(samples, their run, where they begin) of each full batch, or None for all at once."""
+    run: Run, batch_size: int | None, callback: Callback | None
+) -> Iterator[tuple[slice, Run]] | None:
+    """(samples, their run) of each full batch, or None for all at once."""
     if batch_size is None:
         return None
-    size = whole("batch_size", batch_size, low=1)
+    size, count = whole("batch_size", batch_size, low=1), run.noise.size[0]
     if callback is not None:
         raise ValueError("batch_size and callback exclude each other: give it one batch at a time")
     if run.noise.generator is not None and (run.known or any(row.noisy for row in run.rows)):
@@ -719,15 +711,15 @@ def _batches(
             "to the whole batch"
         )
 
-    def batches() -> Iterator[tuple[slice, Run, Tensor]]:
-        firsts = range(0, len(x), size)
+    def batches() -> Iterator[tuple[slice, Run]]:
+        firsts = range(0, count, size)
         ticks = iter(run.progress([row for _ in firsts for row in run.rows]))
         for first in firsts:
-            last = min(first + size, len(x))
-            index = torch.arange(first, first + size, device=x.device).clamp_(max=last - 1)
-            part = run.part(index)
+            last = min(first + size, count)
+            index = torch.arange(first, first + size, device=run.noise.device)
+            part = run.part(index.clamp_(max=last - 1))
             part.progress = lambda rows: (row for row, _ in zip(rows, ticks, strict=False))
-            yield slice(first, last), part, x[index]
+            yield slice(first, last), part
         for _ in ticks:
             pass
 
