@@ -484,16 +484,16 @@ def checked_dtype(dtype: Any) -> torch.dtype | None:
 
 
 def checked_known(
-    known: Any, mask: Any, x: Tensor, table: Float32, clean: tuple[bool, ...]
+    known: Tensor | None,
+    mask: Tensor | None,
+    x: Tensor,
+    table: Float32,
+    clean: tuple[bool, ...],
 ) -> Known | None:
     """``known`` and ``mask``, or None without them; ``table`` leads from data to each level."""
     if known is None and mask is None:
         return None
-    for name, tensor, beside in (("known", known, "mask"), ("mask", mask, "known")):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor where {beside} is given, got {kind(tensor)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} with x_T, got {tensor.device}")
+    known, mask = _beside("known", known, "mask", x), _beside("mask", mask, "known", x)
     if known.shape != x.shape:
         raise ValueError(f"known must have x_T's shape, {tuple(x.shape)}, got {tuple(known.shape)}")
     try:
@@ -516,6 +516,14 @@ def checked_known(
         rows[:, None].expand(-1, len(x)).unbind(),
         clean,
     )
+
+
+def _beside(name: str, tensor: Any, other: str, x: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor where {other} is given, got {kind(tensor)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} with x_T, got {tensor.device}")
+    return tensor
 
 
 def _check_generator(generator: torch.Generator, device: torch.device) -> None:
