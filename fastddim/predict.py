@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,12 +170,16 @@ def unpacked(output: Any, x_in: Tensor) -> Tensor:
 
 def stacked(uncond: Cond, cond: Cond, batch: int) -> dict[str, Any]:
     """(uncond, cond) along the batch, value by value; what ``uncond`` lacks is ``cond``'s."""
-    extra = [name for name in uncond if name not in cond]
+    return _stacked("uncond", uncond, cond, batch)
+
+
+def _stacked(name: str, uncond: Cond, cond: Cond, batch: int) -> dict[str, Any]:
+    extra = [key for key in uncond if key not in cond]
     if extra:
-        raise ValueError(f"uncond must hold nothing that cond lacks, got {extra[0]!r}")
+        raise ValueError(f"{name} must hold nothing that cond lacks, got {extra[0]!r}")
     return {
-        name: _stack(f"uncond[{name!r}]", uncond.get(name, value), value, batch)
-        for name, value in cond.items()
+        key: _stack(f"{name}[{key!r}]", uncond.get(key, value), value, batch)
+        for key, value in cond.items()
     }
 
 
@@ -194,16 +199,18 @@ def _stack(name: str, u: Any, c: Any, batch: int) -> Any:
             )
         return torch.cat([half.expand(batch, *[-1] * (half.dim() - 1)) for half in (u, c)])
     if isinstance(u, Mapping) and isinstance(c, Mapping):
-        return {
-            key: _stack(f"{name}[{key!r}]", u.get(key, value), value, batch)
-            for key, value in c.items()
-        }
+        return _stacked(name, u, c, batch)
     if isinstance(c, (list, tuple)) and type(u) is type(c) and len(u) == len(c):
         pairs = enumerate(zip(u, c, strict=True))
         return type(c)([_stack(f"{name}[{i}]", a, b, batch) for i, (a, b) in pairs])
-    if u is c or (type(u) is type(c) and bool(u == c)):
+    if same(u, c):
         return c
     raise ValueError(f"{name} must equal cond's where it is no tensor, got {kind(u)}")
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values that are no tensors are one, or equal; arrays are in each element."""
+    return a is b or (type(a) is type(b) and np.array_equal(a, b))
 
 
 def _taken(value: Any, samples: Tensor, batch: int) -> Any:
