@@ -488,7 +488,7 @@ def unused(*_: Any, **__: Any) -> Any:
         (ValueError, ("guidance", "(5,)"), G | {"guidance": torch.ones(5)}),
         (ValueError, ("guidance", "(1, 3)"), G | {"guidance": torch.ones(1, 3)}),
         (ValueError, ("guidance(800)", "(2,)"), G | {"guidance": lambda t: [1.0, 2.0]}),
-        (TypeError, ("guidance(800)", "NoneType"), G | {"guidance": lambda t: None}),
+        (TypeError, ("guidance(800)", "None"), G | {"guidance": lambda t: None}),
         (ValueError, ("guidance(0)", "inf"), G | {"guidance": lambda t: 1.0 if t else math.inf}),
         (TypeError, ("uncond", "list"), {"cond": {"c": X}, "uncond": [X], "guidance": 2.0}),
         (ValueError, ("uncond", "'d'"), {"cond": {"c": X}, "uncond": {"d": X}, "guidance": 2.0}),
