@@ -79,6 +79,8 @@ class Noise:
             raise ValueError(f"noise has one source, got {' and '.join(names)}")
         if given is not None:
             _check_given(given, size, device, steps)
+            # Here, since taking a row of a tensor is a call of torch's dispatcher.
+            given = given.unbind() if isinstance(given, Tensor) else given
         elif generator is not None:
             _check_generator(generator, device)
         else:
@@ -120,8 +122,10 @@ class Noise:
         return z
 
     def _drawn(self, into: Tensor | None = None) -> Tensor:
+        if into is not None:
+            return into.normal_(generator=self.generator)  # what randn does with memory of its own
         return torch.randn(
-            self.size, generator=self.generator, device=self.device, dtype=torch.float32, out=into
+            self.size, generator=self.generator, device=self.device, dtype=torch.float32
         )
 
 
@@ -212,6 +216,10 @@ class Run:
             self.states = Spare(*(torch.empty_like(x) for _ in range(1 if self.made else 2)))
             if self.predictor.self_condition is not None:
                 self.x0s = Spare(*(torch.empty_like(x) for _ in range(2)))
+            # The first row's input is made for it, and is then the next row's, if of its size.
+            sizes = {row.following[0] for row in self.rows if row.following and row.following[1]}
+            for copies in sizes - {len(self.rows[0].asked) // max(len(x), 1) or 1}:
+                self.inputs[copies] = Spare(input_like(x, self.predictor.dtype, copies))
         return x
 
     def place(
@@ -418,7 +426,7 @@ def checked_guidance(
 def _numbers(name: str, value: Any) -> npt.NDArray[np.float64]:
     if isinstance(value, Tensor):
         value = value.tolist()
-    if isinstance(value, (bool, str, bytes)):
+    if value is None or isinstance(value, (bool, str, bytes)):
         raise TypeError(f"{name} must be a number or numbers, got {value!r}")
     try:
         numbers = np.asarray(value, dtype=np.float64)
