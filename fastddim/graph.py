@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,6 +45,8 @@ class Captured:
     Where there are no CUDA graphs (a CPU, say) a call runs the loop itself, in the same way, so
     that a program runs anywhere.
 
+    Calls write the same memory: on more than one CUDA stream, each must wait for the one before.
+
     This code has not yet run on a GPU.
 
     Raises:
@@ -63,17 +67,18 @@ class Captured:
         guidance: Guidance | None,
     ) -> None:
         self._size, self._start, self._levels = size, start, levels
-        self._x_T = torch.zeros(size, dtype=torch.float32, device=device)
-        # Copies: what a call writes here must not be seen in the caller's own tensors.
-        self._cond = _copied(cond)
-        self._uncond = _copied(uncond, cond, self._cond, size[0])
-        self._run = prepare(
-            self._x_T,
-            seeds=[0] * size[0],
-            cond=self._cond,
-            uncond=self._uncond,
-            guidance=guidance,
-        )
+        with _lasting():
+            self._x_T = torch.zeros(size, dtype=torch.float32, device=device)
+            # Copies: what a call writes here must not be seen in the caller's own tensors.
+            self._cond = _copied(cond)
+            self._uncond = _copied(uncond, cond, self._cond, size[0])
+            self._run = prepare(
+                self._x_T,
+                seeds=[0] * size[0],
+                cond=self._cond,
+                uncond=self._uncond,
+                guidance=guidance,
+            )
         assert self._run.noise.seeds is not None
         self._seeds = self._run.noise.seeds
         whole = len(self._run.rows) <= WHOLE
@@ -132,7 +137,7 @@ class Captured:
             else:
                 initial_noise(self._seeds, self._size, out=self._x_T)
             if w is not None and self._run.guidance is not None:
-                self._run.guidance.copy_(w)
+                self._run.guidance.copy_(w, non_blocking=True)
             for into, value in copies:
                 into.copy_(value)
             predictor = self._run.predictor
@@ -187,30 +192,33 @@ class Captured:
 
     def _whole(self, loop: Loop) -> Replay:
         """All steps as one graph."""
+        run, x_T = self._run, self._x_T
 
         def body() -> Tensor:
-            self._run.x = x = self._x_T
-            with self._run.predictor.one_cast():
-                for _, x, _ in loop(self._run):  # noqa: B007
+            run.x = x = x_T
+            with run.predictor.one_cast():
+                for _, x, _ in loop(run):  # noqa: B007
                     pass
             return x
 
-        return record(body, self._x_T.device)
+        return record(body, x_T.device)
 
     def _stepwise(self) -> Replay:
         """A graph of one step for each kind of row there is, which counts the rows itself."""
-        run, device, batch = self._run, self._x_T.device, self._size[0]
-        rows = run.rows
-        n = torch.zeros(1, dtype=torch.int64, device=device)
-        index = torch.tensor([row.number for row in rows], dtype=torch.int32, device=device)
-        level = torch.tensor([row.pair[0] for row in rows], device=device)
-        shifts = [row.shift for row in rows if row.shift is not None]
-        shift = torch.stack(shifts) if shifts else None
-        states, x0s = ([torch.empty_like(self._x_T) for _ in range(2)] for _ in range(2))
-        inputs = {
-            copies: [input_like(self._x_T, run.predictor.dtype, copies) for _ in range(2)]
-            for copies in {1 if row.guidance is None else 2 for row in rows}
-        }
+        # No name for self: a graph that only a reference cycle holds keeps its memory for long.
+        run, x_T, batch = self._run, self._x_T, self._size[0]
+        rows, device = run.rows, x_T.device
+        with _lasting():
+            n = torch.zeros(1, dtype=torch.int64, device=device)
+            index = torch.tensor([row.number for row in rows], dtype=torch.int32, device=device)
+            level = torch.tensor([row.pair[0] for row in rows], device=device)
+            shifts = [row.shift for row in rows if row.shift is not None]
+            shift = torch.stack(shifts) if shifts else None
+            states, x0s = ([torch.empty_like(x_T) for _ in range(2)] for _ in range(2))
+            inputs = {
+                copies: [input_like(x_T, run.predictor.dtype, copies) for _ in range(2)]
+                for copies in {1 if row.guidance is None else 2 for row in rows}
+            }
 
         def body(row: Row, side: int, first: bool, fed: bool) -> None:
             x, other = states[side], 1 - side
@@ -238,7 +246,7 @@ class Captured:
             run.step(x, run.predict(x, here), here)
             n.add_(1)
 
-        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        memory = Memory.on(device)
         steps: dict[Any, Replay] = {}
         order = []
         fed = False
@@ -246,13 +254,13 @@ class Captured:
             alike = (i % 2, i == 0, fed, row.guidance is not None, row.noisy, row.following)
             if alike not in steps:
                 n.zero_()
-                steps[alike] = record(partial(body, row, i % 2, i == 0, fed), device, pool)
+                steps[alike] = record(partial(body, row, i % 2, i == 0, fed), device, memory)
             order.append(steps[alike])
             fed = row.following is not None and row.following[1]
 
         def replay() -> Tensor:
             n.zero_()
-            states[0].copy_(self._x_T)
+            states[0].copy_(x_T)
             for step in order:
                 step()
             return states[len(rows) % 2]
@@ -270,13 +278,35 @@ class Fixed(Spare):
         return self._boxes[0][0]
 
 
-def record(body: Callable[[], Any], device: torch.device, pool: Any = None) -> Replay:
+class Memory(NamedTuple):
+    """Where graphs take theirs. Those that share it are replayed in the order of their capture."""
+
+    pool: Any
+    stream: torch.cuda.Stream
+
+    @classmethod
+    def on(cls, device: torch.device) -> Memory | None:
+        """None where there are no CUDA graphs."""
+        if device.type != "cuda":
+            return None
+        # A stream of its own, on this device: torch.cuda.graph's default is on the device that was
+        # the first to need it. Nor that of the warm-up: the workspace that cuBLAS keeps for a
+        # stream then belongs to the pool, and is nobody else's when others clear their own.
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+
+
+def record(body: Callable[[], Any], device: torch.device, memory: Memory | None = None) -> Replay:
     """``body`` as a graph: what is returned replays it, and gives what ``body`` gave.
 
     ``body`` itself where there are no CUDA graphs.
+
+    Raises:
+        RuntimeError: it cannot be captured. All else goes on as before.
     """
-    if device.type != "cuda":
+    memory = Memory.on(device) if memory is None else memory
+    if memory is None:
         return body
+    pool, stream = memory
     with torch.cuda.device(device), torch.no_grad():
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
@@ -284,11 +314,20 @@ def record(body: Callable[[], Any], device: torch.device, pool: Any = None) -> R
             body()  # compiles the kernels and has the libraries choose theirs
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        before = sys.exc_info()[1]
+        # Weights that a caller's autocast keeps from the warm-up may be freed while the graph
+        # lives, and of those it would keep from the capture nothing has been computed.
+        torch.clear_autocast_cache()
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            # The outer one, for torch.cuda.graph keeps its stream current where a capture fails.
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool, stream=stream):
                 result = body()
         except RuntimeError as error:
-            raise RuntimeError(f"the model cannot be captured: {_reason(error)}") from error
+            _abandon(graph, device, pool)
+            reason = _reason(error, before)
+            raise RuntimeError(f"the model cannot be captured: {reason}") from error
+        finally:
+            torch.clear_autocast_cache()
 
     def replay() -> Any:
         with torch.cuda.device(device):
@@ -298,10 +337,35 @@ def record(body: Callable[[], Any], device: torch.device, pool: Any = None) -> R
     return replay
 
 
-def _reason(error: BaseException) -> str:
-    """The first thing that went wrong, and the line of the model it went wrong in."""
-    while error.__context__ is not None:  # ending a broken capture fails as well
-        error = error.__context__
+_abandoned: list[torch.cuda.CUDAGraph] = []
+"""Captures that failed: allocators go on asking them whether memory is theirs."""
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
+    """Ends what torch leaves as it was where a capture fails.
+
+    Up to 2.12 the allocator believes in the capture for ever (pytorch#180395), and up to 2.11 the
+    generator does, so that any ``torch.randn`` on the GPU would fail (pytorch#176753).
+    """
+    _abandoned.append(graph)
+    with suppress(RuntimeError, AttributeError):  # raised where torch has done it
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """For tensors that later calls write: inference mode's could be written in that mode alone."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _reason(error: BaseException, before: BaseException | None) -> str:
+    """The first thing that went wrong since ``before``, and the line of the model it did in."""
+    while error.__context__ is not None and error.__context__ is not before:
+        error = error.__context__  # ending a broken capture fails as well
     said = (str(error).splitlines() or [kind(error)])[0]
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if f"{os.sep}torch{os.sep}" not in f.filename]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,9 +71,7 @@ def test_guidance_is_u_and_w_times_the_difference(
 ) -> None:
     given, w = WEIGHTS[how]
     ddim = DDIM(20, eta=0.7, schedule=LINEAR, prediction=prediction, clip=2.0)
-    out = sampled(
-        ddim, conditioned, cond={"c": C}, uncond={"c": U}, guidance=given, dtype=dtype
-    )
+    out = sampled(ddim, conditioned, cond={"c": C}, uncond={"c": U}, guidance=given, dtype=dtype)
     # The rows in which nobody is guided are those of the condition alone, c and not u + 1·(c − u).
     assert torch.equal(out, by_hand_where_guided(ddim, w, dtype))
     if how == "number":
@@ -179,7 +177,10 @@ def test_nested_conditions_lists_shared_tensors_and_single_rows() -> None:
         "c": torch.cat([row.expand(3, 2), n[0]]),
         "ids": torch.cat([n[1], n[1]]),
         "text": torch.cat([n[5], n[2]]),
-        "more": [torch.cat([n[6], n[3]]), (torch.cat([n[7], n[4]]), torch.cat([n[0], row.expand(3, 2)]))],
+        "more": [
+            torch.cat([n[6], n[3]]),
+            (torch.cat([n[7], n[4]]), torch.cat([n[0], row.expand(3, 2)])),
+        ],
     }
     seen: list[Any] = []
 

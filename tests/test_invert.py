@@ -320,7 +320,9 @@ def test_what_has_a_meaning_backwards_alone_is_refused_forwards(given: dict[str,
     refused(lambda: DDIM(10).iterate(unused, X0, **given), ValueError, "until", "reverse=True")
 
 
-@pytest.mark.parametrize("run", [lambda d: d.invert(unused, X0), lambda d: d.iterate(unused, X0, reverse=True)])
+@pytest.mark.parametrize(
+    "run", [lambda d: d.invert(unused, X0), lambda d: d.iterate(unused, X0, reverse=True)]
+)
 def test_noise_and_clamps_cannot_be_run_backwards(run: Callable[[DDIM], Any]) -> None:
     refused(lambda: run(DDIM(10, eta=0.5)), ValueError, "eta", "0.5")
     refused(lambda: run(DDIM(10, eta="hat")), ValueError, "eta", "hat")

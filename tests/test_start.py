@@ -233,9 +233,7 @@ def test_inpainting_in_half_precision_keeps_the_known_image_exactly() -> None:
         seen.add(x.dtype)
         return model(x, t)
 
-    out = ENDS["clean"].sample(
-        watching, X.to(torch.bfloat16), seeds=SEEDS, known=known, mask=HARD
-    )
+    out = ENDS["clean"].sample(watching, X.to(torch.bfloat16), seeds=SEEDS, known=known, mask=HARD)
     where = HARD.expand(SHAPE) == 1
     assert seen == {torch.bfloat16}
     assert torch.equal(out[where], known[where])
@@ -342,7 +340,13 @@ def test_at_temperature_0_nothing_is_drawn() -> None:
 
 @pytest.mark.parametrize(
     ("error", "value"),
-    [(ValueError, -0.1), (ValueError, math.nan), (ValueError, math.inf), (TypeError, "1"), (TypeError, True)],
+    [
+        (ValueError, -0.1),
+        (ValueError, math.nan),
+        (ValueError, math.inf),
+        (TypeError, "1"),
+        (TypeError, True),
+    ],
 )
 def test_a_bad_temperature_is_refused_at_construction(error: type[Exception], value: Any) -> None:
     refused(lambda: DDIM(5, temperature=value), error, "temperature")
@@ -361,7 +365,11 @@ ONE = torch.ones(3, 1, 5, 4)
         (TypeError, ("mask", "known", "NoneType"), {"x_T": X, "known": X}),
         (TypeError, ("known", "mask", "NoneType"), {"x_T": X, "mask": ONE}),
         (TypeError, ("known", "list"), {"x_T": X, "known": [1], "mask": ONE}),
-        (ValueError, ("known", "(3, 2, 5, 4)", "(1, 2, 5, 4)"), {"x_T": X, "known": X[:1], "mask": ONE}),
+        (
+            ValueError,
+            ("known", "(3, 2, 5, 4)", "(1, 2, 5, 4)"),
+            {"x_T": X, "known": X[:1], "mask": ONE},
+        ),
         (ValueError, ("mask", "(5, 4)"), {"x_T": X, "known": X, "mask": ONE[0, 0]}),
         (ValueError, ("mask", "(2, 1, 5, 4)"), {"x_T": X, "known": X, "mask": ONE[:2]}),
         (ValueError, ("mask", "[0, 1]"), {"x_T": X, "known": X, "mask": 2 * ONE}),
