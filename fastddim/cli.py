@@ -10,15 +10,22 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch import nn
 
-from fastddim import DDIM, __version__, checkpoints, images
+from fastddim import DDIM, __version__, checkpoints, images, reconstruction
 from fastddim.check import whole
 from fastddim.timesteps import SPACINGS
 
 MOST_IMAGES = 10_000
 """What one picture holds: beyond it nobody sees one, and a 256x256 grid outgrows memory."""
+
+DRAWN = DDIM()
+"""How ``reconstruct`` draws the images it is not given: as ``sample`` does by default."""
 
 # Markdown, so that the help's paragraphs are filled to the terminal's width.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -29,6 +36,69 @@ def integer(text: Any) -> int:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"must be an integer, got {text!r}") from None
+
+
+def seeds_option(what: str, such_as: str = "7, 0-63 or 0-9,20,30-39") -> Any:
+    return typer.Option(
+        metavar="SEEDS",
+        help=f"{what}: {such_as}, in this order. A seed is an integer from 0 to 2^63-1; at most "
+        f"{MOST_IMAGES} of them.",
+    )
+
+
+def columns_option(what: str, **rest: Any) -> Any:
+    return typer.Option(metavar="N", help=what, parser=integer, **rest)
+
+
+Steps = Annotated[
+    int,
+    typer.Option(
+        metavar="S", help="The number of model calls per image, 1 to 1000.", parser=integer
+    ),
+]
+Eta = Annotated[
+    str,
+    typer.Option(
+        metavar="NUMBER|hat",
+        help="How much noise each step adds: 0 none (DDIM), 1 as DDPM does, other numbers "
+        ">= 0 between and somewhat beyond; hat is DDPM's larger variance.",
+    ),
+]
+Spacing = Annotated[
+    str,
+    typer.Option(metavar="NAME", help=f"How the timesteps are chosen: {', '.join(SPACINGS)}."),
+]
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help=f"Images per model call, 1 to {images.LARGEST_BATCH}. Batches are always full, "
+        "the last one padded.",
+        parser=integer,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where to sample: cpu, cuda, cuda:1, mps, ...",
+        show_default="cuda if there is one, else cpu",
+    ),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="The model: a safetensors file of garment weights, or a folder with a diffusers "
+        "UNet2DModel (config.json and diffusion_pytorch_model.safetensors, there or in "
+        "unet/). Pickles are refused, and nothing is fetched.",
+        show_default="the garment model that ships",
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Option(metavar="FILE.png", help="The PNG to write or replace, in a folder that exists."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -48,65 +118,14 @@ def fastddim(
 
 @app.command()
 def sample(
-    seeds: Annotated[
-        str,
-        typer.Option(
-            metavar="SEEDS",
-            help="The images to make: 7, 0-63 or 0-9,20,30-39, in this order. A seed is an "
-            f"integer from 0 to 2^63-1; at most {MOST_IMAGES} of them.",
-        ),
-    ] = "0-63",
-    steps: Annotated[
-        int,
-        typer.Option(
-            metavar="S", help="The number of model calls per image, 1 to 1000.", parser=integer
-        ),
-    ] = 50,
-    eta: Annotated[
-        str,
-        typer.Option(
-            metavar="NUMBER|hat",
-            help="How much noise each step adds: 0 none (DDIM), 1 as DDPM does, other numbers "
-            ">= 0 between and somewhat beyond; hat is DDPM's larger variance.",
-        ),
-    ] = "0",
-    spacing: Annotated[
-        str,
-        typer.Option(metavar="NAME", help=f"How the timesteps are chosen: {', '.join(SPACINGS)}."),
-    ] = "uniform",
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            help=f"Images per model call, 1 to {images.LARGEST_BATCH}. Batches are always full, "
-            "the last one padded.",
-            parser=integer,
-        ),
-    ] = 16,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE",
-            help="Where to sample: cpu, cuda, cuda:1, mps, ...",
-            show_default="cuda if there is one, else cpu",
-        ),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="The model: a safetensors file of garment weights, or a folder with a diffusers "
-            "UNet2DModel (config.json and diffusion_pytorch_model.safetensors, there or in "
-            "unet/). Pickles are refused, and nothing is fetched.",
-            show_default="the garment model that ships",
-        ),
-    ] = None,
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE.png", help="The PNG to write or replace, in a folder that exists."
-        ),
-    ] = Path("garments.png"),
+    seeds: Annotated[str, seeds_option("The images to make")] = "0-63",
+    steps: Steps = 50,
+    eta: Eta = "0",
+    spacing: Spacing = "uniform",
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    checkpoint: Checkpoint = None,
+    out: Out = Path("garments.png"),
 ) -> None:
     """Draw images by seed, as one grid in a PNG.
 
@@ -122,13 +141,11 @@ def sample(
     whole("batch-size", batch_size, low=1, high=images.LARGEST_BATCH)
     ddim = DDIM(steps, eta=number_or_name(eta), spacing=spacing)
     png = images.check_png(out)
-    where = images.usable_device(device)
-    model, shape = checkpoints.load(checkpoint)
+    model, shape, where = load(checkpoint, device)
     images.check_channels(shape[0])
-    timed = images.Timed(model.to(where), where)
+    timed = images.Timed(model, where)
     images.warm_up(ddim, timed, shape, batch_size, where)
-    batches = -(-len(wanted) // batch_size)
-    with bar("sampling", batches * len(ddim.pairs)) as progress:
+    with bar("sampling", calls(ddim, len(wanted), batch_size)) as progress:
         timed.start()
         samples = images.by_seed(
             ddim, timed, wanted, shape, batch_size, device=where, progress=progress
@@ -137,6 +154,286 @@ def sample(
         summary = timed.summary(len(wanted))
     images.save_png(images.grid(pictures), png)
     print(f"{png}: {summary}")
+
+
+@app.command()
+def interpolate(
+    seeds: Annotated[
+        str,
+        seeds_option(
+            "The two ends of each row",
+            "0-7 for the rows from 0 to 1, 2 to 3, 4 to 5 and 6 to 7; or 5,9,20-29",
+        ),
+    ] = "0-7",
+    columns: Annotated[
+        int, columns_option("Images in a row, both ends included; at least 2.")
+    ] = 11,
+    steps: Steps = 50,
+    spacing: Spacing = "uniform",
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    checkpoint: Checkpoint = None,
+    out: Out = Path("interpolation.png"),
+) -> None:
+    """Draw the way from one image to another, one row for each pair of seeds, in a PNG.
+
+    As in figure 6 of the DDIM paper (Song et al. 2021), noise is interpolated and not images:
+    each column begins with the noise at its share of the way along the sphere between the noises
+    of the two seeds. The first and the last image of a row are, bit for bit, those that fastddim
+    sample draws for its seeds with the same options.
+
+    There is no eta: only where it is 0 does the noise at the start alone decide the image. Noise
+    added on the way would make neighbours differ by more than their place in the row.
+
+    For example: fastddim interpolate --seeds 3,8,5,5 --columns 7 --steps 20
+    """
+    wanted = parse_seeds(seeds)
+    images.check_pairs(wanted)
+    whole("columns", columns, low=2)
+    check_cells(len(wanted) // 2, columns)
+    whole("batch-size", batch_size, low=1, high=images.LARGEST_BATCH)
+    ddim = DDIM(steps, spacing=spacing)
+    png = images.check_png(out)
+    model, shape, where = load(checkpoint, device)
+    images.check_channels(shape[0])
+    rows = len(wanted) // 2
+    with bar("interpolating", calls(ddim, rows * columns, batch_size)) as progress:
+        between = images.interpolations(
+            ddim, model, wanted, shape, batch_size, columns, device=where, progress=progress
+        )
+    pictures = images.to_uint8(between.flatten(0, 1))
+    images.save_png(images.grid(pictures, columns=columns), png)
+    print(f"{png}: {counted(rows, 'row')} of {columns} images")
+
+
+@app.command()
+def sequence(
+    seeds: Annotated[str, seeds_option("The images to follow, one row each")] = "0-7",
+    columns: Annotated[
+        int | None,
+        columns_option(
+            "How many steps to show, 1 to S, evenly chosen, the last always among them.",
+            show_default="10, or S where that is less",
+        ),
+    ] = None,
+    state: Annotated[
+        bool,
+        typer.Option("--state", help="Show x_t, the noisy image itself, instead of x0."),
+    ] = False,
+    steps: Steps = 50,
+    eta: Eta = "0",
+    spacing: Spacing = "uniform",
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    checkpoint: Checkpoint = None,
+    out: Out = Path("sequence.png"),
+) -> None:
+    """Draw how images come about: the x0 predicted along the way, one row a seed, in a PNG.
+
+    At each step the model's answer implies a clean image, x0, blurred at first. The last column
+    is the image that fastddim sample draws with the same options, bit for bit.
+
+    The last line names the timestep t of each column.
+
+    For example: fastddim sequence --seeds 0-3 --columns 5 --steps 20 --eta 1
+    """
+    wanted = parse_seeds(seeds)
+    whole("batch-size", batch_size, low=1, high=images.LARGEST_BATCH)
+    ddim = DDIM(steps, eta=number_or_name(eta), spacing=spacing)
+    n = min(10, len(ddim.pairs)) if columns is None else columns
+    kept = [ddim.pairs[row] for row in images.kept_rows(ddim, n)]
+    check_cells(len(wanted), n)
+    png = images.check_png(out)
+    model, shape, where = load(checkpoint, device)
+    images.check_channels(shape[0])
+    with bar("sampling", calls(ddim, len(wanted), batch_size)) as progress:
+        batches = images.sequences(
+            ddim, model, wanted, shape, batch_size, n, state=state, device=where, progress=progress
+        )
+        pictures = torch.cat([images.to_uint8(x.flatten(0, 1)) for x in batches])
+    images.save_png(images.grid(pictures, columns=n), png)
+    if state:
+        levels = [f"t = {s}" if s >= 0 else "the image" for _, s in kept]
+        shown = "x_t at " + ", ".join(levels)
+    else:
+        shown = "x0 predicted at t = " + ", ".join(str(t) for t, _ in kept)
+    print(f"{png}: {shown}")
+
+
+@app.command()
+def reconstruct(
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--images",
+            metavar="FILE",
+            help=f"The images to encode: {images.FILES}. They must have the model's size and "
+            "channels.",
+            show_default="drawn by the model itself",
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"How many images of FILE, the first so many; at most {MOST_IMAGES}.",
+            show_default="16, or all where there are fewer",
+            parser=integer,
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SEEDS",
+            help="Without --images: the images that fastddim sample draws for these seeds, in "
+            f"{DRAWN.steps} steps. Written as there.",
+            show_default="0-15",
+        ),
+    ] = None,
+    steps: Annotated[
+        str,
+        typer.Option(
+            metavar="S,S,...",
+            help="Each S to try, 1 to 1000. The paper's table goes on with 500,1000.",
+        ),
+    ] = "10,20,50,100,200",
+    refine: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Fixed-point iterations in each step of the encoding, >= 0. A step back needs "
+            "the model's answer at the point it goes to, and takes the one at the point it comes "
+            "from; each iteration asks again at the point found. It costs one more model call a "
+            "step, S*(2+N) in all, and the error falls with each, the faster the more steps "
+            "there are. 0 is the paper's.",
+            parser=integer,
+        ),
+    ] = 0,
+    spacing: Spacing = "uniform",
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    checkpoint: Checkpoint = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="A PNG to write or replace, in a folder that exists: the images in the first "
+            "row, below it their reconstructions, one row for each S.",
+            show_default="no picture",
+        ),
+    ] = None,
+) -> None:
+    """Measure what images lose when they are encoded as noise and decoded again.
+
+    Table 2 of the DDIM paper (Song et al. 2021, section 5.4): DDIM with eta = 0 is an ordinary
+    differential equation. It is run backwards from an image to its noise in S steps, and forwards
+    again in the same S steps. What is printed is the mean squared difference per pixel, images
+    scaled to [0, 1], for each S, with the model calls per image and the seconds for all images.
+
+    After Ctrl-C the rows that are done are printed, and no picture is written.
+
+    For example: fastddim reconstruct --images t10k-images-idx3-ubyte.gz --count 16 --refine 2
+    """
+    if file is not None and seeds is not None:
+        raise ValueError(f"seeds must be left out with images, got {seeds!r}")
+    if file is None and count is not None:
+        raise ValueError(f"count must be left out without images, got {count}")
+    ddims = [DDIM(S, spacing=spacing) for S in parse_steps(steps)]
+    whole("refine", refine, low=0)
+    whole("batch-size", batch_size, low=1, high=images.LARGEST_BATCH)
+    if count is not None:
+        whole("count", count, low=1, high=MOST_IMAGES)
+    wanted = parse_seeds("0-15" if seeds is None else seeds)
+    png = None if out is None else images.check_png(out)
+    model, shape, where = load(checkpoint, device)
+    if png is not None:
+        images.check_channels(shape[0])
+    given = None
+    if file is not None:
+        given = images.from_uint8(images.read(file, shape, count))
+        given = given[:16] if count is None else given
+    n = len(wanted) if given is None else len(given)
+    if png is not None:
+        check_cells(n, 1 + len(ddims))
+    # The first calls prepare and compile, which no row's seconds should hold.
+    list(
+        reconstruction.errors(
+            [DDIM(1)], model, torch.zeros(1, *shape, device=where), batch_size=batch_size
+        )
+    )
+    total = reconstruction.model_calls(ddims, n, batch_size, refine)
+    total += 0 if given is not None else calls(DRAWN, n, batch_size)
+    done: list[reconstruction.Reconstruction] = []
+    try:
+        with bar("reconstructing", total) as progress:
+            if given is None:
+                drawn = images.by_seed(
+                    DRAWN, model, wanted, shape, batch_size, device=where, progress=progress
+                )
+                given = torch.cat(list(drawn))
+            x0 = given.to(where)
+            for row in reconstruction.errors(
+                ddims, model, x0, refine=refine, batch_size=batch_size, progress=progress
+            ):
+                # extend need not have kept any when Ctrl-C comes
+                done.append(row)  # noqa: PERF402
+    finally:  # Ctrl-C too
+        if done:
+            what = (
+                f"{counted(n, 'image')} drawn by the model, seeds {seeds or '0-15'}"
+                if file is None
+                else f"The first {counted(n, 'image')} of {file}"
+            )
+            print_table(done, f"{what}, refine {refine}, {spacing} spacing")
+    if png is not None:
+        sheet = torch.cat([x.cpu() for x in (given, *(row.images for row in done))])
+        images.save_png(images.grid(images.to_uint8(sheet), columns=n), png)
+        print(f"{png}: the images, then S = {steps}")
+
+
+def print_table(done: list[reconstruction.Reconstruction], what: str) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("S", "model calls", "error", "seconds"):
+        table.add_column(name, justify="right", no_wrap=name != "model calls")
+    for row in done:
+        cells = (row.ddim.steps, row.calls, f"{row.error:.2e}", f"{row.seconds:.1f}")
+        table.add_row(*(str(cell) for cell in cells))
+    console = Console(highlight=False)
+    console.print(Text(f"{what}. The mean squared error per pixel in [0, 1]:"))
+    console.print(table)
+
+
+def load(
+    checkpoint: Path | None, device: str | None
+) -> tuple[nn.Module, tuple[int, int, int], torch.device]:
+    """The model on its device, the shape of one of its samples, and the device."""
+    where = images.usable_device(device)
+    model, shape = checkpoints.load(checkpoint)
+    return model.to(where), shape, where
+
+
+def calls(ddim: DDIM, n: int, batch_size: int) -> int:
+    """How often the model is asked for ``n`` samples."""
+    return -(-n // batch_size) * len(ddim.pairs)
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def check_cells(rows: int, columns: int) -> None:
+    if rows * columns > MOST_IMAGES:
+        raise ValueError(
+            f"a picture must hold at most {MOST_IMAGES} images, got {rows} x {columns}"
+        )
+
+
+def parse_steps(text: str) -> list[int]:
+    """ "10,20,50" → its numbers; what they may be is the sampler's to say."""
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\s*[0-9]{1,19}\s*", part) for part in parts):
+        raise ValueError(f"steps must be such as 50 or 10,20,50, each in [1, 1000], got {text!r}")
+    return [int(part) for part in parts]
 
 
 def parse_seeds(text: str) -> list[int]:

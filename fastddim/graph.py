@@ -16,7 +16,7 @@ from torch import Tensor
 from fastddim.buffers import Spare
 from fastddim.check import kind, shown
 from fastddim.ops import initial_noise, input_like
-from fastddim.predict import stacked
+from fastddim.predict import same, stacked
 from fastddim.run import Guidance, Row, Run, checked_guidance, checked_seeds, checked_state
 
 Replay: TypeAlias = Callable[[], Tensor]
@@ -70,8 +70,8 @@ class Captured:
         with _lasting():
             self._x_T = torch.zeros(size, dtype=torch.float32, device=device)
             # Copies: what a call writes here must not be seen in the caller's own tensors.
-            copies: dict[int, Tensor] = {}
-            self._cond, self._uncond = _copied(cond, copies), _copied(uncond, copies)
+            self._cond = _copied(cond)
+            self._uncond = _copied(uncond, cond, self._cond, size[0])
             self._run = prepare(
                 self._x_T,
                 seeds=[0] * size[0],
@@ -166,7 +166,7 @@ class Captured:
         self, cond: Mapping[str, Any] | None, uncond: Mapping[str, Any] | None
     ) -> list[tuple[Tensor, Tensor]]:
         """(memory, value) of each tensor that a call brings."""
-        found = []
+        found: list[tuple[Tensor, Tensor]] = []
         for name, given, held in (("cond", cond, self._cond), ("uncond", uncond, self._uncond)):
             if given is None:
                 continue
@@ -175,7 +175,19 @@ class Captured:
             for key, value in given.items():
                 if key not in (held or {}):
                     raise ValueError(f"{name} must hold what was captured, got {key!r}")
-                found += _matched(f"{name}[{key!r}]", held[key], value)
+                new = _matched(f"{name}[{key!r}]", held[key], value)
+                if name == "uncond":
+                    shared = {id(tensor) for tensor in _tensors(self._cond)}
+                    brought = {(id(into), id(tensor)) for into, tensor in found}
+                    if any(
+                        id(into) in shared and (id(into), id(tensor)) not in brought
+                        for into, tensor in new
+                    ):
+                        raise ValueError(
+                            f"uncond[{key!r}] was captured as one with cond's and must be what "
+                            f"cond is given, got {kind(value)}"
+                        )
+                found += new
         return found
 
     def _whole(self, loop: Loop) -> Replay:
@@ -198,14 +210,14 @@ class Captured:
         rows, device = run.rows, x_T.device
         with _lasting():
             n = torch.zeros(1, dtype=torch.int64, device=device)
-            index = torch.stack([row.rows[0] for row in rows])
+            index = torch.tensor([row.number for row in rows], dtype=torch.int32, device=device)
             level = torch.tensor([row.pair[0] for row in rows], device=device)
             shifts = [row.shift for row in rows if row.shift is not None]
             shift = torch.stack(shifts) if shifts else None
             states, x0s = ([torch.empty_like(x_T) for _ in range(2)] for _ in range(2))
             inputs = {
                 copies: [input_like(x_T, run.predictor.dtype, copies) for _ in range(2)]
-                for copies in {row.following[0] for row in rows if row.following is not None}
+                for copies in {1 if row.guidance is None else 2 for row in rows}
             }
 
         def body(row: Row, side: int, first: bool, fed: bool) -> None:
@@ -222,7 +234,7 @@ class Captured:
                 guidance=w,
                 shift=None if shift is None else shift.index_select(0, n)[0],
             )
-            given = inputs[len(row.asked) // batch][side] if fed else None
+            given = inputs[1 if row.guidance is None else 2][side] if fed else None
             run.place(
                 x,
                 given,
@@ -364,15 +376,35 @@ def _reason(error: BaseException, before: BaseException | None) -> str:
     )
 
 
-def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
-    """``value`` with a copy of each tensor, one for all the places where it stands."""
+def _copied(value: Any, beside: Any = None, copy: Any = None, batch: int = 0) -> Any:
+    """``value`` with a copy of each tensor.
+
+    What both halves share, being the very tensor that stands in its place in cond (``beside``) and
+    no sample's, is that one's copy.
+    """
     if isinstance(value, Tensor):
-        return copies.setdefault(id(value), value.detach().clone())
+        shared = value is beside and (value.dim() == 0 or len(value) != batch)
+        return copy if shared else value.detach().clone()
     if isinstance(value, Mapping):
-        return {key: _copied(item, copies) for key, item in value.items()}
+        found = beside if isinstance(beside, Mapping) else {}
+        return {
+            key: _copied(item, found[key], copy[key], batch) if key in found else _copied(item)
+            for key, item in value.items()
+        }
     if type(value) in (list, tuple):
-        return type(value)([_copied(item, copies) for item in value])
+        if type(beside) is not type(value) or len(beside) != len(value):
+            return type(value)([_copied(item) for item in value])
+        three = zip(value, beside, copy, strict=True)
+        return type(value)([_copied(item, b, c, batch) for item, b, c in three])
     return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if type(value) in (list, tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def _matched(name: str, held: Any, value: Any) -> list[tuple[Tensor, Tensor]]:
@@ -391,6 +423,10 @@ def _matched(name: str, held: Any, value: Any) -> list[tuple[Tensor, Tensor]]:
     if type(held) in (list, tuple) and type(value) is type(held) and len(value) == len(held):
         both = enumerate(zip(held, value, strict=True))
         return [pair for i, (h, v) in both for pair in _matched(f"{name}[{i}]", h, v)]
-    if type(value) is not type(held) or isinstance(held, (Mapping, list, tuple)) or held != value:
+    if (
+        type(value) is not type(held)
+        or isinstance(held, (Mapping, list, tuple))
+        or not same(held, value)
+    ):
         raise ValueError(f"{name} is part of the graph, {shown(held)}, got {shown(value)}")
     return []

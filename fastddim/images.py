@@ -1,24 +1,43 @@
-"""Images asked for by seed, and pictures of them."""
+"""Images asked for by seed or read from a file, and pictures of them."""
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastddim.check import whole
+from fastddim.latents import slerp
+from fastddim.ops import initial_noise
 from fastddim.predict import Model
 from fastddim.run import Progress
 from fastddim.sampler import DDIM
 
 LARGEST_BATCH = 65_536
+FILES = "a .npy or .npz of uint8 (N, H, W) or (N, H, W, C), or an idx file of bytes, gzipped or not"
+"""What ``read`` reads."""
+
+Item = TypeVar("Item")
+
+
+def full_batches(items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], int]]:
+    """(``size`` items, how many of them count): the last batch is padded with the last item.
+
+    A network rounds differently at another batch size. Where all are full, what becomes of an
+    item is the same bit for bit whatever other items there are.
+    """
+    for first in range(0, len(items), size):
+        batch = list(items[first : first + size])
+        yield batch + batch[-1:] * (size - len(batch)), len(batch)
 
 
 def by_seed(
@@ -31,10 +50,7 @@ def by_seed(
     device: torch.device | str | None = None,
     progress: Progress = False,
 ) -> Iterator[Tensor]:
-    """The samples of ``seeds``, in order, a batch at a time.
-
-    A network rounds differently at another batch size. So batches are always full, the last one
-    padded with its last seed, and a sample is the same bit for bit whatever else is asked for.
+    """The samples of ``seeds``, in order, a batch at a time, each the same whatever the others.
 
     Args:
         ddim, model, device, progress: as in ``DDIM.sample``; the model is on the device already.
@@ -48,18 +64,113 @@ def by_seed(
     Raises:
         TypeError, ValueError: before the first batch is asked for.
     """
-    size = whole("batch_size", batch_size, low=1, high=LARGEST_BATCH)
-    keys = [whole(f"seeds[{i}]", k, low=0, high=2**63 - 1) for i, k in enumerate(seeds)]
-    full = (size, *shape)
+    size, keys = _size_and_keys(batch_size, seeds)
 
     def batches() -> Iterator[Tensor]:
-        for first in range(0, len(keys), size):
-            batch = keys[first : first + size]
-            padded = batch + batch[-1:] * (size - len(batch))
-            x = ddim.sample(model, shape=full, seeds=padded, device=device, progress=progress)
-            yield x[: len(batch)]
+        for batch, n in full_batches(keys, size):
+            yield ddim.sample(
+                model, shape=(size, *shape), seeds=batch, device=device, progress=progress
+            )[:n]
 
     return batches()
+
+
+def sequences(
+    ddim: DDIM,
+    model: Model,
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    batch_size: int,
+    columns: int,
+    *,
+    state: bool = False,
+    device: torch.device | str | None = None,
+    progress: Progress = False,
+) -> Iterator[Tensor]:
+    """What ``by_seed`` passes through on its way, after the rows that ``kept_rows`` names.
+
+    Args:
+        columns: how many steps are kept of each sample.
+        state: whether x_s is, instead of the x0 predicted from x_t.
+        ddim, model, seeds, shape, batch_size, device, progress: as in ``by_seed``.
+
+    Returns:
+        An iterator over tensors (n, columns, *shape), n at most ``batch_size``. The last column
+        is the sample: x0 and x_s are one where s = −1.
+
+    Raises:
+        TypeError, ValueError: before the first batch is asked for.
+    """
+    size, keys = _size_and_keys(batch_size, seeds)
+    kept = set(kept_rows(ddim, columns))
+
+    def batches() -> Iterator[Tensor]:
+        for batch, n in full_batches(keys, size):
+            steps = ddim.iterate(
+                model, shape=(size, *shape), seeds=batch, device=device, progress=progress
+            )
+            along = [step.x if state else step.x0 for step in steps if step.index in kept]
+            yield torch.stack(along, 1)[:n]
+
+    return batches()
+
+
+def kept_rows(ddim: DDIM, columns: int) -> list[int]:
+    """``columns`` rows of ``ddim``, evenly chosen: ⌊i·S/columns⌋ − 1 for i = 1, ..., columns."""
+    steps = len(ddim.pairs)
+    n = whole("columns", columns, low=1, high=steps)
+    return [(i + 1) * steps // n - 1 for i in range(n)]
+
+
+def interpolations(
+    ddim: DDIM,
+    model: Model,
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    batch_size: int,
+    columns: int,
+    *,
+    device: torch.device | str | None = None,
+    progress: Progress = False,
+) -> Tensor:
+    """From the sample of one seed to that of the next, for each pair: Song et al. 2021, figure 6.
+
+    Each x_T between is ``slerp`` of the pair's at α = i/(columns − 1), and the first and the last
+    sample of a row are those that ``by_seed`` gives.
+
+    Args:
+        ddim: with η = 0, or x_T would not be what decides the sample.
+        seeds: a, b, c, d, ... for rows from a to b, from c to d, ...
+        columns: samples in a row, both ends included; at least 2.
+        model, shape, batch_size, device, progress: as in ``by_seed``.
+
+    Returns:
+        (pairs, columns, *shape).
+
+    Raises:
+        TypeError, ValueError: before any work.
+    """
+    size, keys = _size_and_keys(batch_size, seeds)
+    n = whole("columns", columns, low=2)
+    check_pairs(keys)
+    if ddim.eta != 0:
+        raise ValueError(f"eta must be 0 to interpolate, got {ddim.eta}: noise would decide too")
+    ends = initial_noise(torch.tensor(keys, dtype=torch.int64), (len(keys), *shape), device)
+    between = slerp(ends[0::2], ends[1::2], [i / (n - 1) for i in range(n)])
+    x = between.transpose(0, 1).flatten(0, 1)
+    out = ddim.sample(model, x, batch_size=size, progress=progress)
+    return out.view(-1, n, *shape)
+
+
+def check_pairs(seeds: Sequence[int]) -> None:
+    """Raises ``ValueError`` unless there is an even number of seeds, and some."""
+    if not seeds or len(seeds) % 2:
+        raise ValueError(f"seeds must be pairs, an even number of them, got {len(seeds)}")
+
+
+def _size_and_keys(batch_size: int, seeds: Sequence[int]) -> tuple[int, list[int]]:
+    size = whole("batch_size", batch_size, low=1, high=LARGEST_BATCH)
+    return size, [whole(f"seeds[{i}]", k, low=0, high=2**63 - 1) for i, k in enumerate(seeds)]
 
 
 class Timed:
@@ -138,13 +249,90 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def grid(images: Tensor, padding: int = 2) -> Tensor:
+def from_uint8(pixels: Tensor) -> Tensor:
+    """0..255 → [-1, 1], float32: what models are trained on."""
+    return pixels.float() / 127.5 - 1
+
+
+def read(path: Path | str, shape: Sequence[int] | None = None, count: int | None = None) -> Tensor:
+    """The images of a file, uint8 (N, C, H, W). Pickles are refused.
+
+    Args:
+        path: a .npy or .npz with one array (or one named ``arr_0``) of (N, H, W) or (N, H, W, C),
+            or an idx file as MNIST's, gzipped or not. The content decides, not the name.
+        shape: the (C, H, W) they must have.
+        count: the first so many; by default all there are.
+
+    Raises:
+        TypeError, ValueError, OSError: one line naming what was given and what is allowed.
+    """
+    path = Path(path)
+    n = None if count is None else whole("count", count, low=1)
+    if not path.is_file():
+        raise FileNotFoundError(f"images must be {FILES}, got {str(path)!r}, which is no file")
+    try:
+        with path.open("rb") as file:
+            pixels = _pixels(file, n)
+    except Exception as error:  # each reader has its own for a file that is cut or damaged
+        raise ValueError(f"images must be {FILES}, got {path}: {error}") from None
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or not pixels.size:
+        raise ValueError(
+            f"images must be {FILES}, got {pixels.dtype} {tuple(pixels.shape)} in {path}"
+        )
+    if n is not None and n > len(pixels):
+        raise ValueError(f"count must be an integer in [1, {len(pixels)}] for {path}, got {n}")
+    images = torch.from_numpy(np.array(pixels[:n]))
+    images = images.unsqueeze(1) if images.ndim == 3 else images.movedim(3, 1).contiguous()
+    if shape is not None and tuple(images.shape[1:]) != tuple(shape):
+        expected, got = (
+            f"{h}x{w} with {c} {'channel' if c == 1 else 'channels'}"
+            for c, h, w in (shape, images.shape[1:])
+        )
+        raise ValueError(f"images must be as the model's, {expected}, got {got} in {path}")
+    return images
+
+
+def _pixels(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
+    """The array in a file of one of the known kinds; of an idx file what ``count`` needs."""
+    start = file.read(6)
+    file.seek(0)
+    if start.startswith(b"\x1f\x8b"):
+        with gzip.open(file) as unzipped:
+            return _idx(cast(IO[bytes], unzipped), count)
+    if start.startswith(b"\0\0"):
+        return _idx(file, count)
+    if start == b"\x93NUMPY":
+        return np.asarray(np.load(file, allow_pickle=False))
+    if start.startswith(b"PK"):
+        with np.load(file, allow_pickle=False) as arrays:
+            names = arrays.files
+            if "arr_0" not in names and len(names) != 1:
+                raise ValueError(f"holds {', '.join(names[:8]) or 'no array'}")
+            return np.asarray(arrays["arr_0" if "arr_0" in names else names[0]])
+    raise ValueError("another kind of file")
+
+
+def _idx(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
+    """idx (LeCun, MNIST): two zeros, the type, how many dimensions, their sizes, the values."""
+    magic = file.read(4)
+    if magic[:3] != b"\0\0\x08" or magic[3:] not in (b"\3", b"\4"):
+        raise ValueError("another kind of file")
+    sizes = np.frombuffer(file.read(4 * magic[3]), ">u4").tolist()
+    if len(sizes) == magic[3]:
+        sizes[0] = sizes[0] if count is None else min(count, sizes[0])
+        values = file.read(math.prod(sizes))
+        if len(values) == math.prod(sizes):
+            return np.frombuffer(values, np.uint8).reshape(sizes)
+    raise ValueError("truncated")
+
+
+def grid(images: Tensor, padding: int = 2, columns: int | None = None) -> Tensor:
     """N images (N, C, H, W) side by side as one (C, rows·(H+p)+p, columns·(W+p)+p), row by row.
 
-    There are ⌈√N⌉ columns and as many rows as N needs. What no image covers is 0.
+    There are ⌈√N⌉ columns by default, and as many rows as N needs. What no image covers is 0.
     """
     n, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(n))
+    columns = math.ceil(math.sqrt(n)) if columns is None else whole("columns", columns, low=1)
     rows = math.ceil(n / columns)
     cells = images.new_zeros(rows * columns, channels, height + padding, width + padding)
     cells[:n, :, padding:, padding:] = images

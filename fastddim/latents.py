@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ def slerp(a: Tensor, b: Tensor, fractions: float | Sequence[float] | Tensor) -> 
     one = isinstance(fractions, (int, float)) or (
         isinstance(fractions, Tensor) and fractions.dim() == 0
     )
+    if not one and not (isinstance(fractions, Iterable) and not isinstance(fractions, str)):
+        raise TypeError(f"fractions must be a number or numbers, got {kind(fractions)}")
     values = [fractions] if one else list(fractions)  # type: ignore[arg-type]
     alphas = [finite(f"fractions[{i}]", value) for i, value in enumerate(values)]
     p, q = (tensor.detach().double().flatten(1) for tensor in (a, b))

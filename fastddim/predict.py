@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,9 +93,10 @@ class Predictor:
     def part(self, samples: Tensor) -> Predictor:
         """The same for some of the samples."""
         cond = _taken(self.cond, samples, self.batch)
-        uncond = None if self.uncond is None else _taken(self.uncond, samples, self.batch)
-        both = {} if uncond is None else stacked(uncond, cond, len(samples))
-        return replace(self, batch=len(samples), cond=cond, uncond=uncond, both=both)
+        # Out of the whole, where what has a row for each sample is told from what happens to have
+        # as many rows as these.
+        both = {} if self.uncond is None else stacked(self.uncond, self.cond, self.batch, samples)
+        return replace(self, batch=len(samples), cond=cond, both=both)
 
     def input(self, x: Tensor, twice: bool) -> Tensor:
         """x as the model is given it, stacked upon itself where it is asked ``twice``."""
@@ -167,18 +169,27 @@ def unpacked(output: Any, x_in: Tensor) -> Tensor:
     return output
 
 
-def stacked(uncond: Cond, cond: Cond, batch: int) -> dict[str, Any]:
-    """(uncond, cond) along the batch, value by value; what ``uncond`` lacks is ``cond``'s."""
-    extra = [name for name in uncond if name not in cond]
+def stacked(uncond: Cond, cond: Cond, batch: int, samples: Tensor | None = None) -> dict[str, Any]:
+    """(uncond, cond) along the batch, value by value; what ``uncond`` lacks is ``cond``'s.
+
+    ``samples``: only the rows of these.
+    """
+    return _stacked("uncond", uncond, cond, batch, samples)
+
+
+def _stacked(
+    name: str, uncond: Cond, cond: Cond, batch: int, samples: Tensor | None
+) -> dict[str, Any]:
+    extra = [key for key in uncond if key not in cond]
     if extra:
-        raise ValueError(f"uncond must hold nothing that cond lacks, got {extra[0]!r}")
+        raise ValueError(f"{name} must hold nothing that cond lacks, got {extra[0]!r}")
     return {
-        name: _stack(f"uncond[{name!r}]", uncond.get(name, value), value, batch)
-        for name, value in cond.items()
+        key: _stack(f"{name}[{key!r}]", uncond.get(key, value), value, batch, samples)
+        for key, value in cond.items()
     }
 
 
-def _stack(name: str, u: Any, c: Any, batch: int) -> Any:
+def _stack(name: str, u: Any, c: Any, batch: int, samples: Tensor | None) -> Any:
     """Tensors whose first dimension is the batch belong to samples; the rest to both halves."""
     if isinstance(u, Tensor) and isinstance(c, Tensor):
         if u is c and (c.dim() == 0 or len(c) != batch):
@@ -192,18 +203,23 @@ def _stack(name: str, u: Any, c: Any, batch: int) -> Any:
                 f"{name} must have 1 or {batch} rows, in cond as well, to differ from it, got "
                 f"{tuple(u.shape)} and {tuple(c.shape)}"
             )
-        return torch.cat([half.expand(batch, *[-1] * (half.dim() - 1)) for half in (u, c)])
+        halves = [half.expand(batch, *[-1] * (half.dim() - 1)) for half in (u, c)]
+        if samples is not None:
+            halves = [half[samples.to(half.device)] for half in halves]
+        return torch.cat(halves)
     if isinstance(u, Mapping) and isinstance(c, Mapping):
-        return {
-            key: _stack(f"{name}[{key!r}]", u.get(key, value), value, batch)
-            for key, value in c.items()
-        }
+        return _stacked(name, u, c, batch, samples)
     if isinstance(c, (list, tuple)) and type(u) is type(c) and len(u) == len(c):
         pairs = enumerate(zip(u, c, strict=True))
-        return type(c)([_stack(f"{name}[{i}]", a, b, batch) for i, (a, b) in pairs])
-    if u is c or (type(u) is type(c) and bool(u == c)):
+        return type(c)([_stack(f"{name}[{i}]", a, b, batch, samples) for i, (a, b) in pairs])
+    if same(u, c):
         return c
     raise ValueError(f"{name} must equal cond's where it is no tensor, got {kind(u)}")
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values that are no tensors are one, or equal; arrays are in each element."""
+    return a is b or (type(a) is type(b) and np.array_equal(a, b))
 
 
 def _taken(value: Any, samples: Tensor, batch: int) -> Any:

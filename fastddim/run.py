@@ -79,6 +79,8 @@ class Noise:
             raise ValueError(f"noise has one source, got {' and '.join(names)}")
         if given is not None:
             _check_given(given, size, device, steps)
+            # Here, since taking a row of a tensor is a call of torch's dispatcher.
+            given = given.unbind() if isinstance(given, Tensor) else given
         elif generator is not None:
             _check_generator(generator, device)
         else:
@@ -120,8 +122,10 @@ class Noise:
         return z
 
     def _drawn(self, into: Tensor | None = None) -> Tensor:
+        if into is not None:
+            return into.normal_(generator=self.generator)  # what randn does with memory of its own
         return torch.randn(
-            self.size, generator=self.generator, device=self.device, dtype=torch.float32, out=into
+            self.size, generator=self.generator, device=self.device, dtype=torch.float32
         )
 
 
@@ -212,6 +216,10 @@ class Run:
             self.states = Spare(*(torch.empty_like(x) for _ in range(1 if self.made else 2)))
             if self.predictor.self_condition is not None:
                 self.x0s = Spare(*(torch.empty_like(x) for _ in range(2)))
+            # The first row's input is made for it, and is then the next row's, if of its size.
+            sizes = {row.following[0] for row in self.rows if row.following and row.following[1]}
+            for copies in sizes - {len(self.rows[0].asked) // max(len(x), 1) or 1}:
+                self.inputs[copies] = Spare(input_like(x, self.predictor.dtype, copies))
         return x
 
     def place(
@@ -418,7 +426,7 @@ def checked_guidance(
 def _numbers(name: str, value: Any) -> npt.NDArray[np.float64]:
     if isinstance(value, Tensor):
         value = value.tolist()
-    if isinstance(value, (bool, str, bytes)):
+    if value is None or isinstance(value, (bool, str, bytes)):
         raise TypeError(f"{name} must be a number or numbers, got {value!r}")
     try:
         numbers = np.asarray(value, dtype=np.float64)
@@ -484,16 +492,16 @@ def checked_dtype(dtype: Any) -> torch.dtype | None:
 
 
 def checked_known(
-    known: Any, mask: Any, x: Tensor, table: Float32, clean: tuple[bool, ...]
+    known: Tensor | None,
+    mask: Tensor | None,
+    x: Tensor,
+    table: Float32,
+    clean: tuple[bool, ...],
 ) -> Known | None:
     """``known`` and ``mask``, or None without them; ``table`` leads from data to each level."""
     if known is None and mask is None:
         return None
-    for name, tensor, beside in (("known", known, "mask"), ("mask", mask, "known")):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor where {beside} is given, got {kind(tensor)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} with x_T, got {tensor.device}")
+    known, mask = _beside("known", known, "mask", x), _beside("mask", mask, "known", x)
     if known.shape != x.shape:
         raise ValueError(f"known must have x_T's shape, {tuple(x.shape)}, got {tuple(known.shape)}")
     try:
@@ -516,6 +524,14 @@ def checked_known(
         rows[:, None].expand(-1, len(x)).unbind(),
         clean,
     )
+
+
+def _beside(name: str, tensor: Any, other: str, x: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor where {other} is given, got {kind(tensor)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} with x_T, got {tensor.device}")
+    return tensor
 
 
 def _check_generator(generator: torch.Generator, device: torch.device) -> None:

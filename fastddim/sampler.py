@@ -445,10 +445,11 @@ class DDIM:
             cond_fn=cond_fn,
             progress=progress,
         )
+        x = None
         with run.predictor.one_cast():
             for _, x, _ in self._backwards(run, refine):  # noqa: B007
                 pass
-        return x.to(run.dtype)
+        return _reached(x).to(run.dtype)
 
     def add_noise(
         self,
@@ -567,6 +568,7 @@ class DDIM:
         samples: slice = slice(None),
     ) -> Tensor:
         """Where the loop ends, in the result's dtype; what goes on beside it is done here."""
+        x = None
         for row, x, x0 in self._loop(run):
             if path is not None:
                 path.keep(row.number, samples, x, x0)
@@ -576,7 +578,7 @@ class DDIM:
                     break
                 if answer is not None and answer is not False:
                     run.instead = x = _replacing(answer, x)
-        return x.to(run.dtype)
+        return _reached(x).to(run.dtype)
 
     def _plan(self, start: int) -> Plan:
         """The table's rows from ``start`` on."""
@@ -735,6 +737,12 @@ def _step(run: Run, row: Row, x: Tensor, x0: Tensor | None) -> Step:
 def _steps(run: Run, states: Iterator[tuple[Row, Tensor, Tensor | None]]) -> Iterator[Step]:
     for row, x, x0 in states:
         yield _step(run, row, x, x0)
+
+
+def _reached(x: Tensor | None) -> Tensor:
+    if x is None:
+        raise ValueError("progress must yield the steps it wraps, got a wrapper that yields none")
+    return x
 
 
 def _replacing(answer: object, x: Tensor) -> Tensor:

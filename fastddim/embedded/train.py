@@ -35,16 +35,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastddim.embedded import load
-from fastddim.embedded.model import UNET, GarmentModel
+from fastddim.embedded.model import SHAPE, UNET, GarmentModel
+from fastddim.images import from_uint8, read
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 
 
 def images(split: str, data: Path = DATA) -> Tensor:
     """``split`` ("train", 60,000 or "t10k", 10,000) as float32 (N, 1, 28, 28) in [-1, 1]."""
-    raw = gzip.decompress((data / f"{split}-images-idx3-ubyte.gz").read_bytes())[16:]
-    pixels = np.frombuffer(raw, np.uint8).reshape(-1, 1, 28, 28)
-    return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
+    return from_uint8(read(data / f"{split}-images-idx3-ubyte.gz", SHAPE))
 
 
 def labels(split: str, data: Path = DATA) -> Tensor:

@@ -1,0 +1,69 @@
+"""The loop in plain PyTorch with all a call may bring: what the sampler's tests compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastddim import DDIM, reference
+from tests.test_sampler import column, counter_noise, drawn, last
+
+__all__ = ["Dispatched", "by_hand", "column", "conditioned", "counter_noise", "drawn", "last"]
+
+
+def conditioned(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """Elementwise, so that it rounds alike in any batch."""
+    return 0.7 * x.clamp(-1.5, 1.5) + 1e-3 * column(t % 97, x) + 0.2 * c.to(x.dtype)
+
+
+def by_hand(
+    ddim: DDIM,
+    net: Any,
+    x: Tensor,
+    noise: Iterable[Tensor | None] | None = None,
+    *,
+    cond: Mapping[str, Any] | None = None,
+    uncond: Mapping[str, Any] | None = None,
+    w: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    self_condition: str | None = None,
+    start: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x_s, x0) of each step; ``w`` is (rows, batch), the halves are asked one after the other."""
+    table, cond, before = torch.tensor(ddim.table), dict(cond or {}), None
+    z = [None] * len(table) if noise is None else list(noise)
+    for row, (t, _) in list(enumerate(ddim.pairs))[start:]:
+        own = {}
+        if self_condition is not None:
+            own = {self_condition: (torch.zeros_like(x) if before is None else before).to(dtype)}
+
+        def asked(keywords: Mapping[str, Any], x: Tensor = x, t: int = t, own: Any = own) -> Tensor:
+            output: Tensor = net(x.to(dtype), torch.full((len(x),), t), **keywords, **own)
+            return output.float()
+
+        output, each = asked(cond), None
+        if w is not None and uncond is not None:
+            output = torch.cat([asked({**cond, **uncond}), output])
+            each = w[row].view(-1, *[1] * (x.dim() - 1))
+        x, before = reference.ddim_step(
+            x, output, table[row], z[row], ddim.prediction, ddim.clip, guidance=each
+        )
+        yield x, before
+
+
+class Dispatched(TorchDispatchMode):
+    """Every operation PyTorch dispatches, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
