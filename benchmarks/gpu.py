@@ -2,6 +2,7 @@
 
     benchmarks/gpu.sh                           # the GPU tests, then this if all of them passed
     python -m benchmarks.gpu                    # this alone: prints, and keeps nothing
+    python -m benchmarks.gpu --sections ladder  # a part of it, in a record of its own
 
 Device times are those of CUDA graphs, whose launches wait for no Python: contenders take turns,
 each launch reads memory that no launch before it left in the cache, and medians are kept. Nothing
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,7 +35,18 @@ import torch
 from torch import Tensor
 
 import fastddim
+from benchmarks import ladder
 from benchmarks.loop import RESULTS, commit, contenders, measure
+from benchmarks.timing import (
+    Call,
+    Record,
+    WrongResultError,
+    captured,
+    device_seconds,
+    host_seconds,
+    last_line,
+    rounded,
+)
 from benchmarks.variants import VARIANTS, Variant, launch_arguments
 from fastddim import reference
 from fastddim.coefficients import PREDICTIONS
@@ -42,9 +54,6 @@ from fastddim.noise import STEP, normals
 
 Given: TypeAlias = dict[str, Any]
 """The arguments of ``fastddim.ddim_step``, or of ``fastddim_kernels.ddim_step``."""
-Call: TypeAlias = Callable[[int], object]
-"""A launch on one of several sets of tensors, by its number."""
-Record: TypeAlias = dict[str, Any]
 
 DEVICE = "cuda"
 ELEMENTS = 64 * 3 * 256 * 256
@@ -55,6 +64,17 @@ ROUNDS = 25
 ASKED = {False: 0.95, True: 0.92}
 """Part of a copy's bytes per second, without noise and with it."""
 TUNED = ("epsilon", "epsilon philox")
+SECTIONS = (
+    "yardsticks",
+    "variants",
+    "peers",
+    "host",
+    "graph",
+    "marginal",
+    "loop",
+    "ladder",
+    "tuning",
+)
 LOOPS = (((4, 3, 32, 32), 50, 20), ((1, 4, 64, 64), 50, 20), ((64, 3, 256, 256), 20, 3))
 """Shape, steps and repeats of the loop without its model."""
 NORMAL_MAX = 1e-3
@@ -156,70 +176,7 @@ def poison(launch: Given) -> None:
             launch[name].fill_(float("nan"))
 
 
-class WrongResultError(Exception):
-    """Results that are not what they have to be: their time is of no interest."""
-
-
 # What is timed, and how
-
-
-def captured(call: Call, launches: int) -> tuple[torch.cuda.CUDAGraph, list[object]]:
-    """``launches`` calls as one graph, and what they returned, which keeps their memory apart."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call(0)  # compiled before the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        returned = [call(i) for i in range(launches)]
-    return graph, returned
-
-
-def device_seconds(
-    runs: Mapping[str, Callable[[], object]], launches: int, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of a launch of each run, round by round, in turns that begin with another each time.
-
-    A run enqueues ``launches`` launches and does not wait for them.
-    """
-    names = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for k in range(rounds + 3):
-        turn = names[k % len(names) :] + names[: k % len(names)]
-        events = {}
-        runs[turn[-1]]()  # the device is busy by the time the first is enqueued
-        for name in turn:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            runs[name]()
-            end.record()
-            events[name] = begin, end
-        torch.cuda.synchronize()
-        for name, (begin, end) in events.items():
-            if k >= 3:  # the clocks have risen
-                seconds[name].append(begin.elapsed_time(end) / 1e3 / launches)
-    return seconds
-
-
-def host_seconds(
-    calls: Mapping[str, Callable[[], object]], repeats: int = 300, together: int = 10
-) -> dict[str, float]:
-    """Median seconds until a call returns. The queue is emptied before it could fill up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(min(100, repeats)):
-            call()
-    gc.disable()
-    for _ in range(repeats):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(together):
-                call()
-            seconds[name].append((time.perf_counter() - begin) / together)
-    gc.enable()
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
 def moved_bytes(v: Variant) -> int:
@@ -569,16 +526,6 @@ def loops() -> Iterator[Record]:
 # The record
 
 
-def rounded(value: float) -> float:
-    """Four digits: more than any of it is worth."""
-    return float(f"{value:.4g}")
-
-
-def last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
-
-
 def smi(*fields: str) -> dict[str, str] | None:
     """What nvidia-smi says of the current device, where it says anything."""
     uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
@@ -685,11 +632,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--describe", action="store_true", help="name the GPU and do no more")
     parser.add_argument("--tests", type=Path, help="the JUnit report of the GPU tests")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the record goes")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--elements", type=int, default=ELEMENTS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--tune", nargs="*", choices=list(VARIANTS), default=list(TUNED))
     parser.add_argument("--tune-seconds", type=float, default=60.0)
+    parser.add_argument("--ladder-seconds", type=float, default=ladder.SECONDS)
+    parser.add_argument("--compile-seconds", type=float, default=ladder.COMPILE_SECONDS)
     args = parser.parse_args(arguments)
     if args.elements < ELEMENTS:
         parser.error(f"--elements must be at least {ELEMENTS}, got {args.elements}")
@@ -718,52 +668,62 @@ def main(arguments: list[str] | None = None) -> int:
     if record["commit"] == "unknown":  # a copy of the tree without its history
         record["commit"] = os.environ.get("COMMIT", "unknown")
     size = args.elements, args.rounds
-    sections: dict[str, list[Iterator[Record]]] = {
-        "yardsticks": [yardsticks(*size)],
-        "variants": [variant(name, *size) for name in args.variants],
-        "peers": [peers(*size)],
-        "host": [host()],
-        "graph": [replays()],
-        "loop": [loops()],
-        "tuning": [tuning(args.tune, args.elements, 9, args.tune_seconds)],
+    sections: dict[str, Callable[[], list[Iterator[Record]]]] = {
+        "yardsticks": lambda: [yardsticks(*size)],
+        "variants": lambda: [variant(name, *size) for name in args.variants],
+        "peers": lambda: [peers(*size)],
+        "host": lambda: [host()],
+        "graph": lambda: [replays()],
+        "marginal": ladder.marginals,
+        "loop": lambda: [loops()],
+        "ladder": lambda: ladder.ladders(args.ladder_seconds, args.compile_seconds),
+        "tuning": lambda: [tuning(args.tune, args.elements, 9, args.tune_seconds)],
     }
     wrong: list[str] = []
     failed: list[str] = []
 
-    def collected(rows: Iterator[Record]) -> list[Record]:
+    def collected(rows: Iterator[Record]) -> Iterator[Record]:
         """The rows up to one that is wrong or cannot be had: it keeps no others from being seen."""
-        found: list[Record] = []
         try:
-            found.extend(rows)
+            yield from rows
         except WrongResultError as error:
             wrong.append(str(error))
-            found.append({"failed": str(error)})
+            yield {"failed": str(error)}
         except Exception as error:
             traceback.print_exc()
             failed.append(last_line(error))
-            found.append({"failed": last_line(error)})
+            yield {"failed": last_line(error)}
         gc.collect()
         torch.cuda.empty_cache()
-        return found
 
-    path = args.results / f"{slug(machine['gpu'])}.json"
-    for name, parts in sections.items():
-        if name == "tuning" and tests is not None and not wrong:
-            write(path, record)  # what is left to do is exploratory, and may be cut short
+    asked = [name for name in SECTIONS if name in args.sections]
+    part = "" if len(asked) == len(SECTIONS) else f"-{'-'.join(asked)}"
+    path = args.results / f"{slug(machine['gpu'])}{part}.json"
+
+    def keep(complete: bool = False) -> None:
+        """What there is so far, that a run which is cut short be not lost."""
+        if wrong:
+            path.unlink(missing_ok=True)
+        elif tests is not None:
+            write(path, record | {"complete": complete})
+
+    for name in asked:
         begin = time.monotonic()
-        record[name] = [row for rows in parts for row in collected(rows)]
+        record[name] = []
+        for rows in sections[name]():
+            record[name].extend(collected(rows))
+            keep()
         took = time.monotonic() - begin
         print(f"\n{name} ({took:.0f} s)\n{table(record[name])}", flush=True)
     record["clocks_after"] = clocks()
+    keep(complete=True)
     for line in wrong:
         print(f"WRONG: {line}", file=sys.stderr)
     if tests is None:
         print("nothing is kept of a run without its tests: see benchmarks/gpu.sh")
     elif wrong:
-        path.unlink(missing_ok=True)
         print("nothing is kept of a run with wrong results", file=sys.stderr)
     else:
-        write(path, record)
         print(f"\n{path}")
     return 1 if wrong or failed else 0
 

@@ -279,7 +279,7 @@ class Fixed(Spare):
 
 
 class Memory(NamedTuple):
-    """Where graphs take theirs. Those that share it are replayed in the order of their capture."""
+    """Where graphs take theirs. Those that share it are replayed one at a time."""
 
     pool: Any
     stream: torch.cuda.Stream

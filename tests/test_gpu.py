@@ -16,13 +16,8 @@ from torch import Tensor
 
 import fastddim
 import fastddim_kernels.launch
-from benchmarks.gpu import (
-    Given,
-    by_reference,
-    captured,
-    contract_error,
-    kernel_noise,
-)
+from benchmarks.gpu import Given, by_reference, contract_error, kernel_noise
+from benchmarks.timing import captured
 from benchmarks.variants import VARIANTS, step_arguments
 from fastddim import DDIM, reference
 from fastddim.coefficients import PREDICTIONS

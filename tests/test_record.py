@@ -114,7 +114,7 @@ def test_a_body_runs_once_aside_and_is_captured_on_another_stream(driver: Driver
         return "result"
 
     replay = graph.record(body, CUDA)
-    assert replay() == "result"  # type: ignore[comparison-overlap]
+    assert replay() == "result"
     assert len(where) == len(set(where)) == 2
     assert driver.streams == ["default"]
     assert driver.said[-2:] == [f"capture on {where[1]} into a pool", "replay"]
