@@ -68,7 +68,13 @@ CALLS: dict[str, dict[str, Any]] = {
         "mask": torch.rand(1, 1, 3, 5, generator=torch.Generator().manual_seed(7)),
     },
     "self": {"shape": SHAPE, "seeds": SEEDS, "self_condition": "before"},
-    "cond_fn": {"shape": SHAPE, "seeds": SEEDS, **BOTH, "guidance": 2.0, "cond_fn": lambda x, t, c: c * x},
+    "cond_fn": {
+        "shape": SHAPE,
+        "seeds": SEEDS,
+        **BOTH,
+        "guidance": 2.0,
+        "cond_fn": lambda x, t, c: c * x,
+    },
     "start": {"x_T": drawn(*SHAPE), "seeds": SEEDS, "start": 3},
 }
 

@@ -21,7 +21,9 @@ def by_hand(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     out = []
     for p, q in zip(a.double(), b.double(), strict=True):
         theta = math.acos(float((p * q).sum() / (p.norm() * q.norm())))
-        out.append((math.sin((1 - alpha) * theta) * p + math.sin(alpha * theta) * q) / math.sin(theta))
+        out.append(
+            (math.sin((1 - alpha) * theta) * p + math.sin(alpha * theta) * q) / math.sin(theta)
+        )
     return torch.stack(out)
 
 
@@ -35,7 +37,9 @@ def test_slerp_is_equation_67_sample_by_sample(alpha: float) -> None:
     assert (exact - by_hand(A, B, alpha)).abs().max() < 1e-13
 
 
-@pytest.mark.parametrize("fractions", [ALPHAS, tuple(ALPHAS), torch.tensor(ALPHAS, dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "fractions", [ALPHAS, tuple(ALPHAS), torch.tensor(ALPHAS, dtype=torch.float64)]
+)
 def test_several_fractions_are_stacked(fractions: Any) -> None:
     out = slerp(A, B, fractions)
     assert out.shape == (5, *A.shape)

@@ -186,8 +186,8 @@ def test_each_state_is_the_image_at_its_level_where_the_mask_is_1(ddim: DDIM, ma
         assert torch.equal(out[where == 1], known[where == 1])
     else:
         abar = float(ABAR[ddim.pairs[-1][1]])
-        z = [forward_noise(len(ddim.pairs))]
-        level = math.sqrt(abar) * known + math.sqrt(1 - abar) * z[0]
+        eps = forward_noise(len(ddim.pairs))
+        level = math.sqrt(abar) * known + math.sqrt(1 - abar) * eps
         assert (out - level)[where == 1].abs().sum() < 1e-4
     if not where.any():
         assert torch.equal(out, ddim.sample(model, X, seeds=SEEDS))
@@ -233,9 +233,7 @@ def test_inpainting_in_half_precision_keeps_the_known_image_exactly() -> None:
         seen.add(x.dtype)
         return model(x, t)
 
-    out = ENDS["clean"].sample(
-        watching, X.to(torch.bfloat16), seeds=SEEDS, known=known, mask=HARD
-    )
+    out = ENDS["clean"].sample(watching, X.to(torch.bfloat16), seeds=SEEDS, known=known, mask=HARD)
     where = HARD.expand(SHAPE) == 1
     assert seen == {torch.bfloat16}
     assert torch.equal(out[where], known[where])
@@ -342,7 +340,13 @@ def test_at_temperature_0_nothing_is_drawn() -> None:
 
 @pytest.mark.parametrize(
     ("error", "value"),
-    [(ValueError, -0.1), (ValueError, math.nan), (ValueError, math.inf), (TypeError, "1"), (TypeError, True)],
+    [
+        (ValueError, -0.1),
+        (ValueError, math.nan),
+        (ValueError, math.inf),
+        (TypeError, "1"),
+        (TypeError, True),
+    ],
 )
 def test_a_bad_temperature_is_refused_at_construction(error: type[Exception], value: Any) -> None:
     refused(lambda: DDIM(5, temperature=value), error, "temperature")
@@ -361,7 +365,11 @@ ONE = torch.ones(3, 1, 5, 4)
         (TypeError, ("mask", "known", "NoneType"), {"x_T": X, "known": X}),
         (TypeError, ("known", "mask", "NoneType"), {"x_T": X, "mask": ONE}),
         (TypeError, ("known", "list"), {"x_T": X, "known": [1], "mask": ONE}),
-        (ValueError, ("known", "(3, 2, 5, 4)", "(1, 2, 5, 4)"), {"x_T": X, "known": X[:1], "mask": ONE}),
+        (
+            ValueError,
+            ("known", "(3, 2, 5, 4)", "(1, 2, 5, 4)"),
+            {"x_T": X, "known": X[:1], "mask": ONE},
+        ),
         (ValueError, ("mask", "(5, 4)"), {"x_T": X, "known": X, "mask": ONE[0, 0]}),
         (ValueError, ("mask", "(2, 1, 5, 4)"), {"x_T": X, "known": X, "mask": ONE[:2]}),
         (ValueError, ("mask", "[0, 1]"), {"x_T": X, "known": X, "mask": 2 * ONE}),
