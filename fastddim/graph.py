@@ -423,10 +423,6 @@ def _matched(name: str, held: Any, value: Any) -> list[tuple[Tensor, Tensor]]:
     if type(held) in (list, tuple) and type(value) is type(held) and len(value) == len(held):
         both = enumerate(zip(held, value, strict=True))
         return [pair for i, (h, v) in both for pair in _matched(f"{name}[{i}]", h, v)]
-    if (
-        type(value) is not type(held)
-        or isinstance(held, (Mapping, list, tuple))
-        or not same(held, value)
-    ):
+    if isinstance(held, (Mapping, list, tuple)) or not same(held, value):
         raise ValueError(f"{name} is part of the graph, {shown(held)}, got {shown(value)}")
     return []

@@ -59,7 +59,7 @@ class Dispatched(TorchDispatchMode):
     """Every operation PyTorch dispatches, by name."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(

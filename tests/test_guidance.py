@@ -33,7 +33,8 @@ def expected(ddim: DDIM, net: Any, **options: Any) -> Tensor:
 
 
 def sampled(ddim: DDIM, net: Any, **options: Any) -> Tensor:
-    return ddim.sample(net, shape=SHAPE, seeds=SEEDS, **options)
+    out: Tensor = ddim.sample(net, shape=SHAPE, seeds=SEEDS, **options)
+    return out
 
 
 BY_ROW = torch.linspace(0.5, 6.0, 20)[:, None]
@@ -177,10 +178,9 @@ def test_nested_conditions_lists_shared_tensors_and_single_rows() -> None:
         "c": torch.cat([row.expand(3, 2), n[0]]),
         "ids": torch.cat([n[1], n[1]]),
         "text": torch.cat([n[5], n[2]]),
-        "more": [
-            torch.cat([n[6], n[3]]),
-            (torch.cat([n[7], n[4]]), torch.cat([n[0], row.expand(3, 2)])),
-        ],
+        "first": torch.cat([n[6], n[3]]),
+        "second": torch.cat([n[7], n[4]]),
+        "third": torch.cat([n[0], row.expand(3, 2)]),
     }
     seen: list[Any] = []
 
@@ -196,9 +196,9 @@ def test_nested_conditions_lists_shared_tensors_and_single_rows() -> None:
     assert torch.equal(got["added"]["ids"], halves["ids"])
     assert torch.equal(got["added"]["deep"]["text"], halves["text"])
     first, (second, third) = got["more"]
-    assert torch.equal(first, halves["more"][0])
-    assert torch.equal(second, halves["more"][1][0])
-    assert torch.equal(third, halves["more"][1][1])
+    assert torch.equal(first, halves["first"])
+    assert torch.equal(second, halves["second"])
+    assert torch.equal(third, halves["third"])
     assert type(got["more"]) is list
     assert type(got["more"][1]) is tuple
     assert all(later is not None and later["c"] is got["c"] for later in seen)  # stacked but once
@@ -384,22 +384,14 @@ def test_self_conditioning_hands_on_the_last_x0(
 ) -> None:
     ddim = DDIM(20, eta=eta, schedule=LINEAR, clip=clip)
     more: dict[str, Any] = {"cond": {"c": C}, "uncond": {"c": U}} if guided else {}
-    own: dict[str, Any] = {"self_condition": "before", "dtype": dtype}
-    out = sampled(ddim, remembering, **own, **more, **({"guidance": 2.0} if guided else {}))
-    w = torch.full((20, 3), 2.0)
-    by = expected(ddim, remembering, **own, **more, **({"w": w} if guided else {}))
-    assert torch.equal(out, by)
-    steps = list(
-        ddim.iterate(
-            remembering,
-            shape=SHAPE,
-            seeds=SEEDS,
-            **own,
-            **more,
-            **({"guidance": 2.0} if guided else {}),
-        )
-    )
-    assert torch.equal(steps[-1].x, by)
+    own: dict[str, Any] = {"self_condition": "before", "dtype": dtype, **more}
+    w: dict[str, Any] = {"w": torch.full((20, 3), 2.0)} if guided else {}
+    by = expected(ddim, remembering, **own, **w)
+    if guided:
+        own["guidance"] = 2.0
+    assert torch.equal(sampled(ddim, remembering, **own), by)
+    *_, step = ddim.iterate(remembering, shape=SHAPE, seeds=SEEDS, **own)
+    assert torch.equal(step.x, by)
 
 
 # Precision.

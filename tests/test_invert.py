@@ -33,7 +33,7 @@ def oracle(prediction: str, gaussian: Gaussian = GAUSSIAN) -> Callable[[Tensor, 
 
     def net(x: Tensor, t: Tensor) -> Tensor:
         a, b = (column(root, x.double()) for root in (ABAR[t].sqrt(), (1 - ABAR[t]).sqrt()))
-        eps = gaussian(x.double(), t)
+        eps: Tensor = gaussian(x.double(), t)
         x0 = (x.double() - b * eps) / a
         return {"epsilon": eps, "v": a * eps - b * x0, "sample": x0}[prediction].float()
 
@@ -153,7 +153,8 @@ def test_guidance_is_found_backwards_as_the_mixed_eps() -> None:
     level = {t: float(w[row]) for row, (t, _) in enumerate(ddim.pairs)}
 
     def mixed(x: Tensor, t: Tensor) -> Tensor:
-        u, c = OTHER(x, t), GAUSSIAN(x, t)
+        u: Tensor = OTHER(x, t)
+        c: Tensor = GAUSSIAN(x, t)
         return u + level[int(t[0])] * (c - u)
 
     for given in (w[:, None], lambda t: level[t]):
@@ -166,7 +167,8 @@ def test_cond_fn_moves_eps_backwards_too() -> None:
         return 0.3 * torch.sin(x)
 
     def moved(x: Tensor, t: Tensor) -> Tensor:
-        return GAUSSIAN(x, t) - column((1 - ABAR[t]).sqrt(), x) * gradient(x, t)
+        eps: Tensor = GAUSSIAN(x, t)
+        return eps - column((1 - ABAR[t]).sqrt(), x) * gradient(x, t)
 
     for prediction in PREDICTIONS:
         ddim = DDIM(spacing=list(range(0, 700, 35)), schedule=LINEAR, prediction=prediction)

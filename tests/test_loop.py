@@ -49,6 +49,14 @@ def guided(device: str, w: Any, **more: Any) -> dict[str, Any]:
     return {"cond": {"c": c}, "uncond": {"c": u}, "guidance": w, **more}
 
 
+def noise_from(source: str, device: str) -> dict[str, Any]:
+    if source == "seeds":
+        return {"seeds": SEEDS}
+    if source == "noise":
+        return {"noise": drawn(10, *SHAPE).to(device)}
+    return {"generator": torch.Generator(device).manual_seed(1)}
+
+
 def worked(names: list[str]) -> list[str]:
     """Without allocations: on a GPU the caching allocator's, which cost no launch."""
     return [name for name in names if not name.startswith("aten.empty")]
@@ -83,11 +91,7 @@ def test_one_operation_between_model_calls(
         return torch.cat([eps, eps], 1) if learned else eps
 
     watch, x_T = Watch(net), drawn(*SHAPE).to(device)
-    options |= {
-        "seeds": {"seeds": SEEDS},
-        "noise": {"noise": drawn(10, *SHAPE).to(device)},
-        "generator": {"generator": torch.Generator(device).manual_seed(1)},
-    }[source]
+    options |= noise_from(source, device)
     with watch.mode:
         DDIM(10, eta=eta).sample(watch, x_T, **options)
     assert len(watch.between) == 9
@@ -146,11 +150,7 @@ def no_questions() -> Iterator[Callable[[], None]]:
 @pytest.mark.parametrize("source", ["seeds", "noise", "generator"])
 def test_on_a_gpu_the_loop_never_waits_for_the_device(how: str, eta: float, source: str) -> None:
     options = CALLS[how]("cuda")
-    options |= {
-        "seeds": {"seeds": SEEDS},
-        "noise": {"noise": drawn(10, *SHAPE).cuda()},
-        "generator": {"generator": torch.Generator("cuda").manual_seed(1)},
-    }[source]
+    options |= noise_from(source, "cuda")
     ddim, x_T = DDIM(10, eta=eta), drawn(*SHAPE).cuda()
     with no_questions() as forbid:
 
@@ -223,10 +223,11 @@ def test_on_a_cpu_the_loop_holds_three_states_whatever_the_number_of_steps(
     def model(x: Tensor, t: Tensor) -> Tensor:  # its own: one state
         return 0.5 * x
 
-    def call() -> Tensor:
+    def call() -> None:
+        given: dict[str, Any] = {"seeds": [1, 2]}
         if source == "generator":
-            return ddim.sample(model, **options, generator=torch.Generator().manual_seed(1))
-        return ddim.sample(model, **options, seeds=[1, 2])
+            given = {"generator": torch.Generator().manual_seed(1)}
+        ddim.sample(model, **options, **given)
 
     call()  # compiles, where numba is
     peak = peak_states(call)

@@ -186,8 +186,8 @@ def test_each_state_is_the_image_at_its_level_where_the_mask_is_1(ddim: DDIM, ma
         assert torch.equal(out[where == 1], known[where == 1])
     else:
         abar = float(ABAR[ddim.pairs[-1][1]])
-        z = [forward_noise(len(ddim.pairs))]
-        level = math.sqrt(abar) * known + math.sqrt(1 - abar) * z[0]
+        eps = forward_noise(len(ddim.pairs))
+        level = math.sqrt(abar) * known + math.sqrt(1 - abar) * eps
         assert (out - level)[where == 1].abs().sum() < 1e-4
     if not where.any():
         assert torch.equal(out, ddim.sample(model, X, seeds=SEEDS))

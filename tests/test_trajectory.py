@@ -233,6 +233,6 @@ def test_on_a_gpu_what_is_offloaded_is_what_was_there(dtype: torch.dtype) -> Non
         assert path.x0 is not None
         assert path.x.device.type == ("cpu" if offload else "cuda")
         assert path.x.is_pinned() == offload
-        paths.append(path)
-    assert torch.equal(paths[0].x.cpu(), paths[1].x)
-    assert torch.equal(paths[0].x0.cpu(), paths[1].x0)
+        paths.append((path.x.cpu(), path.x0.cpu()))
+    for there, here in zip(*paths, strict=True):
+        assert torch.equal(there, here)
