@@ -15,7 +15,12 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
-from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
+from diffusers.schedulers.scheduling_ddim_inverse import (
+    DDIMInverseScheduler,
+)
+from diffusers.schedulers.scheduling_ddim_inverse import (
+    DDIMSchedulerOutput as DDIMInverseSchedulerOutput,
+)
 from diffusers.schedulers.scheduling_ddim_parallel import (
     DDIMParallelScheduler,
     DDIMParallelSchedulerOutput,
@@ -578,7 +583,7 @@ class FastDDIMInverseScheduler(_Fast, DDIMInverseScheduler):
             self._forget_after(row)
         if not return_dict:
             return found
-        return DDIMSchedulerOutput(prev_sample=found[0], pred_original_sample=found[1])
+        return DDIMInverseSchedulerOutput(prev_sample=found[0], pred_original_sample=found[1])
 
     def _loose(self: Any) -> tuple[Tensor, None]:
         """The original's step to each timestep, by its own float32 operations."""
