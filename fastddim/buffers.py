@@ -29,7 +29,8 @@ class Spare:
     def take(self) -> Tensor | None:
         """One that its box alone holds, the one kept first, or None."""
         for i, box in enumerate(self._boxes):
-            if _holders(box) == _ALONE:
+            # Another process may read what is in shared memory, and is not counted.
+            if _holders(box) == _ALONE and not box[0].untyped_storage().is_shared():
                 del self._boxes[i]
                 return box[0]
         return None

@@ -15,7 +15,12 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
-from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
+from diffusers.schedulers.scheduling_ddim_inverse import (
+    DDIMInverseScheduler,
+)
+from diffusers.schedulers.scheduling_ddim_inverse import (
+    DDIMSchedulerOutput as DDIMInverseSchedulerOutput,
+)
 from diffusers.schedulers.scheduling_ddim_parallel import (
     DDIMParallelScheduler,
     DDIMParallelSchedulerOutput,
@@ -56,12 +61,13 @@ class _Fast:
     _parent: type[Any]
     _upwards = False
     _seeds: Tensor | None = None
-    _chosen: tuple[Tensor, list[int]] | None = None
+    _chosen: tuple[Tensor, int, list[int]] | None = None
+    """``timesteps`` as they were read last, their version then, and the numbers in them."""
     _tables: dict[Any, tuple[Any, Tables]] | None = None
     _spare: tuple[Spare, Spare] | None = None
     """Of (x_s, x0), those returned that a later step may write if the caller has let go of them."""
-    _shadow: tuple[Tensor, Tensor] | None = None
-    """The latest half precision sample returned, and the float32 state it was rounded from."""
+    _shadow: tuple[Tensor, int, Tensor] | None = None
+    """The latest half precision sample returned, its version then, and the float32 state."""
 
     def use_seeds(self: Any, seeds: Sequence[int] | Tensor | None) -> None:
         """From now on an image's noise comes from its own seed (strict only); None ends it.
@@ -101,7 +107,7 @@ class _Fast:
             self.timesteps = torch.tensor(ordered, device=device)
         else:
             self._parent.set_timesteps(self, num_inference_steps, device)
-        self._chosen = self.timesteps, self.timesteps.tolist()
+        self._levels()
         self._shadow = self._spare = None
 
     def __getstate__(self: Any) -> dict[str, Any]:
@@ -132,10 +138,17 @@ class _Fast:
         x0s.keep(x0)
         return x_s, x0
 
-    def _forget_after(self: Any, row: int | Tensor) -> None:
+    def _levels(self: Any) -> list[int]:
+        """The chosen timesteps as numbers, read again only where somebody has put in others."""
+        levels, chosen = self.timesteps, self._chosen
+        if chosen is None or chosen[0] is not levels or chosen[1] != _version(levels):
+            chosen = self._chosen = levels, _version(levels), levels.tolist()
+        return cast("list[int]", chosen[2])
+
+    def _forget_after(self: Any, row: int | Tensor | None) -> None:
         """Keeps nothing beyond the last of the chosen timesteps."""
-        if self._chosen is not None and isinstance(row, int) and row == self._chosen[1][-1]:
-            self._spare = None
+        if self._chosen is not None and isinstance(row, int) and [row] == self._chosen[2][-1:]:
+            self._spare = self._shadow = None
 
     def _row(self: Any, timestep: Any) -> int | Tensor | None:
         """The timestep as a number where the host knows it, else as a tensor on its device.
@@ -149,8 +162,9 @@ class _Fast:
             if timestep.device.type == "cpu":
                 return int(timestep)
             if self._chosen is not None:
-                chosen, levels = self._chosen
-                if timestep.untyped_storage().data_ptr() == chosen.untyped_storage().data_ptr():
+                chosen, version, levels = self._chosen
+                same = timestep.untyped_storage().data_ptr() == chosen.untyped_storage().data_ptr()
+                if same and version == _version(chosen):
                     return cast(int, levels[timestep.storage_offset() - chosen.storage_offset()])
             return timestep
         try:
@@ -165,7 +179,7 @@ class _Fast:
         state = (
             self.num_inference_steps,
             self.config.num_train_timesteps,
-            *((id(a), a._version) for a in made_from if a is not None),
+            *((id(a), _version(a)) for a in made_from if a is not None),
         )
         tables = self._tables = self._tables or {}
         held = tables.get((key, device))
@@ -192,7 +206,7 @@ class _Fast:
             if self.config.prediction_type == "epsilon" and abar[-1] <= 0:
                 abar[-1] = min(NEARLY_ZERO, abar[-2] / 2)
             schedule = NoiseSchedule.from_alphas_cumprod(abar)
-            chosen = self.timesteps.tolist()
+            chosen = self._levels()
             pairs: list[Pair]
             if self._upwards:
                 pairs = list(zip([-1, *chosen[:-1]], chosen, strict=True))
@@ -236,40 +250,44 @@ class _Fast:
             if not isinstance(tensor, Tensor) or tensor.dtype not in OUTPUTS:
                 got = tensor.dtype if isinstance(tensor, Tensor) else kind(tensor)
                 raise TypeError(f"{name} must be float32, bfloat16 or float16, got {got}")
+            if _has_grad(tensor):
+                raise ValueError(f"{name} requires grad, which strict does not carry: detach it")
         tables = self._strict_of(float(eta), sample.device)
         rows = self._strict_rows(timestep, tables)
         x = sample.float()
         if self._shadow is not None and self._shadow[0] is sample:
-            x = self._shadow[1]
+            _, version, state = self._shadow
+            if sample.is_inference() or version != sample._version:
+                # What the caller has written into it since is no rounding of the state.
+                state = torch.where(state.to(sample.dtype) == sample, state, x)
+            x = state
         if eta and noise is None and seeds is None:
             noise = randn_tensor(
                 sample.shape, generator=generator, device=sample.device, dtype=torch.float32
             )
         half = None if sample.dtype == torch.float32 else torch.empty_like(sample)
-        keys = None if noise is not None or seeds is None else seeds.to(sample.device)
+        if seeds is not None and seeds.device != sample.device:
+            seeds = self._seeds = seeds.to(sample.device)  # once: a copy waits for the device
         x_s, x0 = self._stepped(
             x,
             output,
             tables,
             rows,
-            seeds=keys,
+            seeds=None if noise is not None else seeds,
             noise=None if noise is None or not eta else noise.float(),
             rederive=rederive,
             next_input=half,
         )
+        self._shadow = None if half is None else (half, _version(half), x_s)
         self._forget_after(self._row(timestep))
-        if half is None:
-            return cast("tuple[Tensor, Tensor]", (x_s, x0))
-        self._shadow = half, x_s
-        return half, x0.to(sample.dtype)
+        return cast("tuple[Tensor, Tensor]", (x_s, x0) if half is None else (half, x0.to(half)))
 
     def _strict_rows(self: Any, timestep: Any, tables: Tables) -> Tensor:
         t = self._row(timestep)
         if isinstance(t, Tensor):
             assert tables.row_of is not None
             return tables.row_of[t.long()]
-        assert self._chosen is not None
-        levels = self._chosen[1]
+        levels = self._levels()
         if t not in levels:
             raise ValueError(
                 f"timestep must be one of the {len(levels)} chosen by set_timesteps, got {timestep}"
@@ -353,7 +371,7 @@ class _FastForwards(_Fast):
         if (
             row is None
             or not _fits(self, model_output, sample, row)
-            or (z is not None and (generator is not None or not _like(z, sample)))
+            or (z is not None and (generator is not None or not _like(z, sample) or _has_grad(z)))
         ):
             return self._parent.step(
                 self,
@@ -565,7 +583,7 @@ class FastDDIMInverseScheduler(_Fast, DDIMInverseScheduler):
             self._forget_after(row)
         if not return_dict:
             return found
-        return DDIMSchedulerOutput(prev_sample=found[0], pred_original_sample=found[1])
+        return DDIMInverseSchedulerOutput(prev_sample=found[0], pred_original_sample=found[1])
 
     def _loose(self: Any) -> tuple[Tensor, None]:
         """The original's step to each timestep, by its own float32 operations."""
@@ -595,13 +613,26 @@ def _fits(scheduler: Any, output: Any, sample: Any, row: int | Tensor) -> bool:
         and (isinstance(row, Tensor) or -count <= row < count)
         and config.prediction_type in PREDICTIONS
         and (not config.clip_sample or config.clip_sample_range > 0)
-        and not (torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad))
+        and not (_has_grad(sample) or _has_grad(output))
     )
 
 
+def _has_grad(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written in place; tensors of inference mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _same(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    """A buffer, if it is laid out as x."""
-    fits = tensor is not None and (tensor.shape, tensor.stride()) == (x.shape, x.stride())
+    """A buffer, if it is laid out as x, and one that inference mode made if that is on."""
+    fits = (
+        tensor is not None
+        and (tensor.shape, tensor.stride()) == (x.shape, x.stride())
+        and tensor.is_inference() == torch.is_inference_mode_enabled()
+    )
     return tensor if fits else None
 
 
