@@ -169,9 +169,7 @@ def unpacked(output: Any, x_in: Tensor) -> Tensor:
     return output
 
 
-def stacked(
-    uncond: Cond, cond: Cond, batch: int, samples: Tensor | None = None
-) -> dict[str, Any]:
+def stacked(uncond: Cond, cond: Cond, batch: int, samples: Tensor | None = None) -> dict[str, Any]:
     """(uncond, cond) along the batch, value by value; what ``uncond`` lacks is ``cond``'s.
 
     ``samples``: only the rows of these.
