@@ -40,9 +40,7 @@ class Tape(TorchDispatchMode):
             with self:
                 self.result = body()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
             raise RuntimeError("a graph reads no values")
         kwargs = kwargs or {}
@@ -266,7 +264,8 @@ def test_nested_conditions_single_rows_and_plain_values(way: str, steps: int) ->
 @pytest.mark.parametrize("steps", [12, 110])
 def test_a_capture_may_start_anywhere(way: str, steps: int) -> None:
     ddim, start = DDIM(steps, eta=1.0, schedule=LINEAR), 3
-    for more in ({}, {"dtype": torch.bfloat16}, {"cond_fn": gradient}):
+    others: list[dict[str, Any]] = [{}, {"dtype": torch.bfloat16}, {"cond_fn": gradient}]
+    for more in others:
         run = ddim.capture(model, SHAPE, start=start, **halves(1), guidance=2.0, **more)
         for k in (1, 2):
             x = drawn(*SHAPE, seed=k)

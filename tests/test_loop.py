@@ -172,13 +172,14 @@ def test_on_a_gpu_what_goes_on_beside_the_loop_never_waits_either() -> None:
 
         common: dict[str, Any] = {"shape": SHAPE, "seeds": SEEDS, "device": "cuda"}
         ddim = DDIM(10, eta=1.0)
-        for more in (
+        others: list[dict[str, Any]] = [
             {"known": known, "mask": mask},
             {"self_condition": "before"},
             {"cond_fn": lambda x, t, **cond: -x},
             {"callback": lambda step: step.x.clone()},
             {"trajectory": ("x", "x0")},
-        ):
+        ]
+        for more in others:
             torch.cuda.set_sync_debug_mode("default")
             ddim.sample(net, **common, **more)
         torch.cuda.set_sync_debug_mode("default")
