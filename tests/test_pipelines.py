@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMPipeline,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -34,6 +20,20 @@ from fastddim.dropins.diffusers import (
     FastDDIMParallelScheduler,
     FastDDIMScheduler,
 )
+
+diffusers: Any = importlib.import_module("diffusers")  # without its types
+AutoencoderKL = diffusers.AutoencoderKL
+DDIMPipeline = diffusers.DDIMPipeline
+DDIMScheduler = diffusers.DDIMScheduler
+DDPMPipeline = diffusers.DDPMPipeline
+DDPMScheduler = diffusers.DDPMScheduler
+EulerDiscreteScheduler = diffusers.EulerDiscreteScheduler
+PNDMScheduler = diffusers.PNDMScheduler
+StableDiffusionImg2ImgPipeline = diffusers.StableDiffusionImg2ImgPipeline
+StableDiffusionInpaintPipeline = diffusers.StableDiffusionInpaintPipeline
+StableDiffusionPipeline = diffusers.StableDiffusionPipeline
+UNet2DConditionModel = diffusers.UNet2DConditionModel
+UNet2DModel = diffusers.UNet2DModel
 
 STABLE: dict[str, Any] = {
     "beta_start": 0.00085,

@@ -367,9 +367,11 @@ class _FastForwards(_Fast):
             )
             return self._output(found, return_dict)
         row = self._row(timestep)
-        z = variance_noise if eta > 0 else None
+        number = isinstance(eta, (int, float))
+        z = variance_noise if number and eta > 0 else None
         if (
             row is None
+            or not number
             or not _fits(self, model_output, sample, row)
             or (z is not None and (generator is not None or not _like(z, sample) or _has_grad(z)))
         ):
