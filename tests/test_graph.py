@@ -272,6 +272,7 @@ def test_a_capture_may_start_anywhere(way: str, steps: int) -> None:
             common: dict[str, Any] = {"seeds": [k, 5, 6], **halves(k)}
             expected = ddim.sample(model, x, start=start, guidance=2.0, **common, **more)
             assert torch.equal(run(x_T=x, **common), expected)
+    run = ddim.capture(model, SHAPE, start=start, cond=halves(1)["cond"])
     refused(lambda: run(seeds=SEEDS), ValueError, "x_T", "start = 3")
 
 
