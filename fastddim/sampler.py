@@ -478,7 +478,7 @@ class DDIM:
         row = whole("start", start, low=0, high=len(self.pairs) - 1)
         given = None if noise is None else [noise]
         source = Noise.of(tuple(x0.shape), x0.device, 1, seeds, generator, given)
-        eps = source.initial() if noise is None else noise
+        eps = source.initial() if noise is None else noise.detach()
         table = torch.tensor(self._forward_table()[row : row + 1], device=x0.device)
         # Forward from clean data is the ODE's own step back from it, the noise standing for ε.
         x, _ = ddim_step(x0.to(torch.float32), eps, table, 0, want_x0=False)
@@ -570,14 +570,13 @@ class DDIM:
         """Where the loop ends, in the result's dtype; what goes on beside it is done here."""
         x = None
         for row, x, x0 in self._loop(run):
+            answer = None if callback is None else callback(_step(run, row, x, x0))
+            if answer is not None and not isinstance(answer, bool):
+                run.instead = x = _replacing(answer, x)
             if path is not None:
-                path.keep(row.number, samples, x, x0)
-            if callback is not None:
-                answer = callback(_step(run, row, x, x0))
-                if answer is True:
-                    break
-                if answer is not None and answer is not False:
-                    run.instead = x = _replacing(answer, x)
+                path.keep(row.number, samples, x, x0, stopped=answer is True)
+            if answer is True:
+                break
         return _reached(x).to(run.dtype)
 
     def _plan(self, start: int) -> Plan:
@@ -753,4 +752,4 @@ def _replacing(answer: object, x: Tensor) -> Tensor:
             f"callback must return None, True to stop, or a tensor of x's shape, "
             f"{tuple(x.shape)}, on {x.device}, got {got}"
         )
-    return answer.detach().to(torch.float32)
+    return answer.detach().to(torch.float32, copy=True)

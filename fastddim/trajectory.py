@@ -95,8 +95,15 @@ class Recorder:
     def wants(self, name: str) -> bool:
         return name in self.kept
 
-    def keep(self, index: int, samples: slice, x: Tensor, x0: Tensor | None) -> None:
-        """Keeps what row ``index`` left for these samples, if it is one of those to keep."""
+    def keep(
+        self, index: int, samples: slice, x: Tensor, x0: Tensor | None, stopped: bool = False
+    ) -> None:
+        """Keeps what row ``index`` left for these samples, if it is one of those to keep.
+
+        So is the row where the loop has ``stopped``, which is the last.
+        """
+        if stopped:
+            self.place.setdefault(index, len(self.reached))
         if index not in self.place:
             return
         self.reached.add(index)

@@ -81,8 +81,8 @@ def test_states_are_kept_in_the_results_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(path.x0, torch.stack([step.x0 for step in steps]))
 
 
-@pytest.mark.parametrize(("every", "index"), [(1, (0, 1, 2, 3, 4)), (2, (1, 3))])
-def test_a_loop_that_ends_early_keeps_what_it_reached(
+@pytest.mark.parametrize(("every", "index"), [(1, (0, 1, 2, 3, 4)), (2, (1, 3, 4)), (9, (4,))])
+def test_a_loop_that_ends_early_keeps_what_it_reached_and_where_it_ended(
     every: int, index: tuple[int, ...], steps: list[Step]
 ) -> None:
     out, path = DDPM.sample(
@@ -236,3 +236,25 @@ def test_on_a_gpu_what_is_offloaded_is_what_was_there(dtype: torch.dtype) -> Non
         paths.append((path.x.cpu(), path.x0.cpu()))
     for there, here in zip(*paths, strict=True):
         assert torch.equal(there, here)
+
+
+def test_what_a_callback_puts_in_xs_place_is_what_is_kept(steps: list[Step]) -> None:
+    out, path = DDPM.sample(
+        conditioned, trajectory="x", callback=lambda step: 0.5 * step.x, **COMMON
+    )
+    assert path.x is not None
+    assert torch.equal(path.x[0], 0.5 * steps[0].x)
+    assert torch.equal(path.x[-1], out)
+
+
+def test_a_result_shares_no_memory_with_a_callbacks_tensor() -> None:
+    held: list[Tensor] = []
+
+    def keep(step: Step) -> Tensor:
+        held.append(step.x.clone())
+        return held[-1]
+
+    out = DDPM.sample(conditioned, callback=keep, **COMMON)
+    before = out.clone()
+    held[-1].fill_(7)
+    assert torch.equal(out, before)
