@@ -220,7 +220,7 @@ def configs(inverse: bool = False) -> st.SearchStrategy[Config]:
     return st.fixed_dictionaries({}, optional=options)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     config=configs(),
     steps=st.integers(1, 1000),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ ORIGINAL: Any = DDIMScheduler
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    """Nothing reaches for the network."""
+    monkeypatch.setattr(socket.socket, "connect", None)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,7 @@ DRAWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("draw", DRAWS)
 def test_ddim_pipeline(unet: Any, draw: str) -> None:
     pipe = quiet(DDIMPipeline(unet, DDIMScheduler()))
-    given = {"batch_size": 2, "num_inference_steps": 8, **DRAWS[draw]}
+    given = {"batch_size": 2, "num_inference_steps": 5, **DRAWS[draw]}
     assert_same_picture(pipe, DDIMScheduler(), **given)
     trailing = DDIMScheduler(timestep_spacing="trailing", thresholding=True, sample_max_value=1.5)
     assert_same_picture(pipe, trailing, use_clipped_model_output=True, **given)
@@ -175,7 +177,7 @@ def test_ddim_pipeline_makes_a_plain_scheduler_so_assign_afterwards(unet: Any) -
     assert type(pipe.scheduler) is DDIMScheduler
     pipe.scheduler = FAST.from_config(pipe.scheduler.config)
     assert type(pipe.scheduler) is FastDDIMScheduler
-    assert pipe.scheduler.config.strict is True  # which the plain one's configuration kept
+    assert pipe.scheduler.config["strict"] is True  # which the plain one's configuration kept
     pipe(batch_size=1, num_inference_steps=3, output_type="np")
     assert len(pipe.scheduler.timesteps) == 3
 
@@ -183,7 +185,7 @@ def test_ddim_pipeline_makes_a_plain_scheduler_so_assign_afterwards(unet: Any) -
 def test_ddpm_pipeline(unet: Any) -> None:
     pipe = quiet(DDPMPipeline(unet, DDPMScheduler()))
     original = ORIGINAL.from_config(pipe.scheduler.config)
-    given = {"batch_size": 2, "num_inference_steps": 8, "generator": gen}
+    given = {"batch_size": 2, "num_inference_steps": 5, "generator": gen}
     assert_same_picture(pipe, original, **given)
 
 
@@ -204,7 +206,7 @@ def test_pictures_as_pil_and_tensors(unet: Any) -> None:
 def test_stable_diffusion(parts: dict[str, Any], draw: str) -> None:
     pipe = quiet(StableDiffusionPipeline(**parts, scheduler=DDIMScheduler(**DDIM_STABLE)))
     prompts = ["a cat", "a dog"]
-    given = {"num_inference_steps": 6, "height": 16, "width": 16, **DRAWS[draw]}
+    given = {"num_inference_steps": 4, "height": 16, "width": 16, **DRAWS[draw]}
     assert_same_picture(pipe, DDIMScheduler(**DDIM_STABLE), prompts, **given)
     v = DDIMScheduler(**DDIM_STABLE, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert_same_picture(pipe, v, prompts, guidance_scale=1.0, **given)
@@ -214,7 +216,7 @@ def test_stable_diffusion(parts: dict[str, Any], draw: str) -> None:
 def test_stable_diffusion_that_names_another_scheduler(parts: dict[str, Any], other: Any) -> None:
     pipe = quiet(StableDiffusionPipeline(**parts, scheduler=other(**STABLE)))
     original = ORIGINAL.from_config(pipe.scheduler.config)
-    given = {"num_inference_steps": 6, "height": 16, "width": 16, "generator": gen}
+    given = {"num_inference_steps": 4, "height": 16, "width": 16, "generator": gen}
     assert_same_picture(pipe, original, "a cat", **given)
 
 
@@ -265,7 +267,7 @@ def test_a_callback_that_keeps_and_changes_the_latents(parts: dict[str, Any]) ->
         kept.setdefault(type(pipe.scheduler), []).append((latents, latents.clone()))
         return {"latents": latents * 0.9} if step % 2 else tensors
 
-    given = {"num_inference_steps": 6, "height": 16, "width": 16, "generator": gen}
+    given = {"num_inference_steps": 4, "height": 16, "width": 16, "generator": gen}
     given["callback_on_step_end"] = lambda: callback
     assert_same_picture(pipe, DDIMScheduler(**DDIM_STABLE), "a cat", **given)
     for (a, then), (b, _) in zip(*kept.values(), strict=True):
@@ -285,7 +287,7 @@ def test_a_saved_pipeline_loads_again(parts: dict[str, Any], strict: bool, tmp_p
     options = {"local_files_only": True, "low_cpu_mem_usage": False}
     again = quiet(StableDiffusionPipeline.from_pretrained(str(tmp_path), **options))
     assert type(again.scheduler) is FastDDIMScheduler
-    assert again.scheduler.config.strict is strict
+    assert again.scheduler.config["strict"] is strict
     assert np.array_equal(picture(again, again.scheduler, "a cat", **given), expected)
     # And by somebody who gives it the original.
     plain = DDIMScheduler.from_pretrained(str(tmp_path), subfolder="scheduler")
