@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -190,7 +189,7 @@ def interpolate(
     wanted = parse_seeds(seeds)
     images.check_pairs(wanted)
     whole("columns", columns, low=2)
-    check_cells(len(wanted) // 2, columns)
+    check_cells("pairs of seeds x columns", len(wanted) // 2, columns)
     whole("batch-size", batch_size, low=1, high=images.LARGEST_BATCH)
     ddim = DDIM(steps, spacing=spacing)
     png = images.check_png(out)
@@ -242,7 +241,7 @@ def sequence(
     ddim = DDIM(steps, eta=number_or_name(eta), spacing=spacing)
     n = min(10, len(ddim.pairs)) if columns is None else columns
     kept = [ddim.pairs[row] for row in images.kept_rows(ddim, n)]
-    check_cells(len(wanted), n)
+    check_cells("seeds x columns", len(wanted), n)
     png = images.check_png(out)
     model, shape, where = load(checkpoint, device)
     images.check_channels(shape[0])
@@ -328,7 +327,7 @@ def reconstruct(
     Table 2 of the DDIM paper (Song et al. 2021, section 5.4): DDIM with eta = 0 is an ordinary
     differential equation. It is run backwards from an image to its noise in S steps, and forwards
     again in the same S steps. What is printed is the mean squared difference per pixel, images
-    scaled to [0, 1], for each S, with the model calls per image and the seconds for all images.
+    scaled to [0, 1], for each S, with the model calls for an image and the seconds for all images.
 
     After Ctrl-C the rows that are done are printed, and no picture is written.
 
@@ -350,11 +349,10 @@ def reconstruct(
         images.check_channels(shape[0])
     given = None
     if file is not None:
-        given = images.from_uint8(images.read(file, shape, count))
-        given = given[:16] if count is None else given
+        given = images.from_uint8(images.read(file, shape, count)[: count or 16])
     n = len(wanted) if given is None else len(given)
     if png is not None:
-        check_cells(n, 1 + len(ddims))
+        check_cells("(1 + steps) x images", 1 + len(ddims), n)
     # The first calls prepare and compile, which no row's seconds should hold.
     list(
         reconstruction.errors(
@@ -392,9 +390,9 @@ def reconstruct(
 
 
 def print_table(done: list[reconstruction.Reconstruction], what: str) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("S", "model calls", "error", "seconds"):
-        table.add_column(name, justify="right", no_wrap=name != "model calls")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("S", "calls", "error", "seconds"):
+        table.add_column(name, justify="right", overflow="fold")
     for row in done:
         cells = (row.ddim.steps, row.calls, f"{row.error:.2e}", f"{row.seconds:.1f}")
         table.add_row(*(str(cell) for cell in cells))
@@ -421,10 +419,10 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def check_cells(rows: int, columns: int) -> None:
+def check_cells(what: str, rows: int, columns: int) -> None:
     if rows * columns > MOST_IMAGES:
         raise ValueError(
-            f"a picture must hold at most {MOST_IMAGES} images, got {rows} x {columns}"
+            f"{what} must be at most {MOST_IMAGES} images for one picture, got {rows} x {columns}"
         )
 
 

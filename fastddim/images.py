@@ -317,10 +317,12 @@ def _idx(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
     magic = file.read(4)
     if magic[:3] != b"\0\0\x08" or magic[3:] not in (b"\3", b"\4"):
         raise ValueError("another kind of file")
-    sizes = np.frombuffer(file.read(4 * magic[3]), ">u4").tolist()
-    if len(sizes) == magic[3]:
+    header = file.read(4 * magic[3])
+    if len(header) == 4 * magic[3]:
+        sizes = np.frombuffer(header, ">u4").tolist()
         sizes[0] = sizes[0] if count is None else min(count, sizes[0])
         values = file.read(math.prod(sizes))
+        file.read(1)  # a gzipped file's checksum is looked at where it ends, not before
         if len(values) == math.prod(sizes):
             return np.frombuffer(values, np.uint8).reshape(sizes)
     raise ValueError("truncated")
