@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,46 @@ def test_the_ten_lines_draw_the_images_that_iterate_ends_with() -> None:
     assert torch.equal(images, step.x)
 
 
+def test_the_lines_around_the_loop_run() -> None:
+    def unet(x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.bfloat16
+        assert len(x) == 8
+        return 0.5 * x + c
+
+    image, text = torch.rand(1, 1, 8, 8), torch.ones(4, 1, 1, 1)
+    mask = (torch.arange(8) < 4).float().expand(1, 1, 8, 8)
+    names: dict[str, object] = {
+        "torch": torch,
+        "ddim": fastddim.DDIM(steps=50, eta=0.0),
+        "unet": unet,
+        "text": text,
+        "no_text": -text,
+        "model": lambda x, t: 0.5 * x,
+        "image": image,
+        "mask": mask,
+        "policy": lambda x, t, obs: 0.5 * x + obs,
+        "obs": torch.zeros(1, 1, 7),
+        "tick": 3,
+    }
+    exec(blocks("python")[1], names)
+    images, x, action = names["images"], names["x"], names["action"]
+    assert isinstance(images, torch.Tensor)
+    assert isinstance(x, torch.Tensor)
+    assert isinstance(action, torch.Tensor)
+    assert images.shape == (4, 4, 64, 64)
+    assert torch.equal(x[..., :4], image[..., :4])
+    assert action.shape == (1, 16, 7)
+
+
+def test_diffusers_scheduler_is_replaced_as_the_readme_says() -> None:
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    pipe = SimpleNamespace(scheduler=DDIMScheduler(clip_sample_range=0.5))
+    exec(blocks("python")[3], {"pipe": pipe})
+    assert type(pipe.scheduler).__name__ == "FastDDIMScheduler"
+    assert pipe.scheduler.config.clip_sample_range == 0.5
+
+
 def test_the_drop_in_is_called_as_the_readme_says() -> None:
     names = {
         "fastddim": fastddim,
@@ -37,7 +78,7 @@ def test_the_drop_in_is_called_as_the_readme_says() -> None:
         "model": embedded.load(),
         "betas": torch.linspace(1e-4, 0.02, 1000),
     }
-    exec(blocks("python")[1], names)
+    exec(blocks("python")[2], names)
     assert len(names["xs"]) == 3  # type: ignore[arg-type]
 
 
