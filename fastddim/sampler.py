@@ -590,7 +590,7 @@ class DDIM:
 
     def _reverse_plan(self, until: int | None) -> Plan:
         """The same rows, each from its s to its t, from the last to ``until``."""
-        if self.table[:, 5].any():
+        if self.eta != 0:  # at a temperature of 0 too, where c2 still is that of η
             raise ValueError(
                 f"eta must be 0 to run backwards, got {self.eta}: noise that was added cannot be "
                 f"taken away"

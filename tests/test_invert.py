@@ -328,4 +328,5 @@ def test_what_has_a_meaning_backwards_alone_is_refused_forwards(given: dict[str,
 def test_noise_and_clamps_cannot_be_run_backwards(run: Callable[[DDIM], Any]) -> None:
     refused(lambda: run(DDIM(10, eta=0.5)), ValueError, "eta", "0.5")
     refused(lambda: run(DDIM(10, eta="hat")), ValueError, "eta", "hat")
+    refused(lambda: run(DDIM(10, eta=0.5, temperature=0.0)), ValueError, "eta", "0.5")
     refused(lambda: run(DDIM(10, clip=1.0)), ValueError, "clip", "None", "1")
