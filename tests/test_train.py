@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,8 @@ def test_a_run_leaves_weights_that_load_and_goes_on_from_its_state(
     pictures = np.random.default_rng(0).integers(0, 256, (100, 28, 28), dtype=np.uint8)
     for split in ("train", "t10k"):
         file = tmp_path / f"{split}-images-idx3-ubyte.gz"
-        file.write_bytes(gzip.compress(bytes(16) + pictures.tobytes()))
+        header = struct.pack(">BBBB3I", 0, 0, 8, 3, *pictures.shape)
+        file.write_bytes(gzip.compress(header + pictures.tobytes()))
     out = tmp_path / "out"
     command = ["train", "--batch", "4", "--data", str(tmp_path), "--out", str(out)]
     start = ["--start", str(embedded.WEIGHTS)]
