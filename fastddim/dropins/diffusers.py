@@ -198,6 +198,12 @@ class _Fast:
         tables[key, device] = ((state, made_from), found)
         return found
 
+    def _loose_rows(self: Any, row: int | Tensor, tables: Tables) -> Tensor:
+        shift = len(self.alphas_cumprod)
+        if isinstance(row, Tensor):
+            return (row + shift).to(torch.int32)
+        return tables.rows[row + shift]
+
     def _strict_of(self: Any, eta: float, device: torch.device) -> Tables:
         """Each step to the next of the chosen timesteps, in float64 (``make_table``)."""
 
@@ -428,12 +434,6 @@ class _FastForwards(_Fast):
 
         return cast(Tables, self._of((eta, id(final)), device, make))
 
-    def _loose_rows(self: Any, row: int | Tensor, tables: Tables) -> Tensor:
-        shift = len(self.alphas_cumprod)
-        if isinstance(row, Tensor):
-            return (row + shift).to(torch.int32)
-        return tables.rows[row + shift]
-
 
 class FastDDIMScheduler(_FastForwards, DDIMScheduler):
     """``diffusers.DDIMScheduler`` with the step as one pass over memory.
@@ -576,12 +576,7 @@ class FastDDIMInverseScheduler(_Fast, DDIMInverseScheduler):
             if row is None or not _fits(self, model_output, sample, row):
                 return self._parent.step(self, model_output, timestep, sample, return_dict)
             tables = self._of("inverse", sample.device, self._loose)
-            shift = len(self.alphas_cumprod)
-            if isinstance(row, Tensor):
-                rows = (row + shift).to(torch.int32)
-            else:
-                rows = tables.rows[row + shift]
-            found = self._stepped(sample, model_output, tables, rows)
+            found = self._stepped(sample, model_output, tables, self._loose_rows(row, tables))
             self._forget_after(row)
         if not return_dict:
             return found
