@@ -72,7 +72,7 @@ class DDIMSampler:
 
             uniform: range(0, T, T // S) + 1        quad: int(linspace(0, √(0.8·T), S)²) + 1
 
-        as the original has them: one too high, and for some S more than S of them (334 for 300
+        as the original has them: one too high, and for some S more than S of them (500 for 400
         of 1000). The last step goes to ᾱ_0, and adds noise where η > 0.
 
         Raises:
@@ -92,43 +92,43 @@ class DDIMSampler:
             )
         device, abar = abar.device, abar.cpu()
         alphas = abar[torch.from_numpy(steps)]
+        # As numpy and PyTorch share the work there: in float64, unless there is but one step, and
+        # but for this reciprocal.
         alphas_prev = np.array([float(abar[0]), *alphas[:-1].tolist()])
-        # As numpy and PyTorch share the work there: all float64 but what is PyTorch's alone.
-        rest = (1 - alphas).reciprocal().double().numpy()
-        ratio = alphas.double().numpy() / alphas_prev
-        unscaled = torch.from_numpy(np.sqrt((1 - alphas_prev) * rest * (1 - ratio)))
-        b_t = torch.from_numpy(np.sqrt((1 - alphas).numpy()))
+        alphas_prev = alphas_prev if len(steps) > 1 else abar[:1].numpy()
+        rest = (1 - alphas).reciprocal().numpy().astype(alphas_prev.dtype)
+        ratio = alphas.numpy().astype(alphas_prev.dtype) / alphas_prev
+        sigmas = torch.from_numpy(np.sqrt((1 - alphas_prev) * rest * (1 - ratio)))
+        one_minus = torch.from_numpy(np.sqrt((1 - alphas).numpy()))
 
         def float32(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(device, torch.float32)
+            return tensor.detach().float().to(device)
 
-        prev = float32(torch.from_numpy(alphas_prev))
+        at, at_prev = float32(alphas), float32(torch.from_numpy(alphas_prev))
 
         def factors(eta: float) -> tuple[Tensor, Tensor]:
-            c1 = float32(eta * unscaled)
-            return c1, (1 - prev - c1**2).sqrt()
+            c1 = float32(eta * sigmas)
+            return c1, (1 - at_prev - c1**2).sqrt()
 
         c1, c2 = checked_factors(factors, eta, f"these {len(steps)} steps")
-        a, b, a_s = float32(alphas).sqrt(), float32(b_t), prev.sqrt()
-        zero, one = torch.zeros_like(a), torch.ones_like(a)
-        a_t, b_t_of_v = a, b
+        a_t, b_t, a_s = at.sqrt(), float32(one_minus), at_prev.sqrt()
+        zero, one = torch.zeros_like(at), torch.ones_like(at)
+        self._forward = _packed(one, zero, a_t, zero, b_t)
         if self._prediction == "v":
-            a_t, b_t_of_v = (
-                float32(getattr(self.model, name))[torch.from_numpy(steps).to(device)]
-                for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-            )
+            levels = torch.from_numpy(steps).to(device)
+            a_t = float32(self.model.sqrt_alphas_cumprod)[levels]
+            b_t = float32(self.model.sqrt_one_minus_alphas_cumprod)[levels]
+        self._table = _packed(a_t, b_t, a_s, c1, c2)
+        # The step in two halves, for what may come between them: to (ε, x0), and from (x0, ε) on,
+        # with noise that has its factor already.
+        self._to_halves = _packed(a_t, b_t, zero, zero, one)
+        self._from_halves = _packed(one, zero, a_s, one, c2)
+        self._rows = torch.arange(len(steps), dtype=torch.int32, device=device)
+        self._eta = eta
         self.ddim_timesteps = steps
         self.ddim_alphas, self.ddim_alphas_prev = alphas.to(device), alphas_prev
-        self.ddim_sigmas = eta * unscaled
-        self.ddim_sqrt_one_minus_alphas = b_t.to(device)
-        self._eta = eta
-        self._rows = torch.arange(len(steps), dtype=torch.int32, device=device)
-        self._table = _packed(a_t, b_t_of_v, a_s, c1, c2)
-        # A step in two halves, for what may come between them: to (ε, x0), and from (x0, ε) on
-        # with noise that has its factor already.
-        self._to_halves = _packed(a_t, b_t_of_v, zero, zero, one)
-        self._from_halves = _packed(one, zero, a_s, one, c2)
-        self._forward = _packed(one, zero, a, zero, b)
+        self.ddim_sigmas = eta * sigmas
+        self.ddim_sqrt_one_minus_alphas = one_minus.to(device)
 
     @torch.no_grad()
     def sample(
@@ -184,8 +184,9 @@ class DDIMSampler:
         Raises:
             TypeError, ValueError: naming the argument, the value and what is allowed.
         """
-        for name in ignored.keys() - {"quantize_denoised"}:
-            raise TypeError(f"{name} must be left out: sample has no such argument")
+        unknown = sorted(ignored.keys() - {"quantize_denoised"})
+        if unknown:
+            raise TypeError(f"{unknown[0]} must be left out: sample knows no such argument")
         if normals_sequence is not None:
             raise ValueError(
                 f"normals_sequence must be None, got {kind(normals_sequence)}: the original takes "
@@ -377,7 +378,11 @@ class DDIMSampler:
             raise ValueError(
                 f"t must lie in [0, {len(table) - 1}], got {int(t.min())} to {int(t.max())}"
             )
-        eps = torch.randn_like(x0) if noise is None else noise
+        eps = torch.randn_like(x0) if noise is None else _state("noise", noise)
+        if eps.shape != x0.shape:
+            raise ValueError(
+                f"noise must have x0's shape, {tuple(x0.shape)}, got {tuple(eps.shape)}"
+            )
         # Forward from clean data is a step from there, the noise standing for ε.
         x_t, _ = ddim_step(x0.float(), eps.float(), table, t.to(torch.int32), want_x0=False)
         return x_t
