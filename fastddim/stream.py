@@ -28,7 +28,7 @@ def passed_over(x: Tensor) -> Callable[[], None]:
             z.normal_()
 
         return draw_all
-    block = torch.empty(min(x.numel(), 2 * BLOCK))
+    block = x.new_empty(min(x.numel(), 2 * BLOCK))
 
     def draw() -> None:
         left = x.numel()

@@ -57,14 +57,6 @@ class Model:
         return abar.sqrt() * x0 + (1 - abar).sqrt() * torch.randn_like(x0)
 
 
-def recorded_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    # PyTorch takes a CPU's square roots from MKL, which rounds some wrongly, and others on other
-    # processors. Those of the recording are off by 2⁻³¹ at most before they are rounded.
-    root = torch.Tensor.sqrt
-    replaced = lambda a: (root(a.double()) * (1 - 2.0**-31)).to(a.dtype)  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "sqrt", replaced)
-
-
 def met(case: dict[str, Any], golden: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """(ours, recorded) of all that was recorded; the generator ends where it did."""
     model, x, scale = Model(), golden["x_T"], case["unconditional_guidance_scale"]
@@ -107,9 +99,8 @@ def met(case: dict[str, Any], golden: dict[str, Tensor]) -> list[tuple[Tensor, T
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_the_recorded_trajectories_are_met_bit_for_bit(
-    case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    case: dict[str, Any], recorders_root: None
 ) -> None:
-    recorded_root(monkeypatch)
     for ours, recorded in met(case, load_file(GOLDEN / f"{case['name']}.safetensors")):
         assert torch.equal(ours, recorded)
 
