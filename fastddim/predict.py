@@ -184,13 +184,16 @@ def _stacked(
     if extra:
         raise ValueError(f"{name} must hold nothing that cond lacks, got {extra[0]!r}")
     return {
-        key: _stack(f"{name}[{key!r}]", uncond.get(key, value), value, batch, samples)
+        key: stack(f"{name}[{key!r}]", uncond.get(key, value), value, batch, samples)
         for key, value in cond.items()
     }
 
 
-def _stack(name: str, u: Any, c: Any, batch: int, samples: Tensor | None) -> Any:
-    """Tensors whose first dimension is the batch belong to samples; the rest to both halves."""
+def stack(name: str, u: Any, c: Any, batch: int, samples: Tensor | None = None) -> Any:
+    """u and c one after the other along the batch, and so for each of a mapping's or a list's.
+
+    Tensors whose first dimension is the batch belong to samples; the rest to both halves.
+    """
     if isinstance(u, Tensor) and isinstance(c, Tensor):
         if u is c and (c.dim() == 0 or len(c) != batch):
             return c
@@ -211,7 +214,7 @@ def _stack(name: str, u: Any, c: Any, batch: int, samples: Tensor | None) -> Any
         return _stacked(name, u, c, batch, samples)
     if isinstance(c, (list, tuple)) and type(u) is type(c) and len(u) == len(c):
         pairs = enumerate(zip(u, c, strict=True))
-        return type(c)([_stack(f"{name}[{i}]", a, b, batch, samples) for i, (a, b) in pairs])
+        return type(c)([stack(f"{name}[{i}]", a, b, batch, samples) for i, (a, b) in pairs])
     if same(u, c):
         return c
     raise ValueError(f"{name} must equal cond's where it is no tensor, got {kind(u)}")

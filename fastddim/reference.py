@@ -99,3 +99,33 @@ def generalized_steps(
             xt_next = at_next.sqrt() * x0_t + c1 * torch.randn_like(x) + c2 * et
             xs.append(xt_next.to("cpu"))
     return xs, x0_preds
+
+
+def ddpm_steps(
+    x: Tensor, seq: Sequence[int], model: Callable[[Tensor, Tensor], Tensor], b: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The authors' DDPM loop ("ddpm_noisy"), operation for operation, likewise on x's device.
+
+        mean = (√ᾱ_s·β·x0 + √(1−β)·(1−ᾱ_s)·x_t) / (1−ᾱ_t),   β = 1 − ᾱ_t/ᾱ_s
+        x_s  = mean + √β·z, without the noise at t = 0
+
+    x0 being clamped to ±1. Returns: as ``generalized_steps``.
+    """
+    with torch.no_grad():
+        n = x.size(0)
+        x0_preds: list[Tensor] = []
+        xs = [x]
+        for i, j in zip(reversed(seq), reversed([-1, *seq[:-1]]), strict=False):
+            t, next_t = ((torch.ones(n) * level).to(x.device) for level in (i, j))
+            at, at_next = (compute_alpha(b, level.long()) for level in (t, next_t))
+            beta = 1 - at / at_next
+            xt = xs[-1].to(x.device)
+            e = model(xt, t.float())
+            x0_t = ((1.0 / at).sqrt() * xt - (1.0 / at - 1).sqrt() * e).clamp(-1, 1)
+            x0_preds.append(x0_t.to("cpu"))
+            from_x0 = (at_next.sqrt() * beta) * x0_t
+            mean = (from_x0 + ((1 - beta).sqrt() * (1 - at_next)) * xt) / (1.0 - at)
+            noise = torch.randn_like(xt)
+            noisy = (1 - (t == 0).float()).view(-1, 1, 1, 1)
+            xs.append((mean + noisy * (0.5 * beta.log()).exp() * noise).to("cpu"))
+    return xs, x0_preds

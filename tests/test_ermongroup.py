@@ -1,4 +1,4 @@
-"""generalized_steps: bit for bit the authors' loop, live and as it was recorded."""
+"""The authors' two loops, bit for bit, live and as they were recorded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,22 @@ from torch import Tensor
 
 from fastddim import generalized_steps, make_pairs, reference
 from fastddim.cpu import BLOCK
+from fastddim.dropins.ermongroup import ddpm_steps
 from tests.refusals import refused
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = json.loads((GOLDEN / "index.json").read_text())
+CASES = [
+    case
+    for case in json.loads((GOLDEN / "index.json").read_text())
+    if case["system"].startswith("ermongroup")
+]
 BETAS = torch.linspace(1e-4, 0.02, 1000)
 UNIFORM = range(0, 1000, 20)
 QUAD = [int(s) for s in np.linspace(0, np.sqrt(800), 50) ** 2]  # one step twice
 
 Loop = Callable[..., tuple[list[Tensor], list[Tensor]]]
+DDPM = None
+"""In an η's place: ddpm_steps, which has none."""
 
 
 def model(x: Tensor, t: Tensor) -> Tensor:
@@ -48,9 +56,20 @@ def run(
     return xs, x0_preds, torch.get_rng_state()
 
 
-def assert_identical(x: Tensor, seq: Sequence[int], model: Any, b: Tensor, eta: float) -> None:
-    ours = run(generalized_steps, x, seq, model, b, eta=eta)
-    theirs = run(reference.generalized_steps, x, seq, model, b, eta=eta)
+def of(eta: float | None, where: Any = None, **kwargs: Any) -> Loop:
+    """The drop-in, or the original where ``reference`` is named."""
+    if eta is DDPM:
+        return partial(ddpm_steps if where is None else where.ddpm_steps, **kwargs)
+    return partial(
+        generalized_steps if where is None else where.generalized_steps, eta=eta, **kwargs
+    )
+
+
+def assert_identical(
+    x: Tensor, seq: Sequence[int], model: Any, b: Tensor, eta: float | None
+) -> None:
+    ours = run(of(eta), x, seq, model, b)
+    theirs = run(of(eta, reference), x, seq, model, b)
     for a, e in zip(ours[:2], theirs[:2], strict=True):
         assert len(a) == len(e)
         for mine, own in zip(a, e, strict=True):
@@ -64,11 +83,11 @@ def start(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.2, 1.0, DDPM])
 @pytest.mark.parametrize("seq", [UNIFORM, QUAD], ids=["uniform", "quad"])
 @pytest.mark.parametrize("net", [model, drawing_model])
 def test_fifty_steps_are_bit_identical_and_leave_the_same_stream(
-    net: Any, seq: Sequence[int], eta: float
+    net: Any, seq: Sequence[int], eta: float | None
 ) -> None:
     assert_identical(start(3, 3, 8, 8), seq, net, BETAS, eta)
 
@@ -98,8 +117,8 @@ def test_fifty_steps_are_bit_identical_and_leave_the_same_stream(
         "channels_last_slice",
     ],
 )
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_odd_sizes_and_layouts_are_bit_identical(x: Tensor, eta: float) -> None:
+@pytest.mark.parametrize("eta", [0.0, 1.0, DDPM])
+def test_odd_sizes_and_layouts_are_bit_identical(x: Tensor, eta: float | None) -> None:
     assert_identical(x, UNIFORM, model, BETAS, eta)
 
 
@@ -115,11 +134,12 @@ def test_samples_larger_than_a_block_are_bit_identical(
 ) -> None:
     x = start(*shape).contiguous(memory_format=layout)
     assert x.numel() > 32_000
-    assert_identical(x, range(0, 1000, 100), model, BETAS, 0.5)
+    for eta in (0.5, DDPM):
+        assert_identical(x, range(0, 1000, 100), model, BETAS, eta)
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_the_full_trajectory_is_bit_identical(eta: float) -> None:
+@pytest.mark.parametrize("eta", [0.0, 1.0, DDPM])
+def test_the_full_trajectory_is_bit_identical(eta: float | None) -> None:
     assert_identical(start(2, 1, 3, 3), range(1000), model, BETAS, eta)
 
 
@@ -127,12 +147,14 @@ def test_the_full_trajectory_is_bit_identical(eta: float) -> None:
 @pytest.mark.parametrize("spacing", ["uniform-ermongroup", "quad-ermongroup"])
 def test_the_spacings_of_make_pairs_are_sequences_for_it(spacing: str, S: int) -> None:
     seq = [t for t, _ in reversed(make_pairs(spacing, S, 1000))]
-    assert_identical(start(1, 1, 2, 3), seq, model, BETAS, 0.3)
+    for eta in (0.3, DDPM):
+        assert_identical(start(1, 1, 2, 3), seq, model, BETAS, eta)
 
 
-@pytest.mark.parametrize("seq", [[500], [0], [3, 3], [], np.array([0, 10, 500])])
+@pytest.mark.parametrize("seq", [[500], [0], [3, 3], [0, 0, 7], [], np.array([0, 10, 500])])
 def test_unusual_sequences_are_bit_identical(seq: Any) -> None:
-    assert_identical(start(2, 1, 2, 3), seq, model, BETAS, 1.0)
+    for eta in (1.0, DDPM):
+        assert_identical(start(2, 1, 2, 3), seq, model, BETAS, eta)
 
 
 def test_a_model_that_returns_another_layout_is_bit_identical() -> None:
@@ -140,8 +162,9 @@ def test_a_model_that_returns_another_layout_is_bit_identical() -> None:
         eps = model(x, t)
         return torch.stack([eps, eps], -1)[..., 0]
 
-    assert_identical(start(2, 3, 5, 7), UNIFORM, sliced, BETAS, 1.0)
-    assert_identical(start(2, 3, 5, 7), UNIFORM, lambda x, t: x, BETAS, 0.5)
+    for eta in (1.0, DDPM):
+        assert_identical(start(2, 3, 5, 7), UNIFORM, sliced, BETAS, eta)
+        assert_identical(start(2, 3, 5, 7), UNIFORM, lambda x, t: x, BETAS, eta)
 
 
 @pytest.mark.parametrize(
@@ -156,33 +179,36 @@ def test_a_model_that_returns_another_layout_is_bit_identical() -> None:
 )
 def test_other_dtypes_are_the_loop_itself(dtype: torch.dtype, beta_dtype: torch.dtype) -> None:
     x, b = start(2, 3, 4, 4).to(dtype), torch.linspace(1e-4, 0.02, 1000, dtype=beta_dtype)
-    assert_identical(x, UNIFORM, model, b, 0.2)
-    last, x0, _ = run(generalized_steps, x, UNIFORM, model, b, eta=0.2, keep="last")
-    full, x0s, _ = run(reference.generalized_steps, x, UNIFORM, model, b, eta=0.2)
-    assert len(last) == len(x0) == 1
-    assert torch.equal(last[0], full[-1])
-    assert torch.equal(x0[0], x0s[-1])
+    for eta in (0.2, DDPM):
+        assert_identical(x, UNIFORM, model, b, eta)
+        last, x0, _ = run(of(eta, keep="last"), x, UNIFORM, model, b)
+        full, x0s, _ = run(of(eta, reference), x, UNIFORM, model, b)
+        assert len(last) == len(x0) == 1
+        assert torch.equal(last[0], full[-1])
+        assert torch.equal(x0[0], x0s[-1])
 
 
 def test_a_float64_default_dtype_is_the_loop_itself() -> None:
     x = start(2, 3, 4, 4)
     torch.set_default_dtype(torch.float64)
     try:
-        assert_identical(x, UNIFORM, model, BETAS, 0.2)
+        for eta in (0.2, DDPM):
+            assert_identical(x, UNIFORM, model, BETAS, eta)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
+def as_recorded(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda a: (function(a.double()) * (1 - 2.0**-31)).to(a.dtype)
+
+
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-@pytest.mark.parametrize("loop", [generalized_steps, reference.generalized_steps])
+@pytest.mark.parametrize("where", [None, reference], ids=["ours", "theirs"])
 def test_the_recorded_trajectories_are_met_bit_for_bit(
-    loop: Loop, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    where: Any, case: dict[str, Any], recorders_root: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # PyTorch takes a CPU's square roots from MKL, which rounds some wrongly, and others on other
-    # processors. Those of the recording are off by 2⁻³¹ at most before they are rounded.
-    root = torch.Tensor.sqrt
-    recorded_root = lambda a: (root(a.double()) * (1 - 2.0**-31)).to(a.dtype)  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "sqrt", recorded_root)
+    for name in ("log", "exp"):  # what is true of its roots is true of these
+        monkeypatch.setattr(torch.Tensor, name, as_recorded(getattr(torch.Tensor, name)))
     golden = load_file(GOLDEN / f"{case['name']}.safetensors")
     spacing = f"{case['skip_type']}-ermongroup"
     seq = [t for t, _ in reversed(make_pairs(spacing, case["steps"], 1000))]
@@ -194,26 +220,26 @@ def test_the_recorded_trajectories_are_met_bit_for_bit(
 
     betas = torch.from_numpy(np.linspace(1e-4, 0.02, 1000)).float()
     torch.manual_seed(case["generator_seed"])
-    xs, x0_preds = loop(golden["x_T"], seq, recorded, betas, eta=case["eta"])
+    loop = of(DDPM if case["function"] == "ddpm_steps" else case["eta"], where)
+    xs, x0_preds = loop(golden["x_T"], seq, recorded, betas)
     assert torch.equal(torch.stack(xs[1:]), golden["xs"])
     assert torch.equal(torch.stack(x0_preds), golden["x0_preds"])
     assert torch.equal(torch.stack(seen), golden["t"])
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_keep_last_is_the_end_of_all_and_leaves_the_same_stream(eta: float) -> None:
+@pytest.mark.parametrize("eta", [0.0, 1.0, DDPM])
+def test_keep_last_is_the_end_of_all_and_leaves_the_same_stream(eta: float | None) -> None:
     x = start(2, 3, 8, 8)
-    xs, x0_preds, state = run(generalized_steps, x, QUAD, drawing_model, BETAS, eta=eta)
-    last, x0, last_state = run(
-        generalized_steps, x, QUAD, drawing_model, BETAS, eta=eta, keep="last"
-    )
+    xs, x0_preds, state = run(of(eta), x, QUAD, drawing_model, BETAS)
+    last, x0, last_state = run(of(eta, keep="last"), x, QUAD, drawing_model, BETAS)
     assert len(last) == len(x0) == 1
     assert torch.equal(last[0], xs[-1])
     assert torch.equal(x0[0], x0_preds[-1])
     assert torch.equal(state, last_state)
 
 
-def test_keep_last_keeps_nothing_else() -> None:
+@pytest.mark.parametrize("eta", [1.0, DDPM])
+def test_keep_last_keeps_nothing_else(eta: float | None) -> None:
     storages: list[Any] = []
     alive: list[int] = []
 
@@ -223,14 +249,15 @@ def test_keep_last_keeps_nothing_else() -> None:
         return model(x, t)
 
     x = start(2, 3, 8, 8)
-    xs, x0_preds = generalized_steps(x, UNIFORM, watching, BETAS, eta=1.0, keep="last")
+    xs, x0_preds = of(eta, keep="last")(x, UNIFORM, watching, BETAS)
     assert max(alive) <= 3  # the caller's x, the state and the one that becomes the next
     del xs, x0_preds
     gc.collect()
     assert {s() for s in storages} == {x, None}
 
 
-def test_keep_last_takes_turns_in_two_buffers() -> None:
+@pytest.mark.parametrize("eta", [0.0, DDPM])
+def test_keep_last_takes_turns_in_two_buffers(eta: float | None) -> None:
     pointers: list[int] = []
 
     def watching(x: Tensor, t: Tensor) -> Tensor:
@@ -238,7 +265,7 @@ def test_keep_last_takes_turns_in_two_buffers() -> None:
         return model(x, t)
 
     x = start(2, 3, 8, 8)
-    generalized_steps(x, UNIFORM, watching, BETAS, keep="last")
+    of(eta, keep="last")(x, UNIFORM, watching, BETAS)
     assert pointers[0] == x.data_ptr()
     assert len(set(pointers[1:])) == 2
     assert x.data_ptr() not in pointers[1:]
@@ -267,8 +294,9 @@ def test_states_start_with_x_itself_and_all_are_returned() -> None:
     assert len({state.data_ptr() for state in xs + x0_preds}) == 101
 
 
+@pytest.mark.parametrize("eta", [1.0, DDPM])
 @pytest.mark.parametrize("keep", ["all", "last"])
-def test_nothing_of_the_callers_is_written(keep: Any) -> None:
+def test_nothing_of_the_callers_is_written(keep: Any, eta: float | None) -> None:
     kept: list[tuple[Tensor, Tensor]] = []
 
     def keeping(x: Tensor, t: Tensor) -> Tensor:
@@ -278,7 +306,7 @@ def test_nothing_of_the_callers_is_written(keep: Any) -> None:
 
     x, b = start(2, 3, 8, 8), BETAS.clone()
     before = x.clone()
-    generalized_steps(x, UNIFORM, keeping, b, eta=1.0, keep=keep)
+    of(eta, keep=keep)(x, UNIFORM, keeping, b)
     assert torch.equal(x, before)
     assert torch.equal(b, BETAS)
     assert all(torch.equal(tensor, copy) for tensor, copy in kept)
@@ -297,6 +325,14 @@ def test_betas_may_be_a_parameter() -> None:
     assert torch.equal(xs[-1], generalized_steps(x, UNIFORM, model, BETAS)[0][-1])
     assert not xs[-1].requires_grad
     refused(lambda: generalized_steps(x, UNIFORM, model, b, eta=3.0), ValueError, "eta")
+
+
+def test_ddpm_steps_reads_no_eta() -> None:
+    x = start(2, 1, 2, 2)
+    ours, theirs = (
+        run(ddpm_steps, x, UNIFORM, model, BETAS, **given) for given in ({"eta": 0.5}, {})
+    )
+    assert torch.equal(ours[0][-1], theirs[0][-1])
 
 
 SEQUENCES: list[Sequence[int]] = [
@@ -367,20 +403,22 @@ def test_bad_arguments_are_refused(
 ) -> None:
     arguments: dict[str, Any] = {"x": X, "seq": UNIFORM, "model": model, "b": BETAS} | changed
     refused(lambda: generalized_steps(**arguments), error, name)
+    if name != "eta":
+        refused(lambda: ddpm_steps(**arguments), error, name)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("eta", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.2, 1.0, DDPM])
 @pytest.mark.parametrize("seq", [UNIFORM, QUAD], ids=["uniform", "quad"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_on_a_gpu_fifty_steps_are_bit_identical(
-    layout: torch.memory_format, seq: Sequence[int], eta: float
+    layout: torch.memory_format, seq: Sequence[int], eta: float | None
 ) -> None:
     x = start(3, 3, 17, 9).cuda().contiguous(memory_format=layout)
     states = []
-    for loop in (generalized_steps, reference.generalized_steps):
+    for loop in (of(eta), of(eta, reference)):
         torch.manual_seed(0)
-        xs, x0_preds = loop(x, seq, drawing_model, BETAS.cuda(), eta=eta)
+        xs, x0_preds = loop(x, seq, drawing_model, BETAS.cuda())
         states.append((xs + x0_preds, torch.cuda.get_rng_state()))
     (ours, our_state), (theirs, their_state) = states
     for mine, own in zip(ours, theirs, strict=True):

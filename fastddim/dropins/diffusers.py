@@ -31,7 +31,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMix
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastddim.buffers import Spare
+from fastddim.buffers import Spare, fitting
 from fastddim.check import kind, whole
 from fastddim.coefficients import PREDICTIONS, make_table
 from fastddim.ops import OUTPUTS, STEP, ddim_step, initial_noise
@@ -135,7 +135,10 @@ class _Fast:
         """
         clip, threshold = self._bounds(x, output, tables, rows)
         states, x0s = self._spare = self._spare or (Spare(), Spare())
-        x_s, x0 = _into(states.take(), x), _into(x0s.take(), x)
+        x_s, x0 = (
+            torch.empty_like(x) if spare is None else spare
+            for spare in (fitting(states.take(), x), fitting(x0s.take(), x))
+        )
         STEP(
             x,
             output,
@@ -167,7 +170,8 @@ class _Fast:
                     like.shape, generator=generator, device=like.device, dtype=torch.float32
                 ),
             )
-        z = self._noise = _into(self._noise, like)
+        z = fitting(self._noise, like)
+        z = self._noise = torch.empty_like(like) if z is None else z
         return z.normal_(generator=generator)
 
     def _levels(self: Any) -> list[int]:
@@ -674,18 +678,6 @@ def _has_grad(tensor: Tensor) -> bool:
 def _version(tensor: Tensor) -> int:
     """How often it was written in place; tensors of inference mode do not count that."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _into(spare: Tensor | None, x: Tensor) -> Tensor:
-    """A buffer, if it is laid out as x and as inference mode wants it; a new one otherwise."""
-    if (
-        spare is not None
-        and spare.shape == x.shape
-        and spare.stride() == x.stride()
-        and spare.is_inference() == torch.is_inference_mode_enabled()
-    ):
-        return spare
-    return torch.empty_like(x)
 
 
 def _like(tensor: Any, sample: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -1,11 +1,10 @@
-"""generalized_steps of ermongroup/ddim: the same call, the same results, one pass a step."""
+"""The loops of ermongroup/ddim: the same calls, the same results, one pass a step or two."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,8 +12,12 @@ from torch import Tensor
 from fastddim import reference
 from fastddim.buffers import Spare
 from fastddim.check import finite, whole
-from fastddim.cpu import BLOCK
+from fastddim.coefficients import checked_factors
 from fastddim.ops import ddim_step
+from fastddim.stream import normals, passed_over
+
+Step: TypeAlias = tuple[Tensor, Tensor | None]
+"""(x_s, x0)"""
 
 
 def generalized_steps(
@@ -47,26 +50,76 @@ def generalized_steps(
             original would give NaN for a large η, the largest that works is named.
     """
     tau = _checked(x, seq, model, b, eta, keep)
-    if not tau or {x.dtype, b.dtype, torch.get_default_dtype()} != {torch.float32}:
-        xs, x0_preds = reference.generalized_steps(x, tau, model, b, eta)
-        return (xs, x0_preds) if keep == "all" else (xs[-1:], x0_preds[-1:])
+    if not _float32(x, tau, b):
+        return _kept(reference.generalized_steps(x, tau, model, b, eta), keep)
     table = _table(tau, b, eta)
+
+    def step(x: Tensor, eps: Tensor, row: Tensor, z: Tensor | None, **kept: Any) -> Step:
+        return ddim_step(x, eps, table, row, noise=z, **kept)
+
+    return _loop(x, tau, model, step, normals(x) if eta else passed_over(x), keep)
+
+
+def ddpm_steps(
+    x: Tensor,
+    seq: Sequence[int],
+    model: Callable[[Tensor, Tensor], Tensor],
+    b: Tensor,
+    *,
+    eta: object = None,
+    keep: Literal["all", "last"] = "all",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The DDPM loop beside it ("ddpm_noisy"), likewise bit-identical in float32.
+
+        mean = (√ᾱ_s·β·x0 + √(1−β)·(1−ᾱ_s)·x_t) / (1−ᾱ_t),   β = 1 − ᾱ_t/ᾱ_s
+        x_s  = mean + √β·z, without the noise at t = 0
+
+    x0 being clamped to ±1. The mean has x0 and x_t in it where ``ddim_step`` has x0 and ε, so a
+    step is two passes: one to the sum of the two, one for the division and the noise.
+
+    Args:
+        eta: nothing, as in the original, which takes any keyword and reads none.
+
+    All other arguments, the results and what is raised are those of ``generalized_steps``.
+    """
+    tau = _checked(x, seq, model, b, 0.0, keep)
+    if not _float32(x, tau, b):
+        return _kept(reference.ddpm_steps(x, tau, model, b), keep)
+    sums, means = _ddpm_tables(tau, b)
+    total = torch.empty_like(x)
+
+    def step(
+        x: Tensor, eps: Tensor, row: Tensor, z: Tensor | None, want_x0: bool, out: Tensor | None
+    ) -> Step:
+        # x0 is a difference of two products, as a v model's is; x_t is added in the noise's place.
+        _, x0 = ddim_step(
+            x, eps, sums, row, noise=x, prediction="v", clip=1.0, want_x0=want_x0, out=total
+        )
+        x_s, _ = ddim_step(total, total, means, row, noise=z, want_x0=False, out=out)
+        return x_s, x0
+
+    return _loop(x, tau, model, step, normals(x), keep)
+
+
+def _loop(
+    x: Tensor,
+    tau: Sequence[int],
+    model: Callable[[Tensor, Tensor], Tensor],
+    step: Callable[..., Step],
+    draw: Callable[[], Tensor | None],
+    keep: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(xs, x0_preds) of ``step``, given the row and its noise."""
     rows = torch.arange(len(tau), dtype=torch.int32, device=x.device)
-    xs, x0_preds = [x], []
-    spare, draw = Spare(), _normals(x) if eta else _passed_over(x)
+    xs: list[Tensor] = [x]
+    x0_preds: list[Tensor] = []
+    spare = Spare()
     for row, i in enumerate(reversed(tau)):
         with torch.no_grad():
             eps = model(x, torch.full((len(x),), float(i), device=x.device))
             z = draw()
-            x_s, x0 = ddim_step(
-                x,
-                eps,
-                table,
-                rows[row],
-                noise=z,
-                want_x0=keep == "all" or row == len(tau) - 1,
-                out=spare.take(),
-            )
+            wanted = keep == "all" or row == len(tau) - 1
+            x_s, x0 = step(x, eps, rows[row], z, want_x0=wanted, out=spare.take())
         if row:  # the first x is the caller's
             spare.keep(x)
         x = x_s
@@ -79,63 +132,49 @@ def generalized_steps(
     return xs, x0_preds
 
 
-def _normals(x: Tensor) -> Callable[[], Tensor]:
-    """Draws as ``torch.randn_like(x)`` does, into the same tensor each time."""
-    return torch.empty_like(x).normal_
+def _kept(found: tuple[list[Tensor], list[Tensor]], keep: str) -> tuple[list[Tensor], list[Tensor]]:
+    return found if keep == "all" else (found[0][-1:], found[1][-1:])
 
 
-def _passed_over(x: Tensor) -> Callable[[], None]:
-    """Leaves the generator where ``torch.randn_like(x)`` would, for noise that has no effect.
-
-    On a CPU a contiguous tensor takes its normals sixteen at a time, in order: drawn in blocks
-    that stay in the cache they cost no pass over memory, and move the generator alike.
-    """
-    if x.device.type != "cpu" or not x.is_contiguous():
-        z = torch.empty_like(x)
-
-        def draw_all() -> None:
-            z.normal_()
-
-        return draw_all
-    block = torch.empty(min(x.numel(), 2 * BLOCK))
-
-    def draw() -> None:
-        left = x.numel()
-        while left > len(block):
-            block[:BLOCK].normal_()
-            left -= BLOCK
-        block[:left].normal_()
-
-    return draw
+def _float32(x: Tensor, tau: Sequence[int], b: Tensor) -> bool:
+    """Whether there are steps, and all that is computed is float32."""
+    return bool(tau) and {x.dtype, b.dtype, torch.get_default_dtype()} == {torch.float32}
 
 
 @torch.no_grad()
 def _table(tau: Sequence[int], b: Tensor, eta: float) -> Tensor:
     """The coefficients by the original's own float32 operations, on β's device."""
-    t = torch.tensor(tau[::-1], device=b.device)
-    s = torch.tensor([-1, *tau[:-1]][::-1], device=b.device)
-    at, at_next = (reference.compute_alpha(b, level).flatten() for level in (t, s))
+    at, at_next = _levels(tau, b)
 
     def factors(eta: float) -> tuple[Tensor, Tensor]:
         c1 = eta * ((1 - at / at_next) * (1 - at_next) / (1 - at)).sqrt()
         return c1, ((1 - at_next) - c1**2).sqrt()
 
-    c1, c2 = factors(eta)
-    if c2.isnan().any():
-        # In millionths, by the same float32 operations: at the exact bound they may give NaN.
-        most, least = 0, math.ceil(eta * 1e6)
-        while least - most > 1:
-            middle = (most + least) // 2
-            if factors(middle / 1e6)[1].isnan().any():
-                least = middle
-            else:
-                most = middle
-        raise ValueError(
-            f"eta must be at most {most / 1e6} for this seq (beyond it 1 − ᾱ_s − c1² is "
-            f"negative), got {eta:g}"
-        )
-    a_t, b_t = at.sqrt(), (1 - at).sqrt()
-    return torch.stack([a_t, 1 / a_t, b_t, 1 / b_t, at_next.sqrt(), c1, c2], dim=1)
+    c1, c2 = checked_factors(factors, eta, "this seq")
+    return _packed(at.sqrt(), (1 - at).sqrt(), at_next.sqrt(), c1, c2)
+
+
+@torch.no_grad()
+def _ddpm_tables(tau: Sequence[int], b: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that make √ᾱ_s·β·x0 + √(1−β)·(1−ᾱ_s)·x_t, and those that make x_s of it."""
+    at, at_next = _levels(tau, b)
+    beta, zero, one = 1 - at / at_next, torch.zeros_like(at), torch.ones_like(at)
+    from_x0, from_x = at_next.sqrt() * beta, (1 - beta).sqrt() * (1 - at_next)
+    noisy = torch.tensor([float(t > 0) for t in reversed(tau)], device=b.device)
+    sums = _packed((1.0 / at).sqrt(), (1.0 / at - 1).sqrt(), from_x0, from_x, zero)
+    return sums, _packed(1.0 - at, zero, one, noisy * (0.5 * beta.log()).exp(), zero)
+
+
+def _levels(tau: Sequence[int], b: Tensor) -> tuple[Tensor, Tensor]:
+    """(ᾱ_t, ᾱ_s) of each step, in the order they are taken."""
+    t = torch.tensor(tau[::-1], device=b.device)
+    s = torch.tensor([-1, *tau[:-1]][::-1], device=b.device)
+    at, at_next = (reference.compute_alpha(b, level).flatten() for level in (t, s))
+    return at, at_next
+
+
+def _packed(a_t: Tensor, b_t: Tensor, a_s: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
+    return torch.stack([a_t, 1 / a_t, b_t, 1 / b_t, a_s, c1, c2], dim=1)
 
 
 def _checked(
