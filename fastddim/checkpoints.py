@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from fastddim import embedded, unets, weights
@@ -178,10 +179,13 @@ def build(name: str, shape: Sequence[int] | None = None) -> Loaded:
         if not isinstance(made, nn.Module):
             made = made()
     except (Exception, SystemExit) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        own = place.filename.startswith("<") or place.filename in (__file__, importlib.__file__)
-        where = "" if own else f" ({place.filename}:{place.lineno})"
-        raise ValueError(f"model {name} failed: {type(error).__name__}: {error}{where}") from error
+        places = [
+            f" ({place.filename}:{place.lineno})"
+            for place in traceback.extract_tb(error.__traceback__)
+            if place.filename not in (__file__, importlib.__file__) and place.filename[0] != "<"
+        ]
+        what = f"model {name} failed: {type(error).__name__}: {error}"
+        raise ValueError(what + "".join(places[-1:])) from error
     if isinstance(made, tuple) and len(made) == 2:
         made, size = made[0], size or _checked_shape(made[1])
     if isinstance(made, Loaded):
@@ -194,14 +198,11 @@ def build(name: str, shape: Sequence[int] | None = None) -> Loaded:
     elif size is None:
         raise ValueError(f"model {name} does not say its shape: add --shape, such as 3,32,32")
     else:
-        found = Loaded(made, size, description=_PAPERS)
+        found = Loaded(made, size, description="taken to predict ε on linear noise, T = 1000")
     if isinstance(found.model, nn.Module):
         found.model.eval().requires_grad_(False)
     what = f"model {name}: {_measured(found.model, found.shape)}"
     return replace(found, description=", ".join(filter(None, (what, found.description))))
-
-
-_PAPERS = "taken to predict ε on linear noise, T = 1000"
 
 
 def _garments(file: File, config: str | None, shape: Shape | None) -> Loaded:
@@ -223,12 +224,11 @@ def _ermongroup(file: File, config: str | None, shape: Shape | None) -> Loaded:
         )
     layout = CONFIGS[config][0] if config else unets.ermongroup_layout(file.tensors, file.path)
     model = unets.ermongroup(file.tensors, layout, file.path)
-    name, size = next(
-        ((name, size) for name, (known, size) in CONFIGS.items() if known == layout), (None, None)
-    )
-    shape = _sized(file, model, size, shape)
-    parts = ("ermongroup", file.part, name)
-    return _loaded(file, ", ".join(filter(None, parts)), model, shape)
+    name = next((name for name, (known, _) in CONFIGS.items() if known == layout), "")
+    sides = 2 * [CONFIGS[name][1]] if name else None
+    shape = _sized(file.path, model, sides, shape)
+    what = ", ".join(filter(None, ("ermongroup", file.part, name)))
+    return _loaded(file, what, model, shape)
 
 
 def _guided(file: File, config: str | None, shape: Shape | None) -> Loaded:
@@ -247,7 +247,11 @@ def _guided(file: File, config: str | None, shape: Shape | None) -> Loaded:
     assumed = ""
     if config is not None:
         flags = unets.Flags.of(_json(Path(config)), facts, Path(config))
-    elif facts["resblock_updown"] and not any(n % 64 for n in layout.channels):
+    elif (
+        facts["resblock_updown"]
+        and facts["use_scale_shift_norm"]
+        and not any(n % 64 for n in layout.channels)
+    ):
         flags = unets.PUBLISHED
         assumed = ", taken to be as published: 64 channels a head, in the old order"
     else:
@@ -258,7 +262,8 @@ def _guided(file: File, config: str | None, shape: Shape | None) -> Loaded:
         )
     model = unets.guided(file.tensors, layout, file.path, flags)
     ratios = tuple(n / layout.channels[0] for n in layout.channels)
-    shape = _sized(file, model, flags.image_size or unets.IMAGE_SIZES.get(ratios), shape)
+    size = flags.image_size or unets.IMAGE_SIZES.get(ratios)
+    shape = _sized(file.path, model, 2 * [size] if size else None, shape)
     if flags.rescale_timesteps and flags.diffusion_steps != 1000:
         model = unets.Rescaled(model, 1000 / flags.diffusion_steps)
     loaded = _loaded(file, "guided-diffusion", model, shape)
@@ -308,8 +313,13 @@ def _diffusers(file: File, config: str | None, shape: Shape | None) -> Loaded:
     except Exception as error:  # whatever diffusers makes of a configuration that is none
         raise ValueError(f"{source} builds no UNet2DModel: {error}") from None
     size = model.config.sample_size
-    sides = [size, size] if isinstance(size, int) else size
-    shape = _sized(file, model, sides, shape)
+    sides = size if isinstance(size, (list, tuple)) else [size, size]
+    if shape is None and not (len(sides) == 2 and all(isinstance(n, int) and n > 0 for n in sides)):
+        raise ValueError(
+            f"{source} must have a sample_size, n or [height, width], got {size!r}; or say the "
+            f"shape (--shape)"
+        )
+    shape = _sized(source, model, sides, shape)
     weights.fill(model, {_renamed(name): w for name, w in file.tensors.items()}, file.path)
     return _loaded(file, "diffusers", model, shape)
 
@@ -328,28 +338,28 @@ def _shown(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _sized(file: File, model: Any, size: Any, shape: Shape | None) -> Shape:
-    """The shape that was asked for, which must suit the network, or that of its size."""
+def _sized(source: Path, model: Any, sides: Sequence[int] | None, shape: Shape | None) -> Shape:
+    """The shape that was asked for or that goes with ``sides``, found to suit the network."""
     channels = model.config.in_channels
     if model.config.out_channels not in (channels, 2 * channels):
         raise ValueError(
-            f"{file.path} must have as many out_channels as in_channels, or twice as many, got "
+            f"{source} must have as many out_channels as in_channels, or twice as many, got "
             f"{model.config.out_channels} and {channels}"
         )
-    if shape is None and not size:
-        raise ValueError(
-            f"{file.path} does not tell the size of its images: add --shape, such as "
-            f"{channels},32,32"
-        )
+    if shape is None:
+        if sides is None:
+            raise ValueError(
+                f"{source} does not tell the size of its images: say its shape (--shape), such "
+                f"as {channels},32,32"
+            )
+        shape = channels, sides[0], sides[1]
     factor = 2 ** (len(model.config.block_out_channels) - 1)
-    sides = (size, size) if isinstance(size, int) else size
-    found = shape or (channels, *sides)
-    if found[0] != channels or any(n % factor for n in found[1:]):
+    if shape[0] != channels or shape[1] % factor or shape[2] % factor:
         raise ValueError(
-            f"shape must be {channels},H,W with H and W multiples of {factor} for {file.path}, got "
-            f"{','.join(map(str, found))}"
+            f"shape must be {channels},H,W with H and W multiples of {factor} for {source}, got "
+            f"{','.join(map(str, shape))}"
         )
-    return found
+    return shape
 
 
 def _checked_shape(shape: Any) -> Shape:
@@ -375,7 +385,8 @@ def _readable(path: Path) -> bool:
 def _read(path: Path) -> File:
     """The tensors of a safetensors file, or of a pickle without code."""
     if not weights.is_pickle(_start(path)):
-        return File(path, *weights.read(path))
+        tensors, metadata = weights.read(path)
+        return File(path, _checked_tensors(path, tensors), metadata)
     held, part = weights.unpickle(path), ""
     if isinstance(held, (list, tuple)):
         if len(held) not in (4, 5):
@@ -384,17 +395,27 @@ def _read(path: Path) -> File:
                 f"epoch, step, ema] or the first four"
             )
         held, part = (held[4], "EMA") if len(held) == 5 else (held[0], "no EMA")
+    return File(path, _checked_tensors(path, held), {}, part)
+
+
+def _checked_tensors(path: Path, held: Any) -> dict[str, Tensor]:
     if not isinstance(held, dict) or not held:
-        raise ValueError(f"checkpoint {path} must hold names and tensors, got {shown(held)}")
+        raise ValueError(f"checkpoint {path} must hold tensors by name, got {type_of(held)}")
     for name, value in held.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if (
+            not isinstance(name, str)
+            or not isinstance(value, Tensor)
+            or not value.is_floating_point()
+            or (value.layout, value.device.type) != (torch.strided, "cpu")
+        ):
+            got = value.dtype if isinstance(value, Tensor) else type_of(value)
             raise ValueError(
-                f"checkpoint {path} must hold names and tensors, got {shown(name)}: "
-                f"{type_of(value)}"
+                f"checkpoint {path} must hold tensors of floating point by name, got {got} as "
+                f"{shown(name)}"
             )
-    # DataParallel's, which ermongroup trains with
+    # DataParallel puts it before every name, and ermongroup trains so.
     prefix = "module." if all(name.startswith("module.") for name in held) else ""
-    return File(path, {name[len(prefix) :]: value for name, value in held.items()}, {}, part)
+    return {name.removeprefix(prefix): value for name, value in held.items()}
 
 
 _FOLDER = (

@@ -47,9 +47,9 @@ def unpickle(path: Path) -> Any:
         ValueError: it holds anything else, of which nothing is run; or it is truncated.
     """
     try:
-        with warnings.catch_warnings():
+        with path.open("rb") as file, warnings.catch_warnings():  # by content, not by the name
             warnings.simplefilter("ignore")  # the protocol of bare pickles, which end in an error
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # as many types as ways to be no checkpoint; their advice is unsafe
         wanted = re.search(r"GLOBAL (\S+)", str(error))
     with path.open("rb") as file:
