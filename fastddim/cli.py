@@ -53,7 +53,10 @@ def columns_option(what: str, **rest: Any) -> Any:
 Steps = Annotated[
     int,
     typer.Option(
-        metavar="S", help="The number of model calls per image, 1 to 1000.", parser=integer
+        metavar="S",
+        help="The number of model calls per image, from 1 to the T of the model's noise, which is "
+        "1000 for most.",
+        parser=integer,
     ),
 ]
 Eta = Annotated[
@@ -351,7 +354,7 @@ def reconstruct(
         str,
         typer.Option(
             metavar="S,S,...",
-            help="Each S to try, 1 to 1000. The paper's table goes on with 500,1000.",
+            help="Each S to try, as in fastddim sample. The paper's table goes on with 500,1000.",
         ),
     ] = "10,20,50,100,200",
     refine: Annotated[
