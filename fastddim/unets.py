@@ -70,6 +70,7 @@ def ermongroup(tensors: Tensors, layout: Layout, source: Path) -> nn.Module:
     return model
 
 
+# In this order: "to_" is what is left of "to_out.0".
 _ERMONGROUP = {
     "down_blocks.": "down.",
     "mid_block.attentions.0": "mid.attn_1",
@@ -217,12 +218,7 @@ IMAGE_SIZES: dict[tuple[float, ...], int] = {
 """By the ratios of a guided-diffusion network's widths, unless it was told both."""
 
 
-def guided(
-    tensors: Tensors,
-    layout: Layout,
-    source: Path,
-    flags: Flags,
-) -> nn.Module:
+def guided(tensors: Tensors, layout: Layout, source: Path, flags: Flags) -> nn.Module:
     """A ``UNetModel`` of guided-diffusion or improved-diffusion with its weights.
 
     Raises:
