@@ -326,9 +326,9 @@ def _built(layout: Layout, source: Path, *, resnet: bool = False, **rest: Any) -
     """A UNet2DModel of that layout; ``resnet``: blocks of their own go from level to level."""
     from diffusers.models.unets.unet_2d import UNet2DModel
 
-    def kinds(way: str) -> list[str]:
+    def kinds(way: str) -> tuple[str, ...]:
         plain = f"Resnet{way}sampleBlock2D" if resnet else f"{way}Block2D"
-        return [f"Attn{way}Block2D" if attention else plain for attention in layout.attention]
+        return tuple(f"Attn{way}Block2D" if has else plain for has in layout.attention)
 
     sampling = "resnet" if resnet else "conv"
     try:
