@@ -626,8 +626,9 @@ def test_ermongroups_sizes(tmp_path: Path, name: str) -> None:
         loaded = on_meta(tmp_path / "a.ckpt", config=config)
         model, shape = network(loaded)
         assert shape == (3, size, size)
-        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == parameters
-        assert f"ermongroup, {name}, {parameters:.1f} M parameters" in loaded.description
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        assert round(millions, 2) == parameters
+        assert f"ermongroup, {name}, {millions:.1f} M parameters" in loaded.description
     for other in PUBLISHED.keys() - {name}:
         with pytest.raises(ValueError, match=r"does not hold the model's weights: \d+ "):
             on_meta(tmp_path / "a.ckpt", config=other)
