@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,10 @@ def columns_option(what: str, **rest: Any) -> Any:
 Steps = Annotated[
     int,
     typer.Option(
-        metavar="S", help="The number of model calls per image, 1 to 1000.", parser=integer
+        metavar="S",
+        help="The number of model calls per image, from 1 to the T of the model's noise, which is "
+        "1000 for most.",
+        parser=integer,
     ),
 ]
 Eta = Annotated[
@@ -88,10 +92,43 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option(
         metavar="PATH",
-        help="The model: a safetensors file of garment weights, or a folder with a diffusers "
-        "UNet2DModel (config.json and diffusion_pytorch_model.safetensors, there or in "
-        "unet/). Pickles are refused, and nothing is fetched.",
+        help="The model: a folder with a diffusers UNet2DModel (or with one in unet/), or a file "
+        "with the weights of ermongroup/ddim (of a whole checkpoint the EMA), guided-diffusion or "
+        "garments, as safetensors or as torch.save writes them. The kind is found out from the "
+        "content and said on stderr. No code in a file is run, and nothing is fetched.",
         show_default="the garment model that ships",
+    ),
+]
+Network = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="Or your own model: package.module:factory, in the current folder or anywhere on "
+        "Python's path. The factory takes no arguments and returns a model, called as model(x, t), "
+        "or (model, (channels, height, width)), or a fastddim.checkpoints.Loaded.",
+        show_default="none",
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE.json",
+        help=f"What the checkpoint's tensors do not tell: {', '.join(checkpoints.CONFIGS)} for "
+        "ermongroup/ddim's; for guided-diffusion's a file of its scripts' flags, such as "
+        '{"image_size": 64, "num_heads": 4, "noise_schedule": "cosine"}, in which its own defaults '
+        "may be left out; for diffusers weights their config.json.",
+        show_default="what is beside the weights, or as published",
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        "--shape",
+        metavar="C,H,W",
+        help="Channels, height and width of an image, such as 3,32,32, where neither model nor "
+        "config says it, or another size.",
+        show_default="the model's own",
     ),
 ]
 Out = Annotated[
@@ -124,6 +161,9 @@ def sample(
     batch_size: BatchSize = 16,
     device: Device = None,
     checkpoint: Checkpoint = None,
+    model: Network = None,
+    config: Config = None,
+    shape: Size = None,
     out: Out = Path("garments.png"),
 ) -> None:
     """Draw images by seed, as one grid in a PNG.
@@ -138,16 +178,16 @@ def sample(
     """
     wanted = parse_seeds(seeds)
     whole("batch-size", batch_size, low=1, high=images.LARGEST_BATCH)
-    ddim = DDIM(steps, eta=number_or_name(eta), spacing=spacing)
     png = images.check_png(out)
-    model, shape, where = load(checkpoint, device)
-    images.check_channels(shape[0])
-    timed = images.Timed(model, where)
-    images.warm_up(ddim, timed, shape, batch_size, where)
+    loaded, where = load(checkpoint, model, config, shape, device)
+    images.check_channels(loaded.shape[0])
+    ddim = loaded.ddim(steps, eta=number_or_name(eta), spacing=spacing)
+    timed = images.Timed(loaded.model, where)
+    images.warm_up(ddim, timed, loaded.shape, batch_size, where)
     with bar("sampling", calls(ddim, len(wanted), batch_size)) as progress:
         timed.start()
         samples = images.by_seed(
-            ddim, timed, wanted, shape, batch_size, device=where, progress=progress
+            ddim, timed, wanted, loaded.shape, batch_size, device=where, progress=progress
         )
         pictures = torch.cat([images.to_uint8(x) for x in samples])
         summary = timed.summary(len(wanted))
@@ -172,6 +212,9 @@ def interpolate(
     batch_size: BatchSize = 16,
     device: Device = None,
     checkpoint: Checkpoint = None,
+    model: Network = None,
+    config: Config = None,
+    shape: Size = None,
     out: Out = Path("interpolation.png"),
 ) -> None:
     """Draw the way from one image to another, one row for each pair of seeds, in a PNG.
@@ -191,14 +234,21 @@ def interpolate(
     whole("columns", columns, low=2)
     check_cells("pairs of seeds x columns", len(wanted) // 2, columns)
     whole("batch-size", batch_size, low=1, high=images.LARGEST_BATCH)
-    ddim = DDIM(steps, spacing=spacing)
     png = images.check_png(out)
-    model, shape, where = load(checkpoint, device)
-    images.check_channels(shape[0])
+    loaded, where = load(checkpoint, model, config, shape, device)
+    images.check_channels(loaded.shape[0])
+    ddim = loaded.ddim(steps, spacing=spacing)
     rows = len(wanted) // 2
     with bar("interpolating", calls(ddim, rows * columns, batch_size)) as progress:
         between = images.interpolations(
-            ddim, model, wanted, shape, batch_size, columns, device=where, progress=progress
+            ddim,
+            loaded.model,
+            wanted,
+            loaded.shape,
+            batch_size,
+            columns,
+            device=where,
+            progress=progress,
         )
     pictures = images.to_uint8(between.flatten(0, 1))
     images.save_png(images.grid(pictures, columns=columns), png)
@@ -225,6 +275,9 @@ def sequence(
     batch_size: BatchSize = 16,
     device: Device = None,
     checkpoint: Checkpoint = None,
+    model: Network = None,
+    config: Config = None,
+    shape: Size = None,
     out: Out = Path("sequence.png"),
 ) -> None:
     """Draw how images come about: the x0 predicted along the way, one row a seed, in a PNG.
@@ -238,16 +291,24 @@ def sequence(
     """
     wanted = parse_seeds(seeds)
     whole("batch-size", batch_size, low=1, high=images.LARGEST_BATCH)
-    ddim = DDIM(steps, eta=number_or_name(eta), spacing=spacing)
+    png = images.check_png(out)
+    loaded, where = load(checkpoint, model, config, shape, device)
+    images.check_channels(loaded.shape[0])
+    ddim = loaded.ddim(steps, eta=number_or_name(eta), spacing=spacing)
     n = min(10, len(ddim.pairs)) if columns is None else columns
     kept = [ddim.pairs[row] for row in images.kept_rows(ddim, n)]
     check_cells("seeds x columns", len(wanted), n)
-    png = images.check_png(out)
-    model, shape, where = load(checkpoint, device)
-    images.check_channels(shape[0])
     with bar("sampling", calls(ddim, len(wanted), batch_size)) as progress:
         batches = images.sequences(
-            ddim, model, wanted, shape, batch_size, n, state=state, device=where, progress=progress
+            ddim,
+            loaded.model,
+            wanted,
+            loaded.shape,
+            batch_size,
+            n,
+            state=state,
+            device=where,
+            progress=progress,
         )
         pictures = torch.cat([images.to_uint8(x.flatten(0, 1)) for x in batches])
     images.save_png(images.grid(pictures, columns=n), png)
@@ -293,7 +354,7 @@ def reconstruct(
         str,
         typer.Option(
             metavar="S,S,...",
-            help="Each S to try, 1 to 1000. The paper's table goes on with 500,1000.",
+            help="Each S to try, as in fastddim sample. The paper's table goes on with 500,1000.",
         ),
     ] = "10,20,50,100,200",
     refine: Annotated[
@@ -312,6 +373,9 @@ def reconstruct(
     batch_size: BatchSize = 16,
     device: Device = None,
     checkpoint: Checkpoint = None,
+    model: Network = None,
+    config: Config = None,
+    shape: Size = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -337,41 +401,52 @@ def reconstruct(
         raise ValueError(f"seeds must be left out with images, got {seeds!r}")
     if file is None and count is not None:
         raise ValueError(f"count must be left out without images, got {count}")
-    ddims = [DDIM(S, spacing=spacing) for S in parse_steps(steps)]
+    numbers = parse_steps(steps)
     whole("refine", refine, low=0)
     whole("batch-size", batch_size, low=1, high=images.LARGEST_BATCH)
     if count is not None:
         whole("count", count, low=1, high=MOST_IMAGES)
     wanted = parse_seeds("0-15" if seeds is None else seeds)
     png = None if out is None else images.check_png(out)
-    model, shape, where = load(checkpoint, device)
+    loaded, where = load(checkpoint, model, config, shape, device)
+    ddims = [loaded.ddim(S, spacing=spacing) for S in numbers]
+    drawn = loaded.ddim(DRAWN.steps)
     if png is not None:
-        images.check_channels(shape[0])
+        images.check_channels(loaded.shape[0])
     given = None
     if file is not None:
-        given = images.from_uint8(images.read(file, shape, count)[: count or 16])
+        given = images.from_uint8(images.read(file, loaded.shape, count)[: count or 16])
     n = len(wanted) if given is None else len(given)
     if png is not None:
         check_cells("(1 + steps) x images", 1 + len(ddims), n)
     # The first calls prepare and compile, which no row's seconds should hold.
     list(
         reconstruction.errors(
-            [DDIM(1)], model, torch.zeros(1, *shape, device=where), batch_size=batch_size
+            [loaded.ddim(1)],
+            loaded.model,
+            torch.zeros(1, *loaded.shape, device=where),
+            batch_size=batch_size,
         )
     )
     total = reconstruction.model_calls(ddims, n, batch_size, refine)
-    total += 0 if given is not None else calls(DRAWN, n, batch_size)
+    total += 0 if given is not None else calls(drawn, n, batch_size)
     done: list[reconstruction.Reconstruction] = []
     try:
         with bar("reconstructing", total) as progress:
             if given is None:
-                drawn = images.by_seed(
-                    DRAWN, model, wanted, shape, batch_size, device=where, progress=progress
+                samples = images.by_seed(
+                    drawn,
+                    loaded.model,
+                    wanted,
+                    loaded.shape,
+                    batch_size,
+                    device=where,
+                    progress=progress,
                 )
-                given = torch.cat(list(drawn))
+                given = torch.cat(list(samples))
             x0 = given.to(where)
             for row in reconstruction.errors(
-                ddims, model, x0, refine=refine, batch_size=batch_size, progress=progress
+                ddims, loaded.model, x0, refine=refine, batch_size=batch_size, progress=progress
             ):
                 # extend need not have kept any when Ctrl-C comes
                 done.append(row)  # noqa: PERF402
@@ -402,12 +477,26 @@ def print_table(done: list[reconstruction.Reconstruction], what: str) -> None:
 
 
 def load(
-    checkpoint: Path | None, device: str | None
-) -> tuple[nn.Module, tuple[int, int, int], torch.device]:
-    """The model on its device, the shape of one of its samples, and the device."""
+    checkpoint: Path | None,
+    model: str | None,
+    config: str | None,
+    shape: str | None,
+    device: str | None,
+) -> tuple[checkpoints.Loaded, torch.device]:
+    """What was asked for, on its device, and the device. What it was taken for is said aloud."""
     where = images.usable_device(device)
-    model, shape = checkpoints.load(checkpoint)
-    return model.to(where), shape, where
+    size = None if shape is None else parse_shape(shape)
+    if model is None:
+        loaded = checkpoints.load(checkpoint, config=config, shape=size)
+    elif checkpoint is not None or config is not None:
+        raise ValueError("model must be given without checkpoint and config")
+    else:
+        loaded = checkpoints.build(model, size)
+    if isinstance(loaded.model, nn.Module):
+        loaded.model.to(where)
+    if checkpoint is not None or model is not None:
+        print(loaded.description, file=sys.stderr)
+    return loaded, where
 
 
 def calls(ddim: DDIM, n: int, batch_size: int) -> int:
@@ -430,8 +519,15 @@ def parse_steps(text: str) -> list[int]:
     """ "10,20,50" → its numbers; what they may be is the sampler's to say."""
     parts = text.split(",")
     if not all(re.fullmatch(r"\s*[0-9]{1,19}\s*", part) for part in parts):
-        raise ValueError(f"steps must be such as 50 or 10,20,50, each in [1, 1000], got {text!r}")
+        raise ValueError(f"steps must be such as 50 or 10,20,50, got {text!r}")
     return [int(part) for part in parts]
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """ "3,32,32" → its numbers."""
+    if re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9}){2}", text) is None:
+        raise ValueError(f"shape must be C,H,W, such as 3,32,32, got {text!r}")
+    return tuple(map(int, text.split(",")))
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -220,7 +220,8 @@ def warm_up(
     The first call of a model and of each kind of step prepares and compiles: nothing a rate or
     a share of the time should hold.
     """
-    for sampler in (ddim, DDIM(steps=1)):
+    last = DDIM(steps=1, schedule=ddim.schedule, prediction=ddim.prediction)
+    for sampler in (ddim, last):
         sampler.sample(
             model,
             shape=(batch_size, *shape),

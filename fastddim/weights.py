@@ -1,10 +1,14 @@
-"""Weights in safetensors files: read whole or not at all, put where they fit exactly."""
+"""Weights in files: read whole or not at all, no code run, put where they fit exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,28 +40,61 @@ def is_pickle(start: bytes) -> bool:
     return start.startswith(b"PK") or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+def unpickle(path: Path) -> Any:
+    """What ``torch.save`` wrote: tensors, numbers, strings and containers of them.
+
+    Raises:
+        ValueError: it holds anything else, of which nothing is run; or it is truncated.
+    """
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():  # by content, not by the name
+            warnings.simplefilter("ignore")  # the protocol of bare pickles, which end in an error
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # as many types as ways to be no checkpoint; their advice is unsafe
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+    with path.open("rb") as file:
+        bare = file.read(2) in (b"\x80\3", b"\x80\4", b"\x80\5")
+    if not wanted and not bare:
+        raise ValueError(f"{path} is truncated, or no checkpoint that torch.save wrote")
+    what = f"wants code ({wanted[1]})" if wanted else "torch.save did not write"
+    raise ValueError(
+        f"{path} is a pickle that {what}, as EDM's .pkl do, and none is run: load it with its own "
+        f"code and save the network's state_dict(), or name a function that builds it (--model)"
+    )
+
+
+def fill(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    called: Callable[[str], str] = str,
+    left_over: Iterable[str] = (),
+) -> None:
     """Puts ``tensors`` into ``module``: every one it has, and nothing else.
+
+    Args:
+        called: what ``source`` calls the module's own names, for the messages.
+        left_over: what else ``source`` holds, by its own names.
 
     Raises:
         ValueError: naming the first few that are missing, left over or of another shape.
     """
     own = module.state_dict()
     wrong = {
-        "missing": [name for name in own if name not in tensors],
-        "left over": [name for name in tensors if name not in own],
-        "of another shape": [
-            f"{name} {tuple(tensor.shape)} for {tuple(own[name].shape)}"
+        "missing": {called(name) for name in own if name not in tensors},
+        "left over": {name for name in tensors if name not in own}.union(left_over),
+        "of another shape": {
+            f"{called(name)} {tuple(tensor.shape)} for {tuple(own[name].shape)}"
             for name, tensor in tensors.items()
             if name in own and tensor.shape != own[name].shape
-        ],
+        },
     }
-    found = [f"{len(names)} {what} ({_few(names)})" for what, names in wrong.items() if names]
+    found = [f"{len(names)} {what} ({few(names)})" for what, names in wrong.items() if names]
     if found:
         raise ValueError(f"{source} does not hold the model's weights: {', '.join(found)}")
     module.load_state_dict(tensors)
 
 
-def _few(names: Iterable[str], most: int = 3) -> str:
+def few(names: Iterable[str], most: int = 3) -> str:
     names = sorted(names)
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

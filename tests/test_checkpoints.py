@@ -1,10 +1,13 @@
-"""Checkpoints load exactly or are refused in one line; none is ever unpickled."""
+"""Checkpoints load exactly or are refused in one line; no code in one is ever run."""
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,9 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from fastddim import DDIM, checkpoints, embedded
+from fastddim import DDIM, NoiseSchedule, checkpoints, embedded
+from tests import networks
+from tests.networks import Guided
 
 TINY: dict[str, Any] = {
     "sample_size": [8, 4],
@@ -28,6 +33,15 @@ TINY: dict[str, Any] = {
     "attention_head_dim": 4,
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+GOLDEN = Path(__file__).with_name("golden")
+ERMONGROUP = GOLDEN / "ermongroup-tiny-plain.ckpt"
+GUIDED = GOLDEN / "guided-tiny.pt"
+FLAGS: dict[str, Any] = {"image_size": 16, "num_head_channels": 32}
+"""Those of ``GUIDED`` that its tensors do not tell."""
+
+CLOSE = 2e-6
+"""How far another implementation's answer may be from the one recorded."""
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +57,12 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
+def state(file: Path) -> dict[str, torch.Tensor]:
+    tensors = torch.load(file, weights_only=True)
+    assert isinstance(tensors, dict)
+    return tensors
+
+
 def change(folder: Path, **fields: Any) -> None:
     config = json.loads((folder / "config.json").read_text()) | fields
     (folder / "config.json").write_text(json.dumps(config))
@@ -54,17 +74,22 @@ def by_diffusers(folder: Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def refusal(path: Path | str, kind: type[Exception] = ValueError) -> str:
+def network(loaded: checkpoints.Loaded) -> tuple[torch.nn.Module, tuple[int, int, int]]:
+    assert isinstance(loaded.model, torch.nn.Module)
+    return loaded.model, loaded.shape
+
+
+def refusal(path: Path | str, kind: type[Exception] = ValueError, **options: Any) -> str:
     with pytest.raises(kind) as caught:
-        checkpoints.load(path)
+        checkpoints.load(path, **options)
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value).strip()
     return str(caught.value)
 
 
 def test_the_model_that_ships() -> None:
-    model, shape = checkpoints.load()
-    again, _ = checkpoints.load(embedded.WEIGHTS)
+    model, shape = network(checkpoints.load())
+    again, _ = network(checkpoints.load(embedded.WEIGHTS))
     assert shape == embedded.SHAPE
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
@@ -75,7 +100,7 @@ def test_the_model_that_ships() -> None:
 @pytest.mark.parametrize("inside", ["", "unet"])
 def test_diffusers_folder_gives_diffusers_output(saved: Path, tmp_path: Path, inside: str) -> None:
     shutil.copytree(saved, tmp_path / "model" / inside)
-    model, shape = checkpoints.load(tmp_path / "model")
+    model, shape = network(checkpoints.load(tmp_path / "model"))
     assert shape == (3, 8, 4)
     assert not model.training
     theirs = by_diffusers(saved)
@@ -88,7 +113,7 @@ def test_diffusers_folder_gives_diffusers_output(saved: Path, tmp_path: Path, in
 def test_half_precision_weights_become_float32(folder: Path) -> None:
     half = {name: w.half() for name, w in load_file(folder / WEIGHTS).items()}
     save_file(half, folder / WEIGHTS)
-    model, _ = checkpoints.load(folder)
+    model, _ = network(checkpoints.load(folder))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(torch.equal(w, half[name].float()) for name, w in model.state_dict().items())
 
@@ -102,7 +127,7 @@ def test_old_attention_names_as_diffusers_reads_them(folder: Path) -> None:
         weights[name] = w
     assert any(".proj_attn." in name for name in weights)
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
-    model, shape = checkpoints.load(folder)
+    model, shape = network(checkpoints.load(folder))
     theirs = by_diffusers(folder)
     x, t = torch.randn(2, *shape), torch.tensor([0, 999])
     assert torch.equal(model(x, t).sample, theirs(x, t).sample)
@@ -111,7 +136,10 @@ def test_old_attention_names_as_diffusers_reads_them(folder: Path) -> None:
 def test_missing(tmp_path: Path) -> None:
     message = refusal(tmp_path / "none.safetensors", FileNotFoundError)
     assert "none.safetensors" in message
-    assert "allowed: a safetensors file of garment weights or a folder with" in message
+    assert "allowed: a folder with a diffusers UNet2DModel" in message
+    assert (
+        "or a file with the weights of garments or ermongroup/ddim or guided-diffusion" in message
+    )
 
 
 class Bomb:
@@ -119,18 +147,38 @@ class Bomb:
         return pytest.fail, ("a checkpoint was unpickled",)
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.ckpt", "a.bin", "a.pkl", "a.safetensors"])
-@pytest.mark.parametrize("write", [torch.save, lambda x, p: p.write_bytes(pickle.dumps(x))])
-def test_pickles_are_refused_unread(
+def legacy(held: Any, path: Path) -> None:
+    torch.save(held, path, _use_new_zipfile_serialization=False)
+
+
+def plain(held: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(held))
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@pytest.mark.parametrize("write", [torch.save, legacy, plain])
+def test_pickles_that_want_code_are_refused(
     tmp_path: Path, name: str, write: Callable[[Any, Path], Any]
 ) -> None:
-    write(Bomb(), tmp_path / name)
+    write(state(ERMONGROUP) | {"bomb": Bomb()}, tmp_path / name)
     message = refusal(tmp_path / name)
     assert name in message
-    assert "is a pickle" in message
-    assert "allowed: " in message
+    assert "is a pickle that " in message
+    assert "none is run" in message
+    assert "--model" in message
+    assert "weights_only" not in message
     with pytest.raises(ValueError, match="is a pickle"):
         embedded.load(tmp_path / name)
+
+
+def test_edm_is_told_what_to_do(tmp_path: Path) -> None:
+    # As EDM's are written: an object whose class comes along as source code.
+    (tmp_path / "edm.pkl").write_bytes(
+        b"\x80\3}X\3\0\0\0emactorch_utils.persistence\n_reconstruct_persistent_obj\n}\x85Rs."
+    )
+    message = refusal(tmp_path / "edm.pkl")
+    assert "wants code (torch_utils.persistence._reconstruct_persistent_obj)" in message
+    assert "save the network's state_dict(), or name a function that builds it" in message
 
 
 @pytest.mark.parametrize("kept", [0, 1, 8, 9, 400, 100_000, -1])
@@ -154,7 +202,7 @@ def test_other_files_and_folders(tmp_path: Path) -> None:
     assert "a folder without config.json" in refusal(tmp_path)
     assert "neither a file nor a folder" in refusal("/dev/null")
     save_file({"w": torch.zeros(1)}, tmp_path / "lora.safetensors")
-    assert "has no 'unet'" in refusal(tmp_path / "lora.safetensors")
+    assert "has tensors of no kind known here (w)" in refusal(tmp_path / "lora.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -194,8 +242,36 @@ def test_diffusers_weights_that_do_not_fit(folder: Path) -> None:
 
 
 def test_diffusers_without_safetensors(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
-    assert f"no {WEIGHTS} in" in refusal(folder, FileNotFoundError)
+    weights = load_file(folder / WEIGHTS)
+    os.remove(folder / WEIGHTS)
+    message = refusal(folder, FileNotFoundError)
+    assert f"no {WEIGHTS} or diffusion_pytorch_model.bin in" in message
+    torch.save(weights, folder / "diffusion_pytorch_model.bin")
+    model, _ = network(checkpoints.load(folder))
+    assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_diffusers_weights_with_their_configuration(
+    folder: Path, tmp_path: Path, named: bool
+) -> None:
+    config, weights = folder / "config.json", folder / WEIGHTS
+    if named:
+        config = Path(shutil.move(config, tmp_path / "tiny.json"))
+    loaded = checkpoints.load(weights, config=str(config) if named else None)
+    model, shape = network(loaded)
+    assert shape == (3, 8, 4)
+    assert all(torch.equal(w, model.state_dict()[name]) for name, w in load_file(weights).items())
+    assert "diffusers, 0.0 M parameters, 3x8x4" in loaded.description
+    if named:
+        assert "config.json must be beside it, or config name it" in refusal(weights)
+
+
+def test_a_shape_where_a_configuration_has_none(folder: Path) -> None:
+    change(folder, sample_size=None)
+    loaded = checkpoints.load(folder, shape=(3, 6, 4))
+    assert loaded.shape == (3, 6, 4)
+    DDIM(1).sample(loaded.model, shape=(1, *loaded.shape), seeds=[0])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +281,7 @@ def test_diffusers_without_safetensors(folder: Path) -> None:
         ({"num_class_embeds": 10}, "unconditional model, got num_class_embeds = 10"),
         ({"class_embed_type": "timestep"}, "unconditional model, got class_embed_type = 'time"),
         ({"time_embedding_type": "fourier"}, "noise level"),
-        ({"out_channels": 6}, "as many out_channels as in_channels, got 6 and 3"),
+        ({"out_channels": 5}, "as many out_channels as in_channels, or twice as many, got 5 and 3"),
         ({"sample_size": None}, "must have a sample_size, n or [height, width], got None"),
         ({"sample_size": [8, 8, 8]}, "must have a sample_size"),
         ({"nonsense": 1}, "builds no UNet2DModel"),
@@ -236,3 +312,444 @@ def test_another_schedule_or_prediction_is_refused(folder: Path, place: str) -> 
         message = refusal(folder)
         assert f"must have {name} = " in message
         assert message.endswith(f"got {value!r}")
+
+
+def recorded(name: str) -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / f"{name}-outputs.safetensors")
+
+
+def written(flags: dict[str, Any], folder: Path) -> str:
+    (folder / "flags.json").write_text(json.dumps(flags))
+    return str(folder / "flags.json")
+
+
+def whole_checkpoint(ema: bool) -> list[Any]:
+    """As ermongroup/ddim trains: DataParallel's names, other weights, an optimizer, counters."""
+    weights = state(ERMONGROUP)
+    torch.manual_seed(0)
+    other = {f"module.{name}": torch.randn_like(w) for name, w in weights.items()}
+    adam = {"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.zeros(3)}}}
+    if not ema:
+        other = {f"module.{name}": w for name, w in weights.items()}
+    return [other, adam, 3, 790_000, *([weights] if ema else [])]
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path: torch.save(whole_checkpoint(True), path), "ermongroup, EMA, 0.3 M"),
+        (lambda path: torch.save(tuple(whole_checkpoint(False)), path), "ermongroup, no EMA, "),
+        (lambda path: legacy(state(ERMONGROUP), path), "ermongroup, 0.3 M parameters, 3x16x16"),
+        (lambda path: save_file(state(ERMONGROUP), path), "ermongroup, 0.3 M parameters, 3x16x16"),
+    ],
+)
+def test_ermongroup_as_recorded(tmp_path: Path, write: Callable[[Path], None], said: str) -> None:
+    write(tmp_path / "any.name")
+    loaded = checkpoints.load(tmp_path / "any.name", shape=(3, 16, 16))
+    model, shape = network(loaded)
+    expected = recorded("ermongroup-tiny")
+    assert (model(expected["x"], expected["t"]).sample - expected["y_ema"]).abs().max() <= CLOSE
+    assert shape == (3, 16, 16)
+    assert said in loaded.description
+    assert not model.training
+
+
+def test_guided_as_recorded(tmp_path: Path) -> None:
+    expected = recorded("guided-tiny")
+    save_file(state(GUIDED), tmp_path / "guided.safetensors")
+    for file in (GUIDED, tmp_path / "guided.safetensors"):
+        loaded = checkpoints.load(file, config=written(FLAGS, tmp_path))
+        model, shape = network(loaded)
+        assert (model(expected["x"], expected["t"]).sample - expected["y"]).abs().max() <= CLOSE
+        assert shape == (3, 16, 16)
+        assert loaded.description.endswith(
+            "guided-diffusion, 0.4 M parameters, 3x16x16, learned variance, linear noise, T = 1000"
+        )
+    samples = loaded.ddim(3).sample(model, shape=(2, *shape), seeds=[0, 1])
+    assert samples.shape == (2, 3, 16, 16)
+    assert torch.equal(samples, DDIM(3).sample(model, shape=(2, *shape), seeds=[0, 1]))
+
+
+def test_the_description_of_guided_computes_what_is_recorded() -> None:
+    expected = recorded("guided-tiny")
+    tiny = Guided(32, (1, 1), 1, (2,), head_channels=32)
+    weights = state(GUIDED)
+    assert tiny.shapes() == {name: tuple(w.shape) for name, w in weights.items()}
+    assert (tiny(weights, expected["x"], expected["t"]) - expected["y"]).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize(
+    ("described", "flags"),
+    [
+        # improved-diffusion's: convolutions from level to level, heads by number
+        (
+            Guided(32, (1, 2, 2), 2, (2, 4), heads=2, updown=False),
+            {"num_heads": 2, "resblock_updown": False, "attention_resolutions": "8,4"},
+        ),
+        (
+            Guided(32, (1, 2), 1, (1, 2), heads=4, new_order=True, scale_shift=False, out=3),
+            {"use_new_attention_order": True, "use_scale_shift_norm": False, "learn_sigma": False},
+        ),
+        # the published 512's: the finest level is half as wide
+        (
+            Guided(64, (0.5, 1, 1), 1, (4,), head_channels=16),
+            {"num_head_channels": 16, "channel_mult": "0.5,1,1", "use_fp16": True},
+        ),
+        # t counted to 1000
+        (
+            Guided(32, (1, 1), 1, (), heads=4),
+            {"diffusion_steps": 4000, "rescale_timesteps": True, "noise_schedule": "cosine"},
+        ),
+    ],
+)
+def test_guided_in_every_form(tmp_path: Path, described: Guided, flags: dict[str, Any]) -> None:
+    weights = networks.random(described.shapes())
+    torch.save(weights, tmp_path / "a.pt")
+    loaded = checkpoints.load(
+        tmp_path / "a.pt", config=written({"image_size": 16} | flags, tmp_path)
+    )
+    torch.manual_seed(0)
+    x, t = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.tensor([30, 700])
+    told = t * (1000 / flags.get("diffusion_steps", 1000))
+    model, _ = network(loaded)
+    expected = described({name: w.double() for name, w in weights.items()}, x, told)
+    assert (model.double()(x, t).sample - expected).abs().max() < 1e-12
+
+
+def test_flags_that_are_the_samplers(tmp_path: Path) -> None:
+    def load(**flags: Any) -> checkpoints.Loaded:
+        return checkpoints.load(GUIDED, config=written(FLAGS | flags, tmp_path))
+
+    usual, cosine = load(), load(noise_schedule="cosine", predict_xstart=True)
+    many = load(diffusion_steps=4000, rescale_timesteps=False)
+    assert (usual.prediction, cosine.prediction) == ("epsilon", "sample")
+    linear = NoiseSchedule.linear(4000, 1e-4 / 4, 0.02 / 4)
+    for loaded, schedule in (
+        (usual, NoiseSchedule.linear()),
+        (cosine, NoiseSchedule.cosine()),
+        (many, linear),
+    ):
+        assert loaded.schedule.alphas_cumprod == pytest.approx(schedule.alphas_cumprod, rel=1e-12)
+    assert "cosine noise, T = 1000" in cosine.description
+    assert (cosine.ddim(7).steps, cosine.ddim(7).prediction) == (7, "sample")
+    assert many.ddim(2000).schedule is many.schedule
+
+
+UNKNOWN_SIZE = "does not tell the size of its images: say its shape (--shape), such as 3,32,32"
+
+
+def test_what_the_tensors_do_not_tell_is_asked_for(tmp_path: Path) -> None:
+    assert UNKNOWN_SIZE in refusal(ERMONGROUP)
+    assert UNKNOWN_SIZE in refusal(GUIDED, config=written({"num_heads": 1}, tmp_path))
+    message = refusal(GUIDED)
+    assert "none of guided-diffusion's published networks" in message
+    assert "say them with --config FLAGS.json" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"num_head_channels": 24}, "32 channels, which num_heads = 4, num_head_channels = 24 do"),
+        ({"num_head_channels": 0}, "num_head_channels = 0 do not divide"),
+        ({"num_heads": 0}, "num_heads must be an integer ≥ 1, got 0"),
+        ({"num_heads": "4"}, "must have num_heads of type int, got '4'"),
+        ({"num_heads": True}, "must have num_heads of type int, got True"),
+        ({"image_size": 0}, "image_size must be an integer ≥ 1, got 0"),
+        ({"image_size": 15}, "shape must be 3,H,W with H and W multiples of 2"),
+        ({"noise_schedule": "sigmoid"}, "noise_schedule linear or cosine, got 'sigmoid'"),
+        ({"diffusion_steps": 4000}, "must have rescale_timesteps where diffusion_steps is not"),
+        ({"diffusion_steps": 0, "rescale_timesteps": True}, "diffusion_steps must be an integer"),
+        ({"num_heads_upsample": 8}, "must have num_heads_upsample -1, got 8"),
+        ({"num_channels": 64}, "has num_channels = 64, the tensors 32"),
+        ({"learn_sigma": False}, "has learn_sigma = False, the tensors True"),
+        ({"num_head": 4}, "must hold guided-diffusion's flags, got 'num_head'"),
+    ],
+)
+def test_flags_refused(tmp_path: Path, flags: dict[str, Any], said: str) -> None:
+    assert said in refusal(GUIDED, config=written(FLAGS | flags, tmp_path))
+
+
+@pytest.mark.parametrize("file", [ERMONGROUP, GUIDED])
+def test_configurations_refused(tmp_path: Path, file: Path, folder: Path) -> None:
+    assert "config must be one of cifar10, celeba64, lsun256, or a file, got 'cifar'" in refusal(
+        file, config="cifar"
+    )
+    other = written({}, tmp_path) if file == ERMONGROUP else "cifar10"
+    message = refusal(file, config=other)
+    assert message.startswith("config must be ")
+    assert message.endswith(f"got {other!r}")
+    (tmp_path / "text.json").write_text("text")
+    if file == GUIDED:
+        assert "is no JSON" in refusal(file, config=str(tmp_path / "text.json"))
+    for own in (embedded.WEIGHTS, folder):
+        assert "config must be left out with" in refusal(own, config="cifar10")
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((3, 15, 16), "shape must be 3,H,W with H and W multiples of 2 for"),
+        ((1, 16, 16), "got 1,16,16"),
+        ((3, 16), "shape must be (channels, height, width), each ≥ 1, got (3, 16)"),
+        ((3, 0, 16), "each ≥ 1"),
+        ((3, 16.0, 16), "each ≥ 1"),
+    ],
+)
+def test_shapes_refused(shape: Any, said: str) -> None:
+    assert said in refusal(ERMONGROUP, shape=shape)
+
+
+def test_garments_have_one_shape() -> None:
+    assert checkpoints.load(shape=embedded.SHAPE).shape == embedded.SHAPE
+    assert "shape must be left out with garment" in refusal(embedded.WEIGHTS, shape=(1, 32, 32))
+
+
+@pytest.mark.parametrize("file", [ERMONGROUP, GUIDED])
+def test_weights_that_do_not_fit(tmp_path: Path, file: Path) -> None:
+    options: dict[str, Any] = {"shape": (3, 16, 16)}
+    first, deep, wide = {
+        ERMONGROUP: ("conv_in.weight", "up.1.attn.0.k.bias", "mid.block_2.conv2.weight"),
+        GUIDED: ("time_embed.0.weight", "output_blocks.1.1.qkv.bias", "middle_block.1.qkv.weight"),
+    }[file]
+    if file == GUIDED:
+        options["config"] = written(FLAGS, tmp_path)
+    weights = state(file)
+    del weights[deep]
+    weights[wide] = torch.zeros(7, 32)
+    weights |= {f"extra{i}": torch.zeros(1) for i in range(5)}
+    weights["time_proj.weight"] = torch.zeros(1)
+    path = tmp_path / "a.pt"
+    torch.save(weights, path)
+    message = refusal(path, **options)
+    assert f"1 missing ({deep})" in message
+    assert "6 left over (extra0, extra1, extra2, ...)" in message
+    assert f"1 of another shape ({wide} (7, 32) for (32, 32" in message
+    for change in ({first: None}, {first: torch.zeros(3)}):
+        kept = {name: w for name, w in (state(file) | change).items() if w is not None}
+        torch.save(kept, path)
+        assert first in refusal(path, **options)
+
+
+def test_a_name_of_diffusers_own_in_another_kind_of_file(tmp_path: Path) -> None:
+    weights = state(GUIDED) | {"conv_in.weight": torch.zeros(32, 3, 3, 3)}
+    torch.save(weights, tmp_path / "a.pt")
+    message = refusal(tmp_path / "a.pt", config=written(FLAGS, tmp_path))
+    assert message.endswith("does not hold the model's weights: 1 left over (conv_in.weight)")
+
+
+def test_half_of_a_network_is_none(tmp_path: Path) -> None:
+    for file, start in ((ERMONGROUP, "up.0."), (GUIDED, "output_blocks.3."), (GUIDED, "input_")):
+        kept = {name: w for name, w in state(file).items() if not name.startswith(start)}
+        torch.save(kept, tmp_path / "a.pt")
+        config = written(FLAGS, tmp_path) if file == GUIDED else None
+        message = refusal(tmp_path / "a.pt", config=config, shape=(3, 16, 16))
+        assert start in message or "input_blocks as output_blocks" in message
+
+
+def test_classes_are_refused(tmp_path: Path) -> None:
+    torch.save(state(GUIDED) | {"label_emb.weight": torch.zeros(10, 128)}, tmp_path / "a.pt")
+    message = refusal(tmp_path / "a.pt", config=written(FLAGS, tmp_path))
+    assert "must be of an unconditional model, got one with classes (label_emb)" in message
+    assert "--model" in message
+
+
+def test_half_precision_becomes_float32(tmp_path: Path) -> None:
+    half = {name: w.half() for name, w in state(ERMONGROUP).items()}
+    torch.save(half, tmp_path / "a.pt")
+    model, _ = network(checkpoints.load(tmp_path / "a.pt", shape=(3, 16, 16)))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.state_dict()["conv_in.weight"], half["conv_in.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ([1, 2, 3], "is a list of 3; ermongroup's is [model, optimizer, epoch, step, ema]"),
+        ([1, 2, 3, 4, 5], "must hold tensors by name, got int"),
+        ({}, "must hold tensors by name, got dict"),
+        (torch.zeros(3), "must hold tensors by name, got Tensor"),
+        ({"state_dict": {}}, "must hold tensors of floating point by name, got dict as 'state_di"),
+        ({3: torch.zeros(1)}, "got torch.float32 as 3"),
+        ({"a": torch.zeros(1, dtype=torch.int64)}, "got torch.int64 as 'a'"),
+        ({"a": torch.zeros(1, device="meta")}, "must hold tensors"),
+        ({"a": torch.zeros(1, 1).to_sparse()}, "must hold tensors"),
+        ({f"model.{i}": torch.zeros(1) for i in range(9)}, "(model.0, model.1, model.2, ...)"),
+    ],
+)
+def test_other_pickles(tmp_path: Path, held: Any, said: str) -> None:
+    torch.save(held, tmp_path / "a.pt")
+    message = refusal(tmp_path / "a.pt")
+    assert "a.pt" in message
+    assert said in message
+
+
+@pytest.mark.parametrize("write", [torch.save, legacy])
+@pytest.mark.parametrize("kept", [2, 9, 100, 5000, 600_000, -1])
+def test_truncated_pickles(tmp_path: Path, write: Callable[[Any, Path], Any], kept: int) -> None:
+    write(state(ERMONGROUP), tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:kept])
+    message = refusal(tmp_path / "cut.pt")
+    assert "cut.pt is " in message
+    assert "truncated" in message or "wants code (collections" in message
+
+
+def test_a_zip_file_is_no_checkpoint(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("a.txt", "text")
+    assert "or no checkpoint that torch.save wrote" in refusal(tmp_path / "a.zip")
+    (tmp_path / "a.txt").write_text("PKZIP was a program")
+    assert "or no checkpoint that torch.save wrote" in refusal(tmp_path / "a.txt")
+
+
+PUBLISHED = {
+    "cifar10": (networks.ermongroup((1, 2, 2, 2), 32), 35.75),
+    "celeba64": (networks.ermongroup((1, 2, 2, 2, 4), 64), 78.70),
+    "lsun256": (networks.ermongroup((1, 1, 2, 2, 4, 4), 256), 113.67),
+}
+"""ermongroup/ddim's configurations, and their parameters in millions."""
+
+
+def on_meta(path: Path, **options: Any) -> checkpoints.Loaded:
+    """What becomes of the weights of the largest networks takes memory and no part in this."""
+    with torch.device("meta"):
+        return checkpoints.load(path, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter:UserWarning")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_ermongroups_sizes(tmp_path: Path, name: str) -> None:
+    shapes, parameters = PUBLISHED[name]
+    torch.save(networks.empty(shapes), tmp_path / "a.ckpt")
+    size = {"cifar10": 32, "celeba64": 64, "lsun256": 256}[name]
+    for config in (None, name):
+        loaded = on_meta(tmp_path / "a.ckpt", config=config)
+        model, shape = network(loaded)
+        assert shape == (3, size, size)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        assert round(millions, 2) == parameters
+        assert f"ermongroup, {name}, {millions:.1f} M parameters" in loaded.description
+    for other in PUBLISHED.keys() - {name}:
+        with pytest.raises(ValueError, match=r"does not hold the model's weights: \d+ "):
+            on_meta(tmp_path / "a.ckpt", config=other)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter:UserWarning")
+@pytest.mark.parametrize(
+    ("described", "size", "parameters"),
+    [
+        (Guided(192, (1, 2, 3, 4), 3, (2, 4, 8)), 64, None),
+        (Guided(256, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32)), 256, 552_814_086),
+        (Guided(256, (0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64)), 512, None),
+    ],
+)
+def test_guided_diffusions_sizes(
+    tmp_path: Path, described: Guided, size: int, parameters: int | None
+) -> None:
+    torch.save(networks.empty(described.shapes()), tmp_path / "a.pt")
+    loaded = on_meta(tmp_path / "a.pt")
+    model, shape = network(loaded)
+    assert shape == (3, size, size)
+    assert "taken to be as published: 64 channels a head, in the old order" in loaded.description
+    assert loaded.description.endswith("linear noise, T = 1000")
+    if parameters is not None:
+        assert sum(p.numel() for p in model.parameters()) == parameters
+    x = torch.empty(1, 3, size, size, device="meta")
+    assert model(x, torch.zeros(1, dtype=torch.int64, device="meta")).sample.shape[1] == 6
+
+
+MODULE = """
+import torch
+from fastddim import NoiseSchedule
+from fastddim.checkpoints import Loaded
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(0.5))
+    def forward(self, x, t):
+        return self.w * x
+
+def alone(): return Net()
+def sized(): return Net(), (3, 4, 6)
+def wrong_size(): return Net(), (3, 4)
+def known(): return Loaded(Net(), (1, 4, 4), NoiseSchedule.cosine(), "v", "on cosine noise")
+def function(): return lambda x, t: x
+def nothing(): pass
+def fails(): return 1 / 0
+def leaves(): raise SystemExit(3)
+def needs(argument): pass
+def imports(): import not_installed
+net = Net()
+class Group:
+    make = staticmethod(sized)
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "nets.py").write_text(MODULE)
+    (tmp_path / "own" / "broken.py").write_text("def f(:")
+    (tmp_path / "own" / "missing.py").write_text("\nimport not_installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "own"]:
+        monkeypatch.delitem(sys.modules, name)
+    return "own.nets"
+
+
+def test_a_model_of_ones_own(mine: str) -> None:
+    for name, shape in (("alone", (3, 8, 8)), ("Net", (3, 8, 8)), ("net", (3, 8, 8))):
+        loaded = checkpoints.build(f"{mine}:{name}", shape)
+        model, found = network(loaded)
+        assert found == shape
+        assert not model.training
+        assert not any(p.requires_grad for p in model.parameters())
+        x = loaded.ddim(2).sample(model, shape=(1, *shape), seeds=[0])
+        assert torch.equal(x, DDIM(2).sample(lambda x, t: 0.5 * x, shape=(1, *shape), seeds=[0]))
+    assert loaded.description == (
+        "model own.nets:net: 0.0 M parameters, 3x8x8, taken to predict ε on linear noise, T = 1000"
+    )
+    assert checkpoints.build(f"{mine}:sized").shape == (3, 4, 6)
+    assert checkpoints.build(f"{mine}:Group.make").shape == (3, 4, 6)
+    assert checkpoints.build(f"{mine}:sized", (1, 2, 2)).shape == (1, 2, 2)
+    assert checkpoints.build(f"{mine}:function", (1, 2, 2)).model(7, 3) == 7
+    known = checkpoints.build(f"{mine}:known")
+    assert (known.shape, known.prediction, known.schedule.name) == ((1, 4, 4), "v", "cosine")
+    assert known.description.endswith("1x4x4, on cosine noise")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("own.nets", "model must be package.module:factory, got 'own.nets'"),
+        ("own/nets.py:alone", "model must be package.module:factory"),
+        ("own.nets:", "model must be package.module:factory"),
+        (":alone", "model must be package.module:factory"),
+        (
+            "own.none:alone",
+            "own.none:alone failed: ModuleNotFoundError: No module named 'own.none'",
+        ),
+        (".nets:alone", "failed: TypeError"),
+        ("own.nets:none", "failed: AttributeError: module 'own.nets' has no attribute 'none'"),
+        ("own.nets:number", "failed: TypeError: 'int' object is not callable"),
+        ("own.nets:needs", "missing 1 required positional argument"),
+        ("own.nets:fails", "failed: ZeroDivisionError: division by zero ("),
+        ("own.nets:leaves", "failed: SystemExit: 3 ("),
+        ("own.nets:imports", "No module named 'not_installed' ("),
+        ("own.missing:f", "missing.py:2)"),
+        ("own.broken:f", "failed: SyntaxError: invalid syntax (broken.py, line 1)"),
+        ("own.nets:alone", "does not say its shape: add --shape, such as 3,32,32"),
+        ("own.nets:nothing", "must return a model, (model, (channels, height, width)) or a Loaded"),
+        ("own.nets:wrong_size", "shape must be (channels, height, width), each ≥ 1, got (3, 4)"),
+    ],
+)
+@pytest.mark.usefixtures("mine")
+def test_models_refused(name: str, said: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        checkpoints.build(name)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

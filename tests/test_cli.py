@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 
 import fastddim
-from fastddim import DDIM, embedded, images
+from fastddim import DDIM, NoiseSchedule, checkpoints, embedded, images
 from fastddim.__main__ import main
 from fastddim.cli import MOST_IMAGES, parse_seeds
 from fastddim.reconstruction import errors
 from fastddim.timesteps import SPACINGS
 
+GUIDED = Path(__file__).with_name("golden") / "guided-tiny.pt"
 QUICK = ("--device", "cpu", "--batch-size", "2")
 FEW = (*QUICK, "--steps", "2")
 
@@ -265,6 +266,62 @@ def test_each_command_has_a_bar_on_a_terminal(
     assert f"{total}/{total}" in terminal.getvalue()
 
 
+def test_the_checkpoint_is_sampled_on_its_own_schedule(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("flags.json").write_text(
+        '{"num_head_channels": 32, "noise_schedule": "cosine", "predict_xstart": true}'
+    )
+    asked = ("--checkpoint", str(GUIDED), "--config", "flags.json", "--shape", "3,8,16")
+    assert main(["sample", *FEW, *asked, "--seeds", "0-1"]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("garments.png: 2 images in ")
+    assert err == (
+        f"checkpoint {GUIDED}: guided-diffusion, 0.4 M parameters, 3x8x16, learned variance, "
+        f"cosine noise, T = 1000\n"
+    )
+    loaded = checkpoints.load(GUIDED, config="flags.json", shape=(3, 8, 16))
+    ddim = DDIM(2, schedule=NoiseSchedule.cosine(), prediction="sample")
+    expected = ddim.sample(loaded.model, shape=(2, 3, 8, 16), seeds=[0, 1])
+    with Image.open("garments.png") as picture:
+        sheet = images.grid(images.to_uint8(expected))
+        assert np.array_equal(np.array(picture), sheet.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(
+    ("command", "rest"),
+    [
+        ("sample", ["--seeds", "0-1"]),
+        ("interpolate", ["--seeds", "0-1", "--columns", "2"]),
+        ("sequence", ["--seeds", "0-1"]),
+        ("reconstruct", ["--seeds", "0-1", "--out", "a.png"]),
+    ],
+)
+def test_every_command_takes_ones_own_model(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    rest: list[str],
+) -> None:
+    Path("grey.py").write_text(
+        "from fastddim import NoiseSchedule\n"
+        "from fastddim.checkpoints import Loaded\n"
+        "def make(): return Loaded(lambda x, t: x / 2, (1, 4, 4), NoiseSchedule.cosine(), 'v')\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "grey", raising=False)
+    kept: list[DDIM] = []
+    plain = DDIM.__post_init__
+
+    def made(self: DDIM) -> None:
+        plain(self)
+        kept.append(self)
+
+    monkeypatch.setattr(DDIM, "__post_init__", made)
+    assert main([command, *FEW, "--model", "grey:make", *rest]) == 0
+    assert capfd.readouterr().err == "model grey:make: 1x4x4\n"
+    assert kept
+    assert all((d.schedule.name, d.prediction) == ("cosine", "v") for d in kept)
+
+
 NEW = ("interpolate", "sequence", "reconstruct")
 
 
@@ -356,7 +413,17 @@ def test_more_nonsense_is_refused(
         (["--batch-size", "1e3"], "must be an integer, got '1e3'"),
         (["--device", "quantum"], "device must be one that torch can use here"),
         (["--checkpoint", "none.safetensors"], "no checkpoint none.safetensors; allowed: "),
-        (["--checkpoint", ""], "allowed: a safetensors file"),
+        (["--checkpoint", ""], "allowed: a folder with"),
+        (["--config", "cifar"], "config must be one of cifar10, celeba64, lsun256, or a file, got"),
+        (["--config", "cifar10"], "config must be left out with"),
+        (["--shape", "3,32"], "shape must be C,H,W, such as 3,32,32, got '3,32'"),
+        (["--shape", "3x32x32"], "shape must be C,H,W"),
+        (["--shape", "3,0,32"], "each ≥ 1, got (3, 0, 32)"),
+        (["--shape", "3,32,32"], "shape must be left out with garment weights"),
+        (["--model", "nowhere:none"], "model nowhere:none failed: ModuleNotFoundError"),
+        (["--model", "nowhere"], "model must be package.module:factory, got 'nowhere'"),
+        (["--model", "a:b", "--checkpoint", "c"], "model must be given without checkpoint and"),
+        (["--model", "a:b", "--config", "cifar10"], "model must be given without checkpoint and"),
         (["--out", "a.jpg"], "ends in .png, got 'a.jpg'"),
         (["--out", "png"], "ends in .png, got 'png'"),
         (["--out", ""], "ends in .png"),
@@ -376,14 +443,15 @@ def test_bad_checkpoints_are_refused(refused: Callable[..., str], tmp_path: Path
     (tmp_path / "cut.safetensors").write_bytes(embedded.WEIGHTS.read_bytes()[:100_000])
     assert "cut.safetensors is truncated" in refused("sample", "--checkpoint", "cut.safetensors")
     torch.save({}, tmp_path / "a.ckpt")
-    assert "a.ckpt is a pickle" in refused("sample", "--checkpoint", "a.ckpt")
+    assert "a.ckpt must hold tensors by name, got" in refused("sample", "--checkpoint", "a.ckpt")
 
 
 @pytest.mark.usefixtures("no_work")
 def test_pictures_that_are_no_png_are_refused(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastddim.checkpoints.load", lambda _: (torch.nn.Identity(), (4, 8, 8)))
+    loaded = checkpoints.Loaded(torch.nn.Identity(), (4, 8, 8))
+    monkeypatch.setattr("fastddim.checkpoints.load", lambda *_, **__: loaded)
     assert "1 channel (grey) or 3 (RGB), got 4" in refused("sample")
     os.mkdir("a.png")
     assert "got the folder a.png" in refused("sample", "--out", "a.png")
@@ -462,6 +530,9 @@ COMMON = {
     "batch-size": "16",
     "device": "(cuda if",
     "checkpoint": "(the garment",
+    "model": "(none)",
+    "config": "(what is beside",
+    "shape": "(the model's own)",
 }
 
 

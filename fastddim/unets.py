@@ -1,0 +1,393 @@
+"""Other systems' U-Nets as diffusers' UNet2DModel: what the tensors tell, and where each goes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+
+from fastddim import weights
+from fastddim.check import whole
+from fastddim.schedule import NoiseSchedule
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+
+
+class Layout(NamedTuple):
+    """What the two systems' networks differ in among themselves, finest level first."""
+
+    channels: tuple[int, ...]
+    """Of each level's blocks."""
+    layers: int
+    """Residual blocks of a level on the way down; one more on the way up."""
+    attention: tuple[bool, ...]
+    """Whether a level's blocks are followed by attention."""
+
+
+def ermongroup_layout(tensors: Tensors, source: Path) -> Layout:
+    """The layout of a network of ermongroup/ddim (``models/diffusion.py``).
+
+    Raises:
+        ValueError: the tensors are not such a network's.
+    """
+    levels = range(_count(tensors, r"down\.(\d+)\."))
+    return Layout(
+        tuple(_sizes(tensors, f"down.{i}.block.0.conv1.weight", 4, source)[0] for i in levels),
+        _count(tensors, r"down\.0\.block\.(\d+)\."),
+        tuple(any(name.startswith(f"down.{i}.attn.") for name in tensors) for i in levels),
+    )
+
+
+def ermongroup(tensors: Tensors, layout: Layout, source: Path) -> nn.Module:
+    """A network of ermongroup/ddim with its weights.
+
+    Raises:
+        ValueError: naming the first few tensors that are missing, left over or of another shape.
+    """
+    last = len(layout.channels) - 1
+
+    def called(name: str) -> str:
+        name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{last - int(match[1])}", name)
+        name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+        name = re.sub(r"linear_(\d)", lambda match: f"dense.{int(match[1]) - 1}", name)
+        return _replaced(name, _ERMONGROUP)
+
+    model = _built(
+        layout,
+        source,
+        in_channels=_sizes(tensors, "conv_in.weight", 4, source)[1],
+        out_channels=_sizes(tensors, "conv_out.weight", 4, source)[0],
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        downsample_padding=0,
+        norm_eps=1e-6,
+    )
+    _fill(model, tensors, source, called, _flat)
+    return model
+
+
+# In this order: "to_" is what is left of "to_out.0".
+_ERMONGROUP = {
+    "down_blocks.": "down.",
+    "mid_block.attentions.0": "mid.attn_1",
+    ".resnets.": ".block.",
+    ".attentions.": ".attn.",
+    "samplers.0": "sample",
+    "time_embedding": "temb",
+    "time_emb_proj": "temb_proj",
+    "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_out.0": "proj_out",
+    "to_": "",
+}
+
+
+def guided_layout(tensors: Tensors, source: Path) -> Layout:
+    """The layout of a ``UNetModel`` of guided-diffusion or improved-diffusion.
+
+    Raises:
+        ValueError: the tensors are not such a network's.
+    """
+    # Each level but the coarsest goes up to the next: a convolution, or a block of its own.
+    levels = 1 + _count(tensors, r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers)\.")
+    ends = [_count(tensors, rf"{end}put_blocks\.(\d+)\.") for end in ("in", "out")]
+    layers = ends[1] // levels - 1
+    if ends != 2 * [levels * (layers + 1)] or layers < 1:
+        raise ValueError(
+            f"{source} must have as many input_blocks as output_blocks, a multiple of its levels, "
+            f"got {ends[0]} and {ends[1]} on {levels} levels"
+        )
+    first = [1 + level * (layers + 1) for level in range(levels)]
+    return Layout(
+        tuple(
+            _sizes(tensors, f"input_blocks.{n}.0.in_layers.2.weight", 4, source)[0] for n in first
+        ),
+        layers,
+        tuple(any(name.startswith(f"input_blocks.{n}.1.") for name in tensors) for n in first),
+    )
+
+
+def guided_facts(tensors: Tensors, layout: Layout, source: Path) -> dict[str, Any]:
+    """Those of the original's flags that the tensors tell.
+
+    Raises:
+        ValueError: a tensor that tells one is missing or of no shape that does.
+    """
+    embedded = _sizes(tensors, "input_blocks.1.0.emb_layers.1.weight", 2, source)[0]
+    channels = _sizes(tensors, "input_blocks.0.0.weight", 4, source)[1]
+    return {
+        "num_channels": _sizes(tensors, "time_embed.0.weight", 2, source)[1],
+        "num_res_blocks": layout.layers,
+        "learn_sigma": _sizes(tensors, "out.2.weight", 4, source)[0] == 2 * channels,
+        "class_cond": "label_emb.weight" in tensors,
+        "use_scale_shift_norm": embedded == 2 * layout.channels[0],
+        "resblock_updown": f"input_blocks.{layout.layers + 1}.0.in_layers.0.weight" in tensors,
+    }
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Those of guided-diffusion's flags that the tensors do not tell, with its defaults.
+
+    ``image_size`` 0 stands for the one at which guided-diffusion chooses the network's widths.
+    """
+
+    image_size: int = 0
+    num_heads: int = 4
+    num_head_channels: int = -1
+    use_new_attention_order: bool = False
+    diffusion_steps: int = 1000
+    noise_schedule: str = "linear"
+    predict_xstart: bool = False
+    rescale_timesteps: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], facts: Mapping[str, Any], source: Path) -> Flags:
+        """Flags as the original's scripts are given them; those among ``facts`` must agree.
+
+        Raises:
+            ValueError: naming ``source``, the flag, its value and what is allowed.
+        """
+        own = vars(cls())
+        for name, value in given.items():
+            if name not in {*own, *facts, *_PASSED_OVER}:
+                raise ValueError(f"{source} must hold guided-diffusion's flags, got {name!r}")
+            if name in own and type(value) is not type(own[name]):
+                what = type(own[name]).__name__
+                raise ValueError(f"{source} must have {name} of type {what}, got {value!r}")
+            if name in facts and value != facts[name]:
+                raise ValueError(f"{source} has {name} = {value!r}, the tensors {facts[name]!r}")
+        flags = cls(**{name: value for name, value in given.items() if name in own})
+        for name in ("image_size", "num_heads", "diffusion_steps"):
+            if name in given:
+                whole(f"{source}: {name}", given[name], low=1)
+        if flags.noise_schedule not in ("linear", "cosine"):
+            raise ValueError(
+                f"{source} must have noise_schedule linear or cosine, got {flags.noise_schedule!r}"
+            )
+        if flags.diffusion_steps != 1000 and "rescale_timesteps" not in given:
+            raise ValueError(
+                f"{source} must have rescale_timesteps where diffusion_steps is not 1000: left "
+                f"out, it is false in guided-diffusion and true in improved-diffusion"
+            )
+        if (upwards := given.get("num_heads_upsample", -1)) not in (-1, flags.num_heads):
+            raise ValueError(f"{source} must have num_heads_upsample -1, got {upwards!r}")
+        return flags
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        T = self.diffusion_steps
+        if self.noise_schedule == "cosine":
+            return NoiseSchedule.cosine(T)
+        return NoiseSchedule.linear(T, 0.1 / T, 20 / T)  # the paper's at 1000
+
+    def heads(self, channels: int, source: Path) -> int:
+        """Of an attention with so many channels."""
+        each = self.num_head_channels
+        if each == -1 and channels % self.num_heads == 0:
+            return self.num_heads
+        if each >= 1 and channels % each == 0:
+            return channels // each
+        raise ValueError(
+            f"{source} has an attention of {channels} channels, which num_heads = "
+            f"{self.num_heads}, num_head_channels = {each} do not divide"
+        )
+
+
+_PASSED_OVER = {
+    *("attention_resolutions", "channel_mult", "num_heads_upsample"),  # the tensors decide
+    *("dropout", "use_checkpoint", "use_fp16"),  # in evaluation and float32
+    *("timestep_respacing", "use_kl", "sigma_small", "rescale_learned_sigmas"),  # not the model's
+}
+
+PUBLISHED = Flags(num_head_channels=64)
+"""Of guided-diffusion's published unconditional models."""
+
+IMAGE_SIZES: dict[tuple[float, ...], int] = {
+    (1, 2, 2, 2): 32,
+    (1, 2, 3, 4): 64,
+    (1, 1, 2, 3, 4): 128,
+    (1, 1, 2, 2, 4, 4): 256,
+    (1, 2, 2, 4, 4, 8, 8): 512,
+}
+"""By the ratios of a guided-diffusion network's widths, unless it was told both."""
+
+
+def guided(tensors: Tensors, layout: Layout, source: Path, flags: Flags) -> nn.Module:
+    """A ``UNetModel`` of guided-diffusion or improved-diffusion with its weights.
+
+    Raises:
+        ValueError: naming the first few tensors that are missing, left over or of another shape.
+    """
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
+    per_level, last = layout.layers + 1, len(layout.channels) - 1
+    facts = guided_facts(tensors, layout, source)
+    width = facts["num_channels"]
+
+    def called(name: str) -> str:
+        def place(match: re.Match[str]) -> str:
+            way, level, what, j = match[1], int(match[2]), match[3], int(match[4])
+            block = level * per_level + j
+            if what == "downsamplers":
+                return f"input_blocks.{(level + 1) * per_level}.0"
+            if what == "upsamplers":  # behind the level's last block and its attention
+                return f"output_blocks.{block + per_level - 1}.{1 + layout.attention[last - level]}"
+            which = int(what == "attentions")
+            return (
+                f"input_blocks.{block + 1}.{which}"
+                if way == "down"
+                else f"output_blocks.{block}.{which}"
+            )
+
+        name = re.sub(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)", place, name)
+        name = re.sub(r"^(input_blocks.*)\.conv\.", r"\1.op.", name)
+        return _replaced(name, _GUIDED)
+
+    def converted(name: str, tensor: Tensor, own: Tensor) -> Tensor:
+        part = re.search(r"\.to_([qkv])\.", name)
+        if part is None or tensor.shape[:1] != (3 * len(own),):
+            return _flat(name, tensor, own)
+        # In the new order q, k and v are each in one piece, in the old one head after head.
+        n = flags.heads(len(own), source)
+        parts, dim = ((3, n), 0) if flags.use_new_attention_order else ((n, 3), 1)
+        split = tensor.unflatten(0, (*parts, len(own) // n))
+        return _flat(name, split.select(dim, "qkv".index(part[1])).flatten(0, 1), own)
+
+    model = _built(
+        layout,
+        source,
+        resnet=facts["resblock_updown"],
+        in_channels=_sizes(tensors, "input_blocks.0.0.weight", 4, source)[1],
+        out_channels=_sizes(tensors, "out.2.weight", 4, source)[0],
+        time_embedding_dim=4 * width,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        downsample_padding=1,
+        norm_eps=1e-5,
+        attn_norm_num_groups=32,
+        resnet_time_scale_shift="scale_shift" if facts["use_scale_shift_norm"] else "default",
+    )
+    if width != layout.channels[0]:  # the 512 model's finest level is half as wide
+        model.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        model.time_embedding = TimestepEmbedding(width, 4 * width)
+    for module in model.modules():
+        # A configuration knows one number of channels a head, where the original may have one
+        # number of heads.
+        if isinstance(module, Attention):
+            module.heads = flags.heads(module.inner_dim, source)
+            module.scale = (module.inner_dim // module.heads) ** -0.5
+    _fill(model, tensors, source, called, converted)
+    return model
+
+
+class Rescaled(nn.Module):
+    """A network that counts t to 1000 whatever T is: rescale_timesteps."""
+
+    def __init__(self, model: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.model = model
+        self.factor = factor
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        return self.model(x, t * self.factor)
+
+
+_GUIDED = {
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+    "group_norm": "norm",
+    "to_out.0": "proj_out",
+    "to_q": "qkv",
+    "to_k": "qkv",
+    "to_v": "qkv",
+}
+
+
+def _built(layout: Layout, source: Path, *, resnet: bool = False, **rest: Any) -> nn.Module:
+    """A UNet2DModel of that layout; ``resnet``: blocks of their own go from level to level."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    def kinds(way: str) -> tuple[str, ...]:
+        plain = f"Resnet{way}sampleBlock2D" if resnet else f"{way}Block2D"
+        return tuple(f"Attn{way}Block2D" if has else plain for has in layout.attention)
+
+    sampling = "resnet" if resnet else "conv"
+    try:
+        model: nn.Module = UNet2DModel(
+            block_out_channels=layout.channels,
+            layers_per_block=layout.layers,
+            down_block_types=kinds("Down"),
+            up_block_types=kinds("Up")[::-1],
+            downsample_type=sampling,
+            upsample_type=sampling,
+            attention_head_dim=None,  # one head
+            **rest,
+        )
+    except Exception as error:  # whatever diffusers makes of a layout that is none
+        raise ValueError(f"{source} builds no UNet2DModel: {error}") from None
+    return model
+
+
+def _fill(
+    model: nn.Module,
+    tensors: Tensors,
+    source: Path,
+    called: Callable[[str], str],
+    converted: Callable[[str, Tensor, Tensor], Tensor],
+) -> None:
+    """Puts tensors that are ``called`` by other names into ``model``, each ``converted``."""
+    own = model.state_dict()
+    names = {name: called(name) for name in own}
+    taken = {
+        name: converted(name, tensors[theirs], own[name])
+        for name, theirs in names.items()
+        if theirs in tensors
+    }
+    weights.fill(model, taken, source, called, set(tensors).difference(names.values()))
+
+
+def _flat(name: str, tensor: Tensor, own: Tensor) -> Tensor:
+    """1x1 convolutions as the linear layers they are in diffusers' attention."""
+    flat = ".attentions." in name and tensor.shape[2:].numel() == 1 and tensor.dim() > 2
+    return tensor.flatten(1) if flat else tensor
+
+
+def _replaced(name: str, parts: Mapping[str, str]) -> str:
+    for ours, theirs in parts.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _count(tensors: Tensors, pattern: str) -> int:
+    """How many different numbers ``pattern`` finds in the names."""
+    return len({match[1] for name in tensors if (match := re.match(pattern, name))})
+
+
+def _sizes(tensors: Tensors, name: str, dims: int, source: Path) -> tuple[int, ...]:
+    """The shape of a tensor that tells something."""
+    if name not in tensors:
+        raise ValueError(f"{source} does not hold the model's weights: {name} is missing")
+    if tensors[name].dim() != dims:
+        raise ValueError(
+            f"{source}: {name} must have {dims} dimensions, got {tuple(tensors[name].shape)}"
+        )
+    return tuple(tensors[name].shape)
