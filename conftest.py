@@ -1,0 +1,49 @@
+"""The benchmarks: asked for with ``pytest --benchmark``, and otherwise left alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastddim")
+    group.addoption(
+        "--benchmark",
+        action="store_true",
+        help="run benchmarks/bench_*.py, and no test (needs pytest-benchmark)",
+    )
+    group.addoption(
+        "--level",
+        choices=("quick", "full"),
+        default="quick",
+        help="quick: under three minutes on two cores; full: what results are kept of",
+    )
+    group.addoption(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="keep a whole run of the benchmarks as a section of DIR/<machine>.json",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("benchmark"):
+        return
+    if not config.pluginmanager.has_plugin("benchmark"):
+        raise pytest.UsageError(
+            "--benchmark needs pytest-benchmark, which is not installed: "
+            'pip install -e ".[test]" brings it'
+        )
+    os.environ.pop("TRITON_INTERPRET", None)  # the kernels would be interpreted
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.args = [str(config.rootpath / "benchmarks")]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Benchmarks alone where they are asked for, tests alone where they are not."""
+    if collection_path.is_dir() or collection_path.name == "__init__.py":
+        return None
+    return collection_path.name.startswith("bench_") != config.getoption("benchmark") or None
