@@ -30,77 +30,16 @@ import pytest
 import torch
 
 from benchmarks.counts import counted
-from benchmarks.peers import Loops, Run, numba, on, pytorch
+from benchmarks.peers import PEERS, Loops, MissingError
 from benchmarks.records import keep, provenance
-from benchmarks.timing import Record, interval, last_line, rounded, times, wall_seconds
-from fastddim import cpu
+from benchmarks.timing import Record, WrongResultError, by, interval, rounded, times, wall_seconds
 
-CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ((4, 3, 32, 32), (1, 4, 64, 64), (64, 3, 256, 256), (1, 16, 7), (1, 16, 21, 60, 104))
 ETAS = (0, 1)
+NAMES = [name for name, peer in PEERS.items() if DEVICE in peer.devices]
 MUST_MOVE = 12
 """Bytes of an element that a step cannot but read and write."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A way of taking the steps, what is right for it, and where its noise comes from."""
-
-    make: Callable[[Loops], Run]
-    check: Callable[[Loops, Run], None]
-    noise: str
-    noise_without_eta: str = "none"
-    counted: bool = True
-
-
-def _seed(loops: Loops, run: Run) -> None:
-    loops.near("the seed's loop", run)
-
-
-def _diffusers(loops: Loops, run: Run) -> None:
-    loops.near("DDIMScheduler", run)
-
-
-def _scheduler(loops: Loops, run: Run) -> None:
-    loops.equal("FastDDIMScheduler", run, loops.scheduled("DDIMScheduler"))
-
-
-def _compiled(loops: Loops, run: Run) -> None:
-    check = loops.near_but_for_noise if loops.eta else loops.near
-    check("torch.compile", run)
-
-
-def _sample(loops: Loops, run: Run) -> None:
-    def reference() -> torch.Tensor:
-        return loops.eager(loops.stream(3))
-
-    loops.equal("DDIM.sample(generator=)", run, reference)
-
-
-def _sample_seeds(loops: Loops, run: Run) -> None:
-    loops.equal("DDIM.sample(seeds=)", run, loops.eager_seeds)
-
-
-def _by_numba(loops: Loops) -> Run:
-    if not cpu._fused():
-        raise ImportError("numba is not installed")
-    return on(numba, loops.sample_seeds)
-
-
-PEERS = {
-    "seed": Peer(lambda loops: loops.seed, _seed, "torch.randn_like", "torch.randn_like, times 0"),
-    "diffusers": Peer(lambda loops: loops.scheduled("DDIMScheduler"), _diffusers, "torch.randn"),
-    "compile": Peer(Loops.compiled, _compiled, "torch.randn_like, compiled", counted=False),
-    "scheduler": Peer(lambda loops: loops.scheduled("FastDDIMScheduler"), _scheduler, "torch.randn"),
-}
-PEERS |= (
-    {"triton": Peer(lambda loops: loops.sample_seeds, _sample_seeds, "counter noise")}
-    if CUDA
-    else {
-        "pytorch": Peer(lambda loops: on(pytorch, loops.sample), _sample, "generator"),
-        "numba": Peer(_by_numba, _sample_seeds, "counter noise"),
-    }
-)
 BASES = ("seed", "diffusers", "compile")
 GROUPS = [(shape, eta) for shape in SHAPES for eta in ETAS]
 
@@ -128,25 +67,15 @@ class Table:
         self.steps = STEPS if n < MUCH else level.steps_of_much
         self.missing: dict[str, str] = {}
         self.wrong: dict[str, Exception] = {}
-        loops = Loops(shape, self.steps, eta, "cuda" if CUDA else "cpu")
+        loops = Loops(shape, self.steps, eta, DEVICE)
         runs: dict[str, Callable[[], object]] = {}
         for name in dict.fromkeys(["seed", *names]):
             try:
-                run = PEERS[name].make(loops)
-                run()  # compiled, and its memory touched
-            except Exception as error:  # of what this machine lacks: a package, a C++ compiler
-                if name not in ("diffusers", "compile", "scheduler") and not isinstance(
-                    error, ImportError
-                ):
-                    raise
-                self.missing[name] = last_line(error)
-                continue
-            try:
-                PEERS[name].check(loops, run)
-            except Exception as error:
+                runs[name] = PEERS[name].ready(loops)
+            except MissingError as error:  # noqa: PERF203 (each on its own)
+                self.missing[name] = str(error)
+            except WrongResultError as error:
                 self.wrong[name] = error
-                continue
-            runs[name] = run
         a = torch.randn(n * MUST_MOVE // 8, device=loops.device)
         b = torch.empty_like(a)
 
@@ -155,7 +84,7 @@ class Table:
                 b.copy_(a)
 
         copy()
-        wait = torch.cuda.synchronize if CUDA else lambda: None
+        wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
         gc.collect()
         taken = wall_seconds(runs | {"copy": copy}, wait, level.seconds, level.rounds, 200)
         self.taken = {name: [s / self.steps for s in of] for name, of in taken.items()}
@@ -167,7 +96,7 @@ class Table:
         total = moved * torch.Size(self.shape).numel()
         us = interval([s * 1e6 for s in taken])
         return {
-            "noise": peer.noise if self.eta else peer.noise_without_eta,
+            "noise": peer.noise if self.eta else peer.quiet_noise,
             "bytes_per_element": moved,
             "gb_per_s": rounded(total / us[0] / 1e3),
             "us_per_step": us,
@@ -178,7 +107,9 @@ class Table:
         }
 
 
-@pytest.fixture(scope="module", params=GROUPS, ids=lambda g: f"{'x'.join(map(str, g[0]))}-eta{g[1]}")
+@pytest.fixture(
+    scope="module", params=GROUPS, ids=lambda g: f"{'x'.join(map(str, g[0]))}-eta{g[1]}"
+)
 def table(request: pytest.FixtureRequest) -> Table:
     """Timed at its first row, the rows that were asked for alone."""
     items: list[Any] = request.session.items
@@ -196,7 +127,7 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[Record]]:
     if where is None:
         return
     say: Any = request.config.get_terminal_writer().line
-    if request.session.testsfailed or len(found) < len(GROUPS) * len(PEERS):
+    if request.session.testsfailed or len(found) < len(GROUPS) * len(NAMES):
         say("\nnothing is kept of a run with wrong results, or of a part of one")
         return
     section = provenance("pytest") | {"level": request.config.getoption("level"), "rows": found}
@@ -213,11 +144,10 @@ def _clock() -> float:
 
 @pytest.mark.benchmark(timer=_clock)
 @pytest.mark.filterwarnings("default")  # what the compiler's own parts warn of is not ours
-@pytest.mark.parametrize("peer", list(PEERS))
+@pytest.mark.parametrize("peer", NAMES)
 def test_step(benchmark: Any, table: Table, peer: str, rows: list[Record]) -> None:
-    name = "x".join(map(str, table.shape))
     about = {"shape": list(table.shape), "eta": table.eta, "peer": peer}
-    benchmark.group = f"a step of {name}, η = {table.eta}"
+    benchmark.group = f"a step of {by(table.shape)}, η = {table.eta}"
     if peer in table.wrong:
         raise table.wrong[peer]
     if peer in table.missing:

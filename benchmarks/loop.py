@@ -1,11 +1,12 @@
 """The loop without its model, against the loop people run: the README's table.
 
-    python -m benchmarks.loop                 # keeps it as "loop" of benchmarks/results/<machine>.json
-    python -m benchmarks.loop --busy          # beside one other busy process, as "loop-busy"
+    python -m benchmarks.loop           # keeps it as "loop" of benchmarks/results/<machine>.json
+    python -m benchmarks.loop --busy    # beside one other busy process, as "loop-busy"
 
 Every contender's result is checked before anything is timed: the drop-in against the seed's loop,
-``DDIM.sample`` against the reference step on its own table, all bit for bit. Where numba is
-installed each runs twice, on PyTorch's operations and on the fused pass.
+``DDIM.sample`` against the reference step on its own table, all bit for bit, and other people's
+steps as ``benchmarks.peers`` says. Where numba is installed fastddim's run twice, on PyTorch's
+operations and on the fused pass.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.peers import Backend, Loops, Run, numba, on, pytorch
+from benchmarks.peers import PEERS, Backend, Loops, MissingError, Run, numba, on, pytorch
 from benchmarks.records import cpu_name, keep, provenance
-from benchmarks.timing import Record, interval, rounded, times
+from benchmarks.timing import Record, by, interval, rounded, times
 from fastddim import cpu
 
 SEED = "seed's loop"
@@ -64,6 +65,21 @@ def contenders(
         found |= {"DDIM.sample(seeds=)": loops.sample_seeds} if counter else {}
         runs |= {loop + name: on(path, run) for loop, run in found.items()}
     return runs
+
+
+def others(shape: tuple[int, ...], steps: int, eta: float) -> dict[str, Run]:
+    """The peers that are no function of the seed's, as far as they can be had here."""
+    loops = Loops(shape, steps, eta)
+    found: dict[str, Run] = {}
+    with contextlib.suppress(MissingError):
+        found[PEERS["compile"].title] = PEERS["compile"].ready(loops)
+    with contextlib.suppress(MissingError):
+        found[PEERS["diffusers"].title] = PEERS["diffusers"].ready(loops)
+        for path in paths("cpu"):
+            with path() as name:
+                ours = PEERS["scheduler"].ready(loops)
+            found[PEERS["scheduler"].title + name] = on(path, ours)
+    return found
 
 
 def paths(device: str) -> list[Backend]:
@@ -131,12 +147,13 @@ def main() -> None:
         other.start()
     try:
         for eta in (0.0, 1.0):
-            seconds = measure(contenders(shape, args.steps, eta), args.repeats)
+            case = shape, args.steps, eta
+            seconds = measure(contenders(*case) | others(*case), args.repeats)
             rows += rows_of(seconds, eta, args.steps)
     finally:
         if args.busy:
             other.terminate()
-    print(f"{'x'.join(map(str, shape))}, {args.steps} steps, {args.threads} threads, {cpu_name()}")
+    print(f"{by(shape)}, {args.steps} steps, {args.threads} threads, {cpu_name()}")
     print(f"{'eta':>4}  {'loop':<41}{'ms/step':>9}{'seed/it':>9}{'(95% interval)':>18}")
     for r in rows:
         ms, (ratio, low, high) = r["ms_per_step"][0], r["times_seed"]

@@ -11,13 +11,14 @@ import contextlib
 import importlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 import fastddim
-from benchmarks.timing import WrongResultError
+from benchmarks.timing import WrongResultError, last_line
 from fastddim import cpu, reference
 from fastddim.noise import STEP
 
@@ -31,6 +32,10 @@ TOLERANCE = 2e-3
 are rounded differently: those of the seed lose up to 1.9e-4."""
 SIGMAS = 6.0
 """How far the mean and the deviation of somebody else's noise may be from those of normals."""
+
+
+class MissingError(Exception):
+    """What a peer needs is not there: a package, a compiler."""
 
 
 # Who computes the step on a CPU
@@ -197,7 +202,7 @@ class Loops:
             x, _ = reference.ddim_step(x, self.model(x, t), self.table[row], z)
         return x
 
-    def near(self, what: str, run: Run) -> None:
+    def near(self, run: Run) -> None:
         """Raises unless the run gives the reference's result, noise from the same stream."""
         torch.manual_seed(4)
         want = self.eager(None).double()
@@ -205,16 +210,17 @@ class Loops:
         gap = run().double() - want
         off = (gap.square().mean() / want.square().mean()).sqrt().item()
         if not off <= TOLERANCE:  # NaN is beyond it too
-            raise WrongResultError(f"{what} is {off:.3g} off the reference, allowed: {TOLERANCE:g}")
+            raise WrongResultError(f"it is {off:.3g} off the reference, allowed: {TOLERANCE:g}")
 
-    def equal(self, what: str, run: Run, want: Run) -> None:
+    def equal(self, run: Run, want: Run) -> None:
+        """Raises unless both give the same, bit for bit, noise from the same stream."""
         torch.manual_seed(4)
         expected = want()
         torch.manual_seed(4)
         if not torch.equal(run(), expected):
-            raise WrongResultError(f"{what} is not {want.__name__} bit for bit")
+            raise WrongResultError("it is not what it must be, bit for bit")
 
-    def near_but_for_noise(self, what: str, run: Run) -> None:
+    def near_but_for_noise(self, run: Run) -> None:
         """Raises unless the run gives the reference's result with some normals as its noise.
 
         ε being the same throughout, the result is that without noise and the noise of all steps,
@@ -233,6 +239,99 @@ class Loops:
         allowed = SIGMAS / math.sqrt(n)
         if not (abs(mean) <= allowed and abs(deviation - 1) <= allowed):
             raise WrongResultError(
-                f"{what}: its noise has mean {mean:.3g} and deviation {deviation:.3g}, allowed: "
+                f"its noise has mean {mean:.3g} and deviation {deviation:.3g}, allowed: "
                 f"0 and 1 within {allowed:.2g}"
             )
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way of taking the steps, and where its noise comes from.
+
+    Attributes:
+        title: its name in a table.
+        make: the loop, or an exception where it cannot be had.
+        check: raises unless what it gives is right.
+        noise, quiet_noise: where its noise comes from, and where at η = 0.
+        counted: whether PyTorch's dispatcher sees its operations.
+    """
+
+    title: str
+    make: Callable[[Loops], Run]
+    check: Callable[[Loops, Run], None]
+    noise: str
+    quiet_noise: str = "none"
+    counted: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def ready(self, loops: Loops) -> Run:
+        """The loop compiled, its memory touched, and what it gives found right."""
+        try:
+            run = self.make(loops)
+            run()
+        except Exception as error:
+            raise MissingError(last_line(error)) from error
+        try:
+            self.check(loops, run)
+        except WrongResultError as error:
+            raise WrongResultError(
+                f"{self.title} at {loops.shape}, η = {loops.eta}: {error}"
+            ) from None
+        return run
+
+
+def by_numba(loops: Loops) -> Run:
+    if not cpu._fused():
+        raise ImportError("numba is not installed")
+    return on(numba, loops.sample_seeds)
+
+
+PEERS = {
+    "seed": Peer(
+        "the loop people run",
+        lambda loops: loops.seed,
+        Loops.near,
+        "torch.randn_like",
+        "torch.randn_like, times 0",
+    ),
+    "diffusers": Peer(
+        "diffusers' DDIMScheduler",
+        lambda loops: loops.scheduled("DDIMScheduler"),
+        Loops.near,
+        "torch.randn",
+    ),
+    "compile": Peer(
+        "torch.compile of the simplified maths",
+        Loops.compiled,
+        lambda loops, run: loops.near_but_for_noise(run) if loops.eta else loops.near(run),
+        "torch.randn_like, compiled",
+        counted=False,
+    ),
+    "scheduler": Peer(
+        "FastDDIMScheduler",
+        lambda loops: loops.scheduled("FastDDIMScheduler"),
+        lambda loops, run: loops.equal(run, loops.scheduled("DDIMScheduler")),
+        "torch.randn",
+    ),
+    "pytorch": Peer(
+        "DDIM.sample, PyTorch",
+        lambda loops: on(pytorch, loops.sample),
+        lambda loops, run: loops.equal(run, lambda: loops.eager(loops.stream(3))),
+        "generator",
+        devices=("cpu",),
+    ),
+    "numba": Peer(
+        "DDIM.sample, numba",
+        by_numba,
+        lambda loops, run: loops.equal(run, loops.eager_seeds),
+        "counter noise",
+        devices=("cpu",),
+    ),
+    "triton": Peer(
+        "DDIM.sample, Triton",
+        lambda loops: loops.sample_seeds,
+        lambda loops, run: loops.equal(run, loops.eager_seeds),
+        "counter noise",
+        devices=("cuda",),
+    ),
+}

@@ -134,6 +134,10 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
 def last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
