@@ -46,4 +46,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Benchmarks alone where they are asked for, tests alone where they are not."""
     if collection_path.is_dir() or collection_path.name == "__init__.py":
         return None
-    return collection_path.name.startswith("bench_") != config.getoption("benchmark") or None
+    return _unasked(collection_path, config) or None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is named on the command line is collected whatever it is: it is refused here."""
+    unasked = [item for item in items if _unasked(item.path, config)]
+    if unasked:
+        only = "runs no tests" if config.getoption("benchmark") else "alone runs benchmarks"
+        raise pytest.UsageError(f"--benchmark {only}, got {unasked[0].nodeid}")
+
+
+def _unasked(path: Path, config: pytest.Config) -> bool:
+    return path.name.startswith("bench_") != config.getoption("benchmark")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastddim
-from benchmarks.timing import WrongResultError, last_line
+from benchmarks.timing import WrongResultError, by, last_line
 from fastddim import cpu, reference
 from fastddim.noise import STEP
 
@@ -274,9 +274,8 @@ class Peer:
         try:
             self.check(loops, run)
         except WrongResultError as error:
-            raise WrongResultError(
-                f"{self.title} at {loops.shape}, η = {loops.eta}: {error}"
-            ) from None
+            what = f"{self.title} at {by(loops.shape)}, η = {loops.eta:g}"
+            raise WrongResultError(f"{what}: {error}") from None
         return run
 
 

@@ -244,10 +244,21 @@ def test_the_benchmarks_run_where_they_are_asked_for_and_nothing_else() -> None:
     assert run.returncode == 0, run.stdout
     assert 40 <= len(rows) <= 60
     assert all(row.startswith("benchmarks/bench_step.py::test_step[") for row in rows)
-    run = asked("--co", "-q", "benchmarks", "tests/test_slerp.py")
-    rows = [line for line in run.stdout.splitlines() if "::" in line]
-    assert rows
-    assert all(row.startswith("tests/test_slerp.py::") for row in rows)
+    assert asked("--co", "-q", "benchmarks").returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("benchmarks/bench_step.py",), "--benchmark alone runs benchmarks, got benchmarks/"),
+        (("--benchmark", "tests/test_slerp.py"), "--benchmark runs no tests, got tests/test_sle"),
+    ],
+)
+def test_what_was_not_asked_for_is_refused_by_name(arguments: list[str], said: str) -> None:
+    run = asked(*arguments)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: {said}" in run.stderr
 
 
 def test_without_pytest_benchmark_one_line_says_so() -> None:
