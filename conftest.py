@@ -58,4 +58,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _unasked(path: Path, config: pytest.Config) -> bool:
-    return path.name.startswith("bench_") != config.getoption("benchmark")
+    return path.name.startswith("bench_") != bool(config.getoption("benchmark"))

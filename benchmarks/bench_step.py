@@ -115,7 +115,8 @@ def table(request: pytest.FixtureRequest) -> Table:
     items: list[Any] = request.session.items
     params = [item.callspec.params for item in items if hasattr(item, "callspec")]
     names = [p["peer"] for p in params if p.get("table") == request.param]
-    return Table(*request.param, names, LEVELS[request.config.getoption("level")])
+    shape, eta = request.param
+    return Table(shape, eta, names, LEVELS[str(request.config.getoption("level"))])
 
 
 @pytest.fixture(scope="session")

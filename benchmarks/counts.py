@@ -37,7 +37,7 @@ class Transfers(TorchFunctionMode):
     """States taken to the CPU by name, and those of them that are taken back."""
 
     def __init__(self, elements: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.elements, self.count = elements, 0
         self.on_host: dict[int, Tensor] = {}
 

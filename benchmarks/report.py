@@ -128,7 +128,7 @@ def steps(section: Record) -> str:
 
 def step_cell(row: Record) -> str:
     if "missing" in row:
-        return row["missing"]
+        return str(row["missing"])
     return f"{duration(row['us_per_step'][0])}, {span(row['times_seed'])}"
 
 
