@@ -62,6 +62,11 @@ def grid(*lines: list[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
+def title(loop: str) -> str:
+    """A loop's name, as code where it is a call."""
+    return PEERS["seed"].title if loop == SEED else f"`{loop}`" if "(" in loop else loop
+
+
 def span(found: list[float], unit: str = "×") -> str:
     """12.7× (11.1–14.0)"""
     median, low, high = (f"{v:.3g}" for v in found)
@@ -103,7 +108,7 @@ def counts(results: Results) -> str:
     for loop in dict.fromkeys(row["loop"] for row in rows):
         both = [row for row in rows if row["loop"] == loop]
         values = [dict.fromkeys(str(row[name]) for row in both) for name in names]
-        lines.append([f"`{loop}`", *(" / ".join(v) for v in values)])
+        lines.append([title(loop), *(" / ".join(v) for v in values)])
     return grid(*lines)
 
 
@@ -149,7 +154,8 @@ def losses(section: Record) -> str:
 def whole(section: Record) -> str:
     lines = [["", "ms a call", "outside the model", "µs a step", "DDIMPipeline / it"]]
     for row in section["rows"]:
-        about = f"{row['model']}, {row['shape'][0]} images, {row['steps']} steps: {row['loop']}"
+        case = f"{row['model']}, {row['shape'][0]} images, {row['steps']} steps"
+        about = f"{case}: {title(row['loop'])}"
         outside = f"{row['outside_us_per_step'][0]:.3g}"
         numbers = [f"{row['ms'][0]:.4g}", percent(row["outside"]), outside]
         lines.append([about, *numbers, span(row["times_pipeline"])])
@@ -165,7 +171,7 @@ def loops(section: Record, show: Callable[[list[float]], str] = span) -> str:
     for name in dict.fromkeys(re.sub(", (PyTorch|numba)$", "", loop) for loop, _ in rows):
         found = [[rows.get((name + way, eta)) for way in ways] for ways, eta in columns]
         cells = [next((loop_cell(r, show) for r in some if r), "") for some in found]
-        lines.append([f"`{name}`" if "(" in name else name, *cells])
+        lines.append([title(name), *cells])
     return grid(*lines)
 
 

@@ -38,7 +38,7 @@ def test_a_page_that_says_otherwise_is_noticed_and_mended(
 ) -> None:
     page = tmp_path / "README.md"
     right = (ROOT / "README.md").read_text()
-    page.write_text(right.replace("| seed's loop | ", "| seed's loop | 1"))
+    page.write_text(right.replace("| the loop people run | ", "| the loop people run | 1"))
     assert page.read_text() != right
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "PAGES", (page,))
