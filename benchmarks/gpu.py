@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -36,7 +34,9 @@ from torch import Tensor
 
 import fastddim
 from benchmarks import ladder
-from benchmarks.loop import RESULTS, commit, contenders, measure
+from benchmarks.loop import contenders, measure
+from benchmarks.peers import simplified, simplified_factors, simplified_noisy
+from benchmarks.records import RESULTS, commit, slug, write
 from benchmarks.timing import (
     Call,
     Record,
@@ -301,15 +301,7 @@ def peers(elements: int, rounds: int) -> Iterator[Record]:
     count = len(sets)
     xs, outputs = [s["x"] for s in sets], [s["output"] for s in sets]
     row = sets[0]["table"][0]
-    a_t, _, b_t, _, a_s, c1, c2 = row.unbind()
-    # x_s = (√ᾱ_s/√ᾱ_t)·x + (c2 − √ᾱ_s·√(1−ᾱ_t)/√ᾱ_t)·ε: the same but for its rounding.
-    p, q = a_s / a_t, c2 - a_s * b_t / a_t
-
-    def simplified(x: Tensor, eps: Tensor, p: Tensor, q: Tensor) -> Tensor:
-        return p * x + q * eps
-
-    def simplified_noisy(x: Tensor, eps: Tensor, p: Tensor, q: Tensor, c1: Tensor) -> Tensor:
-        return p * x + q * eps + c1 * torch.randn_like(x)
+    p, q, c1 = simplified_factors(row)
 
     def eager(i: int) -> object:
         return reference.ddim_step(xs[i % count], outputs[i % count], row)
@@ -564,18 +556,6 @@ def describe() -> Record:
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def write(path: Path, record: Record) -> None:
-    """All of the file or nothing of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(path)
 
 
 def tests_of(report: Path) -> dict[str, int]:

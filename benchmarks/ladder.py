@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import fastddim
+from benchmarks import peers
 from benchmarks.timing import (
     Record,
     WrongResultError,
@@ -346,25 +347,10 @@ def fused_in_a_graph(ready: Ready) -> Run:
     return lambda: act(x_T=ready.x)
 
 
-def ddim_scheduler(ready: Ready) -> Any:
-    """diffusers' DDIM on the seed's schedule and timesteps."""
-    from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
-
-    scheduler = DDIMScheduler(
-        num_train_timesteps=T,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        clip_sample=False,
-        timestep_spacing="leading",
-    )
-    scheduler.set_timesteps(ready.case.steps, device=ready.x.device)
-    return scheduler
-
-
 def diffusers_loop(ready: Ready) -> Run:
     """The scheduler as diffusers' pipelines run it: each t a tensor on the device."""
-    scheduler, eps = ddim_scheduler(ready), eps_of(ready, ready.model)
+    scheduler = peers.scheduler("DDIMScheduler", ready.case.steps, ready.x.device)
+    eps = eps_of(ready, ready.model)
 
     def run() -> Tensor:
         x = ready.x
@@ -378,7 +364,8 @@ def diffusers_loop(ready: Ready) -> Run:
 
 def diffusers_by_number(ready: Ready) -> Run:
     """The scheduler told each t as a number, without which it asks the device for its value."""
-    scheduler, eps = ddim_scheduler(ready), eps_of(ready, ready.model)
+    scheduler = peers.scheduler("DDIMScheduler", ready.case.steps, ready.x.device)
+    eps = eps_of(ready, ready.model)
     numbers = scheduler.timesteps.tolist()
 
     def run() -> Tensor:

@@ -1,11 +1,12 @@
-"""How the device and the host are timed: what ``gpu.py`` and ``ladder.py`` share."""
+"""How the device and the host are timed, and what may be said of the times."""
 
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -110,9 +111,31 @@ def wall_seconds(
     return taken
 
 
+def interval(values: Sequence[float]) -> list[float]:
+    """[median, low, high]: with 95% probability the true median lies from low to high.
+
+    Of n values each is below the median with probability ½, whatever their distribution: the k
+    least and the k greatest can be left out as long as a binomial of n is below k, or above
+    n − k, in 5% at most. Fewer than six values cannot say it, and give their least and greatest.
+    """
+    ordered, n, k = sorted(values), len(values), 0
+    while 2 * sum(math.comb(n, i) for i in range(k + 2)) <= 0.05 * 2**n:
+        k += 1
+    return [rounded(v) for v in (statistics.median(ordered), ordered[k], ordered[n - 1 - k])]
+
+
+def times(base: Sequence[float], taken: Sequence[float]) -> list[float]:
+    """How often ``taken`` fits into ``base``, round by round: the interval of the ratios."""
+    return interval([b / a for a, b in zip(taken, base, strict=True)])
+
+
 def rounded(value: float) -> float:
     """Four digits: more than any of it is worth."""
     return float(f"{value:.4g}")
+
+
+def by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def last_line(error: BaseException) -> str:

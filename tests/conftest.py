@@ -9,6 +9,8 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """The kernels run in Triton's interpreter, unless the GPU tests were asked for by name."""
+    if config.getoption("benchmark", False):  # which run no test, and compiled kernels
+        return
     asked = config.getoption("markexpr") or ""
     if "gpu" not in asked.replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"

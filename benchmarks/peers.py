@@ -1,0 +1,336 @@
+"""The loop as people run it and as fastddim does, without its model: what is compared.
+
+Each is a call without arguments that goes from the same x_T down the same steps and returns the
+last x. The model returns a tensor made beforehand, so that all there is stands between two of its
+calls. What each gives is checked before anything is timed (``Loops.check``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+import fastddim
+from benchmarks.timing import WrongResultError, by, last_line
+from fastddim import cpu, reference
+from fastddim.noise import STEP
+
+Run: TypeAlias = Callable[[], Tensor]
+Model: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Backend: TypeAlias = Callable[[], contextlib.AbstractContextManager[str]]
+
+T = 1000
+TOLERANCE = 2e-3
+"""How far, root mean square by root mean square, results may be apart whose float32 coefficients
+are rounded differently: those of the seed lose up to 1.9e-4."""
+SIGMAS = 6.0
+"""How far the mean and the deviation of somebody else's noise may be from those of normals."""
+
+
+class MissingError(Exception):
+    """What a peer needs is not there: a package, a compiler."""
+
+
+# Who computes the step on a CPU
+
+
+@contextlib.contextmanager
+def pytorch() -> Iterator[str]:
+    """The step's PyTorch operations, where numba is installed too."""
+    usual = cpu._fused
+    cpu._fused = lambda: None  # type: ignore[assignment]
+    try:
+        yield ", PyTorch"
+    finally:
+        cpu._fused = usual
+
+
+@contextlib.contextmanager
+def numba() -> Iterator[str]:
+    yield ", numba"
+
+
+def on(path: Backend, run: Run) -> Run:
+    def there() -> Tensor:
+        with path():
+            return run()
+
+    return there
+
+
+# The simplified maths, which torch.compile is given
+
+
+def simplified(x: Tensor, eps: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """x_s = (√ᾱ_s/√ᾱ_t)·x + (c2 − √ᾱ_s·√(1−ᾱ_t)/√ᾱ_t)·ε: the same but for its rounding."""
+    return p * x + q * eps
+
+
+def simplified_noisy(x: Tensor, eps: Tensor, p: Tensor, q: Tensor, c1: Tensor) -> Tensor:
+    return p * x + q * eps + c1 * torch.randn_like(x)
+
+
+def simplified_factors(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, q, c1) of rows of a table."""
+    a_t, _, b_t, _, a_s, c1, c2 = table.unbind(-1)
+    return a_s / a_t, c2 - a_s * b_t / a_t, c1
+
+
+def scheduler(name: str, steps: int, device: torch.device | str) -> Any:
+    """diffusers' scheduler of this name, or ours, on the seed's schedule and timesteps."""
+    module = "fastddim.dropins.diffusers" if name.startswith("Fast") else "diffusers"
+    found = getattr(importlib.import_module(module), name)(
+        num_train_timesteps=T,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        timestep_spacing="leading",
+    )
+    found.set_timesteps(steps, device=device)
+    return found
+
+
+class Loops:
+    """The loops on one x_T. ``model`` is what they call; by default it returns ε made before."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        steps: int,
+        eta: float,
+        device: str = "cpu",
+        model: Model | None = None,
+    ) -> None:
+        self.shape, self.steps, self.eta, self.device = shape, steps, eta, device
+        self.x = torch.randn(shape, generator=self.stream(1), device=device)
+        self.eps = torch.randn(shape, generator=self.stream(2), device=device)
+        self.betas = torch.linspace(1e-4, 0.02, T, device=device)
+        self.seq = range(0, T, T // steps)
+        self.ddim = fastddim.DDIM(steps=steps, eta=eta)
+        self.table = torch.tensor(self.ddim.table, device=device)
+        self.noisy = (self.ddim.table[:, 5] != 0).tolist()
+        levels = torch.tensor([t for t, _ in self.ddim.pairs], device=device)
+        self.ts = levels[:, None].expand(-1, shape[0]).unbind()
+        self.seeds = torch.arange(shape[0], device=device)
+        self.model: Model = model or (lambda x, t: self.eps)
+
+    def stream(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(seed)
+
+    # As people run it
+
+    def seed(self) -> Tensor:
+        """The loop people run. Its factors have four dimensions, and so must what they scale."""
+        x, model = self.x, self.model
+        if x.dim() != 4:
+            x = x.view(len(x), 1, 1, -1)
+            model = lambda x, t: self.model(x, t).view(x.shape)  # noqa: E731
+        last = reference.generalized_steps(x, self.seq, model, self.betas, self.eta)[0][-1]
+        return last.view(self.shape)
+
+    def scheduled(self, name: str) -> Run:
+        """A scheduler as diffusers' pipelines run it: each t a tensor on the device."""
+        made = scheduler(name, self.steps, self.device)
+
+        def run() -> Tensor:
+            x = self.x
+            for t in made.timesteps:
+                x = made.step(self.model(x, t), t, x, eta=self.eta).prev_sample
+            return x
+
+        return run
+
+    def compiled(self) -> Run:
+        """The simplified maths by torch.compile, its factors made before."""
+        maths: Any = simplified_noisy if self.eta else simplified
+        fast: Any = torch.compile(maths, dynamic=False)
+        p, q, c1 = simplified_factors(self.table)
+        factors = list(zip(p.unbind(), q.unbind(), c1.unbind(), strict=True))
+        if not self.eta:
+            factors = [pair[:2] for pair in factors]  # type: ignore[misc]
+
+        def run() -> Tensor:
+            x = self.x
+            for of_row, t in zip(factors, self.ts, strict=True):
+                x = fast(x, self.model(x, t), *of_row)
+            return x
+
+        return run
+
+    # As fastddim does
+
+    def drop_in(self) -> Tensor:
+        return fastddim.generalized_steps(self.x, self.seq, self.model, self.betas, self.eta)[0][-1]
+
+    def drop_in_last(self) -> Tensor:
+        return fastddim.generalized_steps(
+            self.x, self.seq, self.model, self.betas, self.eta, keep="last"
+        )[0][-1]
+
+    def sample(self) -> Tensor:
+        return self.ddim.sample(self.model, self.x, generator=self.stream(3))
+
+    def sample_seeds(self) -> Tensor:
+        return self.ddim.sample(self.model, self.x, seeds=range(self.shape[0]))
+
+    # What is right
+
+    def eager(self, generator: torch.Generator | None) -> Tensor:
+        """The reference's steps, noise from torch's own stream."""
+        x = self.x
+        for row, draw, t in zip(self.table.unbind(), self.noisy, self.ts, strict=True):
+            z = None
+            if draw:
+                z = torch.randn(self.shape, generator=generator, device=self.device)
+            x, _ = reference.ddim_step(x, self.model(x, t), row, z)
+        return x
+
+    def eager_seeds(self) -> Tensor:
+        """The same, with the noise that belongs to each seed."""
+        x, z = self.x, torch.empty_like(self.x)
+        rows = torch.arange(self.steps, dtype=torch.int32, device=self.device)
+        for row, t in enumerate(self.ts):
+            torch.ops.fastddim.normal_(z, self.seeds, rows[row].expand(self.shape[0]), STEP)
+            x, _ = reference.ddim_step(x, self.model(x, t), self.table[row], z)
+        return x
+
+    def near(self, run: Run) -> None:
+        """Raises unless the run gives the reference's result, noise from the same stream."""
+        torch.manual_seed(4)
+        want = self.eager(None).double()
+        torch.manual_seed(4)
+        gap = run().double() - want
+        off = (gap.square().mean() / want.square().mean()).sqrt().item()
+        if not off <= TOLERANCE:  # NaN is beyond it too
+            raise WrongResultError(f"it is {off:.3g} off the reference, allowed: {TOLERANCE:g}")
+
+    def equal(self, run: Run, want: Run) -> None:
+        """Raises unless both give the same, bit for bit, noise from the same stream."""
+        torch.manual_seed(4)
+        expected = want()
+        torch.manual_seed(4)
+        if not torch.equal(run(), expected):
+            raise WrongResultError("it is not what it must be, bit for bit")
+
+    def near_but_for_noise(self, run: Run) -> None:
+        """Raises unless the run gives the reference's result with some normals as its noise.
+
+        ε being the same throughout, the result is that without noise and the noise of all steps,
+        which are normals of a known deviation.
+        """
+        table = self.table.clone()
+        table[:, 5] = 0
+        quiet, variance = self.x, 0.0
+        for row, t in zip(table.unbind(), self.ts, strict=True):
+            quiet, _ = reference.ddim_step(quiet, self.model(quiet, t), row)
+        for p, _, c1 in torch.stack(simplified_factors(self.table), 1).tolist():
+            variance = p**2 * variance + c1**2
+        rest = (run() - quiet).double() / math.sqrt(variance)
+        n = rest.numel()
+        mean, deviation = rest.mean().item(), rest.std().item()
+        allowed = SIGMAS / math.sqrt(n)
+        if not (abs(mean) <= allowed and abs(deviation - 1) <= allowed):
+            raise WrongResultError(
+                f"its noise has mean {mean:.3g} and deviation {deviation:.3g}, allowed: "
+                f"0 and 1 within {allowed:.2g}"
+            )
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way of taking the steps, and where its noise comes from.
+
+    Attributes:
+        title: its name in a table.
+        make: the loop, or an exception where it cannot be had.
+        check: raises unless what it gives is right.
+        noise, quiet_noise: where its noise comes from, and where at η = 0.
+        counted: whether PyTorch's dispatcher sees its operations.
+    """
+
+    title: str
+    make: Callable[[Loops], Run]
+    check: Callable[[Loops, Run], None]
+    noise: str
+    quiet_noise: str = "none"
+    counted: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def ready(self, loops: Loops) -> Run:
+        """The loop compiled, its memory touched, and what it gives found right."""
+        try:
+            run = self.make(loops)
+            run()
+        except Exception as error:
+            raise MissingError(last_line(error)) from error
+        try:
+            self.check(loops, run)
+        except WrongResultError as error:
+            what = f"{self.title} at {by(loops.shape)}, η = {loops.eta:g}"
+            raise WrongResultError(f"{what}: {error}") from None
+        return run
+
+
+def by_numba(loops: Loops) -> Run:
+    if not cpu._fused():
+        raise ImportError("numba is not installed")
+    return on(numba, loops.sample_seeds)
+
+
+PEERS = {
+    "seed": Peer(
+        "the loop people run",
+        lambda loops: loops.seed,
+        Loops.near,
+        "torch.randn_like",
+        "torch.randn_like, times 0",
+    ),
+    "diffusers": Peer(
+        "diffusers' DDIMScheduler",
+        lambda loops: loops.scheduled("DDIMScheduler"),
+        Loops.near,
+        "torch.randn",
+    ),
+    "compile": Peer(
+        "torch.compile of the simplified maths",
+        Loops.compiled,
+        lambda loops, run: loops.near_but_for_noise(run) if loops.eta else loops.near(run),
+        "torch.randn_like, compiled",
+        counted=False,
+    ),
+    "scheduler": Peer(
+        "FastDDIMScheduler",
+        lambda loops: loops.scheduled("FastDDIMScheduler"),
+        lambda loops, run: loops.equal(run, loops.scheduled("DDIMScheduler")),
+        "torch.randn",
+    ),
+    "pytorch": Peer(
+        "DDIM.sample, PyTorch",
+        lambda loops: on(pytorch, loops.sample),
+        lambda loops, run: loops.equal(run, lambda: loops.eager(loops.stream(3))),
+        "generator",
+        devices=("cpu",),
+    ),
+    "numba": Peer(
+        "DDIM.sample, numba",
+        by_numba,
+        lambda loops, run: loops.equal(run, loops.eager_seeds),
+        "counter noise",
+        devices=("cpu",),
+    ),
+    "triton": Peer(
+        "DDIM.sample, Triton",
+        lambda loops: loops.sample_seeds,
+        lambda loops, run: loops.equal(run, loops.eager_seeds),
+        "counter noise",
+        devices=("cuda",),
+    ),
+}

@@ -1,0 +1,87 @@
+"""What was measured, kept: one file a machine, in which each command writes its own section."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import Record
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "numba", "triton", "diffusers")
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """The name of what computes: the GPU, where there is one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        out = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=RESULTS.parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return out.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-")
+
+
+def write(path: Path, record: Record) -> None:
+    """All of the file or nothing of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)
+
+
+def provenance(command: str) -> Record:
+    """What a section says beside its rows: how they were made, when, and of what."""
+    return {
+        "command": " ".join([command, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": commit(),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def keep(section: str, content: Record, where: Path = RESULTS) -> Path:
+    """Puts the section into this machine's file, in place of what it held under that name."""
+    name = machine()
+    path = where / f"{slug(name)}.json"
+    record: Record = {"machine": name, "cores": os.cpu_count()}
+    if path.exists():
+        record = json.loads(path.read_text())
+    write(path, record | {section: content})
+    return path

@@ -1,0 +1,316 @@
+"""The results as people read them: written into benchmarks/README.md and README.md.
+
+    python -m benchmarks.report            # writes what differs
+    python -m benchmarks.report --check    # writes nothing, and fails where a page differs
+
+All that stands between ``<!-- report: NAME -->`` and ``<!-- end -->`` comes from
+``benchmarks/results``; the rest is prose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import codegen
+from benchmarks.peers import PEERS
+from benchmarks.records import RESULTS
+from benchmarks.timing import Record, by
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "benchmarks" / "README.md", ROOT / "README.md")
+BLOCK = re.compile(r"(<!-- report: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+NONE = "Not yet measured."
+LARGE = [64, 3, 256, 256]
+OURS = ("scheduler", "pytorch", "numba", "triton")
+THEIRS = ("seed", "diffusers", "compile")
+SEED = "seed's loop"
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that is in a folder of results: the machines, and what belongs to none."""
+
+    machines: list[Record]
+    gpus: list[Record]
+    counts: Record
+    codegen: list[Record]
+
+    @classmethod
+    def of(cls, folder: Path) -> Results:
+        found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        code, counts = found.pop("codegen"), found.pop("counts")
+        machines = [r for r in found.values() if "machine" in r]
+        return cls(machines, [r for r in found.values() if "gpu" in r], counts, code)
+
+    def sections(self, name: str) -> list[tuple[Record, Record]]:
+        """(machine, section) of every machine that has it."""
+        return [(m, m[name]) for m in self.machines if name in m]
+
+
+# How it is put
+
+
+def grid(*lines: list[str]) -> str:
+    """A Markdown table, the first line being its head; all but the first column to the right."""
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def title(loop: str) -> str:
+    """A loop's name, as code where it is a call."""
+    return PEERS["seed"].title if loop == SEED else f"`{loop}`" if "(" in loop else loop
+
+
+def span(found: list[float], unit: str = "×") -> str:
+    """12.7× (11.1–14.0)"""
+    median, low, high = (f"{v:.3g}" for v in found)
+    return f"{median}{unit} ({low}–{high})"
+
+
+def percent(found: list[float]) -> str:
+    median, low, high = (f"{v:.2%}" for v in found)
+    return f"{median} ({low}–{high})"
+
+
+def duration(us: float) -> str:
+    value, unit = (us / 1e3, "ms") if us >= 1e3 else (us, "µs")
+    return f"{value:.3g} {unit}"
+
+
+def made(machine: Record, section: Record) -> str:
+    """Where, when and how a section was measured."""
+    of = ", ".join(f"{name} {number}" for name, number in section["versions"].items())
+    return (
+        f"{machine['machine']}, {section['threads']} threads, {of}; {section['date']}, commit "
+        f"{section['commit']}: `{section['command']}`"
+    )
+
+
+def each(results: Results, name: str, show: Callable[[Record], str]) -> str:
+    """A section of every machine, each below where it comes from."""
+    shown = [f"{made(m, s)}\n\n{show(s)}" for m, s in results.sections(name)]
+    return "\n\n".join(shown) or NONE
+
+
+# What is shown
+
+
+def counts(results: Results) -> str:
+    rows = results.counts["rows"]
+    names = ("operations", "passes", "bytes_per_element", "transfers", "questions")
+    lines = [["", "operations", "passes over memory", "bytes an element", "transfers", "questions"]]
+    for loop in dict.fromkeys(row["loop"] for row in rows):
+        both = [row for row in rows if row["loop"] == loop]
+        values = [dict.fromkeys(str(row[name]) for row in both) for name in names]
+        lines.append([title(loop), *(" / ".join(v) for v in values)])
+    return grid(*lines)
+
+
+def steps(section: Record) -> str:
+    rows = section["rows"]
+    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
+    parts = []
+    for eta in dict.fromkeys(row["eta"] for row in rows):
+        cells = {(r["peer"], tuple(r["shape"])): step_cell(r) for r in rows if r["eta"] == eta}
+        peers = dict.fromkeys(peer for peer, _ in cells)
+        lines = [[f"η = {eta}", *map(by, shapes)]]
+        lines += [[PEERS[p].title, *(cells.get((p, s), "") for s in shapes)] for p in peers]
+        parts.append(grid(*lines))
+    large = [row for row in rows if row["shape"] == LARGE and "missing" not in row]
+    lines = [[by(LARGE), "η", "noise", "bytes an element", "GB/s", "of a copy's speed"]]
+    for row in large:
+        of = [PEERS[row["peer"]].title, str(row["eta"]), row["noise"]]
+        numbers = [str(row["bytes_per_element"]), f"{row['gb_per_s']:.3g}"]
+        lines.append([*of, *numbers, percent(row["of_copy"])])
+    return "\n\n".join([*parts, grid(*lines)])
+
+
+def step_cell(row: Record) -> str:
+    if "missing" in row:
+        return str(row["missing"])
+    return f"{duration(row['us_per_step'][0])}, {span(row['times_seed'])}"
+
+
+def losses(section: Record) -> str:
+    """Where somebody else's step is faster than ours, within the interval."""
+    lines = []
+    for row in section["rows"]:
+        for base in THEIRS:
+            median, _, high = row.get(f"times_{base}", (1, 1, 1))
+            if row["peer"] in OURS and high < 1:
+                lines.append(
+                    f"- {PEERS[row['peer']].title} at {by(row['shape'])}, η = {row['eta']}: "
+                    f"{1 / median:.3g} times as long as {PEERS[base].title}"
+                )
+    return "\n".join(lines) or "In none of these tables is a step of others faster."
+
+
+def whole(section: Record) -> str:
+    lines = [["", "ms a call", "outside the model", "µs a step", "DDIMPipeline / it"]]
+    for row in section["rows"]:
+        case = f"{row['model']}, {row['shape'][0]} images, {row['steps']} steps"
+        about = f"{case}: {title(row['loop'])}"
+        outside = f"{row['outside_us_per_step'][0]:.3g}"
+        numbers = [f"{row['ms'][0]:.4g}", percent(row["outside"]), outside]
+        lines.append([about, *numbers, span(row["times_pipeline"])])
+    return grid(*lines)
+
+
+def loops(section: Record, show: Callable[[list[float]], str] = span) -> str:
+    """A row a loop; a column each η, without numba and with it."""
+    rows = {(row["loop"], row["eta"]): row for row in section["rows"]}
+    etas = sorted({eta for _, eta in rows})
+    columns = [(ways, eta) for ways in (("", ", PyTorch"), (", numba",)) for eta in etas]
+    lines = [["ms a step", *(f"η = {e:g}{', numba' * (', numba' in w)}" for w, e in columns)]]
+    for name in dict.fromkeys(re.sub(", (PyTorch|numba)$", "", loop) for loop, _ in rows):
+        found = [[rows.get((name + way, eta)) for way in ways] for ways, eta in columns]
+        cells = [next((loop_cell(r, show) for r in some if r), "") for some in found]
+        lines.append([title(name), *cells])
+    return grid(*lines)
+
+
+def loop_cell(row: Record, show: Callable[[list[float]], str]) -> str:
+    ratio = "" if row["loop"] == SEED else f", {show(row['times_seed'])}"
+    return f"{row['ms_per_step'][0]:.3g}{ratio}"
+
+
+def cost(results: Results) -> str:
+    """The README's table: the latest measured."""
+    found = sorted(results.sections("loop"), key=lambda pair: pair[1]["date"])
+    if not found:
+        return NONE
+    machine, section = found[-1]
+    return (
+        f"{loops(section, lambda ratio: f'{ratio[0]:.3g}×')}\n\n{by(section['shape'])} float32, "
+        f"medians of {section['repeats']} interleaved runs of {section['steps']} steps, beside the "
+        f"ratios to the loop people run. {made(machine, section)}."
+    )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is asked of a step: that it fits so often, at least, into that of another."""
+
+    peer: str
+    base: str
+    eta: int
+    least: float
+    shape: list[int] | None = None
+
+    def shown(self, rows: list[Record]) -> list[str] | None:
+        """At the shape where it does worst; None where it was not measured."""
+        key = f"times_{self.base}"
+        found = [
+            row
+            for row in rows
+            if (row["peer"], row["eta"]) == (self.peer, self.eta)
+            and key in row
+            and self.shape in (None, row["shape"])
+        ]
+        if not found:
+            return None
+        row = min(found, key=lambda row: row[key][0])
+        # No slower means: not slower beyond the interval.
+        met = row[key][2 if self.least == 1 else 0] >= self.least
+        who = f"{PEERS[self.peer].title}, η = {self.eta}, against {PEERS[self.base].title}"
+        where = f"any shape, here {by(row['shape'])}" if self.shape is None else by(self.shape)
+        return [who, where, f"≥ {self.least:g}×", span(row[key]), "yes" if met else "**no**"]
+
+
+FIGURES = (
+    Figure("pytorch", "seed", 0, 8, LARGE),
+    Figure("pytorch", "seed", 1, 3, LARGE),
+    Figure("numba", "seed", 0, 15, LARGE),
+    Figure("numba", "seed", 1, 6, LARGE),
+    Figure("numba", "diffusers", 0, 4, LARGE),
+    Figure("scheduler", "diffusers", 0, 4, LARGE),
+    Figure("numba", "compile", 0, 1),
+    Figure("numba", "compile", 1, 1),
+)
+
+
+def figures(section: Record) -> str:
+    shown = [figure.shown(section["rows"]) for figure in FIGURES]
+    return grid(["", "at", "asked", "measured", "met"], *(line for line in shown if line))
+
+
+def machine_code(results: Results) -> str:
+    rows = results.codegen
+    return codegen.table([row for row in rows if row["arch"] == "90"])
+
+
+def gpu(results: Results) -> str:
+    """Every section of every GPU's record, as it is."""
+    if not results.gpus:
+        return "**Not yet measured on a GPU**: there is no `benchmarks/results/nvidia-*.json`."
+    return "\n\n".join(map(gpu_tables, results.gpus))
+
+
+def gpu_tables(record: Record) -> str:
+    of = ", ".join(f"{name} {record[name]}" for name in ("driver", "cuda", "torch", "triton"))
+    parts = [
+        f"### {record['gpu']}",
+        f"{of}; {record['date'][:10]}, commit {record['commit']}: `{record['command']}`",
+    ]
+    for name, rows in record.items():
+        if isinstance(rows, list) and rows:
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            lines = [[str(row.get(key, "")) for key in columns] for row in rows]
+            parts += [f"`{name}`", grid(columns, *lines)]
+    return "\n\n".join(parts)
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "counts": counts,
+    "figures": lambda results: each(results, "step", figures),
+    "steps": lambda results: each(results, "step", steps),
+    "losses": lambda results: each(results, "step", losses),
+    "whole": lambda results: each(results, "whole", whole),
+    "loop": lambda results: each(results, "loop", loops),
+    "busy": lambda results: each(results, "loop-busy", loops),
+    "cost": cost,
+    "codegen": machine_code,
+    "spans": lambda results: codegen.spans(results.codegen),
+    "gpu": gpu,
+}
+
+
+def rendered(page: str, results: Results) -> str:
+    """The page with what the results say between its marks."""
+
+    def block(found: re.Match[str]) -> str:
+        begin, name, end = found.groups()
+        if name not in BLOCKS:
+            raise SystemExit(f"report must be one of {', '.join(BLOCKS)}, got {name!r}")
+        return f"{begin}{BLOCKS[name](results)}\n{end}"
+
+    return BLOCK.sub(block, page)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page differs")
+    check, results, stale = parser.parse_args(arguments).check, Results.of(RESULTS), []
+    for path in PAGES:
+        page = path.read_text()
+        again = rendered(page, results)
+        if again != page:
+            stale.append(str(path.relative_to(ROOT)))
+            if not check:
+                path.write_text(again)
+    if check and stale:
+        print(f"{' and '.join(stale)} must say what the results do: python -m benchmarks.report")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""The loop with a model: what is spent outside it by the loops people run, and by fastddim's.
+
+    python -m benchmarks.whole    # keeps it as "whole" of benchmarks/results/<machine>.json
+
+The model's calls are timed within each run: on a CPU what is left of the run is the loop's own. All
+begin at the same x_T, and their results are compared with the seed's before anything is timed. The
+embedded model draws 16 images in 50 steps; a model of the size of CIFAR-10's (35.7 M parameters,
+random weights) 4 in 10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.ladder import CIFAR10, TOLERANCE, UNet
+from benchmarks.peers import Loops, Run, scheduler
+from benchmarks.records import keep, provenance
+from benchmarks.timing import Record, WrongResultError, interval, rounded, times
+from fastddim import embedded
+
+SEED, PIPELINE = "seed's loop", "DDIMPipeline"
+
+
+class Clocked:
+    """A model, and the seconds its calls have taken. A pipeline takes it for its U-Net."""
+
+    dtype = torch.float32
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
+        self.model, self.seconds = model, 0.0
+        self.config = SimpleNamespace(in_channels=shape[1], sample_size=shape[2])
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        begin = time.perf_counter()
+        output: Tensor = self.model(x, t)
+        self.seconds += time.perf_counter() - begin
+        return output
+
+
+def pipeline(loops: Loops, model: Clocked, name: str) -> Run:
+    """diffusers' pipeline with this scheduler; it draws the same x_T."""
+    made: Any = importlib.import_module("diffusers").DDIMPipeline(
+        unet=lambda x, t: SimpleNamespace(sample=model(x, t)),
+        scheduler=scheduler("DDIMScheduler", loops.steps, "cpu"),
+    )
+    made.unet.config, made.unet.dtype = model.config, model.dtype
+    made.scheduler = scheduler(name, loops.steps, "cpu")
+    made.set_progress_bar_config(disable=True)
+
+    def run() -> Tensor:
+        images: Tensor = made(
+            batch_size=loops.shape[0],
+            generator=loops.stream(1),
+            eta=loops.eta,
+            num_inference_steps=loops.steps,
+            output_type="pt",
+        ).images
+        return images
+
+    return run
+
+
+def garments() -> nn.Module:
+    return embedded.load()
+
+
+def cifar10() -> nn.Module:
+    torch.manual_seed(0)
+    return UNet(**CIFAR10).eval().requires_grad_(False)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "embedded": (garments, (16, 1, 28, 28), 50),
+    "CIFAR-10 size": (cifar10, (4, 3, 32, 32), 10),
+}
+
+
+def whole(name: str, rounds: int) -> list[Record]:
+    make, shape, steps = CASES[name]
+    model = Clocked(make(), shape)
+    loops = Loops(shape, steps, 0.0, model=model)
+    runs: dict[str, Run] = {
+        SEED: loops.seed,
+        PIPELINE: pipeline(loops, model, "DDIMScheduler"),
+        f"{PIPELINE}, FastDDIMScheduler": pipeline(loops, model, "FastDDIMScheduler"),
+        "DDIM.sample": loops.sample,
+    }
+    want = loops.seed()
+    for loop, run in runs.items():
+        expected = (want / 2 + 0.5).clamp(0, 1) if loop.startswith(PIPELINE) else want
+        off = ((run() - expected).norm() / expected.norm()).item()
+        if not off <= TOLERANCE[torch.float32]:
+            raise WrongResultError(f"{name}: {loop} is {off:.3g} off the seed's loop")
+    total: dict[str, list[float]] = {loop: [] for loop in runs}
+    outside: dict[str, list[float]] = {loop: [] for loop in runs}
+    gc.disable()
+    for _ in range(rounds):
+        for loop, run in runs.items():
+            model.seconds, begin = 0.0, time.perf_counter()
+            run()
+            total[loop].append(time.perf_counter() - begin)
+            outside[loop].append(total[loop][-1] - model.seconds)
+            gc.collect()
+    gc.enable()
+    return [
+        {
+            "model": name,
+            "shape": list(shape),
+            "steps": steps,
+            "loop": loop,
+            "ms": [rounded(s * 1e3) for s in interval(total[loop])],
+            "outside_us_per_step": [rounded(s / steps * 1e6) for s in interval(outside[loop])],
+            "outside": times(outside[loop], total[loop]),
+            "times_pipeline": times(total[PIPELINE], total[loop]),
+            "rounds": rounds,
+        }
+        for loop in runs
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = [row for name in args.models for row in whole(name, args.rounds)]
+    for r in rows:
+        share, us, faster = r["outside"], r["outside_us_per_step"], r["times_pipeline"]
+        print(
+            f"{r['model']:<14}{r['loop']:<32}{r['ms'][0]:>8} ms  outside {share[0]:.2%} "
+            f"({share[1]:.2%} to {share[2]:.2%}), {us[0]} µs a step  "
+            f"{PIPELINE} / it {faster[0]} ({faster[1]} to {faster[2]})"
+        )
+    print(f"wrote {keep('whole', provenance('python -m benchmarks.whole') | {'rows': rows})}")
+
+
+if __name__ == "__main__":
+    main()

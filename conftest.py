@@ -1,0 +1,61 @@
+"""The benchmarks: asked for with ``pytest --benchmark``, and otherwise left alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastddim")
+    group.addoption(
+        "--benchmark",
+        action="store_true",
+        help="run benchmarks/bench_*.py, and no test (needs pytest-benchmark)",
+    )
+    group.addoption(
+        "--level",
+        choices=("quick", "full"),
+        default="quick",
+        help="quick: under three minutes on two cores; full: what results are kept of",
+    )
+    group.addoption(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="keep a whole run of the benchmarks as a section of DIR/<machine>.json",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("benchmark"):
+        return
+    if not config.pluginmanager.has_plugin("benchmark"):
+        raise pytest.UsageError(
+            "--benchmark needs pytest-benchmark, which is not installed: "
+            'pip install -e ".[test]" brings it'
+        )
+    os.environ.pop("TRITON_INTERPRET", None)  # the kernels would be interpreted
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.args = [str(config.rootpath / "benchmarks")]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Benchmarks alone where they are asked for, tests alone where they are not."""
+    if collection_path.is_dir() or collection_path.name == "__init__.py":
+        return None
+    return _unasked(collection_path, config) or None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is named on the command line is collected whatever it is: it is refused here."""
+    unasked = [item for item in items if _unasked(item.path, config)]
+    if unasked:
+        only = "runs no tests" if config.getoption("benchmark") else "alone runs benchmarks"
+        raise pytest.UsageError(f"--benchmark {only}, got {unasked[0].nodeid}")
+
+
+def _unasked(path: Path, config: pytest.Config) -> bool:
+    return path.name.startswith("bench_") != bool(config.getoption("benchmark"))

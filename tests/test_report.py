@@ -1,0 +1,290 @@
+"""What is measured, kept and shown: right before it is timed, and the same on every page."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from benchmarks import bench_step, counts, records, report
+from benchmarks.bench_step import Level, Table
+from benchmarks.peers import PEERS, Loops, MissingError, Peer
+from benchmarks.timing import WrongResultError, interval, times
+from fastddim import cpu, reference
+
+ROOT = Path(__file__).parents[1]
+TINY = (1, 16, 7)
+BRIEF = Level(0.0, 2, 5)
+
+
+# The pages
+
+
+def test_the_pages_show_the_results() -> None:
+    assert report.main(["--check"]) == 0
+
+
+def test_a_page_that_says_otherwise_is_noticed_and_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "README.md"
+    right = (ROOT / "README.md").read_text()
+    page.write_text(right.replace("| the loop people run | ", "| the loop people run | 1"))
+    assert page.read_text() != right
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "PAGES", (page,))
+    assert report.main(["--check"]) == 1
+    assert capsys.readouterr().out.startswith("README.md must say what the results do")
+    assert page.read_text() != right
+    assert report.main([]) == 0
+    assert page.read_text() == right
+    page.write_text("<!-- report: costs -->\n<!-- end -->")
+    with pytest.raises(SystemExit, match="'costs'"):
+        report.main([])
+
+
+def row(peer: str, eta: int, shape: list[int], **ratios: list[float]) -> dict[str, Any]:
+    return {
+        "shape": shape,
+        "eta": eta,
+        "peer": peer,
+        "noise": "none",
+        "bytes_per_element": 12,
+        "us_per_step": [12345.0, 12000.0, 13000.0],
+        "gb_per_s": 12.3,
+        "of_copy": [0.9, 0.8, 1.0],
+        **ratios,
+    }
+
+
+def test_figures_name_the_worst_shape_and_whether_they_are_met() -> None:
+    large = report.LARGE
+    section = {
+        "rows": [
+            row("numba", 0, large, times_seed=[16.0, 14.0, 18.0], times_compile=[3.0, 2.0, 4.0]),
+            row("numba", 0, [1, 16, 7], times_seed=[2.0, 1.9, 2.1], times_compile=[0.9, 0.8, 1.1]),
+            row("numba", 1, large, times_seed=[5.9, 5.0, 7.0], times_compile=[0.9, 0.8, 0.99]),
+            row("pytorch", 0, large, times_seed=[8.0, 7.0, 9.0], times_compile=[0.5, 0.4, 0.6]),
+        ]
+    }
+    lines = [line for line in report.figures(section).splitlines() if "η" in line]
+    assert [line.endswith("| yes |") for line in lines] == [True, True, False, True, False]
+    assert "here 1x16x7 | ≥ 1× | 0.9× (0.8–1.1)" in lines[3]
+    assert "64x3x256x256 | ≥ 6× | 5.9× (5–7) | **no**" in lines[2]
+    lost = report.losses(section).splitlines()
+    assert [line.split(":")[0] for line in lost] == [
+        "- DDIM.sample, numba at 64x3x256x256, η = 1",
+        "- DDIM.sample, PyTorch at 64x3x256x256, η = 0",
+    ]
+    assert lost[1].endswith("2 times as long as torch.compile of the simplified maths")
+    missing = {"shape": [1, 16, 7], "eta": 0, "peer": "compile", "missing": "no compiler"}
+    shown = report.steps({"rows": [*section["rows"], missing]})
+    assert "12.3 ms, 16× (14–18)" in shown
+    assert "| torch.compile of the simplified maths |  | no compiler |" in shown
+    assert "90.00% (80.00%–100.00%)" in shown
+
+
+# What a step does
+
+
+def test_what_the_page_counts_is_what_is_dispatched() -> None:
+    found = counts.rows()
+    assert found == json.loads((records.RESULTS / "counts.json").read_text())["rows"]
+    of = {(r["loop"], r["eta"]): [r[name] for name in counts.NAMES] for r in found}
+    for eta in (0.0, 1.0):
+        assert of["seed's loop", eta] == [43, 9, 80, 3, 0]
+        assert of["DDIM.sample(seeds=)", eta] == [1, 1, 12, 0, 0]
+
+
+def test_the_tally_counts_by_the_definition() -> None:
+    x, small = torch.ones(8, 8), torch.ones(8)
+    with counts.Transfers(64) as transfers, counts.Tally(64) as tally:
+        y = x + small  # read, written
+        y.mul_(2.0)  # read, written
+        torch.mul(x, y, out=y)  # two read, one written
+        y.view(64).copy_(x.view(64))  # read, written; views are nothing
+        torch.randn_like(x)  # written
+        small.sum().item()  # an operation and a question
+        y = y.to("cpu").to(x.device).to(x.device)  # there and back
+        small.to("cpu")
+    assert tally.found["operations"] == 6
+    assert tally.found["passes"] == 5
+    assert tally.found["bytes_per_element"] == 8 + 8 + 12 + 8 + 4
+    assert tally.found["questions"] == 1
+    assert transfers.count == 2
+
+
+# What may be said of times
+
+
+@pytest.mark.parametrize("n", [6, 7, 9, 12, 30, 101])
+def test_the_interval_holds_the_median_as_often_as_it_says(n: int) -> None:
+    median, low, high = interval(range(n))
+    assert median == (n - 1) / 2
+    left_out = int(low)
+    assert high == n - 1 - left_out
+    miss = [2 * stats.binom.cdf(k, n, 0.5) for k in (left_out, left_out + 1)]
+    assert miss[0] <= 0.05 < miss[1]  # and no shorter one does
+    assert interval([3.0, 1.0, 2.0]) == [2.0, 1.0, 3.0]
+
+
+def test_ratios_are_those_of_a_round() -> None:
+    r = random.Random(0)
+    slow = [r.uniform(1, 10) for _ in range(20)]  # the machine's, alike for both
+    assert times([6 * s for s in slow], [2 * s for s in slow]) == [3.0, 3.0, 3.0]
+
+
+# The peers
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_every_peer_gives_what_it_must(eta: float) -> None:
+    for shape in ((1, 16, 7), (2, 3, 5, 7), (1, 2, 3, 5, 7)):
+        loops = Loops(shape, 5, eta)
+        for name in ("seed", "diffusers", "scheduler", "pytorch", *["numba"] * bool(cpu._fused())):
+            PEERS[name].ready(loops)
+
+
+def test_a_result_that_is_wrong_raises() -> None:
+    loops = Loops((2, 3, 16, 16), 5, 1.0)
+    right = loops.seed()
+    loops.near(loops.seed)
+    nan = torch.full_like(right, math.nan)
+    wrong = (lambda: 1.01 * loops.seed(), lambda: nan, loops.sample)
+    for run in wrong:
+        with pytest.raises(WrongResultError, match="off the reference"):
+            loops.near(run)
+    with pytest.raises(WrongResultError, match="bit for bit"):
+        loops.equal(lambda: loops.seed().nextafter(right), loops.eager_seeds)
+
+
+def test_noise_of_another_strength_is_wrong() -> None:
+    loops = Loops((2, 3, 64, 64), 5, 1.0)
+
+    def noisy(strength: float, shift: float = 0.0) -> Tensor:
+        x = loops.x
+        torch.manual_seed(0)
+        for row in loops.table.clone():
+            z = strength * torch.randn_like(x) + shift
+            x, _ = reference.ddim_step(x, loops.eps, row, z)
+        return x
+
+    loops.near_but_for_noise(lambda: noisy(1.0))
+    for strength, shift in ((0.9, 0.0), (1.1, 0.0), (1.0, 0.2), (0.0, 0.0), (math.nan, 0.0)):
+        with pytest.raises(WrongResultError, match="its noise has mean"):
+            loops.near_but_for_noise(lambda s=strength, m=shift: noisy(s, m))  # type: ignore[misc]
+
+
+# The rows
+
+
+def test_what_is_wrong_or_missing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = dict(PEERS)
+
+    def lacking(_: Loops) -> Any:
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    def doubled(loops: Loops) -> Any:
+        return lambda: 2 * loops.sample()
+
+    peers["compile"] = Peer("compiled", lacking, PEERS["compile"].check, "none")
+    peers["pytorch"] = Peer("ours", doubled, PEERS["pytorch"].check, "none")
+    monkeypatch.setattr(bench_step, "PEERS", peers)
+    table = Table(TINY, 0, ["compile", "pytorch", "diffusers"], BRIEF)
+    assert sorted(table.taken) == ["copy", "diffusers", "seed"]
+    assert table.missing == {"compile": "RuntimeError: No working C++ compiler found"}
+    assert str(table.wrong["pytorch"]).startswith("ours at 1x16x7, η = 0: it is not")
+    with pytest.raises(MissingError, match="No working"):
+        peers["compile"].ready(Loops(TINY, 5, 0.0))
+    found = table.row("diffusers")
+    assert found["bytes_per_element"] == 56
+    assert found["rounds"] == 2
+    seconds = found["us_per_step"][0] / 1e6
+    assert found["gb_per_s"] == pytest.approx(56 * 112 / seconds / 1e9, rel=1e-3)
+    assert "times_compile" not in found
+
+
+def test_a_machine_has_one_file_and_a_command_its_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "machine", lambda: "Some(R) CPU @ 2.0 GHz")
+    path = records.keep("step", {"rows": [1]}, tmp_path / "new")
+    assert path.name == "some-cpu-2-0-ghz.json"
+    records.keep("loop", {"rows": [2]}, tmp_path / "new")
+    records.keep("step", {"rows": [3]}, tmp_path / "new")
+    found = json.loads(path.read_text())
+    assert (found["machine"], found["step"], found["loop"]) == (
+        "Some(R) CPU @ 2.0 GHz",
+        {"rows": [3]},
+        {"rows": [2]},
+    )
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    section = records.provenance("pytest")
+    assert section["versions"]["torch"] == torch.__version__
+    assert section["threads"] == torch.get_num_threads()
+
+
+def asked(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_benchmarks_run_where_they_are_asked_for_and_nothing_else() -> None:
+    run = asked("--benchmark", "--co", "-q")
+    rows = [line for line in run.stdout.splitlines() if "::" in line]
+    assert run.returncode == 0, run.stdout
+    assert 40 <= len(rows) <= 60
+    assert all(row.startswith("benchmarks/bench_step.py::test_step[") for row in rows)
+    assert asked("--co", "-q", "benchmarks").returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("benchmarks/bench_step.py",), "--benchmark alone runs benchmarks, got benchmarks/"),
+        (("--benchmark", "tests/test_slerp.py"), "--benchmark runs no tests, got tests/test_sle"),
+    ],
+)
+def test_what_was_not_asked_for_is_refused_by_name(arguments: list[str], said: str) -> None:
+    run = asked(*arguments)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: {said}" in run.stderr
+
+
+def test_without_pytest_benchmark_one_line_says_so() -> None:
+    run = asked("--benchmark", "-p", "no:benchmark")
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = (line for line in run.stderr.splitlines() if line)
+    assert line.startswith("ERROR: --benchmark needs pytest-benchmark")
+
+
+@pytest.mark.slow
+def test_pytest_benchmark_reports_the_seconds_that_were_taken(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    run = asked(
+        *("--benchmark", "-k", "1x16x7-eta1 and not scheduler", "--benchmark-json", str(out)),
+        *("--results", str(tmp_path)),
+    )
+    assert run.returncode == 0, run.stdout
+    assert "nothing is kept" in run.stdout
+    rows = json.loads(out.read_text())["benchmarks"]
+    assert {"test_step[1x16x7-eta1-seed]", "test_step[1x16x7-eta1-compile]"} <= {
+        row["name"] for row in rows
+    }
+    for row in rows:
+        median, taken = row["extra_info"]["us_per_step"][0], row["stats"]["median"] * 1e6
+        assert median == pytest.approx(taken, rel=1e-3)
+        assert len(row["stats"]["data"]) == row["extra_info"]["rounds"] >= 6
+        assert row["group"] == "a step of 1x16x7, η = 1"
+        assert row["extra_info"]["noise"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
