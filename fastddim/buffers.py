@@ -36,6 +36,17 @@ class Spare:
         return None
 
 
+def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    """A buffer, if it is laid out as x, and one that inference mode made if that is on."""
+    fits = (
+        tensor is not None
+        and (tensor.shape, tensor.stride(), tensor.dtype) == (x.shape, x.stride(), x.dtype)
+        and tensor.device == x.device
+        and tensor.is_inference() == torch.is_inference_mode_enabled()
+    )
+    return tensor if fits else None
+
+
 def _holders(box: list[Tensor]) -> tuple[int, int, int, int]:
     """Who holds box[0]: Python names, C++ references, and the same two of its storage (views)."""
     storage = box[0].untyped_storage()

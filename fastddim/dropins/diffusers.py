@@ -31,7 +31,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMix
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastddim.buffers import Spare
+from fastddim.buffers import Spare, fitting
 from fastddim.check import kind, whole
 from fastddim.coefficients import make_table
 from fastddim.ops import OUTPUTS, ddim_step, initial_noise
@@ -120,7 +120,7 @@ class _Fast:
     ) -> Any:
         """(x_s, x0), in memory that an earlier step returned where nobody holds that any more."""
         states, x0s = self._spare = self._spare or (Spare(), Spare())
-        out, x0_out = _same(states.take(), x), _same(x0s.take(), x)
+        out, x0_out = fitting(states.take(), x), fitting(x0s.take(), x)
         x_s, x0 = ddim_step(
             x,
             output,
@@ -621,16 +621,6 @@ def _has_grad(tensor: Tensor) -> bool:
 def _version(tensor: Tensor) -> int:
     """How often it was written in place; tensors of inference mode do not count that."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _same(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    """A buffer, if it is laid out as x, and one that inference mode made if that is on."""
-    fits = (
-        tensor is not None
-        and (tensor.shape, tensor.stride()) == (x.shape, x.stride())
-        and tensor.is_inference() == torch.is_inference_mode_enabled()
-    )
-    return tensor if fits else None
 
 
 def _like(tensor: Any, sample: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
@@ -13,8 +12,9 @@ from torch import Tensor
 from fastddim import reference
 from fastddim.buffers import Spare
 from fastddim.check import finite, whole
-from fastddim.cpu import BLOCK
+from fastddim.coefficients import checked_factors
 from fastddim.ops import ddim_step
+from fastddim.stream import normals, passed_over
 
 
 def generalized_steps(
@@ -53,7 +53,7 @@ def generalized_steps(
     table = _table(tau, b, eta)
     rows = torch.arange(len(tau), dtype=torch.int32, device=x.device)
     xs, x0_preds = [x], []
-    spare, draw = Spare(), _normals(x) if eta else _passed_over(x)
+    spare, draw = Spare(), normals(x) if eta else passed_over(x)
     for row, i in enumerate(reversed(tau)):
         with torch.no_grad():
             eps = model(x, torch.full((len(x),), float(i), device=x.device))
@@ -79,36 +79,6 @@ def generalized_steps(
     return xs, x0_preds
 
 
-def _normals(x: Tensor) -> Callable[[], Tensor]:
-    """Draws as ``torch.randn_like(x)`` does, into the same tensor each time."""
-    return torch.empty_like(x).normal_
-
-
-def _passed_over(x: Tensor) -> Callable[[], None]:
-    """Leaves the generator where ``torch.randn_like(x)`` would, for noise that has no effect.
-
-    On a CPU a contiguous tensor takes its normals sixteen at a time, in order: drawn in blocks
-    that stay in the cache they cost no pass over memory, and move the generator alike.
-    """
-    if x.device.type != "cpu" or not x.is_contiguous():
-        z = torch.empty_like(x)
-
-        def draw_all() -> None:
-            z.normal_()
-
-        return draw_all
-    block = torch.empty(min(x.numel(), 2 * BLOCK))
-
-    def draw() -> None:
-        left = x.numel()
-        while left > len(block):
-            block[:BLOCK].normal_()
-            left -= BLOCK
-        block[:left].normal_()
-
-    return draw
-
-
 @torch.no_grad()
 def _table(tau: Sequence[int], b: Tensor, eta: float) -> Tensor:
     """The coefficients by the original's own float32 operations, on β's device."""
@@ -120,20 +90,7 @@ def _table(tau: Sequence[int], b: Tensor, eta: float) -> Tensor:
         c1 = eta * ((1 - at / at_next) * (1 - at_next) / (1 - at)).sqrt()
         return c1, ((1 - at_next) - c1**2).sqrt()
 
-    c1, c2 = factors(eta)
-    if c2.isnan().any():
-        # In millionths, by the same float32 operations: at the exact bound they may give NaN.
-        most, least = 0, math.ceil(eta * 1e6)
-        while least - most > 1:
-            middle = (most + least) // 2
-            if factors(middle / 1e6)[1].isnan().any():
-                least = middle
-            else:
-                most = middle
-        raise ValueError(
-            f"eta must be at most {most / 1e6} for this seq (beyond it 1 − ᾱ_s − c1² is "
-            f"negative), got {eta:g}"
-        )
+    c1, c2 = checked_factors(factors, eta, "this seq")
     a_t, b_t = at.sqrt(), (1 - at).sqrt()
     return torch.stack([a_t, 1 / a_t, b_t, 1 / b_t, at_next.sqrt(), c1, c2], dim=1)
 
