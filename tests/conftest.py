@@ -30,3 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def recorders_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The square root of the machine that recorded ``tests/golden``.
+
+    PyTorch takes a CPU's square roots from MKL, which rounds some wrongly, and others on other
+    processors. Those of the recording are off by 2⁻³¹ at most before they are rounded.
+    """
+    import torch
+
+    root = torch.Tensor.sqrt
+    recorded_root = lambda a: (root(a.double()) * (1 - 2.0**-31)).to(a.dtype)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "sqrt", recorded_root)

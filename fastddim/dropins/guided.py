@@ -8,7 +8,9 @@ arguments, and returns what the method returns: bit-identical in float32 on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -47,7 +49,7 @@ class Diffusion:
     def __init__(
         self,
         diffusion_steps: int = 1000,
-        timestep_respacing: str | Sequence[int] = "ddim25",
+        timestep_respacing: str | Sequence[int] | None = "ddim25",
         noise_schedule: str = "linear",
         learn_sigma: bool = False,
         predict_xstart: bool = False,
@@ -69,7 +71,7 @@ class Diffusion:
         kept = schedule.alphas_cumprod[self.timestep_map]
         # Not ``kept`` itself: the original multiplies up again what it has divided.
         self.betas: Float64 = 1 - kept / np.append(1.0, kept[:-1])
-        self.alphas_cumprod: Float64 = np.cumprod(1 - self.betas)
+        self.alphas_cumprod: Float64 = np.cumprod(1 - self.betas, dtype=np.float64)
         self.model_mean_type = "START_X" if predict_xstart else "EPSILON"
         self.model_var_type = "LEARNED_RANGE" if learn_sigma else "FIXED_LARGE"
         self.rescale_timesteps = rescale_timesteps
@@ -156,8 +158,7 @@ def ddim_sample_loop(
     eta: float = 0.0,
 ) -> Tensor:
     """The last ``"sample"`` of ``ddim_sample_loop_progressive``, from the same arguments."""
-    final = None
-    for final in _loop(
+    steps = _loop(
         diffusion,
         model,
         shape,
@@ -170,9 +171,8 @@ def ddim_sample_loop(
         progress,
         eta,
         want_x0=False,
-    ):
-        pass
-    assert final is not None
+    )
+    (final,) = deque(steps, maxlen=1)
     return final["sample"]
 
 
@@ -233,18 +233,14 @@ def _loop(
     want_x0: bool,
 ) -> Iterator[Out]:
     if not isinstance(shape, (tuple, list)) or len(shape) < 2:
-        raise TypeError(
-            f"shape must be a tuple or list (batch, channels, ...), got {shown(shape)}"
-        )
-    batch = [whole(f"shape[{i}]", n, low=0) for i, n in enumerate(shape)][0]
+        raise TypeError(f"shape must be a tuple or list (batch, channels, ...), got {shown(shape)}")
+    batch, *_ = (whole(f"shape[{i}]", n, low=0) for i, n in enumerate(shape))
     if noise is not None:
         _check_state("noise", noise)
         if len(noise) != batch:
             raise ValueError(f"noise must have the batch of shape, {batch}, got {len(noise)}")
     device = _device(model, noise, device)
-    step = _Step(
-        diffusion, model, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, eta
-    )
+    step = _Step(diffusion, model, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, eta)
     bar = _bar() if progress else iter
 
     def steps() -> Iterator[Out]:
@@ -323,7 +319,7 @@ class _Step:
     def __call__(
         self, x: Tensor, t: Tensor, rows: Tensor | None = None, want_x0: bool = True
     ) -> Out:
-        """``ddim_sample``'s result; ``rows`` is t as the op's int32, of shape () where all agree."""
+        """``ddim_sample``'s result; ``rows`` is t, int32, of shape () where all samples agree."""
         rows = t.int() if rows is None else rows
         each = (-1, *[1] * (x.dim() - 1))
         seen = self.seen[t]
@@ -415,56 +411,46 @@ def _tables(
     return on_device(np.sqrt(1.0 / abar)), (1 - at).sqrt(), table
 
 
-def _respaced(respacing: str | Sequence[int], T: int) -> list[int]:
+def _respaced(respacing: str | Sequence[int] | None, T: int) -> list[int]:
     """The timesteps of T to keep, rising, as the original chooses them."""
-    if not isinstance(respacing, str):
-        counts = list(respacing)
-    elif not respacing:
-        return list(range(T))
-    elif respacing.startswith("ddim"):
-        return _strided(respacing, T)
-    else:
-        counts = respacing.split(",")
-    try:
-        counts = [int(count) for count in counts]
-    except ValueError:
-        counts = [-1]
-    if not any(counts) or min(counts) < 0:
-        raise ValueError(
-            f'timestep_respacing must be "ddimN", counts ≥ 0 as "10,15,20", or "", '
-            f"got {shown(respacing)}"
-        )
+    allowed = 'timestep_respacing must be "ddimN", counts as "10,15,20", or ""'
+    if not isinstance(respacing, (str, Sequence, type(None))):
+        raise TypeError(f"{allowed}, got {shown(respacing)}")
+    text = respacing if isinstance(respacing, str) else ",".join(map(str, respacing or ()))
+    found = re.fullmatch(r"ddim(\d+)|(\d+(?:,\d+)*)|", text)
+    if not found:
+        raise ValueError(f"{allowed}, got {shown(respacing)}")
+    if found[1]:
+        return _strided(int(found[1]), T)
+    counts = [int(count) for count in (found[2] or str(T)).split(",")]
     start, kept = 0, []
     for i, count in enumerate(counts):
         size = T // len(counts) + (i < T % len(counts))
         if count > size:
             raise ValueError(
-                f"timestep_respacing must ask section {i} of {len(counts)} for at most its {size} "
-                f"timesteps, got {count}"
+                f"timestep_respacing must take at most {size} steps from section {i + 1} of "
+                f"{len(counts)}, got {count}"
             )
-        stride = (size - 1) / (count - 1) if count > 1 else 1
-        place = 0.0
+        place, stride = 0.0, (size - 1) / max(count - 1, 1)
         for _ in range(count):
             kept.append(start + round(place))
-            place += stride  # summed as the original sums: a product may round to another timestep
+            place += stride  # a product would round to other timesteps here and there
         start += size
+    if not kept:
+        raise ValueError(f"timestep_respacing must take a step or more, got {shown(respacing)}")
     return sorted(set(kept))
 
 
-def _strided(respacing: str, T: int) -> list[int]:
-    """"ddimN": the N timesteps an integer stride apart, if there is such a stride."""
+def _strided(steps: int, T: int) -> list[int]:
+    """So many timesteps an integer stride apart, where there is such a stride: the least one's."""
     strides = {len(range(0, T, stride)): stride for stride in range(max(T - 1, 1), 0, -1)}
-    number = respacing.removeprefix("ddim")
-    if not number.isdecimal():
-        raise ValueError(f'timestep_respacing must be "ddimN", N a number, got {shown(respacing)}')
-    steps = int(number)
     if steps not in strides:
-        near = [max((n for n in strides if n < steps), default=None)]
-        near += [min((n for n in strides if n > steps), default=None)]
-        named = " or ".join(f"ddim{n}" for n in near if n is not None)
+        lower = max((n for n in strides if n < steps), default=0)
+        higher = min((n for n in strides if n > steps), default=0)
+        near = " and ".join(f"ddim{n}" for n in (lower, higher) if n)
         raise ValueError(
-            f"timestep_respacing must have an integer stride of {T} that gives N steps, as {named}, "
-            f"got {respacing!r}"
+            f"timestep_respacing must be a ddimN that an integer stride gives, near it {near}, "
+            f"got 'ddim{steps}'"
         )
     return list(range(0, T, strides[steps]))
 
@@ -531,7 +517,7 @@ def _device(model: Any, noise: Tensor | None, device: torch.device | str | None)
     return torch.empty(0, device=device).device
 
 
-def _bar() -> Callable[[Iterable[int]], Iterable[int]]:
+def _bar() -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError:
