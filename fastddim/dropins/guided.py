@@ -285,7 +285,8 @@ class _Step:
         for name, function in (("denoised_fn", denoised_fn), ("cond_fn", cond_fn)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable or None, got {shown(function)}")
-        if eta is not None and finite("eta", eta) < 0:
+        self.eta = None if eta is None else finite("eta", eta)
+        if self.eta is not None and self.eta < 0:
             raise ValueError(f"eta must be ≥ 0, got {eta:g}")
         self.prediction = _one_of(diffusion, "model_mean_type", EPSILON="epsilon", START_X="sample")
         self.times_channels = _one_of(
@@ -294,23 +295,17 @@ class _Step:
         self.model, self.denoised_fn, self.cond_fn = model, denoised_fn, cond_fn
         self.model_kwargs = dict(model_kwargs or {})
         self.clip = 1.0 if clip_denoised else None
-        self.eta = eta
 
         schedule = NoiseSchedule.from_alphas_cumprod(diffusion.alphas_cumprod)
         self.count = len(schedule)
         self.rows = torch.arange(self.count, dtype=torch.int32, device=device)
-        self.scale, self.shift, self.table = _tables(schedule.alphas_cumprod, eta, device)
-        self.seen = torch.tensor(
-            getattr(diffusion, "timestep_map", range(self.count)), device=device
-        )
+        self.scale, self.shift, *tables = _tables(schedule.alphas_cumprod, self.eta, device)
+        self.table, self.only_x0, self.only_eps = tables
+        seen = getattr(diffusion, "timestep_map", range(self.count))
+        self.seen = torch.from_numpy(np.array(seen, dtype=np.int64)).to(device)
         if getattr(diffusion, "rescale_timesteps", False):
             T = getattr(diffusion, "original_num_steps", self.count)
             self.seen = self.seen.float() * (1000.0 / T)
-        # Rows that make the op return x0 or ε in place of x_s.
-        self.only_x0, self.only_eps = self.table.clone(), self.table.clone()
-        self.only_x0[:, 4:] = torch.tensor([1.0, 0.0, 0.0])
-        self.only_eps[:, 4:] = torch.tensor([0.0, 0.0, 1.0])
-
         self.states, self.x0s = Spare(), Spare()
         self.scaled: Tensor | None = None
         self.z: Tensor | None = None
@@ -385,10 +380,11 @@ class _Step:
         return z.normal_().float()
 
 
-def _tables(
-    abar: Float64, eta: float | None, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """√(1/ᾱ_t), √(1−ᾱ_t) and the op's rows, by the original's own float32 operations."""
+def _tables(abar: Float64, eta: float | None, device: torch.device) -> list[Tensor]:
+    """√(1/ᾱ_t), √(1−ᾱ_t) and three tables, by the original's own float32 operations.
+
+    With the first table the op returns x_s, with the second x0 in its place, with the third ε.
+    """
     if abar[-1] == 0:
         raise ValueError("diffusion.alphas_cumprod must be > 0, got 0 at the last timestep")
 
@@ -407,8 +403,9 @@ def _tables(
     c1, c2 = none, (1 - at_s).sqrt()
     if eta:
         c1, c2 = checked_factors(factors, eta, "these timesteps")
-    table = torch.stack([one, one, b, 1 / b, at_s.sqrt(), c1, c2], dim=1)
-    return on_device(np.sqrt(1.0 / abar)), (1 - at).sqrt(), table
+    returned = (at_s.sqrt(), c1, c2), (one, none, none), (none, none, one)
+    tables = [torch.stack([one, one, b, 1 / b, *last], dim=1) for last in returned]
+    return [on_device(np.sqrt(1.0 / abar)), (1 - at).sqrt(), *tables]
 
 
 def _respaced(respacing: str | Sequence[int] | None, T: int) -> list[int]:
@@ -511,9 +508,10 @@ def _device(model: Any, noise: Tensor | None, device: torch.device | str | None)
         return noise.device
     if device is None:
         try:
-            return next(model.parameters()).device
+            first: Tensor = next(model.parameters())
         except (AttributeError, StopIteration):
             raise ValueError("device must be given where model has no parameters") from None
+        return first.device
     return torch.empty(0, device=device).device
 
 
