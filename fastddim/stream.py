@@ -1,4 +1,4 @@
-"""PyTorch's own generator, moved as the loops that are replaced move it."""
+"""PyTorch's own generator, moved as the replaced loops move it."""
 
 from __future__ import annotations
 
