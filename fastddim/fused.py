@@ -482,38 +482,39 @@ def step(
         raise ValueError("samples that are on rows of their own must lie one after another")
     table = table.contiguous()
     seeds = None if seeds is None else seeds.contiguous()
-    call = functools.partial(
-        _steps,
-        x.data_ptr(),
-        output.data_ptr(),
-        table.data_ptr(),
-        rows.data_ptr(),
-        _address(seeds),
-        _address(noise),
-        _address(guidance),
-        _address(threshold),
-        out.data_ptr(),
-        _address(x0),
-    )
-    sizes = (
-        batch,
-        n,
-        channels,
-        table.shape[0],
-        output.stride(0) if apart and output.shape[0] > 1 else n,
-        row_stride,
-        guidance_stride,
-        threshold_stride,
-        _DTYPES.index(output.dtype),
-        prediction,
-        int(noise_first),
-        int(clip is not None),
-        int(rederive),
-        0.0 if clip is None else float(clip),
+    numbers = (
+        (
+            x.data_ptr(),
+            output.data_ptr(),
+            table.data_ptr(),
+            rows.data_ptr(),
+            _address(seeds),
+            _address(noise),
+            _address(guidance),
+            _address(threshold),
+            out.data_ptr(),
+            _address(x0),
+        ),
+        (
+            batch,
+            n,
+            channels,
+            table.shape[0],
+            output.stride(0) if apart and output.shape[0] > 1 else n,
+            row_stride,
+            guidance_stride,
+            threshold_stride,
+            _DTYPES.index(output.dtype),
+            prediction,
+            int(noise_first),
+            int(clip is not None),
+            int(rederive),
+            0.0 if clip is None else float(clip),
+        ),
     )
     shares = total // (SHARE if seeds is None else NOISY_SHARE)
     tensors = (x, output, table, rows, seeds, noise, guidance, threshold, out, x0)
-    if _shared_out(call, sizes, shares, tensors):
+    if _shared_out(_steps, *numbers, shares, tensors):
         raise ValueError(
             f"rows must lie in [0, {len(table)}), got {int(rows.min())} to {int(rows.max())}"
         )
@@ -526,9 +527,9 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         return
     batch = out.shape[0]
     seeds = seeds.contiguous()
-    call = functools.partial(_fill, out.data_ptr(), seeds.data_ptr(), rows.data_ptr())
+    addresses = out.data_ptr(), seeds.data_ptr(), rows.data_ptr()
     sizes = (batch, total // batch, 0 if batch == 1 else rows.stride(0), stream)
-    _shared_out(call, sizes, total // NOISY_SHARE, (out, seeds, rows))
+    _shared_out(_fill, addresses, sizes, total // NOISY_SHARE, (out, seeds, rows))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -536,19 +537,23 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _shared_out(
-    call: Callable[..., int], sizes: tuple[float, ...], shares: int, tensors: tuple[Any, ...]
+    call: Callable[..., int],
+    addresses: tuple[int, ...],
+    sizes: tuple[float, ...],
+    shares: int,
+    tensors: tuple[Any, ...],
 ) -> int:
-    """``call(address of the tasks' counter, *sizes)`` on as many threads as pay for themselves.
+    """``call(*addresses, that of the tasks' counter, *sizes)`` on as many threads as pay.
 
     Threads are made for the call: none is left to a fork or to the interpreter's end, and each
     has its maker's rounding mode. One that has not begun when all tasks are taken, because every
     core is busy, is not waited for: it will find nothing to do. ``tensors`` own the addresses.
     """
-    helpers = min(torch.get_num_threads(), shares) - 1
+    helpers = min(torch.get_num_threads(), shares) - 1 if shares > 1 else 0
     if helpers < 1:
-        return call(0, *sizes)
+        return call(*addresses, 0, *sizes)
     tasks = torch.zeros(1, dtype=torch.int64, device="cpu")
-    job = functools.partial(call, tasks.data_ptr(), *sizes)
+    job = functools.partial(call, *addresses, tasks.data_ptr(), *sizes)
     jobs: list[_Job] = [(job, (*tensors, tasks))] * helpers
     ended = threading.Semaphore(0)
     try:

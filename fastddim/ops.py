@@ -168,9 +168,13 @@ def _ddim_step(
         output = output[:, : x.shape[1]]
     kernels = _kernels(x.device.type)
     into, x0_into, next_into = out, x0, next_input
-    if not all(
-        tensor is None or tensor.is_contiguous()
-        for tensor in (x, output, noise, out, x0, next_input)
+    if not (
+        x.is_contiguous()
+        and output.is_contiguous()
+        and out.is_contiguous()
+        and (noise is None or noise.is_contiguous())
+        and (x0 is None or x0.is_contiguous())
+        and (next_input is None or next_input.is_contiguous())
     ):
         stacked = next_input is not None and len(next_input) > len(x)
         by_sample = guidance is not None or threshold is not None or rows.stride(0) != 0
@@ -225,7 +229,7 @@ def _ddim_step(
             for half in next_into.chunk(len(next_into) // max(len(x), 1) or 1):
                 half.copy_(into)
     for given, written in ((out, into), (x0, x0_into), (next_input, next_into)):
-        if given is not None and written is not None and written is not given:
+        if written is not given and given is not None and written is not None:
             given.copy_(written)
     _written(out, x0, next_input)
 
@@ -283,9 +287,9 @@ def _normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
 
 def _written(*tensors: Tensor | None) -> None:
     """Says so to autograd, which sees what PyTorch writes but not what Triton and numpy do."""
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version(
+        [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
+    )
 
 
 @functools.cache

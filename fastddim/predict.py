@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -100,13 +100,8 @@ class Predictor:
 
     def input(self, x: Tensor, twice: bool) -> Tensor:
         """x as the model is given it, stacked upon itself where it is asked ``twice``."""
-        x = x.to(self.dtype)
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
         return torch.cat([x, x]) if twice else x
-
-    def _casting(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
 
     @contextmanager
     def one_cast(self) -> Iterator[None]:
@@ -132,7 +127,9 @@ class Predictor:
         if self.self_condition is not None:
             before = torch.zeros_like(x_in) if x0 is None else self.input(x0, twice)
             keywords = {**keywords, self.self_condition: before}
-        with self._casting():
+        if self.autocast is None:
+            return unpacked(self.model(x_in, t, **keywords), x_in)
+        with torch.autocast(self.device.type, dtype=self.autocast):
             return unpacked(self.model(x_in, t, **keywords), x_in)
 
     def shifted(self, output: Tensor, x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
@@ -160,8 +157,12 @@ def unpacked(output: Any, x_in: Tensor) -> Tensor:
         raise TypeError(f"model must return a tensor, got {kind(output)}")
     if output.dtype not in OUTPUTS:
         raise TypeError(f"model must return float32, bfloat16 or float16, got {output.dtype}")
+    if output.device != x_in.device:
+        raise ValueError(f"model must return a tensor on {x_in.device}, got {output.device}")
+    if output.shape == x_in.shape:
+        return output
     with_variance = x_in.dim() > 2 and (x_in.shape[0], 2 * x_in.shape[1], *x_in.shape[2:])
-    if output.shape not in (x_in.shape, with_variance):
+    if output.shape != with_variance:
         raise ValueError(
             f"model must return a tensor of x's shape, {tuple(x_in.shape)}, or one with twice the "
             f"channels (a learned variance), got {tuple(output.shape)}"

@@ -14,8 +14,8 @@ from torch import Tensor
 from fastddim import noise as counter
 from fastddim.buffers import Spare
 from fastddim.check import finite, kind, whole
-from fastddim.coefficients import Float32
-from fastddim.ops import OUTPUTS, ddim_step, initial_noise, input_like
+from fastddim.coefficients import PREDICTIONS, Float32
+from fastddim.ops import OUTPUTS, STEP, ddim_step, initial_noise, input_like
 from fastddim.predict import Predictor
 from fastddim.timesteps import Pair
 
@@ -272,20 +272,29 @@ class Run:
         seeds, z = self.noise.step(row)
         into = self._next_input(x, row)
         backwards = self.as_eps is not None
-        x_s, x0 = ddim_step(
+        x_s, x0 = self.states.take(), None
+        if x_s is None:
+            x_s = torch.empty_like(x)
+        if self.wants_x0:
+            x0 = self.x0s.take()
+            x0 = torch.empty_like(x) if x0 is None else x0
+        # All of it has been looked at: the arguments before the loop, the output by the predictor.
+        STEP(
             x,
             output,
             self.table,
             row.rows,
             seeds,
-            noise=z,
-            guidance=None if backwards else row.guidance,
-            prediction="epsilon" if backwards else self.prediction,
-            clip=self.clip,
-            want_x0=self.wants_x0,
-            out=self.states.take(),
-            x0_out=self.x0s.take() if self.wants_x0 else None,
-            next_input=into,
+            z,
+            None if backwards else row.guidance,
+            None,
+            PREDICTIONS.index("epsilon" if backwards else self.prediction),
+            True,
+            self.clip,
+            False,
+            x_s,
+            x0,
+            into,
         )
         if x is self._made:
             self.states.keep(x)
@@ -338,14 +347,14 @@ class Plan:
     """What a sampler decides before it has seen a tensor: its table, and the order of its rows.
 
     ``levels`` are those the model is told and ``pairs`` the (from, to) of each row, by the table's
-    rows; ``shift`` is the factor of cond_fn's gradient, likewise.
+    rows; ``shift`` is the factor of cond_fn's gradient, likewise, where there is one.
     """
 
     table: Float32
     order: range
     levels: tuple[int, ...]
     pairs: tuple[Pair, ...]
-    shift: Float32
+    shift: Float32 | None
     prediction: str
     clip: float | None
     as_eps: Float32 | None = None
@@ -359,10 +368,11 @@ def rows_of(
     count = len(plan.table)
     index = torch.arange(count, dtype=torch.int32, device=device)[:, None].expand(-1, batch)
     levels = torch.tensor(plan.levels, device=device)[:, None]
-    once, twice = levels.expand(-1, batch).unbind(), levels.expand(-1, 2 * batch).unbind()
-    shifts = torch.tensor(plan.shift, device=device).unbind()
-    indices = index.unbind()
+    once, indices = levels.expand(-1, batch).unbind(), index.unbind()
+    twice = once if guidance is None else levels.expand(-1, 2 * batch).unbind()
+    shifts = None if plan.shift is None else torch.tensor(plan.shift, device=device).unbind()
     w = None if guidance is None else guidance.unbind()
+    noisy = (plan.table[:, 5] != 0).tolist()
     # Where w is 1 for every sample the condition alone is asked: half the work, and c exactly.
     guided = [False] * count if guidance is None else (guidance != 1).any(1).tolist()
     # With samples taken one after the other, x itself is what a float32 model is given.
@@ -378,8 +388,8 @@ def rows_of(
                 once[i],
                 (twice if guided[i] else once)[i],
                 w[i] if w is not None and guided[i] else None,
-                None if predictor.cond_fn is None else shifts[i],
-                bool(plan.table[i, 5] != 0),
+                None if shifts is None else shifts[i],
+                noisy[i],
                 None
                 if copies is None
                 else (copies, writable and not inpainted and (cast or copies == 2)),
@@ -495,7 +505,7 @@ def checked_known(
     known: Tensor | None,
     mask: Tensor | None,
     x: Tensor,
-    table: Float32,
+    table: Callable[[], Float32],
     clean: tuple[bool, ...],
 ) -> Known | None:
     """``known`` and ``mask``, or None without them; ``table`` leads from data to each level."""
@@ -516,11 +526,12 @@ def checked_known(
     mask = mask.to(torch.float32)
     if not bool(((mask >= 0) & (mask <= 1)).all()):
         raise ValueError("mask must lie in [0, 1]: 1 keeps what is known, 0 leaves it to the model")
-    rows = torch.arange(len(table), dtype=torch.int32, device=x.device)
+    factors = torch.tensor(table(), device=x.device)
+    rows = torch.arange(len(factors), dtype=torch.int32, device=x.device)
     return Known(
         known.detach().to(torch.float32),
         mask,
-        torch.tensor(table, device=x.device),
+        factors,
         rows[:, None].expand(-1, len(x)).unbind(),
         clean,
     )

@@ -284,7 +284,7 @@ class DDIM:
                 is allowed; or, when the model has returned something that is no such tensor.
         """
         run = self._prepare(
-            self._plan(start),
+            self._plan(start, cond_fn is not None),
             model,
             x_T,
             shape=shape,
@@ -356,7 +356,7 @@ class DDIM:
         if not reverse:
             if until is not None or refine:
                 raise ValueError("until and refine belong to reverse=True")
-            plan = self._plan(start)
+            plan = self._plan(start, cond_fn is not None)
         else:
             given: dict[str, Any] = {
                 "seeds": seeds,
@@ -370,7 +370,7 @@ class DDIM:
             if needless:
                 raise ValueError(f"{needless[0]} has no place in a loop that runs backwards")
             refine = whole("refine", refine, low=0)
-            plan = self._reverse_plan(until)
+            plan = self._reverse_plan(until, cond_fn is not None)
         run = self._prepare(
             plan,
             model,
@@ -434,7 +434,7 @@ class DDIM:
         """
         refine = whole("refine", refine, low=0)
         run = self._prepare(
-            self._reverse_plan(until),
+            self._reverse_plan(until, cond_fn is not None),
             model,
             x0,
             dtype=dtype,
@@ -508,7 +508,7 @@ class DDIM:
 
         def prepare(x_T: Tensor, **given: Any) -> Run:
             return self._prepare(
-                self._plan(start),
+                self._plan(start, cond_fn is not None),
                 model,
                 x_T,
                 dtype=dtype,
@@ -538,8 +538,9 @@ class DDIM:
     def _loop(self, run: Run) -> Iterator[tuple[Row, Tensor, Tensor | None]]:
         """(row, x_s, x0) after each step. All it needs is on the device before it begins."""
         x = run.known_in(run.begin(), run.rows[0].number)
+        no_grad = torch.no_grad()
         for row in run.progress(run.rows):  # τ_S → τ_1
-            with torch.no_grad():
+            with no_grad:
                 eps = run.predict(x, row)
                 x, x0 = run.step(x, eps, row)
                 x = run.known_in(x, row.number + 1)
@@ -579,16 +580,15 @@ class DDIM:
                 break
         return _reached(x).to(run.dtype)
 
-    def _plan(self, start: int) -> Plan:
-        """The table's rows from ``start`` on."""
+    def _plan(self, start: int, shifted: bool) -> Plan:
+        """The table's rows from ``start`` on; ``shifted`` by a cond_fn or not."""
         first = whole("start", start, low=0, high=len(self.pairs) - 1)
         order = range(first, len(self.pairs))
         t = tuple(t for t, _ in self.pairs)
-        return Plan(
-            self.table, order, t, self.pairs, self._shift(), self.prediction, self.clip, None
-        )
+        shift = self._shift() if shifted else None
+        return Plan(self.table, order, t, self.pairs, shift, self.prediction, self.clip, None)
 
-    def _reverse_plan(self, until: int | None) -> Plan:
+    def _reverse_plan(self, until: int | None, shifted: bool) -> Plan:
         """The same rows, each from its s to its t, from the last to ``until``."""
         if self.eta != 0:  # at a temperature of 0 too, where c2 still is that of η
             raise ValueError(
@@ -608,7 +608,7 @@ class DDIM:
             range(len(up) - 1, last - 1, -1),
             tuple(t for t, _ in self.pairs),
             up,
-            self._shift(),
+            self._shift() if shifted else None,
             self.prediction,
             None,
             pack(abar, zeros, zeros, np.ones_like(abar)),
@@ -669,13 +669,13 @@ class DDIM:
         predictor = Predictor.of(
             model, size[0], where, model_dtype, cond, uncond, cond_fn, self_condition, autocast
         )
-        if cond_fn is not None and not np.isfinite(plan.shift).all():
+        if plan.shift is not None and not np.isfinite(plan.shift).all():
             raise ValueError("cond_fn cannot be used where ᾱ is 0, as it is in this schedule")
         wrapped = wrapper(progress)
         source = Noise.of(size, where, len(plan.table), seeds, generator, noise)
         x = source.initial() if x_T is None else x_T.to(torch.float32)
         clean = (*(False for _ in self.pairs), self.pairs[-1][1] < 0)
-        inpainted = checked_known(known, mask, x, self._forward_table(), clean)
+        inpainted = checked_known(known, mask, x, self._forward_table, clean)
         if inpainted is not None and source.given is not None:
             raise ValueError("known needs seeds or a generator, got noise, which is the steps'")
         scales = None if w is None else torch.tensor(w, device=where)
