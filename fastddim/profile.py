@@ -11,9 +11,10 @@ import math
 import os
 import platform
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata, util
 from pathlib import Path
@@ -291,10 +292,19 @@ def _peak_on_cpu(ddim: DDIM, model: Model, shape: Sequence[int], batch_size: int
     return int(peak) + weights
 
 
-def _quiet_profile(**options: Any) -> profile:
-    # Or Kineto tells of each start and stop on stderr, in the middle of a bar.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "4")
-    return profile(**options)
+@contextmanager
+def _quiet_profile(**options: Any) -> Iterator[profile]:
+    """``torch.profiler.profile`` with stderr turned away: Kineto tells there of start and stop."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        with profile(**options) as profiled:
+            yield profiled
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _exported(profiled: profile) -> bytes:
@@ -429,31 +439,25 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
     if judged:
         axes = panels[0]
         names = [_line(axes, i, eta, row, "distance") for i, (eta, row) in enumerate(lines)]
-        floor = done[0].floor or 0.0
+        floor = done[0].floor
+        assert floor is not None  # as there is a distance
         axes.axhline(floor, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
-        distance, seeds = settings["distance"], settings["seeds"]
-        _dress(axes, f"{distance} to the data, seeds {seeds} (lower is better)", done, names)
-        axes.annotate(
-            f"as many real samples: {floor:.2g}",
-            xy=(1, floor),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, -4),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color=GREY,
-            fontsize=9,
-        )
+        _dress(axes, f"{settings['distance']} to the data (lower is better)", done, names)
+        _write(axes, min(cell.steps for cell in done), floor, f"real samples: {floor:.2g}", GREY)
     axes = panels[-1]
     names = [_line(axes, i, eta, row, "update_ms") for i, (eta, row) in enumerate(lines)]
     for _, row in lines:
         points = [cell.steps for cell in row], [cell.model_ms for cell in row]
         axes.plot(*points, color=GREY, marker="x", markersize=5, linewidth=1.2)
-    names.append((min(done, key=lambda cell: cell.steps).model_ms, "model", GREY))
-    shares = [cell.update_ms / (cell.update_ms + cell.model_ms) for cell in done]
-    share = " to ".join(dict.fromkeys(f"{100 * s:.2g}%" for s in (min(shares), max(shares))))
-    title = f"ms per step of {settings['batch_size']} samples: the update is {share}"
-    _dress(axes, title, done, names)
+    shares = [100 * cell.update_ms / (cell.update_ms + cell.model_ms) for cell in done]
+    share = " to ".join(dict.fromkeys(f"{s:.2g}%" for s in (min(shares), max(shares))))
+    size = settings["batch_size"]
+    _dress(axes, f"ms per step of {size} samples: the update is {share} of it", done, names)
+    last = max(cell.steps for cell in done)
+    for name in ("model", "update"):
+        highest = max(getattr(cell, f"{name}_ms") for cell in done if cell.steps == last)
+        _write(axes, last, highest, name, GREY, ha="right")
+    figure.supxlabel(f"seeds {settings['seeds']}, {settings['device']}", fontsize=8, color=GREY)
     with images.replacing(path) as file:
         figure.savefig(file, format="png")
 
@@ -496,17 +500,26 @@ def _dress(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     low, high = (math.log(limit) for limit in axes.get_ylim())
-    above = -math.inf
-    for value, name, colour in sorted(names):
-        above = max((math.log(value) - low) / (high - low), above + 0.05)
-        axes.annotate(
-            name,
-            xy=(steps[0], above),
-            xycoords=("data", "axes fraction"),
-            xytext=(-8, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            color=colour,
-            fontsize=9,
-        )
+    # Each name at its line's height, but apart: midway between pushing all up and all down.
+    named = sorted(names)
+    heights, apart = [math.log(value) for value, _, _ in named], 0.05 * (high - low)
+    up = list(itertools.accumulate(heights, lambda below, own: max(own, below + apart)))
+    down = list(itertools.accumulate(heights[::-1], lambda above, own: min(own, above - apart)))
+    for most, least, (_, name, colour) in zip(up, down[::-1], named, strict=True):
+        y = math.exp((most + least) / 2)
+        _write(axes, steps[0], y, name, colour, (-8, 0), ha="right", va="center")
+
+
+def _write(
+    axes: Any,
+    x: float,
+    y: float,
+    text: str,
+    colour: str,
+    offset: tuple[int, int] = (0, 6),
+    **where: str,
+) -> None:
+    """Writes beside a point, so many printer's points off it."""
+    axes.annotate(
+        text, (x, y), offset, textcoords="offset points", color=colour, fontsize=9, **where
+    )
