@@ -431,10 +431,10 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
     judged = settings["distance"] is not None
     figure = Figure(figsize=(10.5 if judged else 5.6, 4.4), layout="constrained", dpi=200)
     panels = list(figure.subplots(1, 1 + judged, squeeze=False)[0])
-    etas: list[Eta] = sorted({cell.eta for cell in done}, key=lambda eta: (eta == "hat", eta))
+    etas: set[Eta] = {cell.eta for cell in done}
     lines = [
         (eta, sorted((cell for cell in done if cell.eta == eta), key=lambda cell: cell.steps))
-        for eta in etas
+        for eta in sorted(etas, key=lambda eta: (eta == "hat", eta))
     ]
     if judged:
         axes = panels[0]
