@@ -332,7 +332,7 @@ def settings(
         where = torch.cuda.get_device_name(device)
     elif where == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        where = f"cpu {platform.machine()} {capability}, {torch.get_num_threads()} threads"
+        where = f"cpu {platform.machine()} {capability}, threads: {torch.get_num_threads()}"
     versions = {name: metadata.version(name) for name in ("torch", "triton", "numba") if _has(name)}
     return {
         "weights": digest.hexdigest()[:16],

@@ -69,13 +69,13 @@ def test_times_and_memory_are_the_models_and_the_rest(monkeypatch: pytest.Monkey
         return plain(*arguments, **rest)
 
     monkeypatch.setattr(DDIM, "_prepare", slow)
-    [cell] = profile.cells([DDIM(6, eta=1.0)], Slow(), range(5), (1, 4, 4), 2, device="cpu")
+    [cell] = profile.cells([DDIM(6)], Slow(), range(5), (1, 4, 4), 2, device="cpu")
     # Other work on the machine can only add.
     assert 4 <= cell.model_ms < 40
     assert 2 <= cell.update_ms < 30
     assert cell.images_per_second == pytest.approx(2e3 / (6 * (cell.model_ms + cell.update_ms)))
     assert cell.memory_mb == pytest.approx(9, abs=0.2)
-    assert (cell.steps, cell.eta, cell.distance, cell.floor) == (6, 1.0, None, None)
+    assert (cell.steps, cell.eta, cell.distance, cell.floor) == (6, 0.0, None, None)
 
 
 def test_times_are_medians_of_the_batches() -> None:
@@ -293,7 +293,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(
     asked.clear()
     assert main(ORACLE) == 0
     assert asked == []
-    assert len(capfd.readouterr().out.splitlines()) == 9
+    assert capfd.readouterr().out.count("\n") == 3 + 6 + 1
 
 
 def test_a_cell_half_written_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
