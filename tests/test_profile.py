@@ -45,7 +45,7 @@ def kept(folder: str = "profile") -> dict[str, Any]:
 
 
 class Slow(nn.Module):
-    """Takes 4 ms and 8 MB beside its input, and 1 MB of weights."""
+    """Takes 20 ms and 8 MB beside its input, and 1 MB of weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Slow(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls.append(len(x))
-        time.sleep(0.004)
+        time.sleep(0.02)
         return x * torch.ones(2_000_000)[0]
 
 
@@ -71,8 +71,8 @@ def test_times_and_memory_are_the_models_and_the_rest(monkeypatch: pytest.Monkey
     monkeypatch.setattr(DDIM, "_prepare", slow)
     [cell] = profile.cells([DDIM(6)], Slow(), range(5), (1, 4, 4), 2, device="cpu")
     # Other work on the machine can only add.
-    assert 4 <= cell.model_ms < 40
-    assert 2 <= cell.update_ms < 30
+    assert cell.model_ms >= 20
+    assert 2 <= cell.update_ms < cell.model_ms
     assert cell.images_per_second == pytest.approx(2e3 / (6 * (cell.model_ms + cell.update_ms)))
     assert cell.memory_mb == pytest.approx(9, abs=0.2)
     assert (cell.steps, cell.eta, cell.distance, cell.floor) == (6, 0.0, None, None)
@@ -82,11 +82,11 @@ def test_times_are_medians_of_the_batches() -> None:
     class Sometimes(Slow):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             if len(self.calls) == 12:  # in one batch of five
-                time.sleep(0.5)
+                time.sleep(1)
             return super().forward(x, t)
 
     [cell] = profile.cells([DDIM(2)], Sometimes(), range(5), (4,), 1, device="cpu")
-    assert cell.model_ms < 100
+    assert cell.model_ms < 80  # and not 120, the mean
 
 
 def test_cells_draw_what_by_seed_draws_and_ask_the_judge() -> None:
