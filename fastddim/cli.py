@@ -445,7 +445,7 @@ def profile_grid(
     number of images, so beside it stands the floor, what as many real images score. Both ship,
     and no data set is needed. Other images are not judged.
 
-    The default grid takes about a quarter of an hour on two CPU cores, with --oracle half a minute.
+    The default grid takes a quarter to half an hour on two CPU cores, with --oracle a minute or so.
     After Ctrl-C what is done is kept, and the same command goes on with the rest.
 
     For example: fastddim profile --steps 10,50 --eta 0,1,hat --seeds 0-127 --out table1

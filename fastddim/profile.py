@@ -431,22 +431,20 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
     judged = settings["distance"] is not None
     figure = Figure(figsize=(10.5 if judged else 5.6, 4.4), layout="constrained", dpi=200)
     panels = list(figure.subplots(1, 1 + judged, squeeze=False)[0])
-    etas: set[Eta] = {cell.eta for cell in done}
-    lines = [
-        (eta, sorted((cell for cell in done if cell.eta == eta), key=lambda cell: cell.steps))
-        for eta in sorted(etas, key=lambda eta: (eta == "hat", eta))
-    ]
+    rows: dict[Eta, list[Cell]] = {}
+    for cell in sorted(done, key=lambda cell: (cell.eta == "hat", cell.eta, cell.steps)):
+        rows.setdefault(cell.eta, []).append(cell)
     if judged:
         axes = panels[0]
-        names = [_line(axes, i, eta, row, "distance") for i, (eta, row) in enumerate(lines)]
+        names = [_line(axes, i, eta, row, "distance") for i, (eta, row) in enumerate(rows.items())]
         floor = done[0].floor
         assert floor is not None  # as there is a distance
         axes.axhline(floor, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
         _dress(axes, f"{settings['distance']} to the data (lower is better)", done, names)
         _write(axes, min(cell.steps for cell in done), floor, f"real samples: {floor:.2g}", GREY)
     axes = panels[-1]
-    names = [_line(axes, i, eta, row, "update_ms") for i, (eta, row) in enumerate(lines)]
-    for _, row in lines:
+    names = [_line(axes, i, eta, row, "update_ms") for i, (eta, row) in enumerate(rows.items())]
+    for row in rows.values():
         points = [cell.steps for cell in row], [cell.model_ms for cell in row]
         axes.plot(*points, color=GREY, marker="x", markersize=5, linewidth=1.2)
     shares = [100 * cell.update_ms / (cell.update_ms + cell.model_ms) for cell in done]
