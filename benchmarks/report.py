@@ -216,11 +216,12 @@ class Figure:
         if not found:
             return None
         row = min(found, key=lambda row: row[key][0])
-        # No slower means: not slower beyond the interval.
-        met = row[key][2 if self.least == 1 else 0] >= self.least
+        middle, _, high = row[key]
+        met = "**no**" if high < self.least else "within the interval"
+        met = "yes" if middle >= self.least else met
         who = f"{PEERS[self.peer].title}, η = {self.eta}, against {PEERS[self.base].title}"
         where = f"any shape, here {by(row['shape'])}" if self.shape is None else by(self.shape)
-        return [who, where, f"≥ {self.least:g}×", span(row[key]), "yes" if met else "**no**"]
+        return [who, where, f"≥ {self.least:g}×", span(row[key]), met]
 
 
 FIGURES = (
