@@ -134,7 +134,7 @@ def given(how: str, seed: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("how", CALLS)
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("eta", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_a_replay_with_all_new_is_a_fresh_run(way: str, how: str, steps: int, eta: float) -> None:
     ddim = DDIM(steps, eta=eta, schedule=LINEAR, clip=1.5)
     fixed = CALLS[how]

@@ -109,7 +109,7 @@ def test_there_and_back_in_a_thousand_steps(refine: int) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["v", "sample"])
-@pytest.mark.parametrize("refine", [0, 3])
+@pytest.mark.parametrize("refine", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_there_and_back_with_other_predictions(prediction: str, refine: int) -> None:
     ddim, net = DDIM(1000, schedule=LINEAR, prediction=prediction), oracle(prediction)
     out = ddim.sample(net, ddim.invert(net, X0, refine=refine))

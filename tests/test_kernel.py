@@ -152,7 +152,7 @@ def test_fifty_steps_with_counter_noise_equal_the_reference(
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("kind", ["none", "tensor", "philox"])
-@pytest.mark.parametrize("n", [12, 15])
+@pytest.mark.parametrize("n", [pytest.param(12, marks=pytest.mark.slow), 15])
 def test_every_combination_of_flags_equals_the_reference(
     prediction: str, kind: str, n: int
 ) -> None:

@@ -244,6 +244,7 @@ def asked(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_benchmarks_run_where_they_are_asked_for_and_nothing_else() -> None:
     run = asked("--benchmark", "--co", "-q")
     rows = [line for line in run.stdout.splitlines() if "::" in line]

@@ -449,14 +449,14 @@ def test_what_is_cut_from_a_channels_last_output_equals_eager(cut: str) -> None:
     assert_equals_eager({"x": x, "output": output, "table": TABLE, "rows": 20})
 
 
-@settings(max_examples=60, **DRAWN)
+@settings(max_examples=25, **DRAWN)
 @given(data=st.data())
 def test_any_call_equals_eager(data: st.DataObject) -> None:
     check_drawn_step(data)
 
 
 @pytest.mark.slow
-@settings(max_examples=450, **DRAWN)
+@settings(max_examples=500, **DRAWN)
 @given(data=st.data())
 def test_any_call_equals_eager_at_length(data: st.DataObject) -> None:
     check_drawn_step(data)
