@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+import time
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -12,10 +14,13 @@ from torch import Tensor
 
 from fastddim import noise as counter
 
-# PyTorch hands 32,768 elements and more to OpenMP, whose barrier waits for a core that may be
-# busy with something else (100 times slower then). A multiple of 16, torch.randn's own stride,
-# and so of four, the elements of one Philox call.
+# What stays in a core's cache, and just below the 32,768 elements that PyTorch hands to OpenMP. A
+# multiple of 16, torch.randn's own stride, and so of four, the elements of one Philox call.
 BLOCK = 32752
+
+# What an operation does at a time for each thread it is shared out to: so much that neither
+# Python nor the barrier at its end counts, and little enough to be in the cache for the next one.
+PART = 4 * BLOCK
 
 
 def ddim_step(
@@ -61,9 +66,10 @@ def ddim_step(
         )
         return
     batch, n = x.shape[0], x.numel() // x.shape[0]
-    row_of = rows.tolist() if rows.stride(0) else [int(rows[0])] * batch
+    row_of = rows.tolist()
     if min(row_of) < 0 or max(row_of) >= len(table):
         raise ValueError(f"rows must lie in [0, {len(table)}), got {min(row_of)} to {max(row_of)}")
+    factors = {row: table[row].unbind() for row in set(row_of)}
     if seeds is not None and not table[row_of, 5].any():
         seeds = None  # the last step adds no noise: do not compute any
     if seeds is not None and not x.is_contiguous():
@@ -73,17 +79,38 @@ def ddim_step(
         noise, seeds = torch.empty_like(x).copy_(logical), None
 
     apart = guidance is not None or threshold is not None or _apart(output, x)
-    alone = apart or len(set(row_of)) > 1
+    alone = apart or len(factors) > 1
+    room = min(PART * torch.get_num_threads(), x.numel())
+    scratch = _scratch(4 * room)
+    if room == x.numel() and not alone and seeds is None:
+        shape, strides = x.shape, x.stride()
+        term, scaled, x0_like = (scratch.as_strided(shape, strides, k * room) for k in range(3))
+        _step(
+            x,
+            output.float(),
+            factors[row_of[0]],
+            noise,
+            prediction,
+            noise_first,
+            clip,
+            None,
+            rederive,
+            out,
+            x0_like if x0 is None else x0,
+            term,
+            scaled,
+        )
+        return
     stride = output.stride(0) if apart and len(output) > 1 else n
     flat_x, flat_out = _flat(x), _flat(out)
     flat_noise = None if noise is None else _flat(noise)
     flat_x0 = None if x0 is None else _flat(x0)
-    scratch = torch.empty(4, min(BLOCK, x.numel()), dtype=torch.float32)
-    factors = {row: table[row].unbind() for row in set(row_of)}
     for sample, samples, first, count in _blocks(batch, n, alone, seeds is not None):
         start = sample * n + first
         part = slice(start, start + samples * count)
-        x0_block, term, scaled, guided = scratch[:, : samples * count].unbind()
+        x0_block, term, scaled, guided = (
+            _stretch(scratch, k * room, samples * count) for k in range(4)
+        )
         said = _stretch(output, sample * stride + first, samples * count).float()
         if guidance is not None:
             cond = _stretch(output, (batch + sample) * stride + first, count).float()
@@ -186,20 +213,53 @@ def _step(
         out.add_(direction).add_(scaled)
 
 
+class _Own(threading.local):
+    room: Tensor | None = None
+
+
+_own = _Own()
+
+
+def _scratch(count: int) -> Tensor:
+    """Memory of this thread's, of ``count`` elements and more, kept for its next step.
+
+    Fresh memory costs more than the operations that write it: a page fault for each 4 KiB.
+    """
+    room = _own.room
+    if room is None or len(room) < count:
+        with torch.inference_mode(False):  # which would keep later steps from writing it
+            room = _own.room = torch.empty(count, dtype=torch.float32, device="cpu")
+    return room
+
+
 def _blocks(
     batch: int, n: int, alone: bool, counter_noise: bool
 ) -> Iterator[tuple[int, int, int, int]]:
     """Blocks as (sample, samples, first element, elements of each): whole samples or one's part.
 
     ``alone``: no block holds two samples. Else, without counter noise, all is one sample.
+
+    The first block is for one thread and says what an element costs it. Those after it are shared
+    out for as long as that is cheaper: a barrier waits for every thread, and on a busy machine
+    one of them waits for a core, which takes a hundred times as long as its part of the work.
     """
     if not alone and not counter_noise:
         batch, n = 1, batch * n
-    together = 1 if alone else max(1, BLOCK // n)
-    for sample in range(0, batch, together):
-        samples = min(together, batch - sample)
-        for first in range(0, n, BLOCK):
-            yield sample, samples, first, min(BLOCK, n - first)
+    size, cost = BLOCK, 0.0
+    sample = first = 0
+    while sample < batch:
+        together = 1 if alone or first else max(1, size // n)
+        samples, count = min(together, batch - sample), min(size, n - first)
+        began = time.perf_counter()
+        yield sample, samples, first, count
+        took = (time.perf_counter() - began) / (samples * count)
+        if not cost:
+            size, cost = PART * torch.get_num_threads(), took
+        elif took > cost:
+            size = BLOCK
+        first += count
+        if first == n:
+            sample, first = sample + samples, 0
 
 
 def _apart(output: Tensor, x: Tensor) -> bool:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ import fastddim
 import fastddim_kernels
 from fastddim import DDIM, cpu, ops, reference
 from fastddim.coefficients import PREDICTIONS
-from fastddim.cpu import BLOCK
+from fastddim.cpu import BLOCK, PART, _blocks, _scratch
 from fastddim.noise import STEP
 from tests.tolerances import NORMAL_ATOL
 
@@ -120,6 +122,44 @@ def test_every_output_dtype_and_differing_rows_equal_the_reference(
         assert_same_step(x, output, rows, seeds, **options)
 
 
+@pytest.mark.parametrize("shape", [(1, PART), (1, PART + 1), (3, PART + BLOCK), (7, BLOCK + 4)])
+def test_blocks_of_more_than_one_size_equal_the_reference(shape: tuple[int, ...]) -> None:
+    x, output, z = (randn(*shape, seed=i) for i in range(3))
+    assert_same_step(x, output, 20, clip=1.0)
+    assert_same_step(x, output, 20, noise=z)
+    assert_same_step(x, output, 20, torch.arange(shape[0]))
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_operations_are_shared_out_while_that_pays(
+    busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("fastddim.cpu.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    n, sizes = 10 * PART, list[int]()
+    for _, _, first, count in _blocks(1, n, False, False):
+        assert first == sum(sizes)
+        sizes.append(count)
+        now += count * (1.0 if count == BLOCK else 1.1 if busy else 0.9)
+    assert sum(sizes) == n
+    assert sizes[:2] == [BLOCK, 3 * PART]
+    assert set(sizes[2:-1]) == {BLOCK if busy else 3 * PART}
+
+
+def test_scratch_is_each_thread_s_own_and_kept() -> None:
+    def addresses() -> tuple[int, int]:
+        with torch.inference_mode():
+            first = _scratch(100)
+        return first.data_ptr(), _scratch(50).zero_().data_ptr()
+
+    with ThreadPoolExecutor(1) as other:
+        there = other.submit(addresses).result()
+        assert there[0] == there[1]
+        here = addresses()
+        assert here[0] == here[1] != there[0]
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -138,8 +178,9 @@ def test_every_output_dtype_and_differing_rows_equal_the_reference(
 )
 @pytest.mark.parametrize("rows_differ", [False, True])
 def test_blocks_cross_samples_and_samples_cross_blocks(
-    shape: tuple[int, ...], rows_differ: bool
+    shape: tuple[int, ...], rows_differ: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("fastddim.cpu.PART", BLOCK)
     if rows_differ and shape[0] > 1000:
         shape = (300, shape[1])  # a block for each sample, which takes its time
     x, output, z = (randn(*shape, seed=i) for i in range(3))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -555,7 +556,7 @@ def test_seeds_refused() -> None:
     scheduler.use_seeds([1, 2])
     refused(lambda: scheduler.initial_latents((3, 3)), ValueError, "shape", "2", "(3, 3)")
     x = randn(3, 4)
-    refused(lambda: scheduler.step(x, 900, x, eta=1.0), ValueError, "seeds", "(3,)")
+    refused(lambda: scheduler.step(x, 900, x, eta=1.0), ValueError, "sample", "2 seeds", "3")
 
 
 # --- Refusals ---------------------------------------------------------------------------------
@@ -569,6 +570,11 @@ def test_strict_refuses_in_one_line() -> None:
     refused(lambda: scheduler.step(x, 901, x), ValueError, "timestep", "10", "901")
     refused(lambda: scheduler.step(x, 900.0, x), ValueError, "timestep", "900.0")
     refused(lambda: scheduler.step(x.double(), 900, x), TypeError, "model_output", "float64")
+    refused(lambda: scheduler.step(x[:1], 900, x), ValueError, "model_output", "(2, 4)", "(1, 4)")
+    refused(lambda: scheduler.step(x[0], 900, x[0]), ValueError, "sample", "(4,)")
+    for z, got in ((x[:1], "(1, 4)"), (0.5, "float")):
+        step = partial(scheduler.step, x, 900, x, 1.0, variance_noise=z)
+        refused(step, ValueError, "variance_noise", "(2, 4)", got)
     refused(lambda: scheduler.step(x, 900, x.long()), TypeError, "sample", "int64")
     refused(lambda: scheduler.step(1.0, 900, x), TypeError, "model_output", "float")
     grad = x.clone().requires_grad_()

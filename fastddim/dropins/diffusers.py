@@ -33,13 +33,14 @@ from torch import Tensor
 
 from fastddim.buffers import Spare
 from fastddim.check import kind, whole
-from fastddim.coefficients import make_table
-from fastddim.ops import OUTPUTS, ddim_step, initial_noise
+from fastddim.coefficients import PREDICTIONS, make_table
+from fastddim.ops import OUTPUTS, STEP, ddim_step, initial_noise
 from fastddim.run import checked_seeds
 from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import Pair, make_pairs
 
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+NAMES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+_CPU = torch.device("cpu")
 NEARLY_ZERO = 2.0**-24
 """ᾱ_T of an ε model on a schedule that ends at 0, where ε alone says nothing of x0: what
 diffusers' own Euler and DDPM schedulers put there."""
@@ -66,6 +67,8 @@ class _Fast:
     _tables: dict[Any, tuple[Any, Tables]] | None = None
     _spare: tuple[Spare, Spare] | None = None
     """Of (x_s, x0), those returned that a later step may write if the caller has let go of them."""
+    _noise: Tensor | None = None
+    """Memory for the next normals."""
     _shadow: tuple[Tensor, int, Tensor] | None = None
     """The latest half precision sample returned, its version then, and the float32 state."""
 
@@ -108,35 +111,64 @@ class _Fast:
         else:
             self._parent.set_timesteps(self, num_inference_steps, device)
         self._levels()
-        self._shadow = self._spare = None
+        self._shadow = self._spare = self._noise = None
 
     def __getstate__(self: Any) -> dict[str, Any]:
         """Copies and pickles of a scheduler make their own tables and buffers."""
-        own = ("_tables", "_spare", "_shadow")
+        own = ("_tables", "_spare", "_noise", "_shadow")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def _stepped(
-        self: Any, x: Tensor, output: Tensor, tables: Tables, rows: Tensor, **given: Any
-    ) -> Any:
-        """(x_s, x0), in memory that an earlier step returned where nobody holds that any more."""
+        self: Any,
+        x: Tensor,
+        output: Tensor,
+        tables: Tables,
+        rows: Tensor,
+        seeds: Tensor | None = None,
+        noise: Tensor | None = None,
+        rederive: bool = False,
+        next_input: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(x_s, x0), in memory that an earlier step returned where nobody holds that any more.
+
+        The arguments have been looked at: this is ``ddim_step`` without its own looking.
+        """
+        clip, threshold = self._bounds(x, output, tables, rows)
         states, x0s = self._spare = self._spare or (Spare(), Spare())
-        out, x0_out = _same(states.take(), x), _same(x0s.take(), x)
-        x_s, x0 = ddim_step(
+        x_s, x0 = _into(states.take(), x), _into(x0s.take(), x)
+        STEP(
             x,
             output,
             tables.table,
             rows,
-            prediction=PREDICTIONS[self.config.prediction_type],
-            noise_first=False,
-            out=out,
-            x0_out=x0_out,
-            **given,
-            **self._bounds(x, output, tables, rows),
+            seeds,
+            noise,
+            None,
+            threshold,
+            PREDICTIONS.index(NAMES[self.config.prediction_type]),
+            False,
+            clip,
+            rederive,
+            x_s,
+            x0,
+            next_input,
         )
-        assert x0 is not None
         states.keep(x_s)
         x0s.keep(x0)
         return x_s, x0
+
+    def _drawn(self: Any, like: Tensor, generator: Any) -> Tensor:
+        """float32 normals as the original draws them, on a CPU into the same memory each time."""
+        for_cpu = generator is None or getattr(generator, "device", None) == _CPU
+        if not for_cpu or like.device != _CPU or not like.is_contiguous():
+            return cast(
+                Tensor,
+                randn_tensor(
+                    like.shape, generator=generator, device=like.device, dtype=torch.float32
+                ),
+            )
+        z = self._noise = _into(self._noise, like)
+        return z.normal_(generator=generator)
 
     def _levels(self: Any) -> list[int]:
         """The chosen timesteps as numbers, read again only where somebody has put in others."""
@@ -148,7 +180,7 @@ class _Fast:
     def _forget_after(self: Any, row: int | Tensor | None) -> None:
         """Keeps nothing beyond the last of the chosen timesteps."""
         if self._chosen is not None and isinstance(row, int) and [row] == self._chosen[2][-1:]:
-            self._spare = self._shadow = None
+            self._shadow = self._spare = self._noise = None
 
     def _row(self: Any, timestep: Any) -> int | Tensor | None:
         """The timestep as a number where the host knows it, else as a tensor on its device.
@@ -198,11 +230,11 @@ class _Fast:
         tables[key, device] = ((state, made_from), found)
         return found
 
-    def _loose_rows(self: Any, row: int | Tensor, tables: Tables) -> Tensor:
-        shift = len(self.alphas_cumprod)
+    def _loose_rows(self: Any, row: int | Tensor, tables: Tables, batch: int) -> Tensor:
+        shift = len(tables.rows) // 2
         if isinstance(row, Tensor):
-            return (row + shift).to(torch.int32)
-        return tables.rows[row + shift]
+            return (row + shift).to(torch.int32).expand(batch)
+        return tables.rows.as_strided((batch,), (0,), row + shift)
 
     def _strict_of(self: Any, eta: float, device: torch.device) -> Tables:
         """Each step to the next of the chosen timesteps, in float64 (``make_table``)."""
@@ -226,17 +258,19 @@ class _Fast:
 
         return cast(Tables, self._of(("strict", eta), device, make))
 
-    def _bounds(self: Any, x: Tensor, output: Tensor, tables: Tables, rows: Tensor) -> Any:
-        """``clip`` or ``threshold`` of the step, as the configuration has it."""
-        if getattr(self.config, "thresholding", False):
+    def _bounds(
+        self: Any, x: Tensor, output: Tensor, tables: Tables, rows: Tensor
+    ) -> tuple[float | None, Tensor | None]:
+        """(clip, threshold) of the step, as the configuration has it."""
+        config = self.config
+        if getattr(config, "thresholding", False):
             _, x0 = ddim_step(
-                x, output, tables.table, rows, prediction=PREDICTIONS[self.config.prediction_type]
+                x, output, tables.table, rows, prediction=NAMES[config.prediction_type]
             )
             assert x0 is not None
-            ratio = self.config.dynamic_thresholding_ratio
-            s = torch.quantile(x0.flatten(1).abs(), ratio, dim=1)
-            return {"threshold": s.clamp(min=1, max=self.config.sample_max_value)}
-        return {"clip": self.config.clip_sample_range if self.config.clip_sample else None}
+            s = torch.quantile(x0.flatten(1).abs(), config.dynamic_thresholding_ratio, dim=1)
+            return None, s.clamp(min=1, max=config.sample_max_value)
+        return config.clip_sample_range if config.clip_sample else None, None
 
     def _strict_step(
         self: Any,
@@ -258,8 +292,30 @@ class _Fast:
                 raise TypeError(f"{name} must be float32, bfloat16 or float16, got {got}")
             if _has_grad(tensor):
                 raise ValueError(f"{name} requires grad, which strict does not carry: detach it")
+            if tensor.device != sample.device:
+                raise ValueError(
+                    f"{name} must be on {sample.device} with sample, got {tensor.device}"
+                )
+        if sample.dim() < 2:
+            raise ValueError(f"sample must have shape (batch, ...), got {tuple(sample.shape)}")
+        if output.shape != sample.shape:
+            raise ValueError(
+                f"model_output must have sample's shape, {tuple(sample.shape)}, "
+                f"got {tuple(output.shape)}"
+            )
+        if seeds is not None and len(seeds) != len(sample):
+            raise ValueError(
+                f"sample must hold one for each of the {len(seeds)} seeds in use, got {len(sample)}"
+            )
+        if noise is not None and not _like(noise, sample, getattr(noise, "dtype", None)):
+            is_one = isinstance(noise, Tensor)
+            raise ValueError(
+                f"variance_noise must have sample's shape and device, {tuple(sample.shape)} on "
+                f"{sample.device}, got "
+                + (f"{tuple(noise.shape)} on {noise.device}" if is_one else kind(noise))
+            )
         tables = self._strict_of(float(eta), sample.device)
-        rows = self._strict_rows(timestep, tables)
+        rows = self._strict_rows(timestep, tables).expand(len(sample))
         x = sample.float()
         if self._shadow is not None and self._shadow[0] is sample:
             _, version, state = self._shadow
@@ -268,9 +324,7 @@ class _Fast:
                 state = torch.where(state.to(sample.dtype) == sample, state, x)
             x = state
         if eta and noise is None and seeds is None:
-            noise = randn_tensor(
-                sample.shape, generator=generator, device=sample.device, dtype=torch.float32
-            )
+            noise = self._drawn(x, generator)
         half = None if sample.dtype == torch.float32 else torch.empty_like(sample)
         if seeds is not None and seeds.device != sample.device:
             seeds = self._seeds = seeds.to(sample.device)  # once: a copy waits for the device
@@ -393,14 +447,9 @@ class _FastForwards(_Fast):
                 return_dict,
             )
         tables = self._loose_of(float(eta), sample.device, self.final_alpha_cumprod)
-        rows = self._loose_rows(row, tables)
+        rows = self._loose_rows(row, tables, len(sample))
         if eta > 0 and z is None:
-            z = randn_tensor(
-                model_output.shape,
-                generator=generator,
-                device=model_output.device,
-                dtype=model_output.dtype,
-            )
+            z = self._drawn(model_output, generator)
         found = self._stepped(
             sample, model_output, tables, rows, noise=z, rederive=use_clipped_model_output
         )
@@ -501,16 +550,18 @@ class FastDDIMParallelScheduler(_FastForwards, DDIMParallelScheduler):
             one = self._one = getattr(self, "_one", torch.tensor(1.0))
             tables = self._loose_of(0.0, sample.device, one)
             rows = (timesteps + len(self.alphas_cumprod)).to(sample.device, torch.int32)
+        clip, threshold = self._bounds(sample, model_output, tables, rows)
         x_s, _ = ddim_step(
             sample,
             model_output,
             tables.table,
             rows,
-            prediction=PREDICTIONS[self.config.prediction_type],
+            prediction=NAMES[self.config.prediction_type],
+            clip=clip,
+            threshold=threshold,
             rederive=use_clipped_model_output,
             noise_first=False,
             want_x0=False,
-            **self._bounds(sample, model_output, tables, rows),
         )
         return x_s
 
@@ -576,7 +627,9 @@ class FastDDIMInverseScheduler(_Fast, DDIMInverseScheduler):
             if row is None or not _fits(self, model_output, sample, row):
                 return self._parent.step(self, model_output, timestep, sample, return_dict)
             tables = self._of("inverse", sample.device, self._loose)
-            found = self._stepped(sample, model_output, tables, self._loose_rows(row, tables))
+            found = self._stepped(
+                sample, model_output, tables, self._loose_rows(row, tables, len(sample))
+            )
             self._forget_after(row)
         if not return_dict:
             return found
@@ -608,7 +661,7 @@ def _fits(scheduler: Any, output: Any, sample: Any, row: int | Tensor) -> bool:
         and sample.dtype == torch.float32
         and scheduler.alphas_cumprod.dtype == torch.float32
         and (isinstance(row, Tensor) or -count <= row < count)
-        and config.prediction_type in PREDICTIONS
+        and config.prediction_type in NAMES
         and (not config.clip_sample or config.clip_sample_range > 0)
         and not (_has_grad(sample) or _has_grad(output))
     )
@@ -623,21 +676,23 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _same(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    """A buffer, if it is laid out as x, and one that inference mode made if that is on."""
-    fits = (
-        tensor is not None
-        and (tensor.shape, tensor.stride()) == (x.shape, x.stride())
-        and tensor.is_inference() == torch.is_inference_mode_enabled()
-    )
-    return tensor if fits else None
+def _into(spare: Tensor | None, x: Tensor) -> Tensor:
+    """A buffer, if it is laid out as x and as inference mode wants it; a new one otherwise."""
+    if (
+        spare is not None
+        and spare.shape == x.shape
+        and spare.stride() == x.stride()
+        and spare.is_inference() == torch.is_inference_mode_enabled()
+    ):
+        return spare
+    return torch.empty_like(x)
 
 
-def _like(tensor: Any, sample: Tensor) -> bool:
+def _like(tensor: Any, sample: Tensor, dtype: torch.dtype | None = None) -> bool:
     return (
         isinstance(tensor, Tensor)
         and tensor.shape == sample.shape
-        and tensor.dtype == sample.dtype
+        and tensor.dtype == (dtype or sample.dtype)
         and tensor.device == sample.device
     )
 
@@ -648,10 +703,9 @@ def _checked_config(config: Any) -> None:
         raise TypeError(f"strict must be True or False, got {config.strict!r}")
     if not config.strict:
         return
-    if config.prediction_type not in PREDICTIONS:
+    if config.prediction_type not in NAMES:
         raise ValueError(
-            f"prediction_type must be one of {', '.join(PREDICTIONS)}, "
-            f"got {config.prediction_type!r}"
+            f"prediction_type must be one of {', '.join(NAMES)}, got {config.prediction_type!r}"
         )
     if config.timestep_spacing not in ("leading", "trailing", "linspace"):
         raise ValueError(
