@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status or 0
 
 
-_EXTRA = ("typer", "click", "rich", "PIL", "safetensors", "diffusers")
+_EXTRA = ("typer", "click", "rich", "PIL", "safetensors", "diffusers", "matplotlib")
 """What the commands import beyond the core's own needs."""
 
 

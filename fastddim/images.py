@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -197,13 +198,17 @@ class Timed:
         self._inside += self._now() - before
         return output
 
+    def seconds(self) -> tuple[float, float]:
+        """(in all, in the model) since ``start``."""
+        return self._now() - self._started, self._inside
+
     def summary(self, images: int) -> str:
         """One line about ``images`` made since ``start``."""
-        seconds = self._now() - self._started
+        seconds, inside = self.seconds()
         return (
             f"{images} {'image' if images == 1 else 'images'} in {seconds:.1f} s: "
             f"{images / seconds:.2f} images/s, "
-            f"{1 - self._inside / seconds:.1%} of the time outside the model"
+            f"{1 - inside / seconds:.1%} of the time outside the model"
         )
 
     def _now(self) -> float:
@@ -386,10 +391,17 @@ def save_png(image: Tensor, path: Path | str) -> None:
     mode = "L" if image.shape[0] == 1 else "RGB"
     size = (image.shape[2], image.shape[1])
     pixels = image.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()
+    with replacing(path) as file:
+        Image.frombytes(mode, size, pixels).save(file, format="PNG")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes ``path``'s place when it is whole, or not at all."""
     temporary = _beside(path)
     try:
         with temporary.open("wb") as file:
-            Image.frombytes(mode, size, pixels).save(file, format="PNG")
+            yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name and no content
         os.replace(temporary, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,37 +12,53 @@ from fastddim.check import finite, whole
 from fastddim.schedule import NoiseSchedule
 
 
+class Moments(NamedTuple):
+    """A Gaussian, as ``frechet_distance`` knows it: μ (D,), and R (rows, D) with Σ = RᵀR."""
+
+    mean: Tensor
+    root: Tensor
+
+
+def moments(features: Any) -> Moments:
+    """The Gaussian fitted to ``features``, (N, D): μ, and R (min(N, D), D), float64.
+
+    Σ has the divisor N − 1, and R comes from a QR factorisation of the centred features.
+
+    Raises:
+        ValueError: another shape, fewer than 2 rows, or a value that is not finite.
+    """
+    return _moments("features", features)
+
+
 def frechet_distance(a: Any, b: Any) -> float:
     """Fréchet distance of the Gaussians fitted to two sets of features (Heusel et al. 2017).
 
         ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2·(Σ_a Σ_b)^½)
 
-    In float64 throughout, Σ with the divisor N − 1. With Σ = RᵀR, R from a QR factorisation of the
-    centred features, tr((Σ_a Σ_b)^½) = tr((Σ_a^½ Σ_b Σ_a^½)^½) is the sum of the singular values of
-    R_a R_bᵀ. No root of a matrix is taken, so fewer rows than features (Σ singular) costs nothing:
-    the root of an eigenvalue that should be 0 would be off by 1e-8.
+    In float64 throughout. With Σ = RᵀR as ``moments`` gives it, tr((Σ_a Σ_b)^½) =
+    tr((Σ_a^½ Σ_b Σ_a^½)^½) is the sum of the singular values of R_a R_bᵀ. No root of a matrix is
+    taken, so fewer rows than features (Σ singular) costs nothing: the root of an eigenvalue that
+    should be 0 would be off by 1e-8.
 
     It is biased: two samples of one distribution are apart by about 1/N, so compare only
     numbers from samples of one size. Features of another network than Inception v3 do not
     make a FID.
 
     Args:
-        a, b: features, (N_a, D) and (N_b, D), N ≥ 2, tensors or arrays of real numbers.
+        a, b: features, (N_a, D) and (N_b, D), N ≥ 2, tensors or arrays of real numbers; or
+            their ``Moments``.
 
     Raises:
         ValueError: another shape, different D, fewer than 2 rows, or a value that is not finite.
     """
-    x, y = _features("a", a), _features("b", b)
-    if x.shape[1] != y.shape[1]:
+    x, y = (v if isinstance(v, Moments) else _moments(k, v) for k, v in (("a", a), ("b", b)))
+    if len(x.mean) != len(y.mean):
         raise ValueError(
-            f"a and b must have the same number of features, got {x.shape[1]} and {y.shape[1]}"
+            f"a and b must have the same number of features, got {len(x.mean)} and {len(y.mean)}"
         )
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    root_x = torch.linalg.qr((x - mean_x) / (len(x) - 1) ** 0.5, mode="r").R
-    root_y = torch.linalg.qr((y - mean_y) / (len(y) - 1) ** 0.5, mode="r").R
-    cross = torch.linalg.svdvals(root_x @ root_y.T).sum()
-    spread = root_x.square().sum() + root_y.square().sum() - 2 * cross
-    return float((mean_x - mean_y).square().sum() + spread.clamp(min=0))
+    cross = torch.linalg.svdvals(x.root @ y.root.T).sum()
+    spread = x.root.square().sum() + y.root.square().sum() - 2 * cross
+    return float((x.mean - y.mean).square().sum() + spread.clamp(min=0))
 
 
 def garment_share(logits: Tensor, confidence: float = 0.9) -> float:
@@ -204,6 +220,14 @@ class GaussianMixture(_Oracle):
         r = torch.softmax(self.weights.to(x).log().unsqueeze(-1) - 0.5 * penalty, 1)
         return (noise * r / v * difference).sum(1).view(x.shape)
 
+    def moments(self) -> Moments:
+        """The data's own, on the CPU: μ = Σ_k w_k·μ_k, Σ = Σ_k w_k·(s_k²·I + (μ_k−μ)(μ_k−μ)ᵀ)."""
+        w = (self.weights / self.weights.sum()).cpu()
+        mu, s = self.means.flatten(1).cpu(), self.stds.cpu()
+        mean = w @ mu
+        within = (w @ s**2).sqrt() * torch.eye(mu.shape[1], dtype=mu.dtype)
+        return Moments(mean, torch.cat([w.sqrt().unsqueeze(1) * (mu - mean), within]))
+
     def sample(
         self, n: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
@@ -231,9 +255,10 @@ def _parameter(name: str, values: Any, positive: bool = False) -> Tensor:
     return tensor
 
 
-def _features(name: str, values: Any) -> Tensor:
-    """``values`` as (N, D) float64, or a ``ValueError`` that names ``name``."""
-    features = _parameter(name, values)
-    if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
-        raise ValueError(f"{name} must be (N, D) with N ≥ 2, got {tuple(features.shape)}")
-    return features
+def _moments(name: str, values: Any) -> Moments:
+    """Those of features (N, D), or a ``ValueError`` that names ``name``."""
+    x = _parameter(name, values)
+    if x.ndim != 2 or len(x) < 2 or x.shape[1] < 1:
+        raise ValueError(f"{name} must be (N, D) with N ≥ 2, got {tuple(x.shape)}")
+    mean = x.mean(0)
+    return Moments(mean, torch.linalg.qr((x - mean) / (len(x) - 1) ** 0.5, mode="r").R)
