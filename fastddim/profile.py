@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import itertools
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata, util
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastddim import __version__, images
+from fastddim import __version__, images, provenance
 from fastddim.check import whole
 from fastddim.coefficients import Eta
 from fastddim.predict import Model
@@ -323,31 +320,16 @@ def settings(
     judge: Judge | None,
 ) -> dict[str, Any]:
     """What a profile depends on beside steps and η, as plain values: model, data and machine."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    where = device.type
-    if where == "cuda":
-        where = torch.cuda.get_device_name(device)
-    elif where == "cpu":
-        capability = torch.backends.cpu.get_cpu_capability()
-        where = f"cpu {platform.machine()} {capability}, threads: {torch.get_num_threads()}"
-    versions = {name: metadata.version(name) for name in ("torch", "triton", "numba") if _has(name)}
     return {
-        "weights": digest.hexdigest()[:16],
+        "weights": provenance.digest(model)[:16],
         "seeds": seeds,
         "batch_size": batch_size,
         "spacing": spacing,
         "distance": None if judge is None else judge.name,
-        "device": where,
+        "device": provenance.machine(device),
         "fastddim": __version__,
-        **versions,
+        **provenance.versions("torch", "triton", "numba"),
     }
-
-
-def _has(name: str) -> bool:
-    return util.find_spec(name) is not None
 
 
 def check_folder(folder: Path) -> None:
