@@ -44,12 +44,14 @@ def model() -> tuple[Slow, tuple[int, int, int]]:
 
 def start(out: Path, format: str, count: int) -> subprocess.Popen[str]:
     """Two workers under torchrun that make ``count`` images in ``out``."""
-    command = f"--standalone --nproc-per-node 2 --max-restarts 3 -m fastddim generate --out {out}"
-    options = f"--seeds 0-{count - 1} --steps 5 --eta 1 --batch-size 16 --shard-size 48"
-    named = f"--model benchmarks.kills:model --format {format} --device cpu"
+    command = (
+        f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 3 "
+        f"-m fastddim generate --seeds 0-{count - 1} --out {out} --format {format} "
+        f"--model benchmarks.kills:model --device cpu "
+        f"--steps 5 --eta 1 --batch-size 16 --shard-size 48"
+    )
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run"]
-        + " ".join([command, options, named]).split(),
+        [sys.executable, *command.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -90,11 +92,13 @@ def one_worker(out: Path, format: str, count: int, moment: float) -> str:
     run = start(out, format, count)
     begun(out)
     time.sleep(moment)
-    victims = workers(run.pid)
+    there = Folder.read(out).count()
+    if not (victims := workers(run.pid)):
+        ended(run)
+        return "no worker was left"
     victim = random.choice(victims)
     with suppress(ProcessLookupError):
         kill(victim, signal.SIGKILL)
-    there = Folder.read(out).count()
     ended(run)
     return f"worker {victims.index(victim)} killed at {moment:.2f} s with {there} images there"
 
@@ -140,19 +144,21 @@ def main() -> None:
     random.seed(args.seed)
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     try:
-        undisturbed = {}
+        undisturbed, seconds = {}, {}
         for format in FORMATS:
             run = start(folder / format, format, args.count)
             begun(folder / format)
             before = time.perf_counter()
+            while not Folder.read(folder / format).checksums and run.poll() is None:
+                time.sleep(0.01)
+            seconds[format] = time.perf_counter() - before
             ended(run)
-            seconds = time.perf_counter() - before
             undisturbed[format] = content(folder / format)
         for trial in range(args.trials):
             format = FORMATS[trial % len(FORMATS)]
             out = folder / f"trial-{trial}"
             disturb = whole_tree if args.tree else one_worker
-            said = disturb(out, format, args.count, random.uniform(0, seconds))
+            said = disturb(out, format, args.count, random.uniform(0, seconds[format]))
             Folder.read(out).verify()
             if content(out) != undisturbed[format]:
                 raise SystemExit(f"trial {trial}: {said}; other bytes, kept in {out}")

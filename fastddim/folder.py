@@ -372,5 +372,7 @@ def _differences(
         a, b = there.get(name), here.get(name)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             yield from _differences(a, b, f"{within}{name}.")
+        elif a != b and isinstance(a, list):
+            yield f"{within}{name}"
         elif a != b:
             yield f"{within}{name} ({shown(a)} there, {shown(b)} here)"
