@@ -52,6 +52,21 @@ Array: TypeAlias = npt.NDArray[Any]
 Given: TypeAlias = Callable[[list[int]], Cond]
 Postprocess: TypeAlias = Callable[[Tensor], "Tensor | Array"]
 
+SAMPLER = (
+    "steps",
+    "eta",
+    "spacing",
+    "pairs",
+    "prediction",
+    "clip",
+    "final_alpha_cumprod",
+    "temperature",
+)
+"""What a recipe says of a ``DDIM``, beside its schedule."""
+
+OPTIONS = ("cond", "uncond", "guidance", "cond_fn", "self_condition", "dtype", "autocast")
+"""What it says of a call, beside ``postprocess``."""
+
 SMALLEST_SHARD = 256
 """Images in a shard at the least, where none is asked for: what a kill can lose, and one file."""
 
@@ -262,6 +277,8 @@ def _recipe(
     if shard_size is None:
         shard_size = -(-SMALLEST_SHARD // size) * size
     shard_size = whole("shard_size", shard_size, low=1)
+    if unknown := options.keys() - {*OPTIONS, "postprocess", "device"}:
+        raise TypeError(f"{min(unknown)} is none of {', '.join(OPTIONS)}, postprocess and device")
     for name in ("cond", "uncond"):
         if (given := options.get(name)) is not None and not callable(given):
             raise TypeError(f"{name} must be a function of a batch's seeds, got {kind(given)}")
@@ -293,11 +310,8 @@ def _recipe(
             "T": len(ddim.schedule),
             "sha256": hashlib.sha256(ddim.schedule.alphas_cumprod.tobytes()).hexdigest(),
         },
-        **{name: getattr(ddim, name) for name in ("steps", "eta", "spacing", "prediction")},
-        **{name: getattr(ddim, name) for name in ("clip", "final_alpha_cumprod", "temperature")},
-        "pairs": ddim.pairs,
-        **{name: _plain(options.get(name)) for name in ("cond", "uncond", "guidance", "cond_fn")},
-        **{name: _plain(options.get(name)) for name in ("self_condition", "dtype", "autocast")},
+        **{name: getattr(ddim, name) for name in SAMPLER},
+        **{name: _plain(options.get(name)) for name in OPTIONS},
         "postprocess": _plain(postprocess),
         "architecture": provenance.machine(device),
         "backend": f"{device.type}, {next(iter(provenance.versions(backend)), 'torch')}",

@@ -101,7 +101,7 @@ def test_world_size_changes_no_byte(
 ) -> None:
     for format in FORMATS if eta == 1 else ("npy",):
         found = []
-        for world in (1, 2, 3, 9):  # nine for six shards
+        for world in (1, 2, 3, 9) if format == "npy" else (1, 3):  # nine for six shards
             out = tmp_path / f"{format}-{world}"
             for rank in reversed(range(world)):
                 for name, value in zip(LAUNCHERS, (rank, world, rank), strict=True):
@@ -109,7 +109,7 @@ def test_world_size_changes_no_byte(
                 complete = make(out, ddim=DDIM(3, eta=eta), format=format)
                 assert complete == (rank == 0)
             found.append(content(out))
-        assert found[0] == found[1] == found[2] == found[3]
+        assert all(one == found[0] for one in found)
 
 
 def test_world_size_changes_no_garment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +295,7 @@ def test_nonsense_is_refused_before_any_work(tmp_path: Path) -> None:
     kinds: dict[str, dict[str, Any]] = {
         "cond must be a function of a batch's seeds, got dict": {"cond": {}},
         "postprocess must be callable, got int": {"postprocess": 3},
+        "guidence is none of cond, uncond, guidance": {"guidence": 3.0},
     }
     for said, change in kinds.items():
         refused(partial(make, out, **change), TypeError, said)
@@ -365,7 +366,9 @@ def test_a_folder_that_cannot_be_written_to(
 
     monkeypatch.setattr(Path, "mkdir", denied)
     for name in ("new", "empty"):
-        with pytest.raises(OSError, match=r"can be written to and has room, got .*: Read-only file"):
+        with pytest.raises(
+            OSError, match=r"can be written to and has room, got .*: Read-only file"
+        ):
             make(tmp_path / name)
     assert make(tmp_path / "out")  # nothing is left to write
 
@@ -497,11 +500,11 @@ def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == "fastddim: out is not as it was made: 00001.npy is missing\n"
 
 
-def test_the_command_in_bfloat16(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_in_bfloat16() -> None:
     asked = ("generate", "--seeds", "0-3", *FEW)
     assert main([*asked, "--out", "half", "--dtype", "bfloat16"]) == 0
-    assert main([*asked, "--out", "full"]) == 0
-    difference = (pixels(Path("half")).int() - pixels(Path("full")).int()).abs()
+    x = DDIM(2).sample(embedded.load(), shape=(4, *embedded.SHAPE), seeds=range(4))
+    difference = (pixels(Path("half")).int() - images.to_uint8(x).int()).abs()
     assert 0 < difference.max() <= 16
 
 
