@@ -399,7 +399,7 @@ def test_more_nonsense_is_refused(
         (["--seeds", "٣"], "got '٣'"),
         (["--seeds", "9223372036854775808"], "2^63-1"),
         (["--seeds", "9" * 5000], "2^63-1"),
-        (["--seeds", "0-1000000000000"], "at most 10000 for one picture, got 1000000000001"),
+        (["--seeds", "0-1000000000000"], "at most 10000, got 1000000000001"),
         (["--seeds", "0-9223372036854775807"], "at most 10000"),
         (["--steps", "0"], "steps must be an integer in [1, 1000], got 0"),
         (["--steps", "1001"], "steps must be an integer in [1, 1000], got 1001"),

@@ -277,6 +277,31 @@ def test_another_recipe_is_refused_with_the_difference_named(
     assert content(tmp_path / "out") == before
 
 
+def test_of_two_recipes_at_once_the_first_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "other", ddim=DDIM(3))
+    theirs = (tmp_path / "other" / MANIFEST).read_bytes()
+    real = os.link
+
+    def link(source: Path, target: Path) -> None:
+        target.write_bytes(theirs)  # in the last moment before ours
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    refused(partial(make, tmp_path / "out"), ValueError, "out must be", "eta (0.0 there, 1.0 here)")
+    assert (tmp_path / "out" / MANIFEST).read_bytes() == theirs
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    assert make(tmp_path / "out")
+    Folder.read(tmp_path / "out").verify()
+
+
 def test_nonsense_is_refused_before_any_work(tmp_path: Path) -> None:
     out = tmp_path / "out"
     values: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastddim import DDIM, embedded, images, profile
+from fastddim import DDIM, checkpoints, embedded, images, profile
 from fastddim.__main__ import main
 from fastddim.embedded import classifier, distance
 from fastddim.quality import GaussianMixture, Moments, frechet_distance, moments
@@ -337,7 +337,8 @@ def test_other_settings_are_refused_and_named(capfd: pytest.CaptureFixture[str])
 def test_models_that_draw_no_garments_are_not_judged(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastddim.checkpoints.load", lambda _: (Slow(), (3, 4, 4)))
+    loaded = checkpoints.Loaded(Slow(), (3, 4, 4))
+    monkeypatch.setattr(checkpoints, "load", lambda *_, **__: loaded)
     assert main(["profile", *TINY, "--steps", "1"]) == 0
     out = capfd.readouterr().out
     assert "FD-clf  " not in out
