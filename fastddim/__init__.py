@@ -2,6 +2,7 @@
 
 from fastddim.coefficients import make_table as make_table
 from fastddim.dropins.ermongroup import generalized_steps as generalized_steps
+from fastddim.generate import generate as generate
 from fastddim.latents import slerp as slerp
 from fastddim.ops import ddim_step as ddim_step
 from fastddim.sampler import DDIM as DDIM

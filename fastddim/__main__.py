@@ -18,9 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = 130
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
+        extra = _EXTRA.get((error.name or "").partition(".")[0])
+        if extra is None:
             raise
-        return _refuse(f"{error.name} is missing; it comes with pip install 'fastddim[cli]'")
+        return _refuse(f"{error.name} is missing; it comes with pip install 'fastddim[{extra}]'")
     except (TypeError, ValueError, OSError) as error:
         return _refuse(str(error))
     except Exception as error:
@@ -36,8 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status or 0
 
 
-_EXTRA = ("typer", "click", "rich", "PIL", "safetensors", "diffusers", "matplotlib")
-"""What the commands import beyond the core's own needs."""
+_EXTRA = {
+    **dict.fromkeys(
+        ("typer", "click", "rich", "PIL", "safetensors", "diffusers", "matplotlib"), "cli"
+    ),
+    **dict.fromkeys(("torch_fidelity", "torchvision"), "fid"),
+}
+"""What the commands import beyond the core's own needs, and the extra it comes with."""
 
 
 def _refuse(reason: str) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +19,20 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from fastddim import DDIM, __version__, checkpoints, embedded, images, profile, reconstruction
+from fastddim import (
+    DDIM,
+    __version__,
+    checkpoints,
+    embedded,
+    evaluate,
+    generate,
+    images,
+    profile,
+    reconstruction,
+)
 from fastddim.check import whole
+from fastddim.folder import FORMATS, Folder, Seeds
+from fastddim.generate import Worker
 from fastddim.predict import Model
 from fastddim.timesteps import SPACINGS
 
@@ -27,6 +41,12 @@ MOST_IMAGES = 10_000
 
 DRAWN = DDIM()
 """How ``reconstruct`` draws the images it is not given: as ``sample`` does by default."""
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 # Markdown, so that the help's paragraphs are filled to the terminal's width.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -465,6 +485,188 @@ def reconstruct(
         print(f"{png}: the images, then S = {steps}")
 
 
+@app.command("generate")
+def generate_images(
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SEEDS",
+            help="The images to make: 0-49999, or 0-9,20,30-39, each seed once. A seed is an "
+            "integer from 0 to 2^63-1.",
+            show_default="needed",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The folder to fill, made if it does not exist. One that the same command has "
+            "begun goes on; one with another recipe is refused.",
+            show_default="needed",
+        ),
+    ] = None,
+    steps: Steps = 50,
+    eta: Eta = "0",
+    spacing: Spacing = "uniform",
+    batch_size: BatchSize = 64,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"What the model computes in: {', '.join(DTYPES)}. The samples stay float32 "
+            "between its calls.",
+        ),
+    ] = "float32",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="Where to sample: cpu, cuda, cuda:1, mps, ...",
+            show_default="this process's share of the GPUs, or cpu where there is none",
+        ),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    model: Network = None,
+    config: Config = None,
+    shape: Size = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="npy|png|npz",
+            help="npy: files 00000.npy, ... of uint8 (images, H, W, C). npz: the same as arr_0 of "
+            "00000.npz, ..., as guided-diffusion has it; with --shard-size of all seeds, one file. "
+            "png: 000/000123.png for seed 123, as EDM has it.",
+        ),
+    ] = "npy",
+    shard_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Images in a shard: one file, or so many PNGs. What a kill can lose.",
+            show_default="256, or the next multiple of the batch size",
+            parser=integer,
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but what is wrong.")] = False,
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Make nothing, but read every byte of DIR. The exit status is 0 only if all its "
+            "images are there, each once and as it was made.",
+        ),
+    ] = None,
+) -> None:
+    """Make any number of images by seed, in any number of processes: exactly those, each once.
+
+    It may be killed at any moment. The same command goes on with what is not there yet, and in
+    several processes each takes its share:
+
+    torchrun --nproc-per-node 8 --max-restarts 3 -m fastddim generate --seeds 0-49999 --out DIR
+
+    on one machine, or with --nnodes on several that share DIR; srun does as well. When all have
+    ended, fastddim generate --verify DIR says whether all is there, which no exit status of a
+    launcher does.
+
+    An image depends on its seed and on the recipe in DIR/manifest.json: not a byte on how many
+    processes there were, which of them made it, or how often they were killed. The recipe has
+    the kind of machine and on a CPU the number of threads (OMP_NUM_THREADS), since networks round
+    differently on another.
+
+    For example: fastddim generate --seeds 0-999 --steps 20 --out garments
+    """
+    if verify is not None:
+        if seeds is not None or out is not None:
+            raise ValueError("verify must be given alone, without seeds and out")
+        folder = Folder.read(verify)
+        folder.verify()
+        if not quiet:
+            print(f"{verify}: {counted(len(folder.seeds), 'image')}, each as it was made")
+        return
+    if seeds is None or out is None:
+        raise ValueError(f"{'seeds' if seeds is None else 'out'} must be given, or verify")
+    wanted = Seeds(parse_ranges(seeds))
+    whole("batch-size", batch_size, low=1, high=images.LARGEST_BATCH)
+    if shard_size is not None:
+        whole("shard-size", shard_size, low=1)
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    worker = Worker.here()
+    quiet = quiet or worker.rank > 0
+    loaded, where = load(
+        checkpoint, model, config, shape, device or str(worker.device()), quiet=quiet
+    )
+    images.check_channels(loaded.shape[0])
+    ddim = loaded.ddim(steps, eta=number_or_name(eta), spacing=spacing)
+    if isinstance(loaded.model, nn.Module):
+        loaded.model.to(DTYPES[dtype])
+    with bar_of_images(len(wanted), quiet) as progress:
+        complete = generate(
+            ddim,
+            loaded.model,
+            loaded.shape,
+            wanted,
+            out,
+            batch_size,
+            format=format,
+            shard_size=shard_size,
+            progress=progress,
+            device=where,
+            dtype=DTYPES[dtype],
+        )
+    if complete and not quiet:
+        print(f"{out}: {counted(len(wanted), 'image')}")
+
+
+@app.command("evaluate")
+def evaluate_images(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What fastddim generate has filled.")
+    ],
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--fid",
+            metavar="IMAGES",
+            help="Measure FID as well, to these: a folder of pictures, or another DIR.",
+            show_default="no FID",
+        ),
+    ] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.pth",
+            help="torch-fidelity's weights of Inception v3, which are not fetched for you.",
+            show_default="where torch-fidelity keeps them",
+        ),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Measure how far images are from real ones.
+
+    Images of 1x28x28 are compared with garments: FD-clf is the Frechet distance of the features
+    of a small classifier to those of the test set, and beside it stands the floor, what as many
+    real images score. Both ship. It is no FID and to be compared with FD-clf alone.
+
+    FID is computed by torch-fidelity (pip install 'fastddim[fid]'), with its weights. Compare it
+    only between sets of one size: 50,000 images are the custom.
+
+    For example: fastddim evaluate garments
+    """
+    if inception is not None and reference is None:
+        raise ValueError(f"inception must be left out without fid, got {str(inception)!r}")
+    made = Folder.read(folder)
+    n = counted(len(made.seeds), "image")
+    if tuple(made.recipe["shape"]) == embedded.SHAPE or reference is None:
+        judged = evaluate.garments(made)
+        print(f"FD-clf {judged.distance:.4f} of {n}; as many real garments {judged.floor:.4f}")
+    if reference is not None:
+        where = images.usable_device(device)
+        print(f"FID {evaluate.fid(made, reference, inception, where):.4f} of {n} to {reference}")
+
+
 @app.command("profile")
 def profile_grid(
     steps: Annotated[
@@ -630,6 +832,7 @@ def load(
     config: str | None,
     shape: str | None,
     device: str | None,
+    quiet: bool = False,
 ) -> tuple[checkpoints.Loaded, torch.device]:
     """What was asked for, on its device, and the device. What it was taken for is said aloud."""
     where = images.usable_device(device)
@@ -642,7 +845,7 @@ def load(
         loaded = checkpoints.build(model, size)
     if isinstance(loaded.model, nn.Module):
         loaded.model.to(where)
-    if checkpoint is not None or model is not None:
+    if not quiet and (checkpoint is not None or model is not None):
         print(loaded.description, file=sys.stderr)
     return loaded, where
 
@@ -679,7 +882,16 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """ "0-9,20,30-39" → its seeds, in order."""
+    """ "0-9,20,30-39" → its seeds, in order; no more than a picture holds."""
+    ranges = parse_ranges(text)
+    # Not len(), which ends at 2^63.
+    if (count := sum(r.stop - r.start for r in ranges)) > MOST_IMAGES:
+        raise ValueError(f"seeds must be at most {MOST_IMAGES}, got {count}")
+    return [seed for r in ranges for seed in r]
+
+
+def parse_ranges(text: str) -> list[range]:
+    """ "0-9,20,30-39" → its ranges, in order."""
     allowed = f"such as 7, 0-63 or 0-9,20,30-39, each seed in [0, 2^63-1], got {text!r}"
     ranges: list[range] = []
     for part in text.split(","):
@@ -693,10 +905,7 @@ def parse_seeds(text: str) -> list[int]:
         if last < first:
             raise ValueError(f"seeds must be ranges that go up, {allowed}")
         ranges.append(range(first, last + 1))
-    # Not len(), which ends at 2^63.
-    if (count := sum(r.stop - r.start for r in ranges)) > MOST_IMAGES:
-        raise ValueError(f"seeds must be at most {MOST_IMAGES}, got {count}")
-    return [seed for r in ranges for seed in r]
+    return ranges
 
 
 def number_or_name(text: str) -> Any:
@@ -705,6 +914,33 @@ def number_or_name(text: str) -> Any:
         return float(text)
     except ValueError:
         return text
+
+
+@contextmanager
+def bar_of_images(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr of how many of ``total`` images there are, told the number from outside."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("generating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        first: list[tuple[int, float]] = []
+
+        def there(n: int) -> None:
+            now = time.perf_counter()
+            first[:] = first or [(n, now)]
+            made, seconds = n - first[0][0], now - first[0][1]
+            said = ""
+            if made > 0:
+                left = timedelta(seconds=round(seconds * (total - n) / made))
+                said = f"{made / seconds:.1f} images/s, {left} left"
+            progress.update(task, completed=n, description=said)
+
+        yield there
 
 
 @contextmanager

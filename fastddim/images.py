@@ -384,21 +384,29 @@ def check_png(path: Path | str) -> Path:
 
 def save_png(image: Tensor, path: Path | str) -> None:
     """Writes uint8 (1 or 3, H, W) to ``path``: the whole picture, or nothing at all."""
+    check_channels(image.shape[0])
+    with replacing(Path(path)) as file:
+        write_png(image, file)
+
+
+def write_png(image: Tensor, file: IO[bytes]) -> None:
+    """Writes uint8 (1 or 3, H, W) to an open file: the same bytes for the same picture."""
     from PIL import Image
 
-    path = Path(path)
     check_channels(image.shape[0])
     mode = "L" if image.shape[0] == 1 else "RGB"
     size = (image.shape[2], image.shape[1])
     pixels = image.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()
-    with replacing(path) as file:
-        Image.frombytes(mode, size, pixels).save(file, format="PNG")
+    Image.frombytes(mode, size, pixels).save(file, format="PNG")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes ``path``'s place when it is whole, or not at all."""
-    temporary = _beside(path)
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file to write, which takes ``path``'s place when it is whole, or not at all.
+
+    Until then it is ``temporary``, by default a hidden name in the same folder.
+    """
+    temporary = temporary or _beside(path)
     try:
         with temporary.open("wb") as file:
             yield file

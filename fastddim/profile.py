@@ -9,14 +9,12 @@ import itertools
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata, util
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastddim import __version__, images
+from fastddim import __version__, images, provenance
 from fastddim.check import whole
 from fastddim.coefficients import Eta
 from fastddim.predict import Model
@@ -333,20 +331,9 @@ def settings(
 
     A model that is no ``nn.Module`` has no weights to be known by, and goes by its name.
     """
-    digest = hashlib.sha256(ddim.schedule.alphas_cumprod.tobytes())
-    if isinstance(model, nn.Module):
-        for name, tensor in sorted(model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    else:
-        digest.update(getattr(model, "__qualname__", type(model).__qualname__).encode())
-    where = device.type
-    if where == "cuda":
-        where = torch.cuda.get_device_name(device)
-    elif where == "cpu":
-        capability = torch.backends.cpu.get_cpu_capability()
-        where = f"cpu {platform.machine()} {capability}, threads: {torch.get_num_threads()}"
-    versions = {name: metadata.version(name) for name in ("torch", "triton", "numba") if _has(name)}
+    name = getattr(model, "__qualname__", type(model).__qualname__)
+    known_by = provenance.digest(model) if isinstance(model, nn.Module) else name
+    digest = hashlib.sha256(known_by.encode() + ddim.schedule.alphas_cumprod.tobytes())
     return {
         "model": digest.hexdigest()[:16],
         "prediction": ddim.prediction,
@@ -354,14 +341,10 @@ def settings(
         "batch_size": batch_size,
         "spacing": str(ddim.spacing),
         "distance": None if judge is None else judge.name,
-        "device": where,
+        "device": provenance.machine(device),
         "fastddim": __version__,
-        **versions,
+        **provenance.versions("torch", "triton", "numba"),
     }
-
-
-def _has(name: str) -> bool:
-    return util.find_spec(name) is not None
 
 
 def check_folder(folder: Path) -> None:

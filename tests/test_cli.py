@@ -521,7 +521,7 @@ def test_help_lists_the_commands(capfd: pytest.CaptureFixture[str], arguments: l
     assert main(arguments) == 0
     out, err = capfd.readouterr()
     assert err == ""
-    assert all(name in out for name in ("sample", "profile", *NEW))
+    assert all(name in out for name in ("sample", "generate", "evaluate", "profile", *NEW))
     assert "--version" in out
 
 
@@ -583,7 +583,7 @@ def test_import_needs_no_extra() -> None:
     extras = ("typer", "click", "rich", "PIL", "safetensors", "diffusers", "matplotlib")
     code = (
         f"import fastddim, fastddim.__main__, fastddim.checkpoints, sys\n"
-        f"import fastddim.profile, fastddim.reconstruction\n"
+        f"import fastddim.evaluate, fastddim.profile, fastddim.reconstruction\n"
         f"print([m for m in {extras} if m in sys.modules])"
     )
     run = subprocess.run(

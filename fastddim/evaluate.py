@@ -1,0 +1,115 @@
+"""How far the images of a folder are from real ones: FD-clf of garments, FID by torch-fidelity."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastddim import embedded, images
+from fastddim.embedded import distance
+from fastddim.folder import MANIFEST, Folder
+from fastddim.quality import frechet_distance
+
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+"""torch-fidelity's name for its weights of Inception v3, which ends in their SHA-256's start."""
+
+
+class Garments(NamedTuple):
+    """FD-clf of drawn garments, and that of as many real ones."""
+
+    distance: float
+    floor: float
+
+
+def garments(folder: Folder) -> Garments:
+    """FD-clf of a folder of garments, which is no FID: see ``fastddim.embedded.distance``.
+
+    Raises:
+        ValueError: the folder is not finished or not as it was made, or its images are no garments.
+    """
+    if tuple(folder.recipe["shape"]) != embedded.SHAPE:
+        raise ValueError(
+            f"FD-clf compares garments of 1x28x28, got images of "
+            f"{'x'.join(map(str, folder.recipe['shape']))} in {folder.path}; others are measured "
+            f"with FID (--fid)"
+        )
+    folder.verify()
+    if len(folder.seeds) < 2:
+        raise ValueError(f"FD-clf needs two images or more, got 1 in {folder.path}")
+    real = distance.load()
+    shards = (images.from_uint8(folder.pictures(k)) for k in range(len(folder)))
+    features = torch.cat([distance.features(real.critic, x) for x in shards])
+    return Garments(frechet_distance(features, real.moments), real.floor(len(features)))
+
+
+def fid(
+    folder: Folder,
+    reference: Path,
+    inception: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> float:
+    """FID (Heusel et al. 2017) as torch-fidelity computes it, grey images as RGB.
+
+    Args:
+        folder: of images of 1 or 3 channels.
+        reference: another, or any folder of pictures.
+        inception: torch-fidelity's weights; by default where it keeps them. Other features would
+            not make a FID, so their checksum is looked at.
+        device: where to compute: a CUDA device, or the CPU.
+
+    Raises:
+        ModuleNotFoundError: torch-fidelity is missing.
+        FileNotFoundError, ValueError: the weights are missing or others; a folder is not finished,
+            not as it was made, or holds no pictures.
+    """
+    fidelity = importlib.import_module("torch_fidelity")
+    path = inception or Path(torch.hub.get_dir(), "checkpoints", INCEPTION)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"inception must be torch-fidelity's weights, {INCEPTION} of the release v0.2.0 of "
+            f"github.com/toshas/torch-fidelity, got no file {path}"
+        )
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not checksum.startswith(Path(INCEPTION).stem.rpartition("-")[2]):
+        raise ValueError(
+            f"inception must be torch-fidelity's weights, {INCEPTION}, got {path}, which is "
+            f"another file: its features would not make a FID"
+        )
+    if not reference.is_dir():
+        raise FileNotFoundError(f"fid must be a folder of pictures, got {reference}")
+    made = (reference / MANIFEST).is_file()
+    measured = fidelity.calculate_metrics(
+        input1=Pictures(folder),
+        input2=Pictures(Folder.read(reference)) if made else str(reference),
+        fid=True,
+        cuda=torch.device(device).type == "cuda",
+        feature_extractor_weights_path=str(path),
+        samples_find_deep=True,
+        cache=False,
+        verbose=False,
+    )
+    return float(measured["frechet_inception_distance"])
+
+
+class Pictures(Dataset[Tensor]):
+    """The images of a folder by their place, as torch-fidelity wants them: uint8 (3, H, W)."""
+
+    def __init__(self, folder: Folder) -> None:
+        folder.verify()
+        self._folder = folder
+        self._read: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._folder.seeds)
+
+    def __getitem__(self, index: int) -> Tensor:
+        k, place = divmod(index, self._folder.recipe["shard_size"])
+        if self._read is None or self._read[0] != k:
+            self._read = k, self._folder.pictures(k)
+        return self._read[1][place].expand(3, -1, -1)

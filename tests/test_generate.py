@@ -1,0 +1,663 @@
+"""Exactly N images, once each and the same bytes, whatever number of processes and kills."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import fastddim
+from fastddim import DDIM, NoiseSchedule, embedded, evaluate, images
+from fastddim.__main__ import main
+from fastddim.embedded import distance
+from fastddim.folder import FORMATS, MANIFEST, Folder, Seeds
+from fastddim.generate import Worker, pictures, shard
+from fastddim.quality import Gaussian, frechet_distance
+from tests.refusals import refused
+
+MODULE = sys.modules["fastddim.generate"]  # the package's attribute of that name is the function
+SHAPE = (3, 4, 6)
+MODEL = Gaussian(0.0, 0.5)
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MODULE, "_end_with_parent", lambda: None)
+    for name in os.environ:
+        if name in LAUNCHERS or name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
+
+
+def make(out: Path, *, ddim: DDIM | None = None, n: int = 53, **changes: Any) -> bool:
+    """53 images in shards of 10 and batches of 4, which divide nothing."""
+    options = {"batch_size": 4, "shard_size": 10, "seeds": range(n), "shape": SHAPE, **changes}
+    model = options.pop("model", MODEL)
+    return fastddim.generate(ddim or DDIM(3, eta=1.0), model, out=out, **options)
+
+
+def content(out: Path) -> dict[str, bytes]:
+    files = (file for file in out.rglob("*") if file.is_file())
+    return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
+def pixels(out: Path) -> Tensor:
+    folder = Folder.read(out)
+    return torch.cat([folder.pictures(k) for k in range(len(folder))])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_exactly_the_seeds_in_order(tmp_path: Path, format: str) -> None:
+    ddim = DDIM(3, eta=1.0)
+    assert make(tmp_path / "out", ddim=ddim, format=format)
+    expected = torch.cat(list(images.by_seed(ddim, MODEL, range(53), SHAPE, 4)))
+    assert torch.equal(pixels(tmp_path / "out"), images.to_uint8(expected))
+    Folder.read(tmp_path / "out").verify()
+    names = set(content(tmp_path / "out"))
+    if format == "png":
+        assert names == {MANIFEST, *(f"000/{seed:06d}.png" for seed in range(53))}
+        with Image.open(tmp_path / "out/000/000007.png") as picture:
+            assert np.array_equal(np.array(picture), pictures(expected[7:8])[0].numpy())
+    else:
+        assert names == {MANIFEST, *(f"{k:05d}.{format}" for k in range(6))}
+        last = np.load(tmp_path / f"out/00005.{format}")
+        array = last["arr_0"] if format == "npz" else last
+        assert np.array_equal(array, pictures(expected[50:]).numpy())
+
+
+def test_fifty_thousand_at_64_are_fifty_thousand(tmp_path: Path) -> None:
+    def nothing(x: Tensor, t: Tensor) -> Tensor:
+        assert len(x) == 64
+        return x
+
+    make(tmp_path / "out", ddim=DDIM(1), n=50_000, model=nothing, shape=(1, 1, 1), batch_size=64,
+         shard_size=None)  # fmt: skip
+    folder = Folder.read(tmp_path / "out")
+    assert sum(len(np.load(folder.files(k)[0])) for k in range(len(folder))) == 50_000
+    assert folder.recipe["shard_size"] == 256
+    assert len(folder) == 196
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_world_size_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eta: float
+) -> None:
+    for format in FORMATS if eta == 1 else ("npy",):
+        found = []
+        for world in (1, 2, 3, 9) if format == "npy" else (1, 3):  # nine for six shards
+            out = tmp_path / f"{format}-{world}"
+            for rank in reversed(range(world)):
+                for name, value in zip(LAUNCHERS, (rank, world, rank), strict=True):
+                    monkeypatch.setenv(name, str(value))
+                complete = make(out, ddim=DDIM(3, eta=eta), format=format)
+                assert complete == (rank == 0)
+            found.append(content(out))
+        assert all(one == found[0] for one in found)
+
+
+def test_world_size_changes_no_garment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = embedded.load(), []
+    for world in (1, 2, 3):
+        for rank in range(world):
+            for name, value in zip(LAUNCHERS, (rank, world, rank), strict=True):
+                monkeypatch.setenv(name, str(value))
+            make(tmp_path / str(world), ddim=DDIM(2, eta=1.0), n=7, shape=embedded.SHAPE,
+                 model=model, batch_size=2, shard_size=2)  # fmt: skip
+        found.append(content(tmp_path / str(world)))
+    assert found[0] == found[1] == found[2]
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing may be tidied up after it."""
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_killed_at_every_rename_and_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    small: dict[str, Any] = {
+        "n": 5,
+        "batch_size": 2,
+        "shard_size": 2,
+        "shape": (1, 2, 2),
+        "format": format,
+    }
+    make(tmp_path / "whole", **small)
+    whole = content(tmp_path / "whole")
+    done = False
+    for n in range(100):
+        calls = iter(range(100))
+
+        def counted(
+            real: Callable[..., Any], *arguments: Any, calls: Any = calls, n: int = n
+        ) -> None:
+            if next(calls) == n:
+                raise Killed
+            real(*arguments)
+
+        out = tmp_path / str(n)
+        with monkeypatch.context() as patch:
+            for name in ("replace", "link", "fsync"):
+                patch.setattr(os, name, partial(counted, getattr(os, name)))
+            patch.setattr(Path, "unlink", lambda *_, **__: None)
+            try:
+                done = make(out, **small)
+            except Killed:
+                if (out / MANIFEST).exists() and (out / ".parts").exists():
+                    assert set(content(out)) - set(whole) != set()
+        if done:
+            break
+        assert make(out, **small)
+        assert content(out) == whole
+    assert done
+    assert n > 15
+
+
+def test_what_another_process_has_left_is_cleared_by_whose_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path / "out", progress=lambda n: 1 // n)
+    parts = tmp_path / "out/.parts"
+    for name in ("2.aa.tmp", "3.bb.tmp", "manifest.cc.tmp"):
+        (parts / name).write_bytes(b"half")
+    for name, value in zip(LAUNCHERS, ("1", "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert not make(tmp_path / "out")
+    assert {file.name for file in parts.iterdir()} == {
+        "2.aa.tmp", "manifest.cc.tmp", "1.sha256", "3.sha256", "5.sha256",
+    }  # fmt: skip
+
+
+def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    class Counting(Gaussian):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            calls.append(len(x))
+            return super().forward(x, t)
+
+    model = Counting(0.0, 0.5)
+    make(tmp_path / "out", model=model)
+    assert set(calls) == {4}
+    before = content(tmp_path / "out")
+    calls.clear()
+    assert make(tmp_path / "out", model=model)
+    assert calls == []
+    (tmp_path / "out/00002.npy").unlink()
+    assert make(tmp_path / "out", model=model)
+    assert len(calls) == 3 * 3  # three batches of three steps
+    assert content(tmp_path / "out") == before
+
+
+def test_two_that_finish_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Folder._checksum
+    inside: list[bool] = []
+
+    def slow(self: Folder, k: int) -> str | None:
+        found = real(self, k)
+        if k == 3 and found and not inside and len(self._whole()) == len(self):
+            inside.append(True)
+            assert Folder.read(self.path).finish()  # the other is through in the meantime
+        return found
+
+    monkeypatch.setattr(Folder, "_checksum", slow)
+    assert make(tmp_path / "out")
+    assert inside
+    Folder.read(tmp_path / "out").verify()
+    assert not (tmp_path / "out/.parts").exists()
+
+
+def test_the_manifest_is_the_recipe(tmp_path: Path) -> None:
+    ddim = DDIM(3, eta=0.5, schedule=NoiseSchedule.cosine(100), clip=1.0)
+    make(tmp_path / "out", ddim=ddim, seeds=[9, 3, 4, 5], notes={"prompts": "a.txt"})
+    recipe = json.loads((tmp_path / "out" / MANIFEST).read_text())["recipe"]
+    assert recipe["seeds"] == "9,3-5"
+    assert recipe["images"] == 4
+    assert recipe["pairs"] == [list(pair) for pair in ddim.pairs]
+    assert (recipe["steps"], recipe["eta"], recipe["spacing"]) == (3, 0.5, "uniform")
+    assert (recipe["batch_size"], recipe["shard_size"], recipe["format"]) == (4, 10, "npy")
+    assert recipe["schedule"]["name"] == "cosine"
+    assert len(recipe["model"]["weights"]) == 64
+    assert recipe["versions"]["torch"] == torch.__version__
+    assert recipe["architecture"].startswith("cpu ")
+    assert recipe["backend"].startswith("cpu, ")
+    assert recipe["notes"] == {"prompts": "a.txt"}
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "eta (1.0 there, 0.5 here)": {"ddim": DDIM(3, eta=0.5)},
+    "steps (3 there, 4 here), pairs": {"ddim": DDIM(4, eta=1.0)},
+    "schedule.name": {"ddim": DDIM(3, eta=1.0, schedule=NoiseSchedule.cosine())},
+    "images (53 there, 54 here), seeds ('0-52' there, '0-53' here)": {"n": 54},
+    "shape": {"shape": (3, 6, 4)},
+    "format ('npy' there, 'png' here)": {"format": "png"},
+    "shard_size (10 there, 12 here)": {"shard_size": 12},
+    "batch_size (4 there, 5 here)": {"batch_size": 5},
+    "model.weights": {"model": Gaussian(0.0, 0.25)},
+    "model.name": {"model": embedded.load()},
+    "cond (None there, 'tests.test_generate.": {"cond": lambda seeds: {}},
+    "dtype (None there, 'torch.float16' here)": {"dtype": torch.float16},
+    "guidance": {"guidance": 2.0, "uncond": lambda seeds: {}},
+    "notes.a (None there, 1 here)": {"notes": {"a": 1}},
+}
+
+
+def test_another_recipe_is_refused_with_the_difference_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "out")
+    before = content(tmp_path / "out")
+    for said, change in CHANGES.items():
+        refused(partial(make, tmp_path / "out", **change), ValueError, "out must be", said)
+    torch.set_num_threads(2)
+    try:
+        refused(partial(make, tmp_path / "out"), ValueError, "out must be", "architecture")
+    finally:
+        torch.set_num_threads(1)
+    monkeypatch.setattr(fastddim, "__version__", "0.0.0")
+    refused(partial(make, tmp_path / "out"), ValueError, "out must be", "versions.fastddim")
+    assert content(tmp_path / "out") == before
+
+
+def test_of_two_recipes_at_once_the_first_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "other", ddim=DDIM(3))
+    theirs = (tmp_path / "other" / MANIFEST).read_bytes()
+    real = os.link
+
+    def link(source: Path, target: Path) -> None:
+        target.write_bytes(theirs)  # in the last moment before ours
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    refused(partial(make, tmp_path / "out"), ValueError, "out must be", "eta (0.0 there, 1.0 here)")
+    assert (tmp_path / "out" / MANIFEST).read_bytes() == theirs
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    assert make(tmp_path / "out")
+    Folder.read(tmp_path / "out").verify()
+
+
+def test_nonsense_is_refused_before_any_work(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    values: dict[str, dict[str, Any]] = {
+        "format must be one of npy, png, npz, got 'jpg'": {"format": "jpg"},
+        "shard_size must be an integer ≥ 1, got 0": {"shard_size": 0},
+        "batch_size must be an integer in [1, 65536], got 0": {"batch_size": 0},
+        "seeds must be at least 1": {"seeds": []},
+        "seeds must be there once each, got 3 twice": {"seeds": [1, 2, 3, 3]},
+        "seeds[1] must be an integer in [0, 9223372036854775807], got -1": {"seeds": [0, -1]},
+        "seeds[-1] must be an integer in": {"seeds": range(2**63, 2**63 + 2)},
+        "postprocess must be given for shape (4, 8, 8)": {"shape": (4, 8, 8)},
+        "postprocess must be given for shape (3,)": {"shape": (3,)},
+    }
+    for said, change in values.items():
+        refused(partial(make, out, **change), ValueError, said)
+    kinds: dict[str, dict[str, Any]] = {
+        "cond must be a function of a batch's seeds, got dict": {"cond": {}},
+        "postprocess must be callable, got int": {"postprocess": 3},
+        "guidence is none of cond, uncond, guidance": {"guidence": 3.0},
+    }
+    for said, change in kinds.items():
+        refused(partial(make, out, **change), TypeError, said)
+    assert not out.exists()
+    refused(partial(make, tmp_path / "a/b"), FileNotFoundError, "out must be a folder that can")
+    (tmp_path / "file").touch()
+    refused(partial(make, tmp_path / "file"), FileExistsError, "out must be a folder that can")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/cat.png").touch()
+    refused(partial(make, tmp_path / "theirs"), ValueError, "out must be a new folder", "cat.png")
+    (tmp_path / "theirs" / MANIFEST).write_text('{"recipe": {}}')
+    refused(partial(make, tmp_path / "theirs"), ValueError, "", "is damaged")
+
+
+def test_verify_reads_every_byte(tmp_path: Path) -> None:
+    for format in FORMATS:
+        out = tmp_path / format
+        make(out, n=5, batch_size=2, shard_size=2, shape=(1, 2, 2), format=format)
+        for file in sorted(out.rglob(f"*.{format}")):
+            name, whole = str(file.relative_to(out)), file.read_bytes()
+            for at in (0, len(whole) // 2, len(whole) - 1):
+                file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+                refused(Folder.read(out).verify, ValueError, str(out), "changed")
+            file.write_bytes(whole[:-1])
+            refused(Folder.read(out).verify, ValueError, str(out), "changed")
+            file.unlink()
+            refused(Folder.read(out).verify, ValueError, str(out), f"{name} is missing")
+            file.write_bytes(whole)
+            twice = file.with_name(f"copy.{format}")
+            twice.write_bytes(whole)
+            refused(Folder.read(out).verify, ValueError, str(out), "copy", "none of its files")
+            twice.unlink()
+            Folder.read(out).verify()
+
+
+def test_a_full_disk_is_said_and_what_is_there_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "whole")
+    real, calls = os.fsync, iter(range(100))
+
+    def full(file: int) -> None:
+        if next(calls) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"has room, got .*out: No space left on device\. The shards"):
+        make(tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert Folder.read(tmp_path / "out").count() == 20
+    refused(Folder.read(tmp_path / "out").verify, ValueError, "", "has 20 of 53 images")
+    assert make(tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    real = Path.mkdir
+
+    def denied(self: Path, *rest: Any, **options: Any) -> None:
+        if self.exists():  # as a read-only file system has it
+            return real(self, *rest, **options)
+        raise PermissionError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    for name in ("new", "empty"):
+        with pytest.raises(
+            OSError, match=r"can be written to and has room, got .*: Read-only file"
+        ):
+            make(tmp_path / name)
+    assert make(tmp_path / "out")  # nothing is left to write
+
+
+def test_seeds_are_ranges() -> None:
+    huge = Seeds([range(5, 6), range(10**12, 2 * 10**12), range(2)])
+    assert len(huge) == 10**12 + 3
+    assert str(huge) == "5,1000000000000-1999999999999,0-1"
+    assert huge[:3] == [5, 10**12, 10**12 + 1]
+    assert huge[10**12 - 1 :] == [2 * 10**12 - 2, 2 * 10**12 - 1, 0, 1]
+    assert huge[-1] == 1
+    assert str(Seeds.parse(str(huge))) == str(huge)
+    scattered = [7, 3, 4, 5, 9, 8, 0]
+    assert str(Seeds.of(scattered)) == "7,3-5,9,8,0"
+    assert list(Seeds.of(scattered)) == scattered
+    assert str(Seeds.of(range(0, 6, 2))) == "0,2,4"
+    assert str(Seeds.of(range(10**15))) == f"0-{10**15 - 1}"
+    refused(lambda: Seeds([range(9), range(20, 30), range(8, 10)]), ValueError, "seeds", "8")
+
+
+def test_seeds_without_end_begin_at_once(tmp_path: Path) -> None:
+    told: list[int] = []
+
+    def tell(n: int) -> None:
+        told.append(n)
+        if n > 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "out", seeds=range(10**15), progress=tell)
+    assert told == [0, 4, 8, 10, 14, 18, 20, 24]
+
+
+def test_progress_counts_the_images_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    for rank in (1, 0):
+        for name, value in zip(LAUNCHERS, (rank, 2, rank), strict=True):
+            monkeypatch.setenv(name, str(value))
+        make(tmp_path / "out", progress=told.append)
+        assert rank == 0 or told == []
+    assert told == [23, 27, 31, 33, 37, 41, 43, 47, 51, 53, 53]
+
+
+def test_worker() -> None:
+    here = Worker.here
+    assert here({}) == (0, 1, 0, False)
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    slurm = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "2"}
+    assert here(torchrun) == (5, 8, 1, True)
+    assert here(slurm) == (3, 4, 2, True)
+    assert here({**slurm, **torchrun}) == (5, 8, 1, True)
+    # A batch script, in which nothing but the script runs.
+    assert here({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"})[:2] == (0, 1)
+    refused(lambda: here({**torchrun, "RANK": "8"}), ValueError, "RANK", "[0, 7]", "8")
+    refused(lambda: here({**torchrun, "RANK": "-1"}), ValueError, "RANK", "'-1'")
+
+
+def test_workers_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, local, expected in [(0, 3, "cpu"), (8, 3, "cuda:3"), (1, 3, "cuda:0")]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert str(Worker(local, 8, local, True).device()) == expected
+
+
+def test_conditions_belong_to_seeds_and_postprocess_sees_full_batches(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    def model(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return 0.1 * x + c.view(-1, 1)
+
+    def cond(seeds: list[int]) -> dict[str, Tensor]:
+        return {"c": torch.tensor(seeds).float()}
+
+    def uncond(seeds: list[int]) -> dict[str, Tensor]:
+        return {"c": torch.zeros(len(seeds))}
+
+    def decode(x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return x.double()
+
+    ddim = DDIM(2)
+    make(tmp_path / "out", ddim=ddim, model=model, n=13, shape=(5,), cond=cond, uncond=uncond,
+         guidance=3.0, postprocess=decode)  # fmt: skip
+    assert set(sizes) == {4}
+    found = np.concatenate([np.load(tmp_path / f"out/0000{k}.npy") for k in range(2)])
+    expected = ddim.sample(model, shape=(13, 5), seeds=range(13), cond=cond(list(range(13))),
+                           uncond=uncond(list(range(13))), guidance=3.0)  # fmt: skip
+    assert found.dtype == np.float64
+    assert np.array_equal(found, expected.double().numpy())
+
+
+def test_postprocess_gives_a_row_for_each(tmp_path: Path) -> None:
+    call = partial(make, tmp_path / "out", postprocess=lambda x: x[:3])
+    refused(call, ValueError, "postprocess must give a row", "(3, 3, 4, 6)")
+    call = partial(make, tmp_path / "png", postprocess=lambda x: x, format="png")
+    refused(call, ValueError, "postprocess must give uint8", "float32 (10, 3, 4, 6)")
+
+
+def test_another_engine_takes_the_shard_function(tmp_path: Path) -> None:
+    ddim = DDIM(3, eta=1.0)
+    make(tmp_path / "out", ddim=ddim)
+    parts = [range(first, min(first + 10, 53)) for first in range(0, 53, 10)]
+    with ThreadPoolExecutor(2) as pool:
+        arrays = list(pool.map(partial(shard, ddim, MODEL, SHAPE, batch_size=4), parts))
+    for k, array in enumerate(arrays):
+        assert np.array_equal(array, np.load(tmp_path / f"out/{k:05d}.npy"))
+
+
+FEW = ("--steps", "2", "--batch-size", "4", "--shard-size", "8", "--device", "cpu")
+
+
+def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ("generate", "--seeds", "0-9,20", *FEW, "--eta", "1", "--spacing", "quad")
+    assert main([*asked, "--out", "out"]) == 0
+    assert capfd.readouterr() == ("out: 11 images\n", "")
+    made = Folder.read(Path("out"))
+    ddim = DDIM(2, eta=1.0, spacing="quad")
+    x = torch.cat(list(images.by_seed(ddim, embedded.load(), [*range(10), 20], embedded.SHAPE, 4)))
+    assert torch.equal(pixels(Path("out")), images.to_uint8(x))
+    assert made.recipe["dtype"] == "torch.float32"
+    assert main(["generate", "--verify", "out"]) == 0
+    assert capfd.readouterr() == ("out: 11 images, each as it was made\n", "")
+    assert main([*asked, "--out", "out", "--quiet"]) == 0
+    assert main(["generate", "--verify", "out", "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+    assert main([*asked, "--out", "out", "--eta", "0"]) == 2
+    assert "eta (1.0 there, 0.0 here)" in capfd.readouterr().err
+    Path("out/00001.npy").unlink()
+    assert main(["generate", "--verify", "out"]) == 2
+    assert capfd.readouterr().err == "fastddim: out is not as it was made: 00001.npy is missing\n"
+
+
+def test_the_command_in_bfloat16() -> None:
+    asked = ("generate", "--seeds", "0-3", *FEW)
+    assert main([*asked, "--out", "half", "--dtype", "bfloat16"]) == 0
+    x = DDIM(2).sample(embedded.load(), shape=(4, *embedded.SHAPE), seeds=range(4))
+    difference = (pixels(Path("half")).int() - images.to_uint8(x).int()).abs()
+    assert 0 < difference.max() <= 16
+
+
+def test_only_rank_0_speaks(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("mine.py").write_text("def model(): return lambda x, t: x / 2\n")
+    asked = ("generate", "--seeds", "0-9", *FEW, "--model", "mine:model", "--shape", "1,2,2")
+    for rank, expected in ((0, ""), (1, "")):
+        for name, value in zip(LAUNCHERS, (rank, 2, rank), strict=True):
+            monkeypatch.setenv(name, str(value))
+        assert main([*asked, "--out", "out"]) == 0
+        out, err = capfd.readouterr()
+        assert out == expected
+        assert err.startswith("model mine:model") if rank == 0 else err == ""
+    assert main(["generate", "--verify", "out"]) == 0
+
+
+def test_the_command_refuses(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for said, asked in {
+        "seeds must be given": ("--out", "o"),
+        "out must be given": ("--seeds", "1"),
+        "verify must be given alone": ("--verify", "o", "--seeds", "1"),
+        "a folder must be one that fastddim generate has made": ("--verify", "o"),
+        "seeds must be there once each, got 5 twice": ("--seeds", "0-9,5", "--out", "o"),
+        "dtype must be one of float32, bfloat16, float16": (
+            "--seeds", "1", "--out", "o", "--dtype", "int8",
+        ),
+        "format must be one of npy, png, npz": ("--seeds", "1", "--out", "o", "--format", "gif"),
+        "shard-size must be": ("--seeds", "1", "--out", "o", "--shard-size", "0"),
+    }.items():  # fmt: skip
+        assert main(["generate", *asked]) == 2
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.startswith(f"fastddim: {said}"), err
+        assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert main(["generate", "--seeds", "0-9", *FEW, "--out", "out"]) == 0
+    assert "generating" in terminal.getvalue()
+    assert "10/10" in terminal.getvalue()
+    assert "images/s" in terminal.getvalue()
+
+
+def test_evaluate_measures_garments(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--seeds", "0-9", *FEW, "--out", "out"]) == 0
+    capfd.readouterr()
+    assert main(["evaluate", "out"]) == 0
+    real = distance.load()
+    x = images.from_uint8(pixels(Path("out")))
+    expected = frechet_distance(real.critic.features(x), real.moments)
+    assert capfd.readouterr() == (
+        f"FD-clf {expected:.4f} of 10 images; as many real garments {real.floor(10):.4f}\n", "",
+    )  # fmt: skip
+    Path("out/00001.npy").write_bytes(b"")
+    assert main(["evaluate", "out"]) == 2
+    assert "00001.npy has changed" in capfd.readouterr().err
+
+
+def test_evaluate_compares_nothing_else_with_garments(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    make(tmp_path / "out")
+    assert main(["evaluate", "out"]) == 2
+    assert "FD-clf compares garments of 1x28x28, got images of 3x4x6" in capfd.readouterr().err
+    assert main(["evaluate", "nothing"]) == 2
+    assert "nothing, which has no manifest.json" in capfd.readouterr().err
+
+
+def test_fid_is_torch_fidelitys_or_nothing(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "out")
+    (tmp_path / "real").mkdir()
+    asked = ("evaluate", "out", "--device", "cpu", "--fid", "real")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    assert main(asked) == 2
+    assert "pip install 'fastddim[fid]'" in capfd.readouterr().err
+
+    given: dict[str, Any] = {}
+
+    def calculate_metrics(**options: Any) -> dict[str, float]:
+        given.update(options)
+        return {"frechet_inception_distance": 12.5}
+
+    fake = SimpleNamespace(calculate_metrics=calculate_metrics)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", fake)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    assert main(asked) == 2
+    err = capfd.readouterr().err
+    assert f"got no file {tmp_path}/hub/checkpoints/{evaluate.INCEPTION}" in err
+    Path("others.pth").write_bytes(b"no inception")
+    assert main([*asked, "--inception", "others.pth"]) == 2
+    assert "its features would not make a FID" in capfd.readouterr().err
+    assert not given
+
+    Path("weights.pth").write_bytes(b"inception")
+    begins = hashlib.sha256(b"inception").hexdigest()[:8]
+    monkeypatch.setattr(evaluate, "INCEPTION", f"weights-inception-{begins}.pth")
+    assert main([*asked, "--inception", "weights.pth"]) == 0
+    assert capfd.readouterr() == ("FID 12.5000 of 53 images to real\n", "")
+    assert given["input2"] == "real"
+    assert (given["fid"], given["cuda"], given["cache"]) == (True, False, False)
+    assert given["feature_extractor_weights_path"] == "weights.pth"
+    assert len(given["input1"]) == 53
+    shown = torch.stack([given["input1"][i] for i in (52, *range(52))])
+    assert torch.equal(shown, pixels(tmp_path / "out").roll(1, 0))
+    assert main([*asked[:-1], "out", "--inception", "weights.pth"]) == 0
+    assert len(given["input2"]) == 53
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["--tree"]])
+def test_real_kills(how: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kills", "--trials", "2", "--count", "501", *how],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.endswith("2 of 2 trials complete and byte-identical\n")
