@@ -25,7 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--results",
         type=Path,
         metavar="DIR",
-        help="keep a whole run of the benchmarks as a section of DIR/<machine>.json",
+        help="keep a whole run of the benchmarks as a section of DIR/<machine>.json "
+        "(--results=DIR where DIR is outside the repository: pytest would look for tests there)",
     )
 
 

@@ -169,7 +169,8 @@ def _ddim_step(
     kernels = _kernels(x.device.type)
     into, x0_into, next_into = out, x0, next_input
     if not (
-        x.is_contiguous()
+        x.numel()  # of nothing every stride is contiguous, and some differ
+        and x.is_contiguous()
         and output.is_contiguous()
         and out.is_contiguous()
         and (noise is None or noise.is_contiguous())
