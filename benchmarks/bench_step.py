@@ -127,12 +127,15 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[Record]]:
     where = request.config.getoption("results")
     if where is None:
         return
-    say: Any = request.config.get_terminal_writer().line
+    config: Any = request.config
     if request.session.testsfailed or len(found) < len(GROUPS) * len(NAMES):
-        say("\nnothing is kept of a run with wrong results, or of a part of one")
-        return
-    section = provenance("pytest") | {"level": request.config.getoption("level"), "rows": found}
-    say(f"\n{keep('step', section, where)}")
+        what = "nothing is kept of a run with wrong results, or of a part of one"
+    else:
+        section = provenance("pytest") | {"level": config.getoption("level"), "rows": found}
+        what = str(keep("step", section, where))
+    # What is said while a test's output is caught would be lost.
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        config.get_terminal_writer().line(f"\n{what}")
 
 
 _now = 0.0
