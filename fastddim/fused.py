@@ -495,39 +495,37 @@ def step(
         raise ValueError("samples that are on rows of their own must lie one after another")
     table = table.contiguous()
     seeds = None if seeds is None else seeds.contiguous()
-    numbers = (
-        (
-            x.data_ptr(),
-            output.data_ptr(),
-            table.data_ptr(),
-            rows.data_ptr(),
-            _address(seeds),
-            _address(noise),
-            _address(guidance),
-            _address(threshold),
-            out.data_ptr(),
-            _address(x0),
-        ),
-        (
-            batch,
-            n,
-            channels,
-            table.shape[0],
-            output.stride(0) if apart and output.shape[0] > 1 else n,
-            row_stride,
-            guidance_stride,
-            threshold_stride,
-            _DTYPES.index(output.dtype),
-            prediction,
-            int(noise_first),
-            int(clip is not None),
-            int(rederive),
-            0.0 if clip is None else float(clip),
-        ),
+    addresses = (
+        x.data_ptr(),
+        output.data_ptr(),
+        table.data_ptr(),
+        rows.data_ptr(),
+        _address(seeds),
+        _address(noise),
+        _address(guidance),
+        _address(threshold),
+        out.data_ptr(),
+        _address(x0),
+    )
+    sizes = (
+        batch,
+        n,
+        channels,
+        table.shape[0],
+        output.stride(0) if apart and output.shape[0] > 1 else n,
+        row_stride,
+        guidance_stride,
+        threshold_stride,
+        _DTYPES.index(output.dtype),
+        prediction,
+        int(noise_first),
+        int(clip is not None),
+        int(rederive),
+        0.0 if clip is None else float(clip),
     )
     shares = total // (SHARE if seeds is None else NOISY_SHARE)
     tensors = (x, output, table, rows, seeds, noise, guidance, threshold, out, x0)
-    if _shared_out(_steps, *numbers, shares, tensors):
+    if _shared_out(_steps, addresses, sizes, shares, tensors):
         raise ValueError(
             f"rows must lie in [0, {len(table)}), got {int(rows.min())} to {int(rows.max())}"
         )
