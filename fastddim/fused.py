@@ -11,13 +11,13 @@ reassociation, so a vector's lanes and the loop's remainder give the same bits: 
 
 from __future__ import annotations
 
-import _thread
 import contextlib
-import functools
+import ctypes
 import math
-import threading
+import os
+import struct
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numba
 import numpy as np
@@ -36,34 +36,28 @@ CHUNK = 1024
 """Elements taken through all terms at once: seven arrays of them fill a 32 KiB L1."""
 ROOM = CHUNK // 4 + 1
 """Quads that a chunk may touch: one more than it holds, where it begins inside one."""
-TASK = 64 * CHUNK
-"""Elements a thread takes at a time: a core that is busy with something else takes fewer."""
-SHARE, NOISY_SHARE = 16 * TASK, 4 * TASK
-"""Elements for which one more thread pays, without counter noise and with it: about a millisecond
-of work, since on a busy machine a thread may be kept waiting, and be waited for, that long."""
-
-_Job: TypeAlias = tuple[Callable[[], int], tuple[Any, ...]]
+TASK = 16 * CHUNK
+"""Elements a thread takes at a time: one whose core is busy with something else takes fewer."""
+SHARED, NOISY_SHARED = 32 * TASK, 4 * TASK
+"""Elements from which on PyTorch's threads share a pass, without counter noise and with it: a
+tenth of a millisecond of work, many times what it takes them to begin and to end together."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-
-_part: Callable[..., Any] = numba.njit(no_cpython_wrapper=True, **_OPTIONS)
+_part: Callable[..., Any] = numba.njit(
+    error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
 """For what is compiled as part of its caller, when that is not read from the cache."""
 
 
-def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compiled now, or read from the cache where there is a folder to keep one in."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any]
-        try:
-            compiled = numba.njit(signature, cache=True, **_OPTIONS)(function)
-        except (RuntimeError, OSError):  # neither this folder nor the user's can be written to
-            compiled = numba.njit(signature, **_OPTIONS)(function)
-        return compiled
-
-    return decorate
+def _c_function(function: Callable[[int], None]) -> Any:
+    """``void function(void *)``, which a thread of any kind may call: compiled now, or read from
+    the cache where there is a folder to keep one in."""
+    try:
+        compiled = numba.cfunc("void(int64)", cache=True, error_model="numpy")(function)
+    except (RuntimeError, OSError):  # neither this folder nor the user's can be written to
+        compiled = numba.cfunc("void(int64)", error_model="numpy")(function)
+    return compiled
 
 
 def _pointer(dtype: Any) -> Any:
@@ -79,8 +73,35 @@ def _pointer(dtype: Any) -> Any:
     return pointer
 
 
+# A call's arguments, as the threads that share it find them: addresses, of which 0 stands for
+# None, sizes and flags, as the callers below name them.
+_GIVEN = (
+    *("x", "output", "table", "rows", "seeds", "noise", "guidance", "threshold", "out", "x0"),
+    *("batch", "n", "channels", "steps", "dtype", "prediction", "noise_first", "rederive"),
+    *("output_stride", "row_stride", "guidance_stride", "threshold_stride", "stream", "clips"),
+    *("fills", "threads", "number"),  # number: what tells a thread its own
+)
+_CALL = np.dtype(
+    [
+        *((name, np.int64) for name in _GIVEN),
+        ("clip", np.float64),
+        ("failed", np.int64),
+        ("modes", np.int64, (8,)),  # room for any C library's fenv_t
+        ("taken", np.int64),  # tasks of the first thread's share; a word for each thread follows
+    ]
+)
+_PACKED = struct.Struct(f"={len(_GIVEN)}qd")
+
 _float32, _uint16 = _pointer(types.float32), _pointer(types.uint16)
 _int32, _int64 = _pointer(types.int32), _pointer(types.int64)
+_call = _pointer(numba.from_dtype(_CALL))
+_FAILED, _MODES, _TAKEN = (
+    _CALL.fields[name][1]  # type: ignore[index]
+    for name in ("failed", "modes", "taken")
+)
+
+_get_modes = types.ExternalFunction("fegetenv", types.int32(types.int64))
+_set_modes = types.ExternalFunction("fesetenv", types.int32(types.int64))
 
 
 @intrinsic
@@ -91,6 +112,18 @@ def _next(typing_context: Any, address: Any) -> Any:
         word = ir.IntType(64)
         place = builder.inttoptr(arguments[0], word.as_pointer())
         return builder.atomic_rmw("add", place, ir.Constant(word, 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _int_of(typing_context: Any, address: Any) -> Any:
+    """What ``int function(void)`` at an address returns."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function = ir.FunctionType(ir.IntType(32), ())
+        called = builder.call(builder.inttoptr(arguments[0], function.as_pointer()), ())
+        return builder.sext(called, ir.IntType(64))
 
     return types.int64(types.int64), generate
 
@@ -284,105 +317,98 @@ def _combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out):
             out[i] = a_s * x0[i] + c2 * eps[i] + c1 * z[i + lane]
 
 
-@_compiled("int64(" + 24 * "int64, " + "float64)")
-def _steps(
-    x_address,
-    output_address,
-    table_address,
-    rows_address,
-    seeds_address,
-    noise_address,
-    guidance_address,
-    threshold_address,
-    out_address,
-    x0_address,
-    counter_address,
-    batch,
-    n,
-    channels,
-    steps,
-    output_stride,
-    row_stride,
-    guidance_stride,
-    threshold_stride,
-    dtype,
-    prediction,
-    noise_first,
-    clips,
-    rederive,
-    clip,
-):
-    """Takes tasks until none is left; an address of 0 stands for None, a counter's for one task.
+@_part
+def _taken(address, thread, total):
+    """The next stretch of elements for a thread, an empty one when none is left.
 
-    Returns 1, with nothing written, if a row is not in the table; else 0.
+    A thread begins with a share of its own, the same at every step: what it wrote at the last one
+    is in the cache of its core. Then it helps those that have not done theirs.
     """
-    rows = carray(_int32(rows_address), (batch,))
-    table = carray(_float32(table_address), (7 * steps,))
-    seeds = carray(_int64(seeds_address), (batch,))
-    guidance = carray(_float32(guidance_address), (batch,))
-    threshold = carray(_float32(threshold_address), (batch,))
-    for sample in range(batch if row_stride else 1):
-        row = rows[sample * row_stride]
+    call = carray(_call(address), (1,))[0]
+    if call.threads == 1:
+        start, call.taken = call.taken, total
+        return start, total
+    tasks = (total + TASK - 1) // TASK
+    for k in range(call.threads):
+        share = (thread + k) % call.threads
+        task = share * tasks // call.threads + _next(address + _TAKEN + 8 * share)
+        if task < (share + 1) * tasks // call.threads:
+            return TASK * task, min(TASK * (task + 1), total)
+    return total, total
+
+
+@_part
+def _steps(address, thread):
+    """x_s of the elements this thread takes; only ``failed`` if a row is not in the table."""
+    call = carray(_call(address), (1,))[0]
+    batch, n, channels, steps = call.batch, call.n, call.channels, call.steps
+    rows = carray(_int32(call.rows), (batch,))
+    table = carray(_float32(call.table), (7 * steps,))
+    seeds = carray(_int64(call.seeds), (batch,))
+    guidance = carray(_float32(call.guidance), (batch,))
+    threshold = carray(_float32(call.threshold), (batch,))
+    for sample in range(batch if call.row_stride else 1):
+        row = rows[sample * call.row_stride]
         if row < 0 or row >= steps:
-            return 1
+            call.failed = 1
+            return
     total = batch * n
-    conditional = output_address + batch * output_stride * (4 if dtype == 0 else 2)
-    counted = seeds_address != 0 and (row_stride != 0 or table[7 * rows[0] + 5] != 0)
+    conditional = call.output + batch * call.output_stride * (4 if call.dtype == 0 else 2)
+    counted = call.seeds != 0 and (call.row_stride != 0 or table[7 * rows[0] + 5] != 0)
     if (
-        row_stride == 0
-        and guidance_stride == 0
-        and threshold_stride == 0
-        and output_stride == n
+        call.row_stride == 0
+        and call.guidance_stride == 0
+        and call.threshold_stride == 0
+        and call.output_stride == n
         and not counted
     ):
         n = total  # nothing belongs to one sample: all of them are one
 
-    kept_x0 = clips or rederive or x0_address != 0 or threshold_address != 0
-    plain = prediction == 0 and not kept_x0 and noise_address == 0
+    kept_x0 = call.clips or call.rederive or call.x0 != 0 or call.threshold != 0
+    plain = call.prediction == 0 and not kept_x0 and call.noise == 0
     x0_own, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     u_own, c_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     z_own, plane = np.empty(4 * ROOM + 2 * channels, np.float32), np.empty(4 * ROOM, np.float32)
     pairs, words = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.uint32)
     while True:
-        start, stop = 0, total
-        if counter_address:
-            start = TASK * _next(counter_address)
-            stop = min(start + TASK, total)
+        start, stop = _taken(address, thread, total)
+        if start >= stop:
+            return
         while start < stop:
             sample = start // n
             first = start - sample * n
             count = min(min(CHUNK, n - first), stop - start)
-            row = rows[sample * row_stride]
+            row = rows[sample * call.row_stride]
             a_t, b_t, a_s = table[7 * row], table[7 * row + 2], table[7 * row + 4]
             c1, c2 = table[7 * row + 5], table[7 * row + 6]
-            x, out = _floats(x_address, start, count), _floats(out_address, start, count)
-            x0, eps = _floats(x0_address, start, count) if x0_address else x0_own, eps_own
+            x, out = _floats(call.x, start, count), _floats(call.out, start, count)
+            x0, eps = _floats(call.x0, start, count) if call.x0 else x0_own, eps_own
 
-            where = sample * output_stride + first
-            e = _widened(output_address, dtype, where, count, u_own)
-            if guidance_address:
-                c = _widened(conditional, dtype, where, count, c_own)
-                _guide(count, e, c, guidance[sample * guidance_stride], u_own)
+            where = sample * call.output_stride + first
+            e = _widened(call.output, call.dtype, where, count, u_own)
+            if call.guidance:
+                c = _widened(conditional, call.dtype, where, count, c_own)
+                _guide(count, e, c, guidance[sample * call.guidance_stride], u_own)
                 e = u_own
             if plain and (c1 == 0 or not counted):
                 _epsilon_step(count, x, e, a_t, b_t, a_s, c2, out)
                 start += count
                 continue
-            _predict(count, prediction, x, e, a_t, b_t, x0, eps)
-            if prediction == 0:
+            _predict(count, call.prediction, x, e, a_t, b_t, x0, eps)
+            if call.prediction == 0:
                 eps = e
-            if clips:
-                _clamp(count, x0, np.float32(clip))
-            if threshold_address:
-                s = threshold[sample * threshold_stride]
+            if call.clips:
+                _clamp(count, x0, np.float32(call.clip))
+            if call.threshold:
+                s = threshold[sample * call.threshold_stride]
                 _clamp(count, x0, s)
                 for i in range(count):
                     x0[i] = x0[i] / s
-            if rederive:
+            if call.rederive:
                 eps = eps_own
                 for i in range(count):
                     eps[i] = (x[i] - a_t * x0[i]) / b_t
-            noisy, z, lane = noise_address != 0, _floats(noise_address, start, count), 0
+            noisy, z, lane = call.noise != 0, _floats(call.noise, start, count), 0
             if counted and c1 != 0:
                 noisy, z, seed = True, z_own, seeds[sample]
                 if channels == 1:
@@ -401,38 +427,96 @@ def _steps(
                         plane,
                         z_own,
                     )
-            _combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out)
+            _combine(count, x0, eps, z, lane, noisy, call.noise_first, a_s, c1, c2, out)
             start += count
-        if counter_address == 0 or start >= total:
-            return 0
 
 
-@_compiled("int64(" + 7 * "int64, " + "int64)")
-def _fill(out_address, seeds_address, rows_address, counter_address, batch, n, row_stride, stream):
-    """Counter noise into ``out``, task by task as in ``_steps``."""
-    rows = carray(_int32(rows_address), (batch,))
-    seeds = carray(_int64(seeds_address), (batch,))
+@_part
+def _fill(address, thread):
+    """Counter noise into the elements of ``out`` that this thread takes."""
+    call = carray(_call(address), (1,))[0]
+    batch, n = call.batch, call.n
+    rows = carray(_int32(call.rows), (batch,))
+    seeds = carray(_int64(call.seeds), (batch,))
     total = batch * n
     z, pairs = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.float32)
     words = np.empty(4 * ROOM, np.uint32)
     while True:
-        start, stop = 0, total
-        if counter_address:
-            start = TASK * _next(counter_address)
-            stop = min(start + TASK, total)
+        start, stop = _taken(address, thread, total)
+        if start >= stop:
+            return
         while start < stop:
             sample = start // n
             first = start - sample * n
             count = min(min(CHUNK, n - first), stop - start)
-            row = rows[sample * row_stride]
-            lane = _normals(seeds[sample], row, stream, first, count, words, pairs, z)
-            out = _floats(out_address, start, count)
+            row = rows[sample * call.row_stride]
+            lane = _normals(seeds[sample], row, call.stream, first, count, words, pairs, z)
+            out = _floats(call.out, start, count)
             for i in range(count):
                 out[i] = z[i + lane]
             start += count
-        if counter_address == 0 or start >= total:
-            return 0
 
+
+@_c_function
+def _take_part(address):
+    """One thread's part of a call, all of it if it is alone.
+
+    PyTorch's threads keep the rounding mode and the flushing of denormals that were set when they
+    were made; here they have their caller's, or a result would depend on who took which task.
+    """
+    call = carray(_call(address), (1,))[0]
+    thread, modes = 0, np.empty(len(call.modes), np.int64)
+    if call.threads > 1:
+        thread = _int_of(call.number)
+        _get_modes(modes.ctypes.data)
+        _set_modes(address + _MODES)
+    if call.fills:
+        _fill(address, thread)
+    else:
+        _steps(address, thread)
+    if call.threads > 1:
+        _set_modes(modes.ctypes.data)
+
+
+_take_it_all = _take_part.ctypes
+
+# --- Threads -----------------------------------------------------------------------------------
+
+
+class _OpenMP:
+    """The threads that PyTorch's own operations run on, in the number the user has set.
+
+    They are awake while a model runs, and others would compete with them for the same cores. So
+    it is the OpenMP library PyTorch is linked to that is asked, of GNU, LLVM or Intel: each has
+    GNU's functions.
+    """
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(torch._C.__file__)
+        self._parallel, self._modes = library.GOMP_parallel, ctypes.CDLL(None).fegetenv
+        self._parallel.restype, self._modes.argtypes = None, (ctypes.c_void_p,)
+        self._parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+        self.number = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value or 0
+
+    def run(self, function: Any, call: Any, threads: int) -> None:
+        """Each thread's part of a call."""
+        self._modes(ctypes.byref(call, _MODES))
+        self._parallel(function.address, call, threads, 0)
+
+
+_team: _OpenMP | None = None
+with contextlib.suppress(OSError, AttributeError, TypeError):  # PyTorch is without, or on Windows
+    _team = _OpenMP()
+
+
+def _alone() -> None:
+    """In the child of a fork, which has none of its parent's threads: they would be waited for."""
+    global _team
+    _team = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_alone)
 
 # --- From tensors to addresses -----------------------------------------------------------------
 
@@ -495,7 +579,10 @@ def step(
         raise ValueError("samples that are on rows of their own must lie one after another")
     table = table.contiguous()
     seeds = None if seeds is None else seeds.contiguous()
-    addresses = (
+    many = NOISY_SHARED if seeds is not None else SHARED
+    # In _GIVEN's order.
+    failed = _run(
+        total >= many,
         x.data_ptr(),
         output.data_ptr(),
         table.data_ptr(),
@@ -506,26 +593,24 @@ def step(
         _address(threshold),
         out.data_ptr(),
         _address(x0),
-    )
-    sizes = (
         batch,
         n,
         channels,
         table.shape[0],
+        _DTYPES.index(output.dtype),
+        prediction,
+        noise_first,
+        rederive,
         output.stride(0) if apart and output.shape[0] > 1 else n,
         row_stride,
         guidance_stride,
         threshold_stride,
-        _DTYPES.index(output.dtype),
-        prediction,
-        int(noise_first),
-        int(clip is not None),
-        int(rederive),
-        0.0 if clip is None else float(clip),
+        counter.STEP,
+        clip is not None,
+        False,
+        clip=clip,
     )
-    shares = total // (SHARE if seeds is None else NOISY_SHARE)
-    tensors = (x, output, table, rows, seeds, noise, guidance, threshold, out, x0)
-    if _shared_out(_steps, addresses, sizes, shares, tensors):
+    if failed:
         raise ValueError(
             f"rows must lie in [0, {len(table)}), got {int(rows.min())} to {int(rows.max())}"
         )
@@ -538,60 +623,27 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         return
     batch = out.shape[0]
     seeds = seeds.contiguous()
-    addresses = out.data_ptr(), seeds.data_ptr(), rows.data_ptr()
-    sizes = (batch, total // batch, 0 if batch == 1 else rows.stride(0), stream)
-    _shared_out(_fill, addresses, sizes, total // NOISY_SHARE, (out, seeds, rows))
+    row_stride = 0 if batch == 1 else rows.stride(0)
+    memory = (0, 0, 0, rows.data_ptr(), seeds.data_ptr(), 0, 0, 0, out.data_ptr(), 0)
+    sizes = (batch, total // batch, 1, 0, 0, 0, 0, 0, 0, row_stride, 0, 0, stream, 0, True)
+    _run(total >= NOISY_SHARED, *memory, *sizes)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _shared_out(
-    call: Callable[..., int],
-    addresses: tuple[int, ...],
-    sizes: tuple[float, ...],
-    shares: int,
-    tensors: tuple[Any, ...],
-) -> int:
-    """``call(*addresses, that of the tasks' counter, *sizes)`` on as many threads as pay.
+def _run(many: bool, *given: int, clip: float | None = None) -> bool:
+    """Runs a call on PyTorch's threads, or on this one alone unless there is much to do.
 
-    Threads are made for the call: none is left to a fork or to the interpreter's end, and each
-    has its maker's rounding mode. One that has not begun when all tasks are taken, because every
-    core is busy, is not waited for: it will find nothing to do. ``tensors`` own the addresses.
+    Whether it failed. ``given`` are the words of ``_GIVEN`` but the last two.
     """
-    helpers = min(torch.get_num_threads(), shares) - 1 if shares > 1 else 0
-    if helpers < 1:
-        return call(*addresses, 0, *sizes)
-    tasks = torch.zeros(1, dtype=torch.int64, device="cpu")
-    job = functools.partial(call, *addresses, tasks.data_ptr(), *sizes)
-    jobs: list[_Job] = [(job, (*tensors, tasks))] * helpers
-    ended = threading.Semaphore(0)
-    try:
-        try:
-            for _ in range(helpers):
-                _thread.start_new_thread(_help, (jobs, ended))
-        except RuntimeError:  # no more threads, or the interpreter is ending: fewer will do
-            pass
-        return job()
-    finally:
-        begun = helpers
-        while jobs:
-            with contextlib.suppress(IndexError):
-                jobs.pop()
-                begun -= 1
-        for _ in range(begun):
-            ended.acquire()
-
-
-def _help(jobs: list[_Job], ended: threading.Semaphore) -> None:
-    """One thread's part: a job, if there is one left, with the tensors it writes to held."""
-    try:
-        job, tensors = jobs.pop()
-    except IndexError:
-        return
-    try:
-        job()
-    finally:
-        del job, tensors  # before the maker goes on, which may look whether memory is still held
-        ended.release()
+    team = _team if many and torch.get_num_threads() > 1 else None
+    threads = torch.get_num_threads() if team else 1
+    call = ctypes.create_string_buffer(_CALL.itemsize + 8 * (threads - 1))
+    _PACKED.pack_into(call, 0, *given, threads, team.number if team else 0, clip or 0.0)
+    if team:
+        team.run(_take_part, call, threads)
+    else:
+        _take_it_all(ctypes.addressof(call))
+    return any(call[_FAILED:_MODES])
