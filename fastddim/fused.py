@@ -572,9 +572,9 @@ def step(
         logical = torch.empty_like(x, memory_format=torch.contiguous_format)
         normal_(logical, seeds, rows, counter.STEP)
         noise, seeds = torch.empty_like(x).copy_(logical), None
-    row_stride, guidance_stride, threshold_stride = (
-        0 if t is None or batch == 1 else t.stride(0) for t in (rows, guidance, threshold)
-    )
+    row_stride = 0 if batch == 1 else rows.stride(0)
+    guidance_stride = 0 if batch == 1 or guidance is None else guidance.stride(0)
+    threshold_stride = 0 if batch == 1 or threshold is None else threshold.stride(0)
     if not apart and (row_stride or threshold_stride or guidance is not None):
         raise ValueError("samples that are on rows of their own must lie one after another")
     table = table.contiguous()
@@ -640,7 +640,7 @@ def _run(many: bool, *given: int, clip: float | None = None) -> bool:
     """
     team = _team if many and torch.get_num_threads() > 1 else None
     threads = torch.get_num_threads() if team else 1
-    call = ctypes.create_string_buffer(_CALL.itemsize + 8 * (threads - 1))
+    call = (ctypes.c_char * (_CALL.itemsize + 8 * (threads - 1)))()
     _PACKED.pack_into(call, 0, *given, threads, team.number if team else 0, clip or 0.0)
     if team:
         team.run(_take_part, call, threads)

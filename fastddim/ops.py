@@ -166,9 +166,9 @@ def _ddim_step(
     """Lays every tensor out as x is, then hands over to the device's backend."""
     if _with_variance(output, x):
         output = output[:, : x.shape[1]]
-    kernels = _kernels(x.device.type)
+    kernels = None if x.is_cpu else _kernels(x.device.type)
     into, x0_into, next_into = out, x0, next_input
-    if not (
+    as_is = (
         x.numel()  # of nothing every stride is contiguous, and some differ
         and x.is_contiguous()
         and output.is_contiguous()
@@ -176,7 +176,8 @@ def _ddim_step(
         and (noise is None or noise.is_contiguous())
         and (x0 is None or x0.is_contiguous())
         and (next_input is None or next_input.is_contiguous())
-    ):
+    )
+    if not as_is:
         stacked = next_input is not None and len(next_input) > len(x)
         by_sample = guidance is not None or threshold is not None or rows.stride(0) != 0
         # What belongs to a sample needs each in one stretch of memory.
@@ -209,7 +210,7 @@ def _ddim_step(
             rederive=rederive,
         )
     else:
-        step = cpu.ddim_step if x.device.type == "cpu" else _reference_step
+        step = cpu.ddim_step if x.is_cpu else _reference_step
         step(
             x,
             output,
@@ -229,9 +230,10 @@ def _ddim_step(
         if next_into is not None:
             for half in next_into.chunk(len(next_into) // max(len(x), 1) or 1):
                 half.copy_(into)
-    for given, written in ((out, into), (x0, x0_into), (next_input, next_into)):
-        if written is not given and given is not None and written is not None:
-            given.copy_(written)
+    if not as_is:
+        for given, written in ((out, into), (x0, x0_into), (next_input, next_into)):
+            if written is not given and given is not None and written is not None:
+                given.copy_(written)
     _written(out, x0, next_input)
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import itertools
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +26,7 @@ from tests.tolerances import NORMAL_ATOL, NORMAL_MAX, NORMAL_RARE
 numba = pytest.importorskip("numba", reason="the fused pass needs the cpu extra: numba")
 
 from fastddim import fused  # noqa: E402
-from fastddim.fused import CHUNK, TASK  # noqa: E402
+from fastddim.fused import CHUNK  # noqa: E402
 
 Floats = npt.NDArray[np.float32]
 
@@ -539,99 +536,161 @@ def big_step(layout: str = "flat") -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lets a share be one task, and counts the threads that were started."""
-    counted: list[int] = []
-    start = _thread.start_new_thread
+def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lets threads share small calls, and lists how many were asked for each."""
+    asked: list[int] = []
+    team = fused._team
+    if team is None:
+        pytest.skip("this PyTorch is built without OpenMP")
+    run = team.run
 
-    def starting(function: Callable[..., None], arguments: tuple[Any, ...]) -> Any:
-        counted.append(1)
-        return start(function, arguments)
+    def counted(function: Any, call: Any, threads: int) -> None:
+        asked.append(threads)
+        run(function, call, threads)
 
-    monkeypatch.setattr(fused, "SHARE", TASK)
-    monkeypatch.setattr(fused, "NOISY_SHARE", TASK)
-    monkeypatch.setattr(_thread, "start_new_thread", starting)
-    return counted
+    monkeypatch.setattr(team, "run", counted)
+    monkeypatch.setattr(fused, "SHARED", 1)
+    monkeypatch.setattr(fused, "NOISY_SHARED", 1)
+    return asked
 
 
 @pytest.mark.parametrize("layout", ["flat", "channels_last"])
 def test_any_number_of_threads_gives_the_same(
-    layout: str, started: list[int], monkeypatch: pytest.MonkeyPatch
+    layout: str, shared: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     expected = big_step(layout)
-    assert not started
+    assert not shared
     assert all(t.isfinite().all() for t in expected)
     for threads in (2, 3, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        started.clear()
+        shared.clear()
         for found, want in zip(big_step(layout), expected, strict=True):
             assert torch.equal(found, want)
-        assert len(started) == 2 * min(threads - 1, 2)
+        assert shared == [threads, threads]
+    monkeypatch.setattr(fused, "_team", None)
+    for found, want in zip(big_step(layout), expected, strict=True):
+        assert torch.equal(found, want)
 
 
-def test_threads_that_cannot_start_or_start_late_are_done_without(
-    started: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = big_step()
-    late: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-
-    def never(*call: Any) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    for start in (never, lambda *call: late.append(call)):
-        monkeypatch.setattr(_thread, "start_new_thread", start)
-        found = big_step()
-        for a, b in zip(found, expected, strict=True):
-            assert torch.equal(a, b)
-    assert len(late) == 4
-    for function, arguments in late:  # they hold none of the tensors, and touch nothing
-        assert arguments[0] == []
-        function(*arguments)
-
-
-def test_a_thread_that_has_begun_is_waited_for(
-    started: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended: list[float] = []
-    steps = fused._steps
-
-    def slow(*arguments: Any) -> int:
-        if threading.current_thread() is threading.main_thread():
-            while len(begun) < 2:
-                time.sleep(0.001)
-        else:
-            begun.append(1)
-            time.sleep(0.02)
-        result: int = steps(*arguments)
-        ended.append(time.perf_counter())
-        return result
-
-    begun: list[int] = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(fused, "_steps", slow)
-    big_step()
-    assert len(ended) == 3
-    assert len(started) == 4
-
-
-def test_no_thread_holds_the_tensors_when_the_step_is_over(
-    started: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Lingering(threading.Semaphore):
-        def release(self, n: int = 1) -> None:
-            super().release(n)
-            time.sleep(0.05)
-
+def test_small_calls_are_not_shared(shared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(fused.threading, "Semaphore", Lingering)  # type: ignore[attr-defined]
+    monkeypatch.setattr(fused, "SHARED", 3 * BIG[1] + 1)
+    monkeypatch.setattr(fused, "NOISY_SHARED", 3 * BIG[1])
+    x = randn(*BIG)
+    args = (x, x, TABLE, rows_of(3, 4), None, None, None, None, 0, True, None, False)
+    fused.step(*args, torch.empty_like(x), None)
+    assert not shared
+    monkeypatch.setattr(fused, "SHARED", 3 * BIG[1])
+    fused.step(*args, torch.empty_like(x), None)
+    big_step()
+    assert shared == [2, 2, 2]
+
+
+def test_rows_outside_the_table_are_refused_by_threads_too(
+    shared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x, out = randn(*BIG), torch.full(BIG, 7.0)
+    for rows in ([0, 50, 1], [0, -1, 1]):
+        args = (x, x, TABLE, rows_of(3, rows), None, None, None, None, 0, True, None, False)
+        with pytest.raises(ValueError, match=r"rows must lie in \[0, 50\), got "):
+            fused.step(*args, out, None)
+    assert shared == [2, 2]
+    assert (out == 7).all()
+
+
+SHARING = """
+import os, sys, numpy as np, torch, fastddim
+from fastddim import fused
+torch.set_num_threads(2)
+n = 1 << 21
+x, out = torch.randn(2, n), torch.empty(2, n)
+alone, table = torch.empty(2, n), torch.tensor(fastddim.DDIM(steps=5).table)
+rows = torch.ones(1, dtype=torch.int32).expand(2)
+assert 2 * n >= fused.SHARED
+
+def step(out):
+    fused.step(x, x, table, rows, None, None, None, None, 0, True, None, False, out, None)
+
+team, fused._team = fused._team, None
+step(alone)
+fused._team = team
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_the_threads_are_pytorchs_own() -> None:
+    counted = """
+torch.add(x, x, out=out)
+threads = len(os.listdir('/proc/self/task'))
+step(out)
+assert torch.equal(out, alone)
+print(len(os.listdir('/proc/self/task')) - threads, fused._team is not None)
+"""
+    assert run(SHARING + counted) == "0 True"
+
+
+def test_fewer_threads_than_were_asked_for_do_it_all() -> None:
+    few = """
+torch.get_num_threads = lambda: 5
+step(out)
+print(torch.equal(out, alone))
+"""
+    assert run(SHARING + few, OMP_THREAD_LIMIT="2") == "True"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_does_it_alone() -> None:
+    forked = """
+step(out)
+pid = os.fork()
+if pid == 0:  # none of the team's threads is here: whoever waited for them would wait for ever
+    out.numpy()[:] = 0  # PyTorch itself would wait
+    step(out)
+    os._exit(0 if np.array_equal(out, alone) and fused._team is None else 1)
+_, status = os.waitpid(pid, 0)
+print(status, fused._team is not None)
+"""
+    assert run("import warnings; warnings.simplefilter('ignore')\n" + SHARING + forked) == "0 True"
+
+
+def test_threads_flush_denormals_as_their_caller_does_and_then_as_before() -> None:
+    denormal = """
+if not torch.set_flush_denormal(True):
+    print('[]')  # no such mode on this processor
+    sys.exit()
+torch.set_flush_denormal(False)
+x.fill_(1e-39)
+step(alone)
+torch.add(x, x, out=out)  # PyTorch's threads are there from now on
+found = []
+for flush in (True, False, True):
+    torch.set_flush_denormal(flush)
+    torch.mul(x, 1.0, out=out)
+    before = out.view(torch.int32).clone()
+    bits = set()
+    for _ in range(20):  # on a busy machine one thread may do it all
+        step(out)
+        bits |= set(out.view(torch.int32).unique().tolist())
+    found += [len(bits), int(any(bits))]
+    torch.mul(x, 1.0, out=out)
+    assert torch.equal(out.view(torch.int32), before)  # PyTorch's threads are as they were
+print(found)
+"""
+    assert run(SHARING + denormal) in ("[1, 0, 1, 1, 1, 0]", "[]")
+
+
+def test_nothing_holds_the_tensors_when_the_step_is_over(
+    shared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x, out = randn(*BIG), torch.empty(BIG)
     held = sys.getrefcount(out)
-    for _ in range(5):  # a thread may come late, and then it holds nothing anyway
-        args = (x, x, TABLE, rows_of(3, 4), None, None, None, None)
-        fused.step(*args, 0, True, None, False, out, None)
-        assert sys.getrefcount(out) == held
-    assert len(started) == 5
+    args = (x, x, TABLE, rows_of(3, 4), None, None, None, None)
+    fused.step(*args, 0, True, None, False, out, None)
+    assert sys.getrefcount(out) == held
+    assert len(shared) == 1
 
 
 # --- Where it is used -------------------------------------------------------------------------
@@ -652,7 +711,9 @@ def test_the_op_takes_the_fused_pass_where_numba_is() -> None:
 
 def run(code: str, **env: str) -> str:
     command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, **env}
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
