@@ -23,7 +23,7 @@ class Spare:
         self._boxes: deque[list[Tensor]] = deque(([tensor] for tensor in fresh), maxlen=2)
 
     def keep(self, tensor: Tensor) -> None:
-        if tensor.device.type == "cpu":
+        if tensor.is_cpu:
             self._boxes.append([tensor])
 
     def take(self) -> Tensor | None:

@@ -377,6 +377,8 @@ def _by_sample(tensor: Tensor, batch: int) -> Tensor:
 
 def _with_variance(output: Tensor, x: Tensor) -> bool:
     """Whether there are twice x's channels: a learned variance follows."""
+    if output.numel() == x.numel() != 0:
+        return False  # as nearly always
     return output.dim() == x.dim() > 2 and output.shape[1] == 2 * x.shape[1]
 
 

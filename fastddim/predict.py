@@ -122,7 +122,7 @@ class Predictor:
 
     def __call__(self, x_in: Tensor, t: Tensor, x0: Tensor | None) -> Tensor:
         """What the model says of ``x_in`` at ``t``, unpacked and checked."""
-        twice = len(x_in) != self.batch
+        twice = x_in.shape[0] != self.batch
         keywords = self.both if twice else self.cond
         if self.self_condition is not None:
             before = torch.zeros_like(x_in) if x0 is None else self.input(x0, twice)
