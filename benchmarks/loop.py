@@ -2,6 +2,7 @@
 
     python -m benchmarks.loop           # keeps it as "loop" of benchmarks/results/<machine>.json
     python -m benchmarks.loop --busy    # beside one other busy process, as "loop-busy"
+    python -m benchmarks.loop --shape 1 16 7 --repeats 100    # any other shape, not kept
 
 Every contender's result is checked before anything is timed: the drop-in against the seed's loop,
 ``DDIM.sample`` against the reference step on its own table, all bit for bit, and other people's
@@ -27,6 +28,7 @@ from benchmarks.timing import Record, by, interval, rounded, times
 from fastddim import cpu
 
 SEED = "seed's loop"
+SHAPE = (64, 3, 256, 256)
 
 
 def contenders(
@@ -43,11 +45,12 @@ def contenders(
     wanted, left = loops.seed(), rng_state()
     wanted_native = native_eager()
     runs: dict[str, Run] = {SEED: loops.seed}
+    drop_ins = [loops.drop_in, loops.drop_in_last] if len(shape) == 4 else []  # theirs is of images
     if device != "cpu":  # where what the seed's loop pays for most is its copies to the CPU
         runs["reference.ddim_step"] = native_eager
     for path in paths(device):
         with path() as name:
-            for run in (loops.drop_in, loops.drop_in_last):
+            for run in drop_ins:
                 torch.manual_seed(4)
                 if not (torch.equal(run(), wanted) and torch.equal(rng_state(), left)):
                     raise SystemExit(f"{run.__name__}{name} is not the seed's loop: nothing timed")
@@ -56,11 +59,10 @@ def contenders(
             counter = bool(eta) and path is not pytorch
             if counter and not torch.equal(loops.sample_seeds(), loops.eager_seeds()):
                 raise SystemExit(f"DDIM.sample(seeds=){name} is not the reference: nothing timed")
-        found: dict[str, Run] = {
-            "generalized_steps": loops.drop_in,
-            'generalized_steps(keep="last")': loops.drop_in_last,
-            "DDIM.sample(generator=)": loops.sample,
-        }
+        found = dict(
+            zip(("generalized_steps", 'generalized_steps(keep="last")'), drop_ins, strict=False)
+        )
+        found["DDIM.sample(generator=)"] = loops.sample
         # Philox in numpy takes minutes here and is nobody's choice where numba is installed.
         found |= {"DDIM.sample(seeds=)": loops.sample_seeds} if counter else {}
         runs |= {loop + name: on(path, run) for loop, run in found.items()}
@@ -71,8 +73,9 @@ def others(shape: tuple[int, ...], steps: int, eta: float) -> dict[str, Run]:
     """The peers that are no function of the seed's, as far as they can be had here."""
     loops = Loops(shape, steps, eta)
     found: dict[str, Run] = {}
-    with contextlib.suppress(MissingError):
-        found[PEERS["compile"].title] = PEERS["compile"].ready(loops)
+    for name in ("compile", "same"):
+        with contextlib.suppress(MissingError):
+            found[PEERS[name].title] = PEERS[name].ready(loops)
     with contextlib.suppress(MissingError):
         found[PEERS["diffusers"].title] = PEERS["diffusers"].ready(loops)
         for path in paths("cpu"):
@@ -112,6 +115,7 @@ def measure(
 
 
 def rows_of(seconds: dict[str, list[float]], eta: float, steps: int) -> list[Record]:
+    compiled = PEERS["same"].title
     return [
         {
             "eta": eta,
@@ -119,6 +123,7 @@ def rows_of(seconds: dict[str, list[float]], eta: float, steps: int) -> list[Rec
             "ms_per_step": [rounded(s / steps * 1e3) for s in interval(took)],
             "times_seed": times(seconds[SEED], took),
         }
+        | ({"times_same": times(seconds[compiled], took)} if compiled in seconds else {})
         for name, took in seconds.items()
     ]
 
@@ -132,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", type=int, nargs="+", default=[64, 3, 256, 256])
+    parser.add_argument("--shape", type=int, nargs="+", default=SHAPE)
     # Memory touched for the first time costs more than a step, once in a run.
     parser.add_argument("--steps", type=int, default=50)
     # Six are the fewest of which the least and the greatest are a 95% interval.
@@ -154,17 +159,23 @@ def main() -> None:
         if args.busy:
             other.terminate()
     print(f"{by(shape)}, {args.steps} steps, {args.threads} threads, {cpu_name()}")
-    print(f"{'eta':>4}  {'loop':<41}{'ms/step':>9}{'seed/it':>9}{'(95% interval)':>18}")
+    head = f"{'seed/it':>9}{'(95% interval)':>21}{'same/it':>9}{'(95% interval)':>21}"
+    print("same: torch.compile of the reference step, the very same maths")
+    print(f"{'eta':>4}  {'loop':<41}{'ms/step':>9}{head}")
     for r in rows:
-        ms, (ratio, low, high) = r["ms_per_step"][0], r["times_seed"]
-        print(f"{r['eta']:>4.0f}  {r['loop']:<41}{ms:>9}{ratio:>9}{f'({low} to {high})':>18}")
+        print(f"{r['eta']:>4.0f}  {r['loop']:<41}{r['ms_per_step'][0]:>9}", end="")
+        for name in ("times_seed", "times_same"):
+            ratio, low, high = r.get(name, ("", "", ""))
+            print(f"{ratio:>9}{f'({low} to {high})':>21}", end="")
+        print()
     section = provenance("python -m benchmarks.loop") | {
         "shape": shape,
         "steps": args.steps,
         "repeats": args.repeats,
         "rows": rows,
     }
-    print(f"wrote {keep('loop' + '-busy' * args.busy, section)}")
+    if shape == SHAPE:
+        print(f"wrote {keep('loop' + '-busy' * args.busy, section)}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def on(path: Backend, run: Run) -> Run:
     return there
 
 
-# The simplified maths, which torch.compile is given
+# What torch.compile is given: the simplified maths, and the same
 
 
 def simplified(x: Tensor, eps: Tensor, p: Tensor, q: Tensor) -> Tensor:
@@ -75,6 +75,15 @@ def simplified(x: Tensor, eps: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 def simplified_noisy(x: Tensor, eps: Tensor, p: Tensor, q: Tensor, c1: Tensor) -> Tensor:
     return p * x + q * eps + c1 * torch.randn_like(x)
+
+
+def same(x: Tensor, eps: Tensor, row: Tensor) -> Tensor:
+    """fastddim's own order of operations."""
+    return reference.ddim_step(x, eps, row)[0]
+
+
+def same_noisy(x: Tensor, eps: Tensor, row: Tensor) -> Tensor:
+    return reference.ddim_step(x, eps, row, torch.randn_like(x))[0]
 
 
 def simplified_factors(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,6 +170,20 @@ class Loops:
             x = self.x
             for of_row, t in zip(factors, self.ts, strict=True):
                 x = fast(x, self.model(x, t), *of_row)
+            return x
+
+        return run
+
+    def compiled_same(self) -> Run:
+        """The reference step by torch.compile, which leaves out the x0 that nobody reads."""
+        maths: Any = same_noisy if self.eta else same
+        fast: Any = torch.compile(maths, dynamic=False)
+        rows = self.table.unbind()
+
+        def run() -> Tensor:
+            x = self.x
+            for row, t in zip(rows, self.ts, strict=True):
+                x = fast(x, self.model(x, t), row)
             return x
 
         return run
@@ -254,6 +277,7 @@ class Peer:
         check: raises unless what it gives is right.
         noise, quiet_noise: where its noise comes from, and where at η = 0.
         counted: whether PyTorch's dispatcher sees its operations.
+        devices: where it has a row of its own in ``pytest --benchmark``, which has room for sixty.
     """
 
     title: str
@@ -305,6 +329,14 @@ PEERS = {
         lambda loops, run: loops.near_but_for_noise(run) if loops.eta else loops.near(run),
         "torch.randn_like, compiled",
         counted=False,
+    ),
+    "same": Peer(
+        "torch.compile of the reference step",
+        Loops.compiled_same,
+        lambda loops, run: loops.near_but_for_noise(run) if loops.eta else loops.near(run),
+        "torch.randn_like, compiled",
+        counted=False,
+        devices=(),
     ),
     "scheduler": Peer(
         "FastDDIMScheduler",

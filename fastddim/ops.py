@@ -166,7 +166,7 @@ def _ddim_step(
     """Lays every tensor out as x is, then hands over to the device's backend."""
     if _with_variance(output, x):
         output = output[:, : x.shape[1]]
-    kernels = None if x.is_cpu else _kernels(x.device.type)
+    kernels = _kernels("cpu" if x.is_cpu else x.device.type)
     into, x0_into, next_into = out, x0, next_input
     as_is = (
         x.numel()  # of nothing every stride is contiguous, and some differ

@@ -1,0 +1,105 @@
+"""What ``fastddim.generate`` adds to the sampling: pictures, writing, hashing, bookkeeping.
+
+    python -m benchmarks.writing    # keeps it as "writing" of benchmarks/results/<machine>.json
+
+The calls of the sampler are timed within each run, with the embedded model; what is left of the
+run is what generating costs, from the first look at the arguments to the finished manifest. Then
+peak memory of processes that make few images and many, with a model that costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import fastddim
+from benchmarks.records import keep, provenance
+from benchmarks.timing import Record, rounded
+from fastddim import DDIM, embedded
+from fastddim.folder import FORMATS, Folder
+from fastddim.quality import Gaussian
+
+STEPS, BATCH, SHAPE = 50, 64, (1, 28, 28)
+COUNTS = (1_000, 100_000)
+
+
+def shares(format: str, count: int, out: Path) -> Record:
+    """The seconds of a run of ``count`` images, and those of them outside the sampler."""
+    sampling, sample = 0.0, DDIM.sample
+
+    def clocked(*args: Any, **keywords: Any) -> Any:
+        nonlocal sampling
+        begin = time.perf_counter()
+        x = sample(*args, **keywords)
+        sampling += time.perf_counter() - begin
+        return x
+
+    model, ddim = embedded.load(), DDIM(steps=STEPS)
+    begin = time.perf_counter()
+    with mock.patch.object(DDIM, "sample", clocked):
+        fastddim.generate(ddim, model, SHAPE, range(count), out, BATCH, format=format)
+    seconds = time.perf_counter() - begin
+    Folder.read(out).verify()
+    return {
+        "format": format,
+        "images": count,
+        "steps": STEPS,
+        "batch": BATCH,
+        "seconds": rounded(seconds),
+        "outside": (seconds - sampling) / seconds,
+        "us_an_image": rounded((seconds - sampling) / count * 1e6),
+    }
+
+
+def peak(count: int) -> float:
+    """MiB that a process of its own has held at the most to make ``count`` images."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = f"from benchmarks.writing import alone; alone({count}, {folder + '/out'!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+    return rounded(int(done.stdout) / 1024)
+
+
+def alone(count: int, out: str) -> None:
+    fastddim.generate(DDIM(steps=1), Gaussian(0.0, 0.5), (1, 8, 8), range(count), out, 64)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=512, help="images with the embedded model")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for format in FORMATS:
+            shares(format, BATCH, Path(folder) / f"first-{format}")  # what is loaded only once
+            rows.append(shares(format, args.count, Path(folder) / format))
+            row = rows[-1]
+            print(
+                f"{format}: {row['images']} images in {row['seconds']} s, {row['outside']:.2%} of "
+                f"it outside the sampler, {row['us_an_image']} µs an image",
+                flush=True,
+            )
+    memory = [{"images": count, "peak_mib": peak(count)} for count in COUNTS]
+    for row in memory:
+        print(f"{row['images']} images: at most {row['peak_mib']} MiB")
+    section = provenance("python -m benchmarks.writing") | {"rows": rows, "memory": memory}
+    print(f"wrote {keep('writing', section)}")
+
+
+if __name__ == "__main__":
+    main()
