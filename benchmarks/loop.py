@@ -23,9 +23,10 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.peers import PEERS, Backend, Loops, MissingError, Run, numba, on, pytorch
-from benchmarks.records import cpu_name, keep, provenance
+from benchmarks.records import keep, provenance
 from benchmarks.timing import Record, by, interval, rounded, times
 from fastddim import cpu
+from fastddim.provenance import cpu_name
 
 SEED = "seed's loop"
 SHAPE = (64, 3, 256, 256)

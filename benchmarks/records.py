@@ -16,17 +16,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Record
+from fastddim.provenance import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numba", "triton", "diffusers")
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def machine() -> str:

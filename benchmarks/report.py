@@ -162,6 +162,15 @@ def whole(section: Record) -> str:
     return grid(*lines)
 
 
+def writing(section: Record) -> str:
+    lines = [["", "images", "seconds", "outside the sampler", "µs an image"]]
+    for row in section["rows"]:
+        numbers = [str(row["images"]), f"{row['seconds']:.3g}", f"{row['outside']:.2%}"]
+        lines.append([row["format"], *numbers, f"{row['us_an_image']:.3g}"])
+    peaks = (f"{row['peak_mib']:.0f} MiB with {row['images']:,}" for row in section["memory"])
+    return f"{grid(*lines)}\n\nPeak memory of a process: {', '.join(peaks)} images."
+
+
 def loops(section: Record, show: Callable[[list[float]], str] = span) -> str:
     """A row a loop; a column each η, without numba and with it."""
     rows = {(row["loop"], row["eta"]): row for row in section["rows"]}
@@ -275,6 +284,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "whole": lambda results: each(results, "whole", whole),
     "loop": lambda results: each(results, "loop", loops),
     "busy": lambda results: each(results, "loop-busy", loops),
+    "writing": lambda results: each(results, "writing", writing),
     "cost": cost,
     "codegen": machine_code,
     "spans": lambda results: codegen.spans(results.codegen),

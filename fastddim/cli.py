@@ -525,6 +525,16 @@ def generate_images(
             show_default="this process's share of the GPUs, or cpu where there is none",
         ),
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Threads of each process on a CPU: part of the recipe, since sums round "
+            "differently on another number. torchrun gives each of several processes one.",
+            show_default="PyTorch's",
+            parser=integer,
+        ),
+    ] = None,
     checkpoint: Checkpoint = None,
     model: Network = None,
     config: Config = None,
@@ -534,8 +544,8 @@ def generate_images(
         typer.Option(
             metavar="npy|png|npz",
             help="npy: files 00000.npy, ... of uint8 (images, H, W, C). npz: the same as arr_0 of "
-            "00000.npz, ..., as guided-diffusion has it; with --shard-size of all seeds, one file. "
-            "png: 000/000123.png for seed 123, as EDM has it.",
+            "00000.npz, ..., in three channels, as guided-diffusion has it; with --shard-size of "
+            "all seeds, one file. png: 000/000123.png for seed 123, in EDM's manner.",
         ),
     ] = "npy",
     shard_size: Annotated[
@@ -570,7 +580,7 @@ def generate_images(
 
     An image depends on its seed and on the recipe in DIR/manifest.json: not a byte on how many
     processes there were, which of them made it, or how often they were killed. The recipe has
-    the kind of machine and on a CPU the number of threads (OMP_NUM_THREADS), since networks round
+    the kind of machine and on a CPU the number of threads (--threads), since networks round
     differently on another.
 
     For example: fastddim generate --seeds 0-999 --steps 20 --out garments
@@ -593,11 +603,13 @@ def generate_images(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if threads is not None:
+        torch.set_num_threads(whole("threads", threads, low=1))
     worker = Worker.here()
+    worker.end_with_launcher()
     quiet = quiet or worker.rank > 0
-    loaded, where = load(
-        checkpoint, model, config, shape, device or str(worker.device()), quiet=quiet
-    )
+    share = str(worker.device()) if device in (None, "cuda") else device
+    loaded, where = load(checkpoint, model, config, shape, share, quiet=quiet)
     images.check_channels(loaded.shape[0])
     ddim = loaded.ddim(steps, eta=number_or_name(eta), spacing=spacing)
     if isinstance(loaded.model, nn.Module):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ def ddim_step(
 
     apart = guidance is not None or threshold is not None or _apart(output, x)
     alone = apart or len(factors) > 1
-    room = min(PART * torch.get_num_threads(), x.numel())
+    room = min(_most(), x.numel())
     scratch = _scratch(4 * room)
     if room == x.numel() and not alone and seeds is None:
         shape, strides = x.shape, x.stride()
@@ -213,6 +214,31 @@ def _step(
         out.add_(direction).add_(scaled)
 
 
+def _most() -> int:
+    """How many elements an operation gets at the most: in a forked child what one thread takes."""
+    return BLOCK if _is_forked else PART * torch.get_num_threads()
+
+
+def forked() -> bool:
+    """Whether this is the child of a fork, which has none of its parent's threads.
+
+    PyTorch's operations are shared out to them all the same, and wait for ever.
+    """
+    return _is_forked
+
+
+_is_forked = False
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
 class _Own(threading.local):
     room: Tensor | None = None
 
@@ -254,7 +280,7 @@ def _blocks(
         yield sample, samples, first, count
         took = (time.perf_counter() - began) / (samples * count)
         if not cost:
-            size, cost = PART * torch.get_num_threads(), took
+            size, cost = _most(), took
         elif took > cost:
             size = BLOCK
         first += count

@@ -3,8 +3,9 @@
     manifest.json      the recipe, by which any shard can be made again byte for byte: it is there
                        before any shard, and has the shards' checksums once all are there
     00000.npy, ...     the shards; or 000/000000.png, ...
-    .parts/            until all are there: what is being written, and for each shard that is
+    .parts-6a1f.../    until all are there: what is being written, and for each shard that is
                        whole its checksum, which is written after it. Only that makes it count.
+                       The name has the recipe's: what another left behind does not.
 
 Nothing is locked. What is written has another name until it is whole, and what two processes
 write both is the same.
@@ -118,7 +119,8 @@ class Folder:
         self.checksums = checksums
         self._size: int = recipe["shard_size"]
         self._format: str = recipe["format"]
-        self._parts = path / ".parts"
+        known_by = json.dumps(recipe, sort_keys=True).encode()
+        self._parts = path / f".parts-{hashlib.sha256(known_by).hexdigest()[:16]}"
         if len(self.seeds) != recipe["images"] or len(checksums) not in (0, len(self)):
             raise ValueError(f"{len(checksums)} checksums of {len(self)}")
 
@@ -128,7 +130,7 @@ class Folder:
 
         Raises:
             ValueError: it has another recipe, or other files.
-            OSError: it cannot be made.
+            OSError: it cannot be made, or not be written to.
         """
         with _writing(path):
             path.mkdir(exist_ok=True)
@@ -150,6 +152,8 @@ class Folder:
                 f"out must be a new folder or one of the same recipe, got {path}, which differs "
                 f"in {few}"
             )
+        if not folder._finished():
+            folder._put(folder._parts / f"probe.{uuid.uuid4().hex}", b"", "probe").unlink()
         return folder
 
     @classmethod
@@ -202,9 +206,10 @@ class Folder:
         Raises:
             ValueError, OSError: they are none, or cannot be read.
         """
-        if self._format != "png":
-            return images.read(self.files(k)[0])
-        return torch.stack([_picture(file) for file in self.files(k)])
+        if self._format == "png":
+            return torch.stack([_picture(file) for file in self.files(k)])
+        found = images.read(self.files(k)[0])
+        return found[:, :1] if tuple(self.recipe["shape"])[:1] == (1,) else found
 
     def clear(self, rank: int, world: int) -> None:
         """Removes what is left of shards rank, rank + world, ... by who was killed at them."""
@@ -218,9 +223,19 @@ class Folder:
         """Writes shard ``k``, and last its checksum.
 
         Raises:
-            ValueError: no PNG holds ``array``.
+            ValueError: no PNG holds ``array``; or the manifest has another checksum of the shard,
+                which was lost since and cannot be made again here.
             OSError: it cannot be written.
         """
+        if self._finished():
+            sha = hashlib.sha256()
+            for content in _encoded(array, self._format):
+                sha.update(content)
+            if sha.hexdigest() != self.checksums[k]:
+                raise ValueError(
+                    f"{self.files(k)[0]} must be made again as it was, got other bytes: this "
+                    f"machine does not compute as the one that made {self.path}"
+                )
         sha = hashlib.sha256()
         for file, content in zip(self.files(k), _encoded(array, self._format), strict=True):
             self._put(file, content, k)
@@ -234,7 +249,8 @@ class Folder:
             return False
         checksums = []
         for k in range(len(self)):
-            if (checksum := self._checksum(k)) is None:
+            checksum = self._checksum(k)
+            if checksum is None or not all(file.is_file() for file in self.files(k)):
                 return False
             checksums.append(checksum)
         if self._parts.exists():
@@ -272,7 +288,10 @@ class Folder:
         wrong += [f"{file.relative_to(self.path)} is none of its files" for file in others]
         if wrong:
             more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(f"{self.path} is not as it was made: {', '.join(wrong[:3])}{more}")
+            raise ValueError(
+                f"{self.path} is not as it was made: {', '.join(wrong[:3])}{more}. Remove what has "
+                f"changed, and the command that made it makes again what is missing"
+            )
 
     def _whole(self) -> set[int]:
         """The shards whose checksum has been written."""
@@ -307,14 +326,22 @@ class Folder:
                 os.replace(draft, self.path / MANIFEST)
             draft.unlink(missing_ok=True)
 
-    def _put(self, file: Path, content: bytes, label: int | str) -> None:
+    def _put(self, file: Path, content: bytes, label: int | str) -> Path:
         with _writing(self.path):
-            self._parts.mkdir(exist_ok=True)
-            file.parent.mkdir(exist_ok=True)
-            # A name of its own: a worker that has outlived its launcher may be at the same shard.
-            temporary = self._parts / f"{label}.{uuid.uuid4().hex}.tmp"
-            with images.replacing(file, temporary) as opened:
-                opened.write(content)
+            for left in (2, 1, 0):
+                self._parts.mkdir(exist_ok=True)
+                file.parent.mkdir(exist_ok=True)
+                # A name of its own: a worker that outlived its launcher may be at the same shard.
+                temporary = self._parts / f"{label}.{uuid.uuid4().hex}.tmp"
+                try:
+                    with images.replacing(file, temporary) as opened:
+                        opened.write(content)
+                except FileNotFoundError:  # who was launched beside this one has cleared it away
+                    if not left:
+                        raise
+                else:
+                    break
+        return file
 
 
 @contextmanager
@@ -329,7 +356,12 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _encoded(array: npt.NDArray[Any], format: str) -> Iterator[bytes]:
-    """The content of each of a shard's files: the same bytes for the same array."""
+    """The content of each of a shard's files: the same bytes for the same array.
+
+    Grey pictures have three channels in npz files: so guided-diffusion's evaluator wants them.
+    """
+    if format == "npz" and array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 1:
+        array = np.repeat(array, 3, axis=3)
     if format == "png" and not (
         array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3)
     ):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-import os
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +26,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from fastddim import cpu
 from fastddim import noise as counter
 
 if numba.config.DISABLE_JIT:
@@ -39,8 +39,8 @@ ROOM = CHUNK // 4 + 1
 TASK = 16 * CHUNK
 """Elements a thread takes at a time: one whose core is busy with something else takes fewer."""
 SHARED, NOISY_SHARED = 32 * TASK, 4 * TASK
-"""Elements from which on PyTorch's threads share a pass, without counter noise and with it: a
-tenth of a millisecond of work, many times what it takes them to begin and to end together."""
+"""Elements from which on PyTorch's threads share a pass, without counter noise and with it: tenths
+of a millisecond of work, many times what it takes them to begin and to end together."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,34 +74,36 @@ def _pointer(dtype: Any) -> Any:
 
 
 # A call's arguments, as the threads that share it find them: addresses, of which 0 stands for
-# None, sizes and flags, as the callers below name them.
+# None, sizes and flags, as the callers below name them; then the addresses of C functions.
 _GIVEN = (
     *("x", "output", "table", "rows", "seeds", "noise", "guidance", "threshold", "out", "x0"),
     *("batch", "n", "channels", "steps", "dtype", "prediction", "noise_first", "rederive"),
     *("output_stride", "row_stride", "guidance_stride", "threshold_stride", "stream", "clips"),
-    *("fills", "threads", "number"),  # number: what tells a thread its own
+    "fills",
 )
+_FUNCTIONS = ("omp_get_thread_num", "fegetenv", "fesetenv")
 _CALL = np.dtype(
     [
-        *((name, np.int64) for name in _GIVEN),
+        *((name, np.int64) for name in (*_GIVEN, "threads", *_FUNCTIONS, "outcome")),
         ("clip", np.float64),
-        ("failed", np.int64),
-        ("modes", np.int64, (8,)),  # room for any C library's fenv_t
-        ("taken", np.int64),  # tasks of the first thread's share; a word for each thread follows
+        ("modes", np.int64, (8,)),  # the caller's; room for any C library's fenv_t
     ]
 )
-_PACKED = struct.Struct(f"={len(_GIVEN)}qd")
+_PACKED = struct.Struct(f"={len(_GIVEN) + len(_FUNCTIONS) + 2}qd")
+# Then, for each thread, on cache lines of its own: how many tasks of its share have been taken, and
+# its modes.
+_OWN, _OWN_MODES = 128, 64
+_UNDONE, _DONE, _REFUSED = -1, 0, 1
+_INT64 = struct.Struct("=q")
 
 _float32, _uint16 = _pointer(types.float32), _pointer(types.uint16)
 _int32, _int64 = _pointer(types.int32), _pointer(types.int64)
 _call = _pointer(numba.from_dtype(_CALL))
-_FAILED, _MODES, _TAKEN = (
+_OUTCOME, _MODES = (
     _CALL.fields[name][1]  # type: ignore[index]
-    for name in ("failed", "modes", "taken")
+    for name in ("outcome", "modes")
 )
-
-_get_modes = types.ExternalFunction("fegetenv", types.int32(types.int64))
-_set_modes = types.ExternalFunction("fesetenv", types.int32(types.int64))
+_SIZE = _CALL.itemsize
 
 
 @intrinsic
@@ -126,6 +128,18 @@ def _int_of(typing_context: Any, address: Any) -> Any:
         return builder.sext(called, ir.IntType(64))
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def _call_with(typing_context: Any, address: Any, argument: Any) -> Any:
+    """What ``int function(void *)`` at an address returns."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function = ir.FunctionType(ir.IntType(32), (ir.IntType(64),))
+        place = builder.inttoptr(arguments[0], function.as_pointer())
+        return builder.sext(builder.call(place, (arguments[1],)), ir.IntType(64))
+
+    return types.int64(types.int64, types.int64), generate
 
 
 @_part
@@ -326,12 +340,11 @@ def _taken(address, thread, total):
     """
     call = carray(_call(address), (1,))[0]
     if call.threads == 1:
-        start, call.taken = call.taken, total
-        return start, total
+        return (total if _next(address + _SIZE) else 0), total
     tasks = (total + TASK - 1) // TASK
     for k in range(call.threads):
         share = (thread + k) % call.threads
-        task = share * tasks // call.threads + _next(address + _TAKEN + 8 * share)
+        task = share * tasks // call.threads + _next(address + _SIZE + _OWN * share)
         if task < (share + 1) * tasks // call.threads:
             return TASK * task, min(TASK * (task + 1), total)
     return total, total
@@ -339,7 +352,7 @@ def _taken(address, thread, total):
 
 @_part
 def _steps(address, thread):
-    """x_s of the elements this thread takes; only ``failed`` if a row is not in the table."""
+    """x_s of the elements this thread takes; none, and why, if a row is not in the table."""
     call = carray(_call(address), (1,))[0]
     batch, n, channels, steps = call.batch, call.n, call.channels, call.steps
     rows = carray(_int32(call.rows), (batch,))
@@ -350,7 +363,7 @@ def _steps(address, thread):
     for sample in range(batch if call.row_stride else 1):
         row = rows[sample * call.row_stride]
         if row < 0 or row >= steps:
-            call.failed = 1
+            call.outcome = _REFUSED
             return
     total = batch * n
     conditional = call.output + batch * call.output_stride * (4 if call.dtype == 0 else 2)
@@ -465,17 +478,20 @@ def _take_part(address):
     were made; here they have their caller's, or a result would depend on who took which task.
     """
     call = carray(_call(address), (1,))[0]
-    thread, modes = 0, np.empty(len(call.modes), np.int64)
+    thread = own = 0
     if call.threads > 1:
-        thread = _int_of(call.number)
-        _get_modes(modes.ctypes.data)
-        _set_modes(address + _MODES)
+        thread = _int_of(call.omp_get_thread_num)
+        own = address + _SIZE + _OWN * thread + _OWN_MODES
+        _call_with(call.fegetenv, own)
+        _call_with(call.fesetenv, address + _MODES)
     if call.fills:
         _fill(address, thread)
     else:
         _steps(address, thread)
+    if call.outcome == _UNDONE:  # where memory is short this is not come to, nor any task taken
+        call.outcome = _DONE
     if call.threads > 1:
-        _set_modes(modes.ctypes.data)
+        _call_with(call.fesetenv, own)
 
 
 _take_it_all = _take_part.ctypes
@@ -492,31 +508,26 @@ class _OpenMP:
     """
 
     def __init__(self) -> None:
-        library = ctypes.CDLL(torch._C.__file__)
-        self._parallel, self._modes = library.GOMP_parallel, ctypes.CDLL(None).fegetenv
-        self._parallel.restype, self._modes.argtypes = None, (ctypes.c_void_p,)
+        for scope in (None, torch._C.__file__):  # where PyTorch's calls go: a preloaded one first
+            library = ctypes.CDLL(scope)
+            if hasattr(library, "GOMP_parallel"):
+                break
+        self._parallel, self._read_modes = library.GOMP_parallel, library.fegetenv
+        self._parallel.restype, self._read_modes.argtypes = None, (ctypes.c_void_p,)
         self._parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
-        self.number = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value or 0
+        functions = (ctypes.cast(getattr(library, f), ctypes.c_void_p) for f in _FUNCTIONS)
+        self.functions = tuple(function.value or 0 for function in functions)
 
     def run(self, function: Any, call: Any, threads: int) -> None:
         """Each thread's part of a call."""
-        self._modes(ctypes.byref(call, _MODES))
+        self._read_modes(ctypes.byref(call, _MODES))
         self._parallel(function.address, call, threads, 0)
 
 
 _team: _OpenMP | None = None
 with contextlib.suppress(OSError, AttributeError, TypeError):  # PyTorch is without, or on Windows
     _team = _OpenMP()
-
-
-def _alone() -> None:
-    """In the child of a fork, which has none of its parent's threads: they would be waited for."""
-    global _team
-    _team = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_alone)
+_NO_FUNCTIONS = (0,) * len(_FUNCTIONS)
 
 # --- From tensors to addresses -----------------------------------------------------------------
 
@@ -623,10 +634,17 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         return
     batch = out.shape[0]
     seeds = seeds.contiguous()
-    row_stride = 0 if batch == 1 else rows.stride(0)
-    memory = (0, 0, 0, rows.data_ptr(), seeds.data_ptr(), 0, 0, 0, out.data_ptr(), 0)
-    sizes = (batch, total // batch, 1, 0, 0, 0, 0, 0, 0, row_stride, 0, 0, stream, 0, True)
-    _run(total >= NOISY_SHARED, *memory, *sizes)
+    given = dict.fromkeys(_GIVEN, 0) | {
+        "rows": rows.data_ptr(),
+        "seeds": seeds.data_ptr(),
+        "out": out.data_ptr(),
+        "batch": batch,
+        "n": total // batch,
+        "row_stride": 0 if batch == 1 else rows.stride(0),
+        "stream": stream,
+        "fills": True,
+    }
+    _run(total >= NOISY_SHARED, *given.values())
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -636,14 +654,17 @@ def _address(tensor: Tensor | None) -> int:
 def _run(many: bool, *given: int, clip: float | None = None) -> bool:
     """Runs a call on PyTorch's threads, or on this one alone unless there is much to do.
 
-    Whether it failed. ``given`` are the words of ``_GIVEN`` but the last two.
+    Whether it failed. ``given`` are the words of ``_GIVEN``.
     """
-    team = _team if many and torch.get_num_threads() > 1 else None
-    threads = torch.get_num_threads() if team else 1
-    call = (ctypes.c_char * (_CALL.itemsize + 8 * (threads - 1)))()
-    _PACKED.pack_into(call, 0, *given, threads, team.number if team else 0, clip or 0.0)
+    team = _team if many and not cpu.forked() and torch.get_num_threads() > 1 else None
+    threads, functions = (torch.get_num_threads(), team.functions) if team else (1, _NO_FUNCTIONS)
+    call = (ctypes.c_char * (_SIZE + _OWN * threads))()
+    _PACKED.pack_into(call, 0, *given, threads, *functions, _UNDONE, clip or 0.0)
     if team:
         team.run(_take_part, call, threads)
     else:
         _take_it_all(ctypes.addressof(call))
-    return any(call[_FAILED:_MODES])
+    (outcome,) = _INT64.unpack_from(call, _OUTCOME)
+    if outcome == _UNDONE:
+        raise MemoryError("there is no memory for the step's own chunks")
+    return bool(outcome)

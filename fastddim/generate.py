@@ -7,12 +7,14 @@ share a folder and nothing else: no process group, no lock.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -67,6 +69,9 @@ SAMPLER = (
 OPTIONS = ("cond", "uncond", "guidance", "cond_fn", "self_condition", "dtype", "autocast")
 """What it says of a call, beside ``postprocess``."""
 
+PARENT = os.getppid()
+"""Who started this process, as far back as can be told: that may be gone by the first image."""
+
 SMALLEST_SHARD = 256
 """Images in a shard at the least, where none is asked for: what a kill can lose, and one file."""
 
@@ -115,9 +120,8 @@ def generate(
         OSError: ``out`` cannot be written to. The shards that are there remain whole.
     """
     worker = Worker.here()
+    worker.end_with_launcher()
     recipe = _recipe(ddim, model, shape, seeds, batch_size, format, shard_size, notes, options)
-    if worker.launched:
-        _end_with_parent()
     tell = progress if progress is not None and worker.rank == 0 else None
     folder = Folder.begin(Path(out), recipe)
     folder.clear(worker.rank, worker.world)
@@ -221,12 +225,21 @@ class Worker(NamedTuple):
             ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
         ):
             said = [environment.get(name) for name in names]
+            said[2] = said[2] or "0"  # a launcher of one process a machine may not say
             if None not in said:
                 numbers = (_natural(name, text) for name, text in zip(names, said, strict=True))
                 rank, world, local = numbers
                 whole(names[0], rank, low=0, high=world - 1)
                 return cls(rank, world, local, launched=True)
         return cls()
+
+    def end_with_launcher(self) -> None:
+        """From now on this process ends once a launcher that started it is gone.
+
+        Killed alone, torchrun leaves its workers behind, beside those of its next start.
+        """
+        if self.launched:
+            _end_with_parent()
 
     def device(self) -> torch.device:
         """Its share of the machine's GPUs; the CPU where there is none.
@@ -244,15 +257,10 @@ def _natural(name: str, text: str | None) -> int:
     return int(text)
 
 
+@functools.cache
 def _end_with_parent() -> None:
-    """Ends this process once its parent is gone: the launcher may have been killed.
-
-    Else its workers would go on beside those of the next start.
-    """
-    parent = os.getppid()
-
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == PARENT:
             time.sleep(0.5)
         os._exit(1)
 
@@ -296,7 +304,10 @@ def _recipe(
     keys = Seeds.of(seeds)
     device = torch.device(options.get("device") or torch.get_default_device())
     backend = {"cpu": "numba", "cuda": "triton"}.get(device.type, "torch")
-    packages = ("torch", backend, *(("pillow",) if format == "png" else ()))
+    backend = backend if util.find_spec(backend) else "torch"
+    packages = {"torch", "numpy", backend, *(("pillow",) if format == "png" else ())}
+    if isinstance(model, nn.Module):
+        packages |= provenance.packages(model) - {"fastddim"}
     recipe = {
         "images": len(keys),
         "seeds": str(keys),
@@ -314,8 +325,8 @@ def _recipe(
         **{name: _plain(options.get(name)) for name in OPTIONS},
         "postprocess": _plain(postprocess),
         "architecture": provenance.machine(device),
-        "backend": f"{device.type}, {next(iter(provenance.versions(backend)), 'torch')}",
-        "versions": {"fastddim": __version__, **provenance.versions(*packages)},
+        "backend": f"{device.type}, {backend}",
+        "versions": {"fastddim": __version__, **provenance.versions(*sorted(packages))},
         "notes": dict(notes or {}),
     }
     # What is compared is what a file says.
@@ -337,7 +348,9 @@ def _described(model: Model) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON has it: a function by its name, a tensor by its checksum."""
+    """``value`` as JSON has it: a function by its name, tensors and networks by their checksums."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
@@ -346,7 +359,15 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, Tensor):
         return hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
     if isinstance(value, torch.dtype):
         return str(value)
+    if isinstance(value, functools.partial):
+        return [_plain(part) for part in (value.func, value.args, value.keywords)]
+    if isinstance(value, nn.Module):
+        return _described(value)
+    if isinstance(owner := getattr(value, "__self__", None), nn.Module):  # a decoder's method
+        return {"of": _described(owner), "method": value.__name__}
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from importlib import metadata, util
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,16 +22,34 @@ def digest(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
+def cpu_name() -> str:
+    """The processor as it calls itself, where the system says."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
 def machine(device: torch.device) -> str:
-    """What rounds: the accelerator's name, or of a CPU its instructions and the threads."""
+    """What rounds: the accelerator's name, or of a CPU its name, instructions and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"cpu {platform.machine()} {capability}, threads: {torch.get_num_threads()}"
+    return f"{cpu_name()}, {platform.machine()} {capability}, threads: {torch.get_num_threads()}"
+
+
+def packages(model: nn.Module) -> set[str]:
+    """Where a network's classes come from."""
+    return {type(module).__module__.partition(".")[0] for module in model.modules()}
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Of those packages that are there."""
-    return {name: metadata.version(name) for name in names if util.find_spec(name) is not None}
+    """Of those packages that are installed."""
+    found = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            # PyTorch's own says which build it is.
+            found[name] = str(torch.__version__) if name == "torch" else metadata.version(name)
+    return found

@@ -125,6 +125,15 @@ def _vector(name: str, values: Any) -> Float64:
     return array
 
 
+def guided_diffusions(name: str, T: int) -> NoiseSchedule:
+    """The ``noise_schedule`` of this name, linear or cosine, as guided-diffusion makes it: linear
+    goes from 0.1/T to 20/T, by its own expression, since another rounds otherwise."""
+    if name == "cosine":
+        return NoiseSchedule.cosine(T)
+    scale = 1000 / T
+    return NoiseSchedule.linear(T, scale * 0.0001, scale * 0.02)
+
+
 def _levels(T: int) -> int:
     return whole("T", T, low=1)
 

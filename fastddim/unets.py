@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastddim import weights
 from fastddim.check import whole
-from fastddim.schedule import NoiseSchedule
+from fastddim.schedule import NoiseSchedule, guided_diffusions
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 
@@ -181,10 +181,7 @@ class Flags:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        T = self.diffusion_steps
-        if self.noise_schedule == "cosine":
-            return NoiseSchedule.cosine(T)
-        return NoiseSchedule.linear(T, 0.1 / T, 20 / T)  # the paper's at 1000
+        return guided_diffusions(self.noise_schedule, self.diffusion_steps)
 
     def heads(self, channels: int, source: Path) -> int:
         """Of an attention with so many channels."""

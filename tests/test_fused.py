@@ -619,40 +619,88 @@ fused._team = team
 """
 
 
+def shared_by(code: str, **env: str) -> str:
+    """What a process prints in which PyTorch's threads share a step: not one of this process."""
+    if fused._team is None:
+        pytest.skip("this PyTorch is built without OpenMP")
+    return run(SHARING + code, **env)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_the_threads_are_pytorchs_own() -> None:
     counted = """
 torch.add(x, x, out=out)
 threads = len(os.listdir('/proc/self/task'))
 step(out)
-assert torch.equal(out, alone)
-print(len(os.listdir('/proc/self/task')) - threads, fused._team is not None)
+print(len(os.listdir('/proc/self/task')) - threads, threads > 1, torch.equal(out, alone))
 """
-    assert run(SHARING + counted) == "0 True"
+    assert shared_by(counted) == "0 True True"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_fewer_threads_than_were_asked_for_do_it_all() -> None:
     few = """
+threads = len(os.listdir('/proc/self/task'))
 torch.get_num_threads = lambda: 5
+out.fill_(float('nan'))
 step(out)
-print(torch.equal(out, alone))
+print(torch.equal(out, alone), len(os.listdir('/proc/self/task')) - threads <= 1)
 """
-    assert run(SHARING + few, OMP_THREAD_LIMIT="2") == "True"
+    assert shared_by(few, OMP_THREAD_LIMIT="2") == "True True"
+
+
+def test_several_python_threads_at_once() -> None:
+    at_once = """
+import threading
+outs = [torch.full_like(out, float('nan')) for _ in range(4)]
+callers = [threading.Thread(target=step, args=(o,)) for o in outs]
+[caller.start() for caller in callers]
+[caller.join() for caller in callers]
+print([torch.equal(o, alone) for o in outs])
+"""
+    assert shared_by(at_once) == str([True] * 4)
+
+
+FORKED = """
+import warnings
+warnings.simplefilter('ignore')  # Python warns of a fork beside threads, and rightly
+torch.add(x, x, out=out)  # PyTorch's threads are there, and will not be in the child
+{before}
+pid = os.fork()
+if pid == 0:
+    out.numpy()[:] = 0  # PyTorch itself would wait
+    step(out)
+    os._exit(0 if np.array_equal(out, alone) else 1)
+print(os.waitpid(pid, 0)[1])
+"""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_forked_child_does_it_alone() -> None:
-    forked = """
-step(out)
+@pytest.mark.parametrize("before", ["", "step(out)"])
+def test_a_forked_child_does_it_alone(before: str) -> None:
+    assert shared_by(FORKED.format(before=before)) == "0"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_that_is_the_first_to_compile_does_it_alone() -> None:
+    first = """
+import os, torch, fastddim, numpy as np
+from fastddim import cpu
+n = 1 << 21
+x, table = torch.randn(2, n), torch.tensor(fastddim.DDIM(steps=5).table)
+out, rows = torch.add(x, x), torch.ones((), dtype=torch.int32)
+args = x, x, table, rows.expand(2), None, None, None, None, 0, True, None, False, out, None
+cpu._fused = {path}
+import warnings
+warnings.simplefilter('ignore')
 pid = os.fork()
-if pid == 0:  # none of the team's threads is here: whoever waited for them would wait for ever
-    out.numpy()[:] = 0  # PyTorch itself would wait
-    step(out)
-    os._exit(0 if np.array_equal(out, alone) and fused._team is None else 1)
-_, status = os.waitpid(pid, 0)
-print(status, fused._team is not None)
+if pid == 0:
+    cpu.ddim_step(*args)
+    os._exit(0 if np.isfinite(out.numpy()).all() else 1)
+print(os.waitpid(pid, 0)[1])
 """
-    assert run("import warnings; warnings.simplefilter('ignore')\n" + SHARING + forked) == "0 True"
+    assert run(first.format(path="cpu._fused")) == "0"
+    assert run(first.format(path="lambda: None")) == "0"
 
 
 def test_threads_flush_denormals_as_their_caller_does_and_then_as_before() -> None:
@@ -678,19 +726,19 @@ for flush in (True, False, True):
     assert torch.equal(out.view(torch.int32), before)  # PyTorch's threads are as they were
 print(found)
 """
-    assert run(SHARING + denormal) in ("[1, 0, 1, 1, 1, 0]", "[]")
+    assert shared_by(denormal) in ("[1, 0, 1, 1, 1, 0]", "[]")
 
 
-def test_nothing_holds_the_tensors_when_the_step_is_over(
-    shared: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    x, out = randn(*BIG), torch.empty(BIG)
-    held = sys.getrefcount(out)
-    args = (x, x, TABLE, rows_of(3, 4), None, None, None, None)
-    fused.step(*args, 0, True, None, False, out, None)
-    assert sys.getrefcount(out) == held
-    assert len(shared) == 1
+def test_a_step_without_memory_for_its_chunks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Undone:
+        def __call__(self, address: int) -> None: ...
+
+    monkeypatch.setattr(fused, "_take_it_all", Undone())
+    x = randn(2, 3)
+    with pytest.raises(MemoryError, match="no memory"):
+        fused.step(
+            x, x, TABLE, rows_of(2, 4), None, None, None, None, 0, True, None, False, x, None
+        )
 
 
 # --- Where it is used -------------------------------------------------------------------------

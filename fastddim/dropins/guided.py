@@ -21,7 +21,7 @@ from fastddim.buffers import Spare, fitting
 from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import checked_factors
 from fastddim.ops import OUTPUTS, ddim_step
-from fastddim.schedule import Float64, NoiseSchedule
+from fastddim.schedule import Float64, NoiseSchedule, guided_diffusions
 from fastddim.stream import passed_over
 
 Denoised: TypeAlias = Callable[[Tensor], Tensor] | None
@@ -56,14 +56,11 @@ class Diffusion:
         rescale_timesteps: bool = False,
     ) -> None:
         T = whole("diffusion_steps", diffusion_steps, low=21 if noise_schedule == "linear" else 1)
-        if noise_schedule == "linear":
-            schedule = NoiseSchedule.linear(T, 1000 / T * 0.0001, 1000 / T * 0.02)
-        elif noise_schedule == "cosine":
-            schedule = NoiseSchedule.cosine(T)
-        else:
+        if noise_schedule not in ("linear", "cosine"):
             raise ValueError(
                 f"noise_schedule must be linear or cosine, got {shown(noise_schedule)}"
             )
+        schedule = guided_diffusions(noise_schedule, T)
         self.timestep_map = _respaced(timestep_respacing, T)
         self.use_timesteps = set(self.timestep_map)
         self.original_num_steps = T
