@@ -31,6 +31,7 @@ from fastddim import (
     reconstruction,
 )
 from fastddim.check import whole
+from fastddim.embedded import distance
 from fastddim.folder import FORMATS, Folder, Seeds
 from fastddim.generate import Worker
 from fastddim.predict import Model
@@ -673,7 +674,9 @@ def evaluate_images(
     n = counted(len(made.seeds), "image")
     if tuple(made.recipe["shape"]) == embedded.SHAPE or reference is None:
         judged = evaluate.garments(made)
-        print(f"FD-clf {judged.distance:.4f} of {n}; as many real garments {judged.floor:.4f}")
+        most = distance.SIZES[-1]
+        real = "as many" if len(made.seeds) <= most else f"{most:,}"
+        print(f"FD-clf {judged.distance:.4f} of {n}; {real} real garments {judged.floor:.4f}")
     if reference is not None:
         where = images.usable_device(device)
         print(f"FID {evaluate.fid(made, reference, inception, where):.4f} of {n} to {reference}")
@@ -930,7 +933,10 @@ def number_or_name(text: str) -> Any:
 
 @contextmanager
 def bar_of_images(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr of how many of ``total`` images there are, told the number from outside."""
+    """A bar on stderr of how many of ``total`` images there are, told the number from outside.
+
+    Where stderr is no terminal, a line a minute.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("generating"),
@@ -941,6 +947,7 @@ def bar_of_images(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         first: list[tuple[int, float]] = []
+        lines = [time.perf_counter()]
 
         def there(n: int) -> None:
             now = time.perf_counter()
@@ -951,6 +958,9 @@ def bar_of_images(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
                 left = timedelta(seconds=round(seconds * (total - n) / made))
                 said = f"{made / seconds:.1f} images/s, {left} left"
             progress.update(task, completed=n, description=said)
+            if not (quiet or console.is_terminal) and now - lines[0] >= 60:
+                lines[0] = now
+                print(f"{n} of {total} images, {said or 'none new yet'}", file=sys.stderr)
 
         yield there
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 import fastddim
-from fastddim import DDIM, NoiseSchedule, embedded, evaluate, images
+from fastddim import DDIM, NoiseSchedule, cli, embedded, evaluate, images, provenance
 from fastddim.__main__ import main
 from fastddim.embedded import distance
 from fastddim.folder import FORMATS, MANIFEST, Folder, Seeds
@@ -183,7 +183,7 @@ def test_what_another_process_has_left_is_cleared_by_whose_it_is(
 ) -> None:
     with pytest.raises(ZeroDivisionError):
         make(tmp_path / "out", progress=lambda n: 1 // n)
-    parts = tmp_path / "out/.parts"
+    (parts,) = (tmp_path / "out").glob(".parts-*")
     for name in ("2.aa.tmp", "3.bb.tmp", "manifest.cc.tmp"):
         (parts / name).write_bytes(b"half")
     for name, value in zip(LAUNCHERS, ("1", "2", "1"), strict=True):
@@ -230,7 +230,7 @@ def test_two_that_finish_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert make(tmp_path / "out")
     assert inside
     Folder.read(tmp_path / "out").verify()
-    assert not (tmp_path / "out/.parts").exists()
+    assert not list((tmp_path / "out").glob(".parts*"))
 
 
 def test_the_manifest_is_the_recipe(tmp_path: Path) -> None:
@@ -245,7 +245,8 @@ def test_the_manifest_is_the_recipe(tmp_path: Path) -> None:
     assert recipe["schedule"]["name"] == "cosine"
     assert len(recipe["model"]["weights"]) == 64
     assert recipe["versions"]["torch"] == torch.__version__
-    assert recipe["architecture"].startswith("cpu ")
+    assert recipe["versions"]["numpy"] == np.__version__
+    assert recipe["architecture"].startswith(f"{provenance.cpu_name()}, ")
     assert recipe["backend"].startswith("cpu, ")
     assert recipe["notes"] == {"prompts": "a.txt"}
 
@@ -371,7 +372,7 @@ def test_a_full_disk_is_said_and_what_is_there_is_whole(
     real, calls = os.fsync, iter(range(100))
 
     def full(file: int) -> None:
-        if next(calls) == 5:
+        if next(calls) == 6:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(file)
 
@@ -404,6 +405,164 @@ def test_a_folder_that_cannot_be_written_to(
         ):
             make(tmp_path / name)
     assert make(tmp_path / "out")  # nothing is left to write
+
+
+@pytest.mark.slow
+def test_a_real_disk_that_is_full_and_one_that_is_read_only(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(*options: str) -> None:
+        done = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", disk], check=False)
+        if done.returncode:
+            pytest.skip("this user mounts nothing")
+
+    many: dict[str, Any] = {"n": 2000, "shape": (3, 8, 8), "shard_size": 100}
+    make(tmp_path / "whole", **many)
+    try:
+        mount("-o", "size=200k")
+        for _ in range(2):
+            with pytest.raises(OSError, match=r"has room, got .*out: No space left on device\."):
+                make(disk / "out", **many)
+            folder = Folder.read(disk / "out")
+            assert 0 < folder.count() < 2000
+            for k in range(folder.count() // 100):
+                assert (
+                    folder.files(k)[0].read_bytes() == content(tmp_path / "whole")[f"{k:05d}.npy"]
+                )
+        mount("-o", "remount,size=20m,ro")
+        calls: list[int] = []
+
+        def counted(x: Tensor, t: Tensor) -> Tensor:
+            calls.append(1)
+            return x
+
+        for name, model in (("out", MODEL), ("new", counted)):
+            with pytest.raises(OSError, match=r"has room, got .*: Read-only file system\."):
+                make(disk / name, model=model, **many)
+        assert not calls
+        mount("-o", "remount,rw")
+        assert make(disk / "out", **many)
+        assert content(disk / "out") == content(tmp_path / "whole")
+        mount("-o", "remount,ro")
+        assert make(disk / "out", **many)  # nothing is left to write
+    finally:
+        subprocess.run(["umount", disk], check=False)
+
+
+def test_a_folder_begun_cannot_be_written_to_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path / "out", progress=lambda n: 1 // n)
+    real = Path.open
+
+    def denied(self: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        if mode == "wb":
+            raise PermissionError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(self, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    calls: list[int] = []
+    with pytest.raises(OSError, match="Read-only file system"):
+        make(tmp_path / "out", progress=calls.append)
+    assert calls == []  # before the first image is made
+
+
+def test_checksums_of_another_recipe_do_not_count(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path / "out", progress=lambda n: 1 // (n < 50))
+    for file in (tmp_path / "out").glob("[!.]*"):  # rm out/*
+        file.unlink()
+    assert Folder.begin(tmp_path / "out", Folder.read(whole_of(tmp_path)).recipe).count() == 0
+    assert make(tmp_path / "out", ddim=DDIM(3))
+    assert content(tmp_path / "out").items() >= content(tmp_path / "whole").items()
+
+
+def whole_of(tmp_path: Path) -> Path:
+    make(tmp_path / "whole", ddim=DDIM(3))
+    return tmp_path / "whole"
+
+
+def test_a_lost_shard_is_made_again_as_it_was_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "out")
+    before = content(tmp_path / "out")
+    (tmp_path / "out/00002.npy").unlink()
+    refused(Folder.read(tmp_path / "out").verify, ValueError, "", "makes again what is missing")
+    assert not Folder.read(tmp_path / "out").finish()
+    # A machine that says it is the same and rounds otherwise.
+    real = images.to_uint8
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "to_uint8", lambda x: real(x) ^ 1)
+        refused(partial(make, tmp_path / "out"), ValueError, "", "00002.npy", "got other bytes")
+    assert not (tmp_path / "out/00002.npy").exists()
+    assert make(tmp_path / "out")
+    assert content(tmp_path / "out") == before
+
+
+def test_what_is_cleared_away_meanwhile_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleared: list[Path] = []
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if target.name == "00002.npy" and len(cleared) < 2:  # the same command, launched twice
+            source.unlink()
+            cleared.append(source)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert make(tmp_path / "out")
+    assert len(cleared) == 2
+    Folder.read(tmp_path / "out").verify()
+
+
+def test_grey_npz_files_have_three_channels(tmp_path: Path) -> None:
+    make(tmp_path / "out", n=5, shape=(1, 4, 6), format="npz")
+    array = np.load(tmp_path / "out/00000.npz")["arr_0"]
+    assert (array.shape, array.dtype) == ((5, 4, 6, 3), np.uint8)
+    make(tmp_path / "npy", n=5, shape=(1, 4, 6))
+    assert np.array_equal(array, np.repeat(np.load(tmp_path / "npy/00000.npy"), 3, axis=3))
+    assert torch.equal(pixels(tmp_path / "out"), pixels(tmp_path / "npy"))
+
+
+def test_the_recipe_knows_packages_and_what_functions_hold(tmp_path: Path) -> None:
+    class Decoder(torch.nn.Linear):
+        def decode(self, x: Tensor) -> Tensor:
+            return pictures(x)
+
+    decoders = [Decoder(2, 2), Decoder(2, 2)]
+    given: list[dict[str, Any]] = [
+        {"postprocess": decoders[0].decode},
+        {"postprocess": decoders[1].decode},
+        {"postprocess": partial(torch.mul, other=2)},
+        {"postprocess": partial(torch.mul, other=3)},
+        {"guidance": np.float32(2), "uncond": dict},
+        {"guidance": np.float32(7), "uncond": dict},
+        {"guidance": np.array([2.0]), "uncond": dict},
+        {"guidance": np.array([7.0]), "uncond": dict},
+    ]
+    recipe = partial(
+        MODULE._recipe,
+        DDIM(3),
+        MODEL,
+        SHAPE,
+        range(5),
+        4,
+        "png",
+        10,
+        None,
+    )
+    recipes = [json.dumps(recipe(options)) for options in given]
+    assert len(set(recipes)) == len(given)
+    assert recipe({})["versions"].keys() >= {"fastddim", "torch", "numpy", "pillow"}
+    diffusers = MODULE._recipe(
+        DDIM(3), embedded.load(), (1, 28, 28), range(5), 4, "npy", 10, None, {}
+    )
+    assert "diffusers" in diffusers["versions"]
 
 
 def test_seeds_are_ranges() -> None:
@@ -453,6 +612,8 @@ def test_worker() -> None:
     assert here(torchrun) == (5, 8, 1, True)
     assert here(slurm) == (3, 4, 2, True)
     assert here({**slurm, **torchrun}) == (5, 8, 1, True)
+    pod = {"RANK": "5", "WORLD_SIZE": "8"}  # one process a machine
+    assert here(pod) == (5, 8, 0, True)
     # A batch script, in which nothing but the script runs.
     assert here({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"})[:2] == (0, 1)
     refused(lambda: here({**torchrun, "RANK": "8"}), ValueError, "RANK", "[0, 7]", "8")
@@ -530,7 +691,10 @@ def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert "eta (1.0 there, 0.0 here)" in capfd.readouterr().err
     Path("out/00001.npy").unlink()
     assert main(["generate", "--verify", "out"]) == 2
-    assert capfd.readouterr().err == "fastddim: out is not as it was made: 00001.npy is missing\n"
+    assert capfd.readouterr().err == (
+        "fastddim: out is not as it was made: 00001.npy is missing. Remove what has changed, and "
+        "the command that made it makes again what is missing\n"
+    )
 
 
 def test_the_command_in_bfloat16() -> None:
@@ -589,6 +753,34 @@ def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "generating" in terminal.getvalue()
     assert "10/10" in terminal.getvalue()
     assert "images/s" in terminal.getvalue()
+
+
+def test_a_line_a_minute_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 10_000, 25))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    for quiet in (False, True):
+        with cli.bar_of_images(100, quiet) as there:
+            for n in (7, 7, 9, 11, 13, 15):
+                there(n)
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "9 of 100 images, 0.0 images/s, 0:37:55 left",
+        "15 of 100 images, 0.1 images/s, 0:22:08 left",
+    ]
+
+
+def test_threads_are_those_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert main(["generate", "--seeds", "0-3", *FEW, "--out", "two", "--threads", "2"]) == 0
+        assert Folder.read(Path("two")).recipe["architecture"].endswith("threads: 2")
+    finally:
+        torch.set_num_threads(before)
+    assert main(["generate", "--seeds", "0-3", *FEW, "--out", "no", "--threads", "0"]) == 2
+    assert "threads must be an integer ≥ 1, got 0" in capfd.readouterr().err
+    assert not Path("no").exists()
 
 
 def test_evaluate_measures_garments(capfd: pytest.CaptureFixture[str]) -> None:
