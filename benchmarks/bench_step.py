@@ -132,7 +132,8 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[Record]]:
         what = "nothing is kept of a run with wrong results, or of a part of one"
     else:
         section = provenance("pytest") | {"level": config.getoption("level"), "rows": found}
-        what = str(keep("step", section, where))
+        name = torch.cuda.get_device_name() if DEVICE == "cuda" else None
+        what = str(keep("step", section, where, name))
     # What is said while a test's output is caught would be lost.
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         config.get_terminal_writer().line(f"\n{what}")

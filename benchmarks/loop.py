@@ -2,7 +2,7 @@
 
     python -m benchmarks.loop           # keeps it as "loop" of benchmarks/results/<machine>.json
     python -m benchmarks.loop --busy    # beside one other busy process, as "loop-busy"
-    python -m benchmarks.loop --shape 1 16 7 --repeats 100    # any other shape, not kept
+    python -m benchmarks.loop --shape 1 16 7 --repeats 20    # any other shape, not kept
 
 Every contender's result is checked before anything is timed: the drop-in against the seed's loop,
 ``DDIM.sample`` against the reference step on its own table, all bit for bit, and other people's
@@ -24,12 +24,14 @@ import torch
 
 from benchmarks.peers import PEERS, Backend, Loops, MissingError, Run, numba, on, pytorch
 from benchmarks.records import keep, provenance
-from benchmarks.timing import Record, by, interval, rounded, times
+from benchmarks.timing import Record, by, interval, rounded, times, turn
 from fastddim import cpu
 from fastddim.provenance import cpu_name
 
 SEED = "seed's loop"
 SHAPE = (64, 3, 256, 256)
+LEAST = 6
+"""The fewest repeats of which the least and the greatest are a 95% interval."""
 
 
 def contenders(
@@ -104,10 +106,10 @@ def measure(
         run()
     wait()
     gc.disable()
-    for _ in range(repeats):
-        for name, run in runs.items():
+    for k in range(repeats):
+        for name in turn(list(runs), k):
             begin = time.perf_counter()
-            run()
+            runs[name]()
             wait()
             seconds[name].append(time.perf_counter() - begin)
             gc.collect()
@@ -141,8 +143,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs="+", default=SHAPE)
     # Memory touched for the first time costs more than a step, once in a run.
     parser.add_argument("--steps", type=int, default=50)
-    # Six are the fewest of which the least and the greatest are a 95% interval.
-    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=LEAST)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--busy", action="store_true", help="beside one other busy process")
     args = parser.parse_args()
@@ -175,7 +176,7 @@ def main() -> None:
         "repeats": args.repeats,
         "rows": rows,
     }
-    if shape == SHAPE:
+    if shape == SHAPE and args.repeats >= LEAST:
         print(f"wrote {keep('loop' + '-busy' * args.busy, section)}")
 
 

@@ -22,11 +22,6 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numba", "triton", "diffusers")
 
 
-def machine() -> str:
-    """The name of what computes: the GPU, where there is one."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-
-
 def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -69,10 +64,15 @@ def provenance(command: str) -> Record:
     }
 
 
-def keep(section: str, content: Record, where: Path = RESULTS) -> Path:
-    """Puts the section into this machine's file, in place of what it held under that name."""
-    name = machine()
-    path = where / f"{slug(name)}.json"
+def keep(section: str, content: Record, where: Path = RESULTS, name: str | None = None) -> Path:
+    """Puts the section into a machine's file, in place of what it held under that name.
+
+    The machine is the CPU unless ``name`` says otherwise. A GPU's file has ``-loops`` after its
+    name, beside the one that benchmarks/gpu.py writes.
+    """
+    suffix = "" if name is None else "-loops"
+    name = name or cpu_name()
+    path = where / f"{slug(name)}{suffix}.json"
     record: Record = {"machine": name, "cores": os.cpu_count()}
     if path.exists():
         record = json.loads(path.read_text())

@@ -44,10 +44,10 @@ def device_seconds(
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for k in range(rounds + 3):
-        turn = names[k % len(names) :] + names[: k % len(names)]
+        order = turn(names, k)
         events = {}
-        runs[turn[-1]]()  # the device is busy by the time the first is enqueued
-        for name in turn:
+        runs[order[-1]]()  # the device is busy by the time the first is enqueued
+        for name in order:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             if head_start:
                 torch.cuda._sleep(head_start)
@@ -91,7 +91,8 @@ def wall_seconds(
 ) -> dict[str, list[float]]:
     """Seconds of each run until all it asked for is done, in turns, for about so many seconds.
 
-    ``wait`` returns once the device has done what it was given.
+    ``wait`` returns once the device has done what it was given. Each round begins with another,
+    or each run would always find the cache as one other leaves it.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     end = time.monotonic() + seconds
@@ -100,15 +101,21 @@ def wall_seconds(
         for k in range(most):
             if k >= least and time.monotonic() > end:
                 break
-            for name, run in runs.items():
+            for name in turn(list(runs), k):
                 wait()
                 begin = time.perf_counter()
-                run()
+                runs[name]()
                 wait()
                 taken[name].append(time.perf_counter() - begin)
     finally:
         gc.enable()
     return taken
+
+
+def turn(names: list[str], k: int) -> list[str]:
+    """The names in the order of round ``k``."""
+    first = k % len(names)
+    return names[first:] + names[:first]
 
 
 def interval(values: Sequence[float]) -> list[float]:

@@ -778,7 +778,7 @@ def profile_grid(
     settings = profile.settings(network, ddims[0], text, batch_size, where, judge)
     done = profile.read(out, settings)
     finished = {(cell.steps, cell.eta) for cell in done}
-    rest = [ddim for ddim in ddims if (ddim.steps, ddim.eta) not in finished]
+    rest = [ddim for ddim in ddims if (len(ddim.pairs), ddim.eta) not in finished]
     profile.make_folder(out)
     if trace:
         longest = profile.grid([max(numbers)], etas, spacing, make)
