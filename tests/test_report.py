@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +75,30 @@ def test_figures_name_the_worst_shape_and_whether_they_are_met() -> None:
             row("numba", 0, [1, 16, 7], times_seed=[2.0, 1.9, 2.1], times_compile=[0.9, 0.8, 1.1]),
             row("numba", 1, large, times_seed=[5.9, 5.0, 7.0], times_compile=[0.9, 0.8, 0.99]),
             row("pytorch", 0, large, times_seed=[8.0, 7.0, 9.0], times_compile=[0.5, 0.4, 0.6]),
+            row("numba", 0, [4, 3, 32, 32], times_compile=[0.95, 0.92, 0.97]),
         ]
     }
     lines = [line for line in report.figures(section).splitlines() if "η" in line]
     assert [line.split(" | ")[-1] for line in lines] == [
-        "yes |",
-        "yes |",
-        "within the interval |",
-        "within the interval |",
+        "yes, by the median |",
+        "yes, by the median |",
+        "open: the interval holds it |",
+        "**no** |",
         "**no** |",
     ]
-    assert "here 1x16x7 | ≥ 1× | 0.9× (0.8–1.1)" in lines[3]
+    # Not 0.9 (0.8 to 1.1), which may be none: a certain loss at another shape comes before it.
+    assert "here 4x3x32x32 | ≥ 1× | 0.95× (0.92–0.97)" in lines[3]
     assert "64x3x256x256 | ≥ 6× | 5.9× (5–7)" in lines[2]
+    section["rows"][2]["times_seed"] = [7.0, 6.0, 8.0]
+    assert report.figures(section).splitlines()[4].endswith("| 7× (6–8) | yes |")
     lost = report.losses(section).splitlines()
     assert [line.split(":")[0] for line in lost] == [
+        "- DDIM.sample, numba at 1x16x7, η = 0",
         "- DDIM.sample, numba at 64x3x256x256, η = 1",
         "- DDIM.sample, PyTorch at 64x3x256x256, η = 0",
+        "- DDIM.sample, numba at 4x3x32x32, η = 0",
     ]
-    assert lost[1].endswith("2 times as long as torch.compile of the simplified maths")
+    assert lost[2].endswith("2 times as long (1.67–2.5) as torch.compile of the simplified maths")
     missing = {"shape": [1, 16, 7], "eta": 0, "peer": "compile", "missing": "no compiler"}
     shown = report.steps({"rows": [*section["rows"], missing]})
     assert "12.3 ms, 16× (14–18)" in shown
@@ -211,6 +218,9 @@ def test_what_is_wrong_or_missing_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
     assert str(table.wrong["pytorch"]).startswith("ours at 1x16x7, η = 0: it is not")
     with pytest.raises(MissingError, match="No working"):
         peers["compile"].ready(Loops(TINY, 5, 0.0))
+    with pytest.raises(RuntimeError, match="No working"):  # of ours, a failure and no absence
+        replace(peers["compile"], ours=True).ready(Loops(TINY, 5, 0.0))
+    assert [name for name, peer in PEERS.items() if peer.ours] == list(report.OURS)
     found = table.row("diffusers")
     assert found["bytes_per_element"] == 56
     assert found["rounds"] == 2
@@ -222,7 +232,7 @@ def test_what_is_wrong_or_missing_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
 def test_a_machine_has_one_file_and_a_command_its_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "machine", lambda: "Some(R) CPU @ 2.0 GHz")
+    monkeypatch.setattr(records, "cpu_name", lambda: "Some(R) CPU @ 2.0 GHz")
     path = records.keep("step", {"rows": [1]}, tmp_path / "new")
     assert path.name == "some-cpu-2-0-ghz.json"
     records.keep("loop", {"rows": [2]}, tmp_path / "new")
@@ -234,6 +244,10 @@ def test_a_machine_has_one_file_and_a_command_its_section(
         {"rows": [2]},
     )
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+    # Beside benchmarks/gpu.py's own, and none of the CPU's.
+    gpu = records.keep("step", {"rows": [4]}, tmp_path / "new", "NVIDIA H200")
+    assert gpu.name == "nvidia-h200-loops.json"
+    assert json.loads(gpu.read_text())["machine"] == "NVIDIA H200"
     section = records.provenance("pytest")
     assert section["versions"]["torch"] == torch.__version__
     assert section["threads"] == torch.get_num_threads()
