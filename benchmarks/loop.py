@@ -62,9 +62,9 @@ def contenders(
             counter = bool(eta) and path is not pytorch
             if counter and not torch.equal(loops.sample_seeds(), loops.eager_seeds()):
                 raise SystemExit(f"DDIM.sample(seeds=){name} is not the reference: nothing timed")
-        found = dict(
-            zip(("generalized_steps", 'generalized_steps(keep="last")'), drop_ins, strict=False)
-        )
+        found: dict[str, Run] = {}
+        if drop_ins:
+            found["generalized_steps"], found['generalized_steps(keep="last")'] = drop_ins
         found["DDIM.sample(generator=)"] = loops.sample
         # Philox in numpy takes minutes here and is nobody's choice where numba is installed.
         found |= {"DDIM.sample(seeds=)": loops.sample_seeds} if counter else {}
