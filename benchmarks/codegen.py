@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.variants import VARIANTS, launch_arguments
 from fastddim_kernels import launch
-from fastddim_kernels.step import block_channels
+from fastddim_kernels.layout import block_channels, layout_of
 
 BIN = Path(nvidia.__file__).parent / "bin"
 NORMAL = "normal"
@@ -96,7 +96,8 @@ class Compiler:
             threads = options["num_warps"] * self.kernel.metadata.target.warp_size
             block = options.get("BLOCK_SIZE")
             if block is None:
-                width = block_channels(options["CHANNELS"]) if options["CHANNELS"] else 1
+                of = (options[name] for name in ("CHANNELS", "OUTPUT_PIXEL", "FOURS"))
+                width = block_channels(options["CHANNELS"], layout_of(*of))
                 block = options["QUADS"] * options["PARTS"] * 4 * width
             self.elements = block // threads
 

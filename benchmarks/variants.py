@@ -22,6 +22,7 @@ class Variant:
         dtype: of the model's output and input; the state is float32.
         shape: of a sample, (channels, height, width).
         channels_last: the layout of every tensor.
+        mixed: whether the model's output lies in the other of the two layouts.
         learned: whether the output has twice the channels, a learned variance after ε.
         guidance: whether the output holds both halves of classifier-free guidance.
         clip, threshold: how x0 is bounded, if it is.
@@ -37,6 +38,7 @@ class Variant:
     dtype: torch.dtype = torch.float32
     shape: tuple[int, int, int] = (4, 64, 64)
     channels_last: bool = False
+    mixed: bool = False
     learned: bool = False
     guidance: bool = False
     clip: float | None = None
@@ -71,6 +73,11 @@ VARIANTS = {
     "epsilon last philox": Variant(channels_last=True, noise="philox"),
     "epsilon last philox rgb": Variant(noise="philox", shape=(3, 64, 64), channels_last=True),
     "epsilon last philox odd": Variant(shape=ODD, channels_last=True, noise="philox"),
+    "epsilon mixed bf16": Variant(dtype=BF16, mixed=True),
+    "epsilon mixed rgb": Variant(mixed=True, shape=(3, 64, 64)),
+    "epsilon philox last mixed rgb": Variant(
+        noise="philox", shape=(3, 64, 64), channels_last=True, mixed=True
+    ),
     "epsilon clip rederive": Variant(clip=1.0, rederive=True, noise_first=False),
     "epsilon threshold": Variant(threshold=True, want_x0=True),
     "epsilon fp16 next": Variant(dtype=FP16, next_inputs=1),
@@ -101,16 +108,17 @@ def step_arguments(
     table = fastddim.DDIM(steps=50, eta=1.0).table
     g = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
-    def normals(*size: int) -> Tensor:
+    def normals(*size: int, last: bool = v.channels_last) -> Tensor:
         t = torch.randn(size, generator=g, device=device)
-        return t.movedim(1, -1).contiguous().movedim(-1, 1) if v.channels_last else t
+        return t.movedim(1, -1).contiguous().movedim(-1, 1) if last else t
 
     rows = torch.arange(batch, dtype=torch.int32, device=device) % 49
     channels = sample[0] * (2 if v.learned else 1)
-    output = normals(batch * (2 if v.guidance else 1), channels, *sample[1:]).to(v.dtype)
+    halves = 2 if v.guidance else 1
+    output = normals(batch * halves, channels, *sample[1:], last=v.channels_last != v.mixed)
     found: dict[str, Any] = {
         "x": normals(batch, *sample),
-        "output": output,
+        "output": output.to(v.dtype),
         "table": torch.tensor(table, device=device),
         "rows": rows if v.rows_differ else rows[:1].expand(batch),
         "prediction": v.prediction,

@@ -396,7 +396,7 @@ def _readable(output: Tensor, x: Tensor, kernels: ModuleType | None) -> Tensor:
     if len(x) < 2 or x.stride(0) * len(x) == x.numel():
         if _same_layout(output[:1], x[:1]):
             return output
-        if kernels and kernels.pixel_spacing(output, x) is not None:
+        if kernels and kernels.pixel_spacing(x) and kernels.pixel_spacing(output) is not None:
             return output
     return _with_batch(len(output), x, output.dtype).copy_(output)
 

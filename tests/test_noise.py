@@ -21,8 +21,8 @@ import fastddim_kernels
 from fastddim import DDIM
 from fastddim.noise import FORWARD, INITIAL, STEP, _box_muller, normals, philox4x32
 from fastddim.ops import initial_noise
+from fastddim_kernels.noise import key_of, philox_normal4
 from fastddim_kernels.noise import philox4x32 as jitted_philox
-from fastddim_kernels.noise import philox_normal4
 from tests.tolerances import NORMAL_ATOL, NORMAL_MAX, NORMAL_RARE, P_VALUE, SIGMAS
 
 Floats = npt.NDArray[np.float32]
@@ -141,8 +141,8 @@ def test_the_streams_are_numbered_as_the_contract_has_them() -> None:
 
 def _normals_kernel(quad_ptr: Any, row_ptr: Any, stream: Any, seed_ptr: Any, out_ptr: Any) -> None:
     lane = tl.arange(0, 16)
-    row, seed = tl.load(row_ptr), tl.load(seed_ptr)
-    z = philox_normal4(tl.load(quad_ptr + lane), row, stream, seed, True)
+    row, key = tl.load(row_ptr), key_of(seed_ptr, 0)  # pyright: ignore[reportGeneralTypeIssues]
+    z = philox_normal4(tl.load(quad_ptr + lane), row, stream, key, True)
     tl.store(out_ptr + lane * 4, z[0])
     tl.store(out_ptr + lane * 4 + 1, z[1])
     tl.store(out_ptr + lane * 4 + 2, z[2])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastddim
 import fastddim_kernels
+from benchmarks.counts import Tally
 from benchmarks.variants import VARIANTS, launch_arguments, step_arguments
 from fastddim import cpu, ops, reference
 from fastddim.coefficients import PREDICTIONS
@@ -39,7 +40,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PAD, GUARD = 67, 4096.0  # which every dtype can hold
 
 # Fours that are full and not, channels in one vector, in one program and in several.
-CHANNELS = [1, 2, 3, 4, 5, 8]
+CHANNELS = [1, 2, 3, 4, 5, 8, 16]
 PIXELS = [(1, 1), (1, 2), (3, 1), (2, 2), (1, 5), (7, 7), (8, 8)]
 BATCHES = [2, 1, 5, 0]
 
@@ -148,8 +149,8 @@ def of_variant(
 
 
 def size_of(case: int) -> tuple[int, tuple[int, ...]]:
-    """Batch and sample; 42 cases hold every pair of channels and pixels."""
-    return 2 - case % 2, (CHANNELS[case % 6], *PIXELS[case % 7])
+    """Batch and sample; 49 cases hold every pair of channels and pixels."""
+    return 2 - case % 2, (CHANNELS[case % 7], *PIXELS[(case + case // 7) % 7])
 
 
 LAYOUTS = {"contiguous": False, "last": True}
@@ -248,15 +249,16 @@ def assert_launch_equals_eager(
 
 # Programs of several parts, samples of several programs, channels that begin inside a four.
 SEVERAL = [
-    ("epsilon x0 clip", "contiguous", 1, (4, 5, 7)),
+    ("epsilon philox rows x0", "contiguous", 1, (4, 5, 4)),
     ("epsilon odd", "contiguous", 2, (3, 5, 5)),
     ("epsilon odd philox", "contiguous", 1, (3, 5, 5)),
     ("guidance philox threshold", "contiguous", 1, (4, 4, 5)),
-    ("guidance bf16 next", "last", 2, (4, 3, 7)),
+    ("guidance philox bf16 clip next", "contiguous", 2, (4, 3, 7)),
+    ("epsilon last philox", "last", 1, (8, 9, 8)),
     ("learned last rgb", "last", 1, (2, 5, 13)),
     ("learned last", "last", 1, (5, 5, 13)),
     ("epsilon last philox odd", "last", 1, (2, 5, 7)),
-    ("epsilon last philox rgb", "last", 1, (2, 6, 6)),
+    ("epsilon philox last mixed rgb", "last", 1, (5, 6, 6)),
 ]
 
 
@@ -268,15 +270,19 @@ def test_several_parts_and_blocks_equal_eager(
     assert found == {"parts", "blocks"}
 
 
-def test_four_channels_at_a_time_in_several_blocks_equal_eager(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_part_in_several_blocks_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[str, tuple[int, ...]]] = [
+        ("epsilon x0 clip", (4, 5, 7)),
         ("learned last", (8, 6, 6)),
-        ("epsilon last philox", (4, 4, 6)),
+        ("learned last rgb", (3, 6, 6)),
+        ("epsilon last philox rgb", (3, 4, 6)),
+        ("epsilon mixed bf16", (16, 5, 4)),
+        ("epsilon mixed rgb", (2, 5, 4)),
     ]
     for name, shape in shapes:
-        assert assert_launch_equals_eager(monkeypatch, name, "last", 1, shape, 4) == {"blocks"}
+        layout = "last" if VARIANTS[name].channels_last else "contiguous"
+        found = assert_launch_equals_eager(monkeypatch, name, layout, 1, shape, 4, offset=1)
+        assert found == {"blocks"}, name
 
 
 @pytest.mark.slow
@@ -285,13 +291,22 @@ def test_four_channels_at_a_time_in_several_blocks_equal_eager(
 def test_every_variant_in_several_parts_and_blocks_equals_eager(
     monkeypatch: pytest.MonkeyPatch, number: int, name: str, layout: str
 ) -> None:
-    shape = (CHANNELS[number % 6], 9 - number % 2, 8)
+    shape = (CHANNELS[number % 7], 9 - number % 2, 8)
     for fours in (4, 8):
         found = assert_launch_equals_eager(monkeypatch, name, layout, 2, shape, fours, number % 4)
         assert found or shape[0] < 3
 
 
-@pytest.mark.parametrize("name", ["guidance bf16 next", "learned last rgb", "epsilon last philox"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "guidance bf16 next",
+        "learned last rgb",
+        "epsilon last philox",
+        "epsilon mixed bf16",
+        "epsilon philox last mixed rgb",
+    ],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_is_copied_on_the_way_to_the_kernel(
     name: str, layout: str, monkeypatch: pytest.MonkeyPatch
@@ -312,6 +327,58 @@ def test_nothing_is_copied_on_the_way_to_the_kernel(
     for argument, tensor in arguments.items():
         if isinstance(tensor, Tensor):
             assert handed[argument].data_ptr() == tensor.data_ptr(), argument
+
+
+@pytest.mark.parametrize("state", LAYOUTS)
+@pytest.mark.parametrize("output", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_between_two_model_calls_is_one_pass_in_any_pair_of_layouts(
+    monkeypatch: pytest.MonkeyPatch, state: str, output: str, dtype: torch.dtype
+) -> None:
+    shape, steps = (2, 3, 6, 4), 5
+
+    def laid_out(tensor: Tensor, layout: str) -> Tensor:
+        return tensor.contiguous(
+            memory_format=torch.channels_last if LAYOUTS[layout] else torch.contiguous_format
+        )
+
+    returned = laid_out(randn(*shape), output).to(dtype)
+    launches: list[int] = []
+
+    class Kernels:
+        pixel_spacing = staticmethod(fastddim_kernels.pixel_spacing)
+
+        @staticmethod
+        def ddim_step(x: Tensor, output: Tensor, *_: Any, **__: Any) -> None:
+            launches.append(output.data_ptr())
+
+    class Inside(Tally):
+        """Counts what the op itself dispatches, a copy of the model's output, say."""
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is not ops.STEP:
+                return super().__torch_dispatch__(func, types, args, kwargs)
+            with self:
+                return ops._ddim_step(*args)
+
+    monkeypatch.setattr(ops, "_kernels", lambda device: Kernels)
+    tally = Inside(returned.numel())
+    calls: list[int] = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(tally.found["passes"])
+        return returned
+
+    ddim = fastddim.DDIM(steps, schedule=fastddim.NoiseSchedule.linear())
+    with tally:
+        ddim.sample(
+            model, laid_out(randn(*shape), state), noise=torch.zeros(steps, *shape), dtype=dtype
+        )
+    assert launches == [returned.data_ptr()] * steps
+    # The launch itself is no operation of PyTorch's: all that is counted would be passes beside it.
+    assert [after - before for before, after in itertools.pairwise(calls)] == [0] * (steps - 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

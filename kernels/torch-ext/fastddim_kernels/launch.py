@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
+from .layout import FEW, SCATTERED, TILE, block_channels, layout_of
 from .noise import normal_kernel
-from .step import block_channels, ddim_step_kernel
+from .step import ddim_step_kernel
 
 COLUMNS = 7
 _is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
@@ -23,6 +25,10 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 # fewer elements are better spread over the multiprocessors.
 _LARGE = 1 << 20
 _INTERPRETED_FOURS = 4096
+# Of a tile's four parts ptxas would make one long order in up to 90 registers, and fewer than eight
+# programs would fit on a multiprocessor. Elsewhere it takes fewer by itself than with a limit.
+# AMD's compiler does not know the option.
+_TILE_REGISTERS = 64
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +56,8 @@ def ddim_step(
         x: x_t, float32, dense, of shape (batch, ...).
         output: what the model returned, float32, bfloat16 or float16, of x's shape; with
             ``guidance`` (2·batch, ...), first without and then with the condition. Samples lie as
-            x's do, but any number of elements apart; if channels last, pixels too, so that the
+            x's do, or x and they are contiguous and channels last, in any combination. Samples,
+            and pixels that are channels last, may be any number of elements apart, so that the
             first half of the channels of a learned variance is a view.
         table: (steps, 7) float32: √ᾱ_t, 1/√ᾱ_t, √(1−ᾱ_t), 1/√(1−ᾱ_t), √ᾱ_s, c1, c2.
         rows: (batch,) int32 in [0, steps), stride 0 where all samples are on the same row.
@@ -81,11 +88,11 @@ def ddim_step(
         return
     quads, parts = _block(g, noisy=seeds is not None)
     blocks = -(-g.fours // (quads * parts))
-    groups = g.channels // block_channels(g.channels) if g.channels else 1
+    unit = 4 if g.in_fours else 1
     if threshold is not None:
         threshold = threshold.contiguous()
     with _device(x):
-        ddim_step_kernel[(g.samples * blocks * groups,)](
+        ddim_step_kernel[(g.samples * blocks * g.groups,)](
             x,
             output,
             noise,
@@ -98,12 +105,13 @@ def ddim_step(
             guidance,
             threshold,
             None if threshold is None else threshold.reciprocal(),
-            g.n,
+            g.run // unit,
             g.samples,
-            blocks,
-            g.output_stride,
-            rows.stride(0),
-            0 if guidance is None else guidance.stride(0),
+            None if g.samples == 1 else -blocks,
+            *divisor(blocks),
+            None if g.output_stride == g.n else g.output_stride // unit,
+            None if g.samples == 1 else rows.stride(0) or None,
+            None if guidance is None or g.samples == 1 else guidance.stride(0) or None,
             clip,
             COLUMNS=COLUMNS,
             PREDICTION=prediction,
@@ -111,15 +119,29 @@ def ddim_step(
             REDERIVE=rederive,
             NEXT_TWICE=twice,
             CHANNELS=g.channels,
-            OUTPUT_CHANNELS=g.output_channels,
+            X_PIXEL=g.x_pixel,
+            OUTPUT_PIXEL=g.output_pixel,
             FOURS=g.in_fours,
+            EVEN=g.in_fours and g.fours % (quads * parts) == 0,
             PORTABLE=_portable(),
             QUADS=quads,
             PARTS=parts,
             num_warps=4,
             # Contracted multiply-adds would differ from eager PyTorch in the last bit.
             enable_fp_fusion=False,
+            **({"maxnreg": _TILE_REGISTERS} if g.layout == TILE.value and not _portable() else {}),
         )
+
+
+def divisor(d: int) -> tuple[int, int]:
+    """(magic, shift) by which ``layout.quotient`` divides a number below 2³¹ by d.
+
+    The magic is a word of 32 bits as a signed number: an int beyond would be of another type to
+    Triton, and its kernel compiled twice.
+    """
+    shift = (d - 1).bit_length()
+    magic = (2**shift - d) * 2**32 // d + 1
+    return magic - (magic >> 31 << 32), shift
 
 
 def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
@@ -165,19 +187,34 @@ class _Geometry:
 
     samples: int
     n: int  # elements of each
-    channels: int  # 0: a sample lies in the order of its elements; else channels last
-    output_channels: int  # from one pixel of the model's output to the next
     output_stride: int  # from one sample of the model's output to the next
+    channels: int = 0  # 0: state and output lie in the order of their elements
+    x_pixel: int = 1  # from one pixel of the state to the next; 1 where channel follows channel
+    output_pixel: int = 1  # the same of the model's output
 
     @property
     def run(self) -> int:
-        """Elements in a row that follow one another, logically too."""
+        """Elements in a row that follow one another logically."""
         return self.n // max(self.channels, 1)
 
     @property
     def in_fours(self) -> bool:
         """Whether every four that share a Philox call can be one access."""
         return self.run % 4 == 0 and self.output_stride % 4 == 0
+
+    @property
+    def layout(self) -> int:
+        return layout_of(self.channels, self.output_pixel, self.in_fours)
+
+    @property
+    def width(self) -> int:
+        """Channels that a program takes."""
+        return block_channels(self.channels, self.layout)
+
+    @property
+    def groups(self) -> int:
+        """Programs for the channels of a pixel."""
+        return max(self.channels, 1) // self.width
 
     @property
     def fours(self) -> int:
@@ -220,47 +257,67 @@ def _geometry(
     alike = _inner_strides(output) == _inner_strides(x)
     if alike and (seeds is None or x.is_contiguous()):
         if any(by_sample.values()):
-            return _Geometry(batch, n, 0, 0, output_stride)
-        return _Geometry(1, x.numel(), 0, 0, output_stride * batch)
-    spacing = pixel_spacing(output, x)
-    if spacing is None:
-        name, tensor = ("x", x) if alike else ("output", output)
-        raise ValueError(
-            f"{name} must be contiguous or channels last{'' if alike else ', as x is'}, "
-            f"got {_describe(tensor)}"
-        )
-    return _Geometry(batch, n, x.shape[1], spacing, output_stride)
+            return _Geometry(batch, n, output_stride)
+        return _Geometry(1, x.numel(), output_stride * batch)
+    x_pixel, output_pixel = pixel_spacing(x), pixel_spacing(output)
+    if x_pixel is None or output_pixel is None:
+        name, tensor = ("x", x) if x_pixel is None else ("output", output)
+        raise ValueError(f"{name} must be contiguous or channels last, got {_describe(tensor)}")
+    return _Geometry(batch, n, output_stride, x.shape[1], x_pixel, output_pixel)
 
 
-def pixel_spacing(output: Tensor, x: Tensor) -> int | None:
-    """From one pixel of the model's output to the next, where it and x are channels last."""
-    if x.dim() < 3 or not x.movedim(1, -1).is_contiguous() or output.dim() != x.dim():
-        return None
-    channels = x.shape[1]
-    dims = [d for d in range(2, x.dim()) if x.shape[d] > 1]
-    spacing = output.stride(dims[-1]) if dims else channels
-    pixels_alike = all(output.stride(d) * channels == x.stride(d) * spacing for d in dims)
-    return spacing if pixels_alike and (channels == 1 or output.stride(1) == 1) else None
+def pixel_spacing(tensor: Tensor) -> int | None:
+    """From one pixel of a sample to the next, in elements; 1 where channel follows channel.
+
+    None where the elements of a sample lie in any other order.
+    """
+    if tensor.dim() < 2:
+        return 1
+    strides, (channels, *pixels) = tensor.stride()[1:], tensor.shape[1:]
+
+    def lie(channel: int, pixel: int) -> bool:
+        """Whether channels and pixels lie so far apart; a dimension of one says nothing."""
+        apart = [channel, *(pixel * math.prod(pixels[i + 1 :]) for i in range(len(pixels)))]
+        of = zip(strides, apart, tensor.shape[1:], strict=True)
+        return all(size == 1 or stride == expected for stride, expected, size in of)
+
+    if lie(math.prod(pixels), 1):
+        return 1
+    spacing = next(
+        (s for s, n in zip(strides[:0:-1], pixels[::-1], strict=True) if n > 1), channels
+    )
+    return spacing if lie(1, spacing) and (spacing != 1 or channels == 1) else None
 
 
 def _block(g: _Geometry, noisy: bool) -> tuple[int, int]:
-    """(fours, parts): a program takes so many parts of so many fours, of each of its channels.
+    """(quads, parts): a program takes so many parts of so many fours, of each of its channels.
 
-    More parts spread the program's own work over more elements, fewer spread the elements over
-    more multiprocessors. The interpreter pays for each program alone.
+    The interpreter pays for each program alone.
     """
-    wide = not g.channels and g.in_fours
-    # One for each lane at least (AMD's wavefronts have 64), or lanes trade through shared memory.
-    fours, parts = 256 if wide or _portable() else 128, 4
-    if g.channels:
-        width = block_channels(g.channels)
-        # Four parts of three channels would take 114 registers.
-        parts = 1 if g.in_fours and width == 4 else 4 if width == 1 and not noisy else 2
+    # A four for each lane (AMD's wavefronts have 64), or lanes would exchange what they hold.
+    lanes = 256 if _portable() else 128
+    if g.layout == TILE.value:
+        # As a share of a copy's speed on an H200, four channels with noise, 2048 elements a part:
+        # 0.944 with four parts a program, 0.905 with two, 0.932 with one; 4096 elements are slower.
+        quads, parts = (512 if noisy else 256) // g.width, 4 if noisy else 1
+    elif g.layout == FEW.value:
+        # Three channels with noise: 0.948 with one part, 0.919 with two, 0.679 with four.
+        quads, parts = lanes, 1
+    elif g.layout == SCATTERED.value:
+        quads, parts = lanes, 4 if g.width == 1 and not noisy else 2
+    elif not g.in_fours:
+        quads, parts = lanes, 4
+    else:
+        # Two streams read and one written: 1.011 with one part of 1024 elements, 0.997 with two,
+        # 0.990 with four; two and two 0.969, 0.958, 0.946; three and one 1.031, 1.020, 0.997.
+        # Counter noise has been measured with four parts alone, at 0.965: each part spreads the
+        # program's own work over more elements.
+        quads, parts = 256, 4 if noisy else 1
     if _INTERPRETED:
-        fours = _INTERPRETED_FOURS
-    if g.samples * g.n < _LARGE or g.fours < fours * parts:
+        quads = _INTERPRETED_FOURS
+    if g.samples * g.n < _LARGE or g.fours < quads * parts:
         parts = 1
-    return min(fours, max(4, int(triton.next_power_of_2(g.fours)))), parts
+    return min(quads, max(4, int(triton.next_power_of_2(g.fours)))), parts
 
 
 def _check_state(

@@ -23,7 +23,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
     for _ in tl.static_range(10):
         high0, low0 = wide_multiply(c0, 0xD2511F53)
         high1, low1 = wide_multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        c0, c1, c2, c3 = high1 ^ (c1 ^ k0), low1, high0 ^ (c3 ^ k1), low0
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
     return c0, c1, c2, c3
@@ -59,17 +59,31 @@ def box_muller(a, b, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def philox_normal4(quad, row, stream, seed, PORTABLE: tl.constexpr):
-    """The normals of elements 4·quad … 4·quad + 3 of the sample with this seed."""
-    quad = quad.to(tl.uint64)
-    row = tl.zeros_like(quad).to(tl.uint32) + row.to(tl.uint32)
+def key_of(seeds_ptr, sample):
+    """The two words of a sample's seed, low and high: Philox's key.
+
+    They are loaded apart: of words cut from one number LLVM makes multiplications of 64 bits.
+    """
+    words = seeds_ptr.to(tl.pointer_type(tl.uint32))
+    return tl.load(words + 2 * sample), tl.load(words + 2 * sample + 1)
+
+
+@triton.jit
+def philox_normal4(quad, row, stream, key, PORTABLE: tl.constexpr):
+    """The normals of elements 4·quad … 4·quad + 3 of the sample with this key.
+
+    A quad of 32 bits has no high word, which then costs nothing.
+    """
+    low = quad.to(tl.uint32)
+    zeros = tl.zeros_like(low)
+    high = (quad >> 32).to(tl.uint32) if quad.dtype == tl.int64 else zeros
     w0, w1, w2, w3 = philox4x32(
-        quad.to(tl.uint32),
-        (quad >> 32).to(tl.uint32),
-        row,
-        tl.zeros_like(row) + stream,
-        seed.to(tl.uint32),
-        (seed.to(tl.uint64) >> 32).to(tl.uint32),
+        low,
+        high,
+        zeros + row.to(tl.uint32),
+        zeros + stream,
+        key[0],
+        key[1],
     )
     z0, z1 = box_muller(w0, w1, PORTABLE)
     z2, z3 = box_muller(w2, w3, PORTABLE)
@@ -81,6 +95,15 @@ def join4(a, b, c, d):
     """Four (Q,) tensors as one (Q, 4), each lane's values side by side."""
     pairs = tl.join(tl.join(a, c), tl.join(b, d))
     return tl.reshape(pairs, (a.shape[0], 4))
+
+
+@triton.jit
+def split4(row):
+    """The four (Q,) tensors that ``join4`` has put side by side."""
+    even, odd = tl.split(tl.reshape(row, (row.shape[0], 2, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
 
 
 @triton.jit(do_not_specialize=["n_elements", "blocks_per_sample", "stream"])
@@ -103,7 +126,7 @@ def normal_kernel(
         quad,
         tl.load(rows_ptr + sample * rows_stride),
         stream,
-        tl.load(seeds_ptr + sample),
+        key_of(seeds_ptr, sample),
         PORTABLE,
     )
     base = sample * n_elements

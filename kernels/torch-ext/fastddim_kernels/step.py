@@ -8,15 +8,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .noise import join4, philox_normal4
+from .layout import (
+    FAR,
+    SCATTERED,
+    TILE,
+    accesses,
+    as_state,
+    block_channels,
+    draw,
+    layout_of,
+    left_of,
+    load_all,
+    place,
+    quotient,
+)
+from .noise import key_of
 
 # Compile-time choices, as plain ints so that a cache key and a C signature can hold them.
 EPSILON = tl.constexpr(0)
 V = tl.constexpr(1)
 SAMPLE = tl.constexpr(2)
-
-FAR = tl.constexpr(1 << 30)
-"""Beyond every block: what is left of a sample is compared in 32 bits."""
 
 
 @triton.jit
@@ -25,22 +36,20 @@ def divide(x, c, rcp_c, FINITE: tl.constexpr, PORTABLE: tl.constexpr):
 
     tl.div_rn costs 25 instructions and a call for each element. Where q is not finite the residual
     is NaN and q itself the answer: ``FINITE`` says that this cannot be. The interpreter does not
-    fuse its fma, hence the twin.
+    fuse its fma, hence the twin. ``c * -1.0`` is c with the other sign, which an fma takes for
+    nothing; ``-c`` is 0 − c, an instruction.
     """
     if PORTABLE:
         return tl.div_rn(x, tl.zeros_like(x) + c)
     q = x * rcp_c
-    y = tl.fma(tl.fma(-c, q, x), rcp_c, q)
+    y = tl.fma(tl.fma(c * -1.0, q, x), rcp_c, q)
     return y if FINITE else tl.where(tl.abs(q) < float("inf"), y, q)
 
 
 @triton.jit
-def guide(output, cond_ptr, base, offsets, mask, w):
+def guide(output, cond, w):
     """output_u + w·(output_c − output_u), where the model's output holds both halves."""
-    if w is not None:
-        cond = tl.load(cond_ptr + base + offsets, mask=mask).to(tl.float32)
-        output = output + w * (cond - output)
-    return output
+    return output if w is None else output + w * (cond - output)
 
 
 @triton.jit
@@ -103,135 +112,35 @@ def rounded(x, dtype: tl.constexpr, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def fetch(state, model, bases, access, w):
-    """(x, what the model says of it, z): all that one access reads."""
-    x_ptr, noise_ptr, _, _, _, _ = state
-    output_ptr, cond_ptr = model
-    base, output_base = bases
-    offsets, output_offsets, mask, z = access
-    x = tl.load(x_ptr + base + offsets, mask=mask)
-    output = tl.load(output_ptr + output_base + output_offsets, mask=mask).to(tl.float32)
-    output = guide(output, cond_ptr, output_base, output_offsets, mask, w)
-    if noise_ptr is not None:
-        z = tl.load(noise_ptr + base + offsets, mask=mask)
-    return x, output, z
-
-
-@triton.jit
 def finish(
-    fetched, access, factors, bounds, state, base,
+    x, output, z, access, factors, bounds, written,
     PREDICTION: tl.constexpr, NOISE: tl.constexpr, NOISE_FIRST: tl.constexpr,
     REDERIVE: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """The step itself: predict x0, bound it, direction, noise, store."""
-    x, output, z = fetched
-    offsets, _, mask, _ = access
+    begin, offsets, mask = access
     a_t, rcp_a_t, b_t, rcp_b_t, a_s, c1, c2 = factors
     clip, threshold, rcp_threshold = bounds
-    _, _, out_ptr, x0_ptr, next_ptr, next_again_ptr = state
+    out_ptr, x0_ptr, next_ptr, next_again_ptr = written
 
     predicted = predict_x0(x, output, a_t, rcp_a_t, b_t, PREDICTION, PORTABLE)
     x0 = bound_x0(predicted, clip, threshold, rcp_threshold, PORTABLE)
     eps = predict_eps(x, output, predicted, x0, a_t, b_t, rcp_b_t, PREDICTION, REDERIVE, PORTABLE)
     x_s = combine(x0, eps, z, a_s, c1, c2, NOISE, NOISE_FIRST)
 
-    tl.store(out_ptr + base + offsets, x_s, mask=mask)
+    tl.store(out_ptr + begin + offsets, x_s, mask=mask)
     if x0_ptr is not None:
-        tl.store(x0_ptr + base + offsets, x0, mask=mask)
+        tl.store(x0_ptr + begin + offsets, x0, mask=mask)
     if next_ptr is not None:
         model_input = rounded(x_s, next_ptr.dtype.element_ty, PORTABLE)
-        tl.store(next_ptr + base + offsets, model_input, mask=mask)
+        tl.store(next_ptr + begin + offsets, model_input, mask=mask)
         if next_again_ptr is not None:
-            tl.store(next_again_ptr + base + offsets, model_input, mask=mask)
-
-
-@triton.jit
-def step_noise(quad, row, seed, PORTABLE: tl.constexpr):
-    """The normals of elements 4·quad … 4·quad + 3, or four zeros where there is no seed."""
-    if seed is None:
-        return 0.0, 0.0, 0.0, 0.0
-    else:  # noqa: RET505  (without it Triton compiles on into what there is no seed for)
-        return philox_normal4(quad, row, 0, seed, PORTABLE)
-
-
-@triton.jit
-def in_order(j, first_quad, n_elements, noise_of, FOURS: tl.constexpr, PORTABLE: tl.constexpr):
-    """The accesses of these fours of a sample that lies in the order of its elements."""
-    row, seed = noise_of
-    z = step_noise(first_quad + j, row, seed, PORTABLE)
-    left = tl.minimum(n_elements - first_quad * 4, FAR).to(tl.int32)
-    if FOURS:
-        # Rows of four with the mask on the row: `offsets < n` alone, with n no multiple of 16,
-        # would make every access scalar, and a flat block with a 16-bit output would exchange
-        # its elements through shared memory.
-        offsets = j[:, None] * 4 + tl.arange(0, 4)[None, :]
-        z_row = join4(z[0], z[1], z[2], z[3]) if seed is not None else 0.0
-        accesses = ((offsets, offsets, (j * 4 < left)[:, None], z_row),)
-    else:
-        # A sample that is no multiple of four: rows of four would reach into the next sample.
-        accesses = ()
-        for lane in tl.static_range(4):
-            offsets = j * 4 + lane
-            accesses = accesses + ((offsets, offsets, offsets < left, z[lane]),)
-    return accesses
-
-
-@triton.jit
-def four_channels(
-    j, first_quad, first_channel, n_pixels, noise_of,
-    CHANNELS: tl.constexpr, OUTPUT_CHANNELS: tl.constexpr, PORTABLE: tl.constexpr,
-):  # fmt: skip
-    """The accesses of these fours of pixels that lie channels last: four channels are a row."""
-    row, seed = noise_of
-    z = ()
-    for k in tl.static_range(4):
-        quad = (first_channel + k) * (n_pixels // 4) + first_quad + j
-        z = z + (step_noise(quad, row, seed, PORTABLE),)
-    mask = (j * 4 < tl.minimum(n_pixels - first_quad * 4, FAR).to(tl.int32))[:, None]
-    accesses = ()
-    for lane in tl.static_range(4):
-        pixel, c = (j * 4 + lane)[:, None], tl.arange(0, 4)[None, :]
-        z_row = 0.0
-        if seed is not None:
-            z_row = join4(z[0][lane], z[1][lane], z[2][lane], z[3][lane])
-        offsets, output_offsets = pixel * CHANNELS + c, pixel * OUTPUT_CHANNELS + c
-        accesses = accesses + ((offsets, output_offsets, mask, z_row),)
-    return accesses
-
-
-@triton.jit
-def one_channel(
-    j, first_quad, start, early, n_pixels, noise_of,
-    CHANNELS: tl.constexpr, OUTPUT_CHANNELS: tl.constexpr, FOURS: tl.constexpr,
-    PORTABLE: tl.constexpr,
-):  # fmt: skip
-    """The accesses of these fours of one channel of pixels, which are that many elements apart.
-
-    Where sizes are no multiple of four, a channel's first element, ``start``, stands anywhere in
-    its four: fours begin ``early`` pixels before it, and one on a border is drawn for both
-    channels. What the base lacks of it is constant, or each access would have an address to
-    work out for itself.
-    """
-    row, seed = noise_of
-    z = step_noise((start >> 2) + first_quad + j, row, seed, PORTABLE)
-    left = tl.minimum(n_pixels - first_quad * 4 + early, FAR).to(tl.int32)
-    skipped = tl.where(first_quad == 0, early, 0).to(tl.int32)
-    accesses = ()
-    for lane in tl.static_range(4):
-        pixel = j * 4 + lane
-        mask = j * 4 < left if FOURS else (pixel >= skipped) & (pixel < left)
-        accesses = accesses + ((pixel * CHANNELS, pixel * OUTPUT_CHANNELS, mask, z[lane]),)
-    return accesses
-
-
-@triton.constexpr_function
-def block_channels(channels):
-    """How many channels a block takes of samples that lie channels last; it divides them."""
-    return 4 if channels > 0 and channels % 4 == 0 else channels if 0 < channels < 4 else 1
+            tl.store(next_again_ptr + begin + offsets, model_input, mask=mask)
 
 
 SIZES = [
-    "n_elements", "samples", "blocks_per_sample", "output_stride", "rows_stride", "guidance_stride",
+    "size", "samples", "minus_blocks", "blocks_magic", "blocks_shift", "output_stride",
+    "rows_stride", "guidance_stride",
 ]  # fmt: skip
 
 
@@ -249,9 +158,11 @@ def ddim_step_kernel(
     guidance_ptr,
     threshold_ptr,
     rcp_threshold_ptr,
-    n_elements,
+    size,
     samples,
-    blocks_per_sample,
+    minus_blocks,
+    blocks_magic,
+    blocks_shift,
     output_stride,
     rows_stride,
     guidance_stride,
@@ -262,89 +173,123 @@ def ddim_step_kernel(
     REDERIVE: tl.constexpr,
     NEXT_TWICE: tl.constexpr,
     CHANNELS: tl.constexpr,
-    OUTPUT_CHANNELS: tl.constexpr,
+    X_PIXEL: tl.constexpr,
+    OUTPUT_PIXEL: tl.constexpr,
     FOURS: tl.constexpr,
+    EVEN: tl.constexpr,
     PORTABLE: tl.constexpr,
     QUADS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """x_s and whatever else is asked for, of one block of one sample.
+    """x_s and whatever else is wanted, of one block of one sample.
 
-    One grid axis, since the others end at 65,535. Sizes are in elements; n_elements is a
-    sample's. A pointer that is None is a choice made at compile time. What changes between calls
-    is read from device memory, so that a captured graph can serve them all.
+    One grid axis, since the others end at 65,535. ``size`` is a sample's number of elements, or
+    that of one of its channels where CHANNELS > 0; ``output_stride`` is the distance of two samples
+    of the output. Both count fours with ``FOURS`` and elements without. ``minus_blocks`` is the
+    number of blocks of a sample, negated: the block's number then takes one multiply-add.
 
-    CHANNELS = 0: a sample is one stretch of memory in the order of its elements. Otherwise its
-    pixels lie CHANNELS apart, OUTPUT_CHANNELS apart in the model's output, and a block is up to
-    four channels of some pixels: noise belongs to the element, wherever memory keeps it.
+    None is a choice made at compile time: for a pointer, that there is none; for ``minus_blocks``,
+    that there is one sample; for ``rows_stride`` and ``guidance_stride``, that all samples have the
+    first value; for ``output_stride``, that the output's samples are as far apart as x's. What
+    changes between calls is read from device memory, so that one captured graph serves them all.
+
+    CHANNELS = 0: state and output lie in the order of the elements. Otherwise their pixels lie
+    X_PIXEL and OUTPUT_PIXEL elements apart, 1 where channel follows channel (``layout``). EVEN:
+    the blocks of a sample are full, and nothing is masked.
     """
-    WIDTH: tl.constexpr = block_channels(CHANNELS)
-    PIXEL: tl.constexpr = CHANNELS if CHANNELS > 0 else 1
-    OUTPUT_PIXEL: tl.constexpr = OUTPUT_CHANNELS if CHANNELS > 0 else 1
-    GROUPS: tl.constexpr = PIXEL // WIDTH
+    LAYOUT: tl.constexpr = layout_of(CHANNELS, OUTPUT_PIXEL, FOURS)
+    WIDTH: tl.constexpr = block_channels(CHANNELS, LAYOUT)
+    C: tl.constexpr = CHANNELS if CHANNELS > 0 else 1
+    UNIT: tl.constexpr = 4 if FOURS else 1
+    GROUPS: tl.constexpr = C // WIDTH
     pid = tl.program_id(0)
     first_channel = (pid % GROUPS * WIDTH).to(tl.int64)
-    sample = pid // GROUPS // blocks_per_sample
-    block = (pid // GROUPS - sample * blocks_per_sample).to(tl.int64)
-    sample = sample.to(tl.int64)
+    block, sample = pid // GROUPS, tl.zeros_like(pid)
+    if minus_blocks is not None:
+        sample = quotient(block, blocks_magic, blocks_shift).to(tl.int32)
+        block += sample * minus_blocks
+    block, sample = block.to(tl.int64), sample.to(tl.int64)
 
-    row = tl.load(rows_ptr + sample * rows_stride)
-    factors = ()
-    for column in tl.static_range(7):
-        factors = factors + (tl.load(table_ptr + row * COLUMNS + column),)
-    seed, w, threshold, rcp_threshold = None, None, None, None
+    row = tl.load(rows_ptr if rows_stride is None else rows_ptr + sample * rows_stride)
+    key, w, threshold, rcp_threshold = None, None, None, None
     if seeds_ptr is not None:
-        seed = tl.load(seeds_ptr + sample)
+        key = key_of(seeds_ptr, sample)
     if guidance_ptr is not None:
-        w = tl.load(guidance_ptr + sample * guidance_stride)
+        of_sample = 0 if guidance_stride is None else sample * guidance_stride
+        w = tl.load(guidance_ptr + of_sample)
     if threshold_ptr is not None:
         threshold = tl.load(threshold_ptr + sample)
         rcp_threshold = tl.load(rcp_threshold_ptr + sample)
 
-    # A block begins at its base, in 64 bits; offsets count from there and fit in 32.
-    if FOURS:  # so written, these tell the compiler of the alignment
-        n_elements = n_elements // 4 * 4
-        output_stride = output_stride // 4 * 4
-    cond_ptr, next_again_ptr = None, None
-    if guidance_ptr is not None:
-        cond_ptr = output_ptr + samples.to(tl.int64) * output_stride
-    if NEXT_TWICE:
-        next_again_ptr = next_ptr + samples.to(tl.int64) * n_elements
+    # A block begins in 64 bits; offsets count from there and fit in 32. The products of two
+    # variables come first: while both are widened from 32 bits, one instruction multiplies them.
+    elements = sample * size.to(tl.int64) * (UNIT * C)
+    output_elements, n_pixels = elements, size.to(tl.int64) * UNIT
+    all_elements = samples.to(tl.int64) * size.to(tl.int64) * (UNIT * C)
+    all_output_elements = all_elements
+    if output_stride is not None:
+        output_elements = sample * output_stride.to(tl.int64) * UNIT
+        all_output_elements = samples.to(tl.int64) * output_stride.to(tl.int64) * UNIT
     first_quad = block * (PARTS * QUADS)
-    base = sample * n_elements + first_quad * 4 * PIXEL + first_channel
-    output_base = sample * output_stride + first_quad * 4 * OUTPUT_PIXEL + first_channel
+    begin = place(elements, first_quad, first_channel, n_pixels, X_PIXEL)
+    output_begin = begin
+    if output_stride is not None or OUTPUT_PIXEL != X_PIXEL:
+        output_begin = place(output_elements, first_quad, first_channel, n_pixels, OUTPUT_PIXEL)
+    cond_ptr, next_again_ptr = output_ptr, None
+    if guidance_ptr is not None:
+        cond_ptr = output_ptr + all_output_elements
+    if NEXT_TWICE:
+        next_again_ptr = next_ptr + all_elements
     # As a tuple they are passed on, but never returned: Triton 3.6 cannot return a None.
-    state = (x_ptr, noise_ptr, out_ptr, x0_ptr, next_ptr, next_again_ptr)
-    model = (output_ptr, cond_ptr)
+    written = (out_ptr, x0_ptr, next_ptr, next_again_ptr)
 
-    n_pixels = n_elements // PIXEL
-    noise_of = (row, seed)
-    for k in tl.static_range(1 if CHANNELS % 4 == 0 and FOURS else WIDTH):
+    factors = ()
+    x_channel = n_pixels if X_PIXEL == 1 else 1
+    output_channel = n_pixels if OUTPUT_PIXEL == 1 else 1
+    for k in tl.static_range(WIDTH if LAYOUT == SCATTERED else 1):
+        # Where sizes are no multiple of four, a channel's first element, ``start``, stands
+        # anywhere in its four: fours begin ``early`` pixels before it, and one on a border is
+        # drawn for both channels.
         start = (first_channel + k) * n_pixels
         early = start * 0 if FOURS or CHANNELS == 0 else start & 3
-        base_k = base + (k - early * PIXEL)
-        output_base_k = output_base + (k - early * OUTPUT_PIXEL)
+        skipped = tl.where(first_quad == 0, early, 0).to(tl.int32)
+        left = FAR if EVEN else left_of(size, first_quad * (4 // UNIT)) + early.to(tl.int32)
+        x_from = begin + k * x_channel - early * X_PIXEL
+        output_from = output_begin + k * output_channel - early * OUTPUT_PIXEL
+        noise_of = (row, key, first_quad, first_channel, start, size)
         for part in tl.static_range(PARTS):
-            j = tl.arange(0, QUADS) + part * QUADS
-            if CHANNELS == 0:
-                accesses = in_order(j, first_quad, n_elements, noise_of, FOURS, PORTABLE)
-            elif CHANNELS % 4 == 0 and FOURS:
-                accesses = four_channels(
-                    j, first_quad, first_channel, n_pixels, noise_of,
-                    CHANNELS, OUTPUT_CHANNELS, PORTABLE,
-                )  # fmt: skip
-            else:
-                accesses = one_channel(
-                    j, first_quad, start, early, n_pixels, noise_of,
-                    CHANNELS, OUTPUT_CHANNELS, FOURS, PORTABLE,
-                )  # fmt: skip
+            here = accesses(
+                x_from, n_pixels, left, skipped,
+                C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS,
+            )  # fmt: skip
+            there = accesses(
+                output_from, n_pixels, left, skipped,
+                C, OUTPUT_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS,
+            )  # fmt: skip
+            # A tile's noise is turned through shared memory before the loads, which would hold 32
+            # registers meanwhile; elsewhere the loads come first, and the noise while they last.
+            z = ()
+            if key is not None and LAYOUT == TILE:
+                z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
             # All is read before anything is written: a load cannot be moved before a store.
-            fetched = ()
-            for i in tl.static_range(len(accesses)):
-                fetched = fetched + (fetch(state, model, (base_k, output_base_k), accesses[i], w),)
-            for i in tl.static_range(len(accesses)):
+            x = load_all(x_ptr, here)
+            output = as_state(load_all(output_ptr, there), C, OUTPUT_PIXEL, X_PIXEL, LAYOUT)
+            cond = output
+            if w is not None:
+                cond = as_state(load_all(cond_ptr, there), C, OUTPUT_PIXEL, X_PIXEL, LAYOUT)
+            if noise_ptr is not None:
+                z = load_all(noise_ptr, here)
+            if k == 0 and part == 0:
+                # The factors wait for the row: the state is asked for before them.
+                for column in tl.static_range(7):
+                    factors = factors + (tl.load(table_ptr + row.to(tl.int64) * COLUMNS + column),)
+            if key is not None and LAYOUT != TILE:
+                z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
+            for i in tl.static_range(len(here)):
                 finish(
-                    fetched[i], accesses[i], factors, (clip, threshold, rcp_threshold), state,
-                    base_k, PREDICTION, noise_ptr is not None or seeds_ptr is not None, NOISE_FIRST,
+                    x[i], guide(output[i].to(tl.float32), cond[i].to(tl.float32), w),
+                    z[i] if len(z) > 0 else 0.0, here[i], factors,
+                    (clip, threshold, rcp_threshold), written,
+                    PREDICTION, noise_ptr is not None or seeds_ptr is not None, NOISE_FIRST,
                     REDERIVE, PORTABLE,
                 )  # fmt: skip

@@ -1,0 +1,227 @@
+"""Where a program's elements lie: their accesses, and rows of four moved between layouts.
+
+Three things may lie in different orders: the state (x and what the step writes), the model's
+output, and the noise, which belongs to the logical element wherever memory keeps it. A program
+works on rows in the state's order; what comes in another order is renamed in registers, or turned
+through shared memory.
+"""
+
+# Triton compiles these bodies; to pyright its language is made of functions that never return.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .noise import join4, philox_normal4, split4
+
+IN_ORDER = tl.constexpr(0)
+"""A sample is one stretch of memory in the order of its elements."""
+FEW = tl.constexpr(1)
+"""One to three channels: a lane takes four pixels with all their channels."""
+TILE = tl.constexpr(2)
+"""A multiple of four channels: a program takes a tile, some pixels by up to 16 channels."""
+SCATTERED = tl.constexpr(3)
+"""Channels last, and no four elements lie side by side: every access is one element wide."""
+
+FAR = tl.constexpr(1 << 30)
+"""Beyond every block: what is left of a sample is compared in 32 bits."""
+
+
+@triton.constexpr_function
+def layout_of(channels, output_pixel, fours):
+    """Which of the four layouts serves; ``output_pixel``: from one pixel of the output to the next.
+
+    ``channels`` = 0: state and output both lie in the order of the elements. ``fours``: the pixels
+    of a channel, and the output's samples, are multiples of four elements.
+    """
+    if channels == 0:
+        return IN_ORDER.value
+    if fours and channels < 4 and output_pixel in (1, channels, 2 * channels):
+        return FEW.value
+    return TILE.value if fours and channels % 4 == 0 else SCATTERED.value
+
+
+@triton.constexpr_function
+def block_channels(channels, layout):
+    """How many channels a program takes; they divide ``channels``."""
+    if layout == IN_ORDER.value:
+        return 1
+    if layout == TILE.value:
+        # 16 channels of a 16-bit output are a sector of 32 bytes.
+        return 16 if channels % 16 == 0 else 8 if channels % 8 == 0 else 4
+    return 4 if channels % 4 == 0 else channels if channels < 4 else 1
+
+
+@triton.jit
+def quotient(n, magic, shift):
+    """n // d for 0 ≤ n < 2³¹, from d's ``magic`` and ``shift`` (``launch.divisor``).
+
+    Granlund and Montgomery (1994), figure 4.1: three instructions, where a division of two
+    variables takes thirty, before which nothing of a sample can be read.
+    """
+    high = (n.to(tl.uint64) * magic.to(tl.uint32, bitcast=True).to(tl.uint64)) >> 32
+    return (high.to(tl.uint32) + n.to(tl.uint32)) >> shift.to(tl.uint32)
+
+
+@triton.jit
+def left_of(size, first):
+    """What is left of ``size`` from ``first`` on, in 32 bits."""
+    if size.dtype == tl.int64:
+        return tl.minimum(size - first, FAR).to(tl.int32)
+    else:  # noqa: RET505  (without it Triton compiles on)
+        return size - first.to(tl.int32)
+
+
+@triton.jit
+def place(sample_begin, first_quad, first_channel, n_pixels, PIXEL: tl.constexpr):
+    """Where a program begins in a tensor whose pixels lie ``PIXEL`` elements apart.
+
+    Pixels that lie 1 apart are those of one channel: the channels then lie ``n_pixels`` apart.
+    """
+    if PIXEL == 1:
+        return sample_begin + first_channel * n_pixels + first_quad * 4
+    else:  # noqa: RET505
+        return sample_begin + first_quad * 4 * PIXEL + first_channel
+
+
+@triton.jit
+def accesses(
+    begin, n_pixels, left, skipped,
+    CHANNELS: tl.constexpr, PIXEL: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr,
+    FOURS: tl.constexpr, FIRST: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """(begin, offsets, mask) of each access to a tensor whose pixels lie ``PIXEL`` apart.
+
+    The accesses hold the fours from ``FIRST`` on. ``left`` counts fours where ``FOURS`` is set and
+    elements otherwise; the first ``skipped`` of those belong to the channel before.
+    """
+    j = FIRST + tl.arange(0, QUADS)
+    found = ()
+    if LAYOUT == IN_ORDER and FOURS:
+        # Rows of four with the mask on the row: `offsets < n` alone, with n no multiple of 16,
+        # would make every access scalar, and a flat block with a 16-bit output would exchange
+        # its elements through shared memory.
+        offsets = j[:, None] * 4 + tl.arange(0, 4)[None, :]
+        found = ((0, begin + offsets, (j < left)[:, None]),)
+    elif LAYOUT == IN_ORDER:
+        # A sample that is no multiple of four: rows of four would reach into the next sample.
+        for lane in tl.static_range(4):
+            offsets = j * 4 + lane
+            found = found + ((0, begin + offsets, offsets < left),)
+    elif LAYOUT == FEW and PIXEL == 1:
+        offsets = j[:, None] * 4 + tl.arange(0, 4)[None, :]
+        for channel in tl.static_range(CHANNELS):
+            at = begin + channel * n_pixels
+            found = found + ((0, at + offsets, (j < left)[:, None]),)
+    elif LAYOUT == FEW:
+        for k in tl.static_range(PIXEL):
+            offsets = j[:, None] * (4 * PIXEL) + (4 * k + tl.arange(0, 4))[None, :]
+            found = found + ((0, begin + offsets, (j < left)[:, None]),)
+    elif LAYOUT == TILE:
+        pixel, channel = 4 * FIRST + tl.arange(0, 4 * QUADS), tl.arange(0, WIDTH)
+        # So written, the mask is known to be the same for four pixels, which can be one access.
+        mask = pixel // 4 < left
+        if PIXEL == 1:
+            offsets = channel[:, None] * n_pixels + pixel[None, :]
+            found = ((0, begin + offsets, mask[None, :]),)
+        else:
+            offsets = pixel[:, None] * PIXEL + channel[None, :]
+            found = ((0, begin + offsets, mask[:, None]),)
+    else:
+        for lane in tl.static_range(4):
+            pixel = j * 4 + lane
+            mask = j < left if FOURS else (pixel >= skipped) & (pixel < left)
+            found = found + ((begin, pixel * PIXEL, mask),)
+    return found
+
+
+@triton.jit
+def load_all(ptr, accesses):
+    """What each of the accesses reads."""
+    found = ()
+    for i in tl.static_range(len(accesses)):
+        begin, offsets, mask = accesses[i]
+        found = found + (tl.load(ptr + begin + offsets, mask=mask),)
+    return found
+
+
+@triton.jit
+def arranged(planes, CHANNELS: tl.constexpr, PIXEL: tl.constexpr):
+    """Rows of four in the order of a layout, from ``planes``: value 4·c + p is pixel p, channel c.
+
+    Lanes hold four pixels each, so that this renames registers and moves nothing.
+    """
+    rows = ()
+    for k in tl.static_range(CHANNELS):
+        if PIXEL == 1:
+            row = join4(planes[4 * k], planes[4 * k + 1], planes[4 * k + 2], planes[4 * k + 3])
+        else:  # element e of the lane's 4·CHANNELS is channel e % CHANNELS of pixel e // CHANNELS
+            row = join4(
+                planes[4 * k % CHANNELS * 4 + 4 * k // CHANNELS],
+                planes[(4 * k + 1) % CHANNELS * 4 + (4 * k + 1) // CHANNELS],
+                planes[(4 * k + 2) % CHANNELS * 4 + (4 * k + 2) // CHANNELS],
+                planes[(4 * k + 3) % CHANNELS * 4 + (4 * k + 3) // CHANNELS],
+            )
+        rows = rows + (row,)
+    return rows
+
+
+@triton.jit
+def as_planes(rows, CHANNELS: tl.constexpr, PIXEL: tl.constexpr):
+    """``arranged`` undone; of pixels further apart than their channels, the rest is left out."""
+    values = ()
+    for k in tl.static_range(len(rows)):
+        values = values + split4(rows[k])
+    planes = ()
+    for channel in tl.static_range(CHANNELS):
+        for p in tl.static_range(4):
+            planes = planes + (values[4 * channel + p if PIXEL == 1 else p * PIXEL + channel],)
+    return planes
+
+
+@triton.jit
+def as_state(
+    rows, CHANNELS: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Rows of a tensor whose pixels lie ``FROM`` apart, in the order of a state's, ``TO`` apart."""
+    if LAYOUT == FEW and FROM != TO:
+        return arranged(as_planes(rows, CHANNELS, FROM), CHANNELS, TO)
+    elif LAYOUT == TILE and (FROM == 1) != (TO == 1):  # noqa: RET505
+        return (tl.trans(rows[0]),)
+    else:
+        return rows
+
+
+@triton.jit
+def draw(
+    noise_of,
+    CHANNELS: tl.constexpr, PIXEL: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr,
+    FOURS: tl.constexpr, FIRST: tl.constexpr, QUADS: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """The step's normals, in the rows of the state's accesses."""
+    row, key, first_quad, first_channel, start, size = noise_of
+    # Fours are counted in as many bits as the sizes have: those of 32 leave out half of Philox's
+    # first two rounds.
+    quad = (first_quad + (FIRST + tl.arange(0, QUADS))).to(size.dtype)
+    if LAYOUT == IN_ORDER:
+        z = philox_normal4(quad, row, 0, key, PORTABLE)
+        if FOURS:
+            z = (join4(z[0], z[1], z[2], z[3]),)
+        return z
+    elif LAYOUT == FEW:  # noqa: RET505
+        planes = ()
+        for _ in tl.static_range(CHANNELS):
+            planes = planes + philox_normal4(quad, row, 0, key, PORTABLE)
+            quad += size
+        return arranged(planes, CHANNELS, PIXEL)
+    elif LAYOUT == TILE:
+        channel = first_channel.to(size.dtype) + tl.arange(0, WIDTH)
+        quad = channel[:, None] * size + quad[None, :]
+        z = philox_normal4(quad, row, 0, key, PORTABLE)
+        pairs = tl.join(tl.join(z[0], z[2]), tl.join(z[1], z[3]))
+        tile = tl.reshape(pairs, (WIDTH, 4 * QUADS))
+        return (tl.trans(tile) if PIXEL != 1 else tile,)
+    else:
+        return philox_normal4((start >> 2).to(quad.dtype) + quad, row, 0, key, PORTABLE)
