@@ -186,8 +186,9 @@ def test_philox_multiplies_wide_and_box_muller_approximates(code: list[Code]) ->
         calls = c.pairs // 2
         # Ten rounds of two; what does not depend on the element is not computed for each.
         assert c.ptx.get("mul.wide.u32", 0) >= 16 * calls, c.name
+        # One for the block's sample, up to three for where it begins.
         others = starting(c.ptx, "mul.hi", "mul.lo.s64", "mul.lo.u64")
-        assert others <= 3 * calls + 1, c.name
+        assert others <= 4, c.name
         for function in ("lg2", "sin", "cos", "sqrt"):
             assert starting(c.ptx, f"{function}.") == c.pairs, c.name
             assert starting(c.ptx, f"{function}.approx") == c.pairs, c.name
@@ -204,15 +205,19 @@ def test_bounds_keep_nan_and_nothing_else_is_bounded_so(code: list[Code]) -> Non
 
 
 def test_a_block_is_found_in_64_bits(code: list[Code]) -> None:
-    # Offsets within a block may have 32, and so may the row of a table.
     for c in code:
         moves = scalar_moves(c.ttir)
-        roots = {root for root, _, _ in moves}
-        assert {"%out_ptr", "%rows_ptr"} <= roots, c.name
-        for root, offset, kind in moves:
-            if root != "%table_ptr":
-                assert kind == "i64", f"{c.name}: {root} moves by {offset} in {kind}"
+        constants = set(re.findall(r"(%[\w-]+) = arith\.constant ", c.ttir))
+        assert {kind for _, by, kind in moves if by not in constants} == {"i64"}, c.name
+        offsets = set(re.findall(TENSOR_MOVE, c.ttir))
+        # Offsets of 32 bits count from where a block begins, which its pointers have moved to.
+        apart = c.name == "epsilon last philox odd"
+        assert offsets == {"i32" if apart else "i64"}, c.name
+        assert not apart or "%out_ptr" in {root for root, _, _ in moves}, c.name
         assert not overflowing(c.ttir), c.name
+
+
+TENSOR_MOVE = r"tt\.addptr .* : tensor<[\dx]+!tt\.ptr<\w+>>, tensor<[\dx]+(i\d+)>"
 
 
 def scalar_moves(ttir: str) -> list[tuple[str, str, str]]:
@@ -317,8 +322,10 @@ def test_a_file_is_written_whole_or_not_at_all(
 @pytest.mark.slow
 def test_amd_compiles_without_scratch_or_spills(tmp_path: Path) -> None:
     for c in compiled(tmp_path, "gfx942"):
-        assert (c.row["stack"], c.row["local"], c.row["shared"]) == (0, 0, 0), c.name
-        assert not starting(c.sass, "scratch_", "ds_"), c.name
+        assert (c.row["stack"], c.row["local"]) == (0, 0), c.name
+        assert (c.row["shared"] > 0) == c.turned, c.name
+        assert not starting(c.sass, "scratch_"), c.name
+        assert c.turned or not starting(c.sass, "ds_"), c.name
         assert c.row["budget_share"] is None, c.name
         if not c.scalar:
             assert c.row["store_widths"]["128"] >= 1, c.name
