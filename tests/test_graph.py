@@ -8,79 +8,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastddim import DDIM, NoiseSchedule, graph
+from fastddim import DDIM, NoiseSchedule
 from tests.loops import conditioned, drawn
 from tests.refusals import refused
+from tests.tape import FreedError, Tape, tapes_for_graphs
 
 LINEAR = NoiseSchedule.linear()
 SHAPE = (3, 2, 5, 4)
 SEEDS = [7, 2**35, 2**63 - 1]
-aten: Any = torch.ops.aten
-ALLOCATIONS = {
-    aten.empty.memory_format,
-    aten.empty_like.default,
-    aten.empty_strided.default,
-    aten.new_empty.default,
-}
-
-
-class Tape(TorchDispatchMode):
-    """What a CUDA graph is, on any device: the operations with their memory, done again in place.
-
-    Python does not run again, every address is the recorded one, and reading a value is refused.
-    """
-
-    def __init__(self, body: Callable[[], Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.done: list[tuple[Any, Any, Any, list[Tensor]]] = []
-        with torch.no_grad():
-            body()  # as before a capture: it must leave nothing behind that matters
-            with self:
-                self.result = body()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is aten._local_scalar_dense.default:
-            raise RuntimeError("a graph reads no values")
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.done.append((func, args, kwargs, tensors_of(out)))
-        return out
-
-    def __call__(self) -> Any:
-        with torch.no_grad():
-            for func, args, kwargs, outs in self.done:
-                if func in ALLOCATIONS:
-                    for out in outs:  # whatever stood there
-                        out.fill_(float("nan") if out.is_floating_point() else 1)
-                    continue
-                again = tensors_of(func(*args, **kwargs))
-                for into, value in zip(outs, again, strict=True):
-                    if into.data_ptr() != value.data_ptr() and into.numel():
-                        into.copy_(value)
-        return self.result
-
-
-def tensors_of(out: Any) -> list[Tensor]:
-    return [
-        item
-        for item in (out if isinstance(out, (tuple, list)) else [out])
-        if isinstance(item, Tensor)
-    ]
 
 
 @pytest.fixture(params=["eager", "tape"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The CPU's own way, which runs the loop again, and that of a GPU."""
     if request.param == "tape":
-        monkeypatch.setattr(graph, "record", lambda body, device, pool=None: Tape(body))
+        tapes_for_graphs(monkeypatch)
     return str(request.param)
 
 
 @pytest.fixture
-def taped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "record", lambda body, device, pool=None: Tape(body))
+def taped(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    return tapes_for_graphs(monkeypatch)
 
 
 def model(x: Tensor, t: Tensor, c: Tensor, before: Tensor | None = None) -> Tensor:
@@ -376,7 +325,7 @@ def test_an_empty_batch_stays_empty(way: str, steps: int) -> None:
     assert run(seeds=[]).shape == (0, 3)
 
 
-def test_the_models_weights_are_those_in_place(taped: None) -> None:
+def test_the_models_weights_are_those_in_place(taped: list[Tape]) -> None:
     weight = torch.ones(1)
 
     def weighed(x: Tensor, t: Tensor) -> Tensor:
@@ -391,7 +340,7 @@ def test_the_models_weights_are_those_in_place(taped: None) -> None:
 
 
 @pytest.mark.parametrize("steps", [7, 102])
-def test_python_runs_when_it_is_captured_and_not_again(taped: None, steps: int) -> None:
+def test_python_runs_when_it_is_captured_and_not_again(taped: list[Tape], steps: int) -> None:
     calls: list[int] = []
 
     def counting(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -406,7 +355,7 @@ def test_python_runs_when_it_is_captured_and_not_again(taped: None, steps: int) 
     assert len(calls) == asked
 
 
-def test_a_model_that_reads_a_value_cannot_be_taped(taped: None) -> None:
+def test_a_model_that_reads_a_value_cannot_be_taped(taped: list[Tape]) -> None:
     # What the tape is worth: were it to let this pass, it would record nothing of use.
     def reading(x: Tensor, t: Tensor) -> Tensor:
         return x * (0.5 if t[0].item() > 500 else 0.4)
