@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule
+from tests.apart import apart
 from tests.loops import conditioned, drawn
 from tests.refusals import refused
-from tests.tape import FreedError, Tape, tapes_for_graphs
+from tests.tape import Tape, tapes_for_graphs
 
 LINEAR = NoiseSchedule.linear()
 SHAPE = (3, 2, 5, 4)
@@ -441,6 +443,7 @@ def test_capture_refuses_bad_arguments(
 
 
 @pytest.mark.gpu
+@apart
 @pytest.mark.parametrize("how", CALLS)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -463,6 +466,27 @@ def test_on_a_gpu_a_replay_is_a_fresh_run(how: str, steps: int, eta: float) -> N
 
 
 @pytest.mark.gpu
+@apart
+@pytest.mark.parametrize("steps", [7, 102])
+def test_on_a_gpu_a_replay_outlives_its_sampler_and_the_models_weights(steps: int) -> None:
+    net = torch.nn.Conv2d(2, 2, 3, padding=1, device="cuda").requires_grad_(False)
+    act = DDIM(steps, eta=1.0, schedule=LINEAR, clip=1.0).capture(
+        lambda x, t: net(x), SHAPE, device="cuda"
+    )
+    was, replay = act(seeds=SEEDS), act._replay
+    del act
+    net.cpu()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    # Whatever was freed is written by somebody else.
+    others = [torch.full((n,), float("nan"), device="cuda") for n in (1, 8, 64, 512) * 50]
+    assert torch.equal(replay(), was)
+    assert all(other.isnan().all() for other in others)
+
+
+@pytest.mark.gpu
+@apart
 @pytest.mark.parametrize("steps", [7, 102])
 def test_on_a_gpu_a_model_that_cannot_be_captured_is_told_where(steps: int) -> None:
     def reading(x: Tensor, t: Tensor) -> Tensor:
