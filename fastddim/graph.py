@@ -22,6 +22,7 @@ from fastddim.run import (
     Guidance,
     Row,
     Run,
+    check_not_capturing,
     checked_guidance,
     checked_seeds,
     checked_state,
@@ -59,7 +60,8 @@ class Captured:
 
     Raises:
         TypeError, ValueError: as ``DDIM.sample`` does, in ``capture`` and in each call.
-        RuntimeError: the model cannot be captured; the message says why.
+        RuntimeError: the model cannot be captured, and the message says why; or another graph is
+            being captured.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Captured:
             ``out``, or a new tensor, float32.
         """
         device = self._x_T.device
+        check_not_capturing(device)
         if x_T is not None:
             checked_state("x_T", x_T, device)
             if x_T.shape != self._x_T.shape:

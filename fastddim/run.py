@@ -450,7 +450,7 @@ def _numbers(name: str, value: Any) -> npt.NDArray[np.float64]:
 
 
 def drawn_seeds(batch: int) -> Tensor:
-    """A seed for each sample from torch's default generator: the CPU's, wherever tensors are made."""
+    """A seed for each sample, from the CPU's default generator whatever the default device is."""
     return torch.randint(0, 2**63 - 1, (batch,), device="cpu")
 
 
@@ -500,6 +500,19 @@ def usable(device: torch.device | str | None) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
+
+
+def check_not_capturing(device: torch.device) -> None:
+    """That no graph of the caller's is being captured where a sampler is to begin.
+
+    Such a graph would hold copies from the host, and the addresses of tables that die with the
+    call.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "sampling cannot begin while a CUDA graph is being captured: call DDIM.capture before "
+            "it and replay what that returns, or capture steps (fastddim.ddim_step)"
+        )
 
 
 def checked_dtype(dtype: Any) -> torch.dtype | None:

@@ -30,6 +30,7 @@ SEEDS = [7, 2**35, 2**63 - 1]
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(trajectory, "free_bytes", lambda device: None)
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with Device() as device:
         yield device
 
