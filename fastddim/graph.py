@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -347,7 +348,8 @@ def record(body: Callable[[], Any], device: torch.device, memory: Memory | None 
     return Recorded(graph, result, body, device)
 
 
-class Recorded(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Recorded:
     """A graph, what its replay gives, and what holds the memory that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,22 +63,23 @@ def run(module: str, name: str, given: dict[str, Any], seconds: float) -> tuple[
         child.close()
         # Its death is noticed too, for something of its own may hold the pipe open.
         if not wait([parent, process.sentinel], seconds):
-            found = "failed", f"{name} took over {seconds:g} s"
-        elif not (found := _report(parent)):
+            outcome, text = "failed", f"{name} took over {seconds:g} s"
+        elif (report := _report(parent)) is not None:
+            outcome, text = report
+        else:
             process.join(10)
-            found = "failed", f"the process of {name} died: exit code {process.exitcode}"
+            outcome, text = "failed", f"the process of {name} died: exit code {process.exitcode}"
         process.join(1)
         process.kill()  # What it does after its report is of no interest.
         process.join()
         printed = said.read_text(errors="replace")[-4000:] if said.exists() else ""
-    outcome, text = found
     return outcome, f"{text}\n{printed}".strip()
 
 
 def _report(parent: Connection) -> tuple[str, str] | None:
     """What the child has sent before its end."""
     try:
-        return parent.recv() if parent.poll() else None  # type: ignore[no-any-return]
+        return parent.recv() if parent.poll() else None
     except EOFError:
         return None
 
@@ -107,7 +109,7 @@ def _run(child: Connection, module: str, name: str, given: dict[str, Any], said:
 
 
 @functools.cache
-def _context() -> multiprocessing.context.ForkServerContext:
+def _context() -> ForkServerContext:
     """Children are forked from a server that has imported what they need and never touched CUDA."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

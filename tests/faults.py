@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 
@@ -31,8 +32,7 @@ def pytest_runtest_makereport(
     report = yield
     if report.failed and item.get_closest_marker("gpu") and _gpu_is_lost():
         if "PYTEST_XDIST_WORKER" in os.environ:
-            capture = item.config.pluginmanager.getplugin("capturemanager")
-            assert capture is not None
+            capture: Any = item.config.pluginmanager.getplugin("capturemanager")
             with capture.global_and_fixture_disabled():
                 print(f"{item.nodeid}\n{report.longreprtext}", file=sys.stderr, flush=True)
             os._exit(1)

@@ -53,20 +53,20 @@ class There(Tensor):
 
     @staticmethod
     def __new__(cls, here: Tensor) -> There:
-        made: There = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: There = Tensor._make_wrapper_subclass(
             cls,
             here.size(),
             strides=here.stride(),
             storage_offset=here.storage_offset(),
             dtype=here.dtype,
-            device="meta",  # C++ is told so, since it has no driver to ask about CUDA.
+            device=torch.device("meta"),  # C++ is told so: it has no driver to ask about CUDA.
         )
         made.here = here
         return made
 
-    device = property(lambda _: CUDA)  # type: ignore[assignment]
-    is_cuda = property(lambda _: True)  # type: ignore[assignment]
-    is_meta = property(lambda _: False)  # type: ignore[assignment]
+    device: Any = property(lambda _: CUDA)
+    is_cuda: Any = property(lambda _: True)
+    is_meta: Any = property(lambda _: False)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,10 +78,12 @@ class There(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise AssertionError(f"{func} outside of its device")
 
-    def __repr__(self, *_: Any, **__: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"There({self.here})"
 
 

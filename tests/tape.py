@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
     storage: StorageWeakRef
     dtype: torch.dtype
-    offset: int
+    offset: Any
     size: torch.Size
     stride: tuple[int, ...]
 

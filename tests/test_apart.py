@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_a_test_in_a_child_passes_in_another_process(tmp_path: Path) -> None:
     ],
 )
 def test_what_goes_wrong_in_a_child_is_one_failure(
-    name: str, given: dict[str, object], said: list[str]
+    name: str, given: dict[str, Any], said: list[str]
 ) -> None:
     outcome, text = of(name, **given)
     assert outcome == "failed"

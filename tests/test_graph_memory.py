@@ -25,6 +25,8 @@ SEEDS = [7, 2**35, 2**63 - 1]
 class Net(nn.Module):
     """A network with weights, for autocast to cast, and with a buffer."""
 
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.mix = nn.Conv2d(2, 2, 3, padding=1).requires_grad_(False)

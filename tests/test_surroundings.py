@@ -379,7 +379,8 @@ def test_on_another_gpu_samples_and_steps_are_the_same(current: int) -> None:
 
 def test_inside_a_capture_no_sampling_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     with Device() as device:
-        x, t = device.put(X), {"seeds": SEEDS}
+        x = device.put(X)
+        t: dict[str, Any] = {"seeds": SEEDS}
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         assert DDIM(3).sample(free, x, **t).device == x.device
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -122,7 +122,7 @@ def test_what_does_not_wait_is_not(device: Device, what: str) -> None:
 def test_two_devices_do_not_mix(device: Device) -> None:
     x = device.put(torch.ones(3))
     with pytest.raises(RuntimeError, match="one device"):
-        x + torch.ones(3)
+        x.add(torch.ones(3))
 
 
 # --- The sampler -------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ PAIRED = [
 
 @pytest.mark.parametrize(("how", "source"), PAIRED)
 def test_a_sampler_never_waits(device: Device, how: str, source: str) -> None:
-    given = {**CALLS[how], "cond": {"c": drawn(3, 2, 1, 1)}}
+    given: dict[str, Any] = {**CALLS[how], "cond": {"c": drawn(3, 2, 1, 1)}}
     net, x_T = Model(device, model), drawn(*SHAPE)
     noise = device.put(SOURCES[source](True))
     found = sampled(net, device.put(x_T), how, noise, **device.put(given))
@@ -208,7 +208,7 @@ def test_one_step_at_a_time_it_does_not_wait_either(device: Device, source: str)
 @pytest.mark.parametrize("how", ["plain", "bf16", "guidance", "cond_fn"])
 def test_a_loop_that_runs_backwards_never_waits(device: Device, how: str) -> None:
     ddim, x0 = DDIM(10, schedule=LINEAR), drawn(*SHAPE)
-    given = {**CALLS[how], "cond": {"c": drawn(3, 2, 1, 1)}}
+    given: dict[str, Any] = {**CALLS[how], "cond": {"c": drawn(3, 2, 1, 1)}}
     net = Model(device, model)
     found = ddim.invert(net, device.put(x0), refine=1, **device.put(given))
     net.unhindered(20)
@@ -232,7 +232,8 @@ def test_a_captured_loop_asks_nothing(
     with device.watch() as waits:
         found = act(seeds=SEEDS, cond=device.put(other))
     assert waits == []
-    want = ddim.sample(model, shape=SHAPE, seeds=SEEDS, **{**given, "cond": other})
+    given["cond"] = other
+    want = ddim.sample(model, shape=SHAPE, seeds=SEEDS, **given)
     assert_equal(found, want)
 
 
@@ -421,9 +422,10 @@ def test_guided_diffusions_loop_never_waits(device: Device, how: str, rescale: b
 @pytest.mark.parametrize("how", [*GUIDED, "reverse"])
 def test_nor_do_its_single_steps(device: Device, how: str) -> None:
     diffusion = guided.Diffusion(timestep_respacing="10")
-    step, order = partial(guided.ddim_sample, **GUIDED.get(how, {})), range(10)[::-1]
+    step: Any = partial(guided.ddim_sample, **GUIDED.get(how, {}))
+    order = range(10)[::-1]
     if how == "reverse":
-        step, order = partial(guided.ddim_reverse_sample), range(9)
+        step, order = guided.ddim_reverse_sample, range(9)
     x_T, results = drawn(*SHAPE), []
     for put in (device.put, lambda value: value):
         asked, x = Model(device, net), put(x_T)
