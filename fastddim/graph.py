@@ -47,9 +47,10 @@ class Captured:
     A call copies its arguments into the memory that the graph reads, replays it and returns a copy
     of the result, bit for bit that of ``DDIM.sample``. What is not given stays as it was. The model
     runs once for every row when it is captured, and never again in Python: what it did then, it
-    does in each replay. Its weights are those at their addresses: loading others in place works,
-    while the graph neither sees nor loses the memory where a module is moved or given other
-    tensors. Other shapes, dtypes and arguments that are no tensors need a capture of their own.
+    does in each replay. Its weights are those at their addresses: loading others in place works.
+    Where a module is moved or given other tensors, the graph goes on with those it was captured
+    with, and holds their memory. Other shapes, dtypes and arguments that are no tensors need a
+    capture of their own.
 
     Up to 100 steps are one graph. Beyond them there is a graph of one step for either of two
     buffers, and the row is counted on the device.

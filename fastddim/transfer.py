@@ -12,14 +12,15 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     For what is small or copied once: CUDA has read memory that is not pinned by the time the call
     returns, so that it may be freed, but first waits for the stream where there is much of it.
     """
-    return tensor.to(device, non_blocking=_has_streams(device))
+    return tensor.to(device, non_blocking=_goes_on(device))
 
 
 def sent_pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """The same for what is large, by way of pinned memory, which PyTorch keeps for later copies."""
-    return sent(tensor.pin_memory() if _has_streams(device) else tensor, device)
+    return sent(tensor.pin_memory() if _goes_on(device) else tensor, device)
 
 
-def _has_streams(device: torch.device) -> bool:
-    # On other devices ``non_blocking`` may read memory that has been freed by then.
-    return device.type == "cuda"
+def _goes_on(device: torch.device) -> bool:
+    # On other devices ``non_blocking`` may read memory that has been freed by then. So would every
+    # replay of a graph that holds such a copy: a copy that waits is refused in a capture.
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()

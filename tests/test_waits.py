@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fastddim.dropins.diffusers import (
     FastDDIMParallelScheduler,
     FastDDIMScheduler,
 )
+from fastddim.transfer import sent, sent_pinned
 from tests import test_compvis
 from tests.loops import conditioned, drawn
 from tests.pretend import CUDA, Device, Generator, There
@@ -31,6 +33,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(trajectory, "free_bytes", lambda device: None)
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     with Device() as device:
         yield device
 
@@ -117,6 +120,20 @@ def test_what_does_not_wait_is_not(device: Device, what: str) -> None:
         want = GOING_ON[what](torch.arange(6.0).view(2, 3))
         assert isinstance(want, Tensor)
         assert found.here.equal(want)
+
+
+def test_in_a_capture_a_copy_waits_for_the_graph_would_outlive_its_source(
+    monkeypatch: pytest.MonkeyPatch, device: Device
+) -> None:
+    with device.watch() as waits:
+        sent(torch.ones(3), CUDA)
+        sent_pinned(torch.ones(3), CUDA)
+    assert waits == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with device.watch() as waits:
+        sent(torch.ones(3), CUDA)
+        sent_pinned(torch.ones(3), CUDA)
+    assert len(waits) == 2
 
 
 def test_two_devices_do_not_mix(device: Device) -> None:
@@ -436,6 +453,18 @@ def test_nor_do_its_single_steps(device: Device, how: str) -> None:
         results.append(x)
         asked.unhindered(len(order))
     assert_equal(*results)
+
+
+def test_streams_do_not_share_tables_that_one_of_them_may_still_be_making(
+    monkeypatch: pytest.MonkeyPatch, device: Device
+) -> None:
+    diffusion, tables = guided.Diffusion(timestep_respacing="10"), []
+    for stream in (1, 2, 1):
+        now = SimpleNamespace(cuda_stream=stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, now=now: now)
+        tables.append(guided._Step(diffusion, net, True, None, None, None, CUDA, 0.0).table)
+    assert tables[0] is tables[2]
+    assert tables[0] is not tables[1]
 
 
 @pytest.mark.parametrize("keep", ["all", "last"])

@@ -299,7 +299,7 @@ class _Step:
         self.count = len(schedule)
         self.rows = torch.arange(self.count, dtype=torch.int32, device=device)
         abar = schedule.alphas_cumprod.tobytes()
-        self.scale, self.shift, *tables = _tables(abar, self.eta, device)
+        self.scale, self.shift, *tables = _tables(abar, self.eta, device, _stream(device))
         self.table, self.only_x0, self.only_eps = tables
         seen = getattr(diffusion, "timestep_map", range(self.count))
         self.seen = sent(torch.from_numpy(np.array(seen, dtype=np.int64)), device)
@@ -381,12 +381,15 @@ class _Step:
 
 
 @lru_cache(maxsize=16)
-def _tables(levels: bytes, eta: float | None, device: torch.device) -> tuple[Tensor, ...]:
+def _tables(
+    levels: bytes, eta: float | None, device: torch.device, stream: int
+) -> tuple[Tensor, ...]:
     """√(1/ᾱ_t), √(1−ᾱ_t) and three tables, by the original's own float32 operations.
 
     With the first table the op returns x_s, with the second x0 in its place, with the third ε.
-    ``levels`` are ᾱ, float64. The results are kept: a loop of single steps asks for the same ones
-    at each, and making them waits for the device.
+    ``levels`` are ᾱ, float64. The results are kept, for each ``stream`` its own, which need not
+    wait for another's: a loop of single steps asks for the same ones at each, and making them
+    waits for the device.
     """
     abar = np.frombuffer(levels)
     if abar[-1] == 0:
@@ -410,6 +413,11 @@ def _tables(levels: bytes, eta: float | None, device: torch.device) -> tuple[Ten
     returned = (at_s.sqrt(), c1, c2), (one, none, none), (none, none, one)
     tables = [torch.stack([one, one, b, 1 / b, *last], dim=1) for last in returned]
     return on_device(np.sqrt(1.0 / abar)), (1 - at).sqrt(), *tables
+
+
+def _stream(device: torch.device) -> int:
+    """The stream that is current there; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _respaced(respacing: str | Sequence[int] | None, T: int) -> list[int]:
