@@ -60,4 +60,4 @@ def _holders(box: list[Tensor]) -> tuple[int, int, int, int]:
     )
 
 
-_ALONE = _holders([torch.empty(1)])
+_ALONE = _holders([torch.empty(1, device="cpu")])

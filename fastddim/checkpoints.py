@@ -309,7 +309,8 @@ def _diffusers(file: File, config: str | None, shape: Shape | None) -> Loaded:
     known = {name: value for name, value in fields.items() if not name.startswith("_")}
     try:
         # Not from_config, which passes over what it does not know and builds another model.
-        model: Any = UNet2DModel(**known)
+        with torch.device("cpu"):
+            model: Any = UNet2DModel(**known)
     except Exception as error:  # whatever diffusers makes of a configuration that is none
         raise ValueError(f"{source} builds no UNet2DModel: {error}") from None
     size = model.config.sample_size

@@ -75,7 +75,7 @@ def ddim_step(
         seeds = None  # the last step adds no noise: do not compute any
     if seeds is not None and not x.is_contiguous():
         # Noise belongs to the logical element, wherever memory keeps it.
-        logical = torch.empty(x.shape, dtype=torch.float32)
+        logical = torch.empty(x.shape, dtype=torch.float32, device="cpu")
         normal_(logical, seeds, rows, counter.STEP)
         noise, seeds = torch.empty_like(x).copy_(logical), None
 

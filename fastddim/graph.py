@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,9 +16,19 @@ from torch import Tensor
 
 from fastddim.buffers import Spare
 from fastddim.check import kind, shown
+from fastddim.held import weights_of
 from fastddim.ops import initial_noise, input_like
 from fastddim.predict import same, stacked
-from fastddim.run import Guidance, Row, Run, checked_guidance, checked_seeds, checked_state
+from fastddim.run import (
+    Guidance,
+    Row,
+    Run,
+    check_not_capturing,
+    checked_guidance,
+    checked_seeds,
+    checked_state,
+    drawn_seeds,
+)
 
 Replay: TypeAlias = Callable[[], Tensor]
 Loop: TypeAlias = Callable[[Run], Iterator[tuple[Row, Tensor, Tensor | None]]]
@@ -36,8 +47,10 @@ class Captured:
     A call copies its arguments into the memory that the graph reads, replays it and returns a copy
     of the result, bit for bit that of ``DDIM.sample``. What is not given stays as it was. The model
     runs once for every row when it is captured, and never again in Python: what it did then, it
-    does in each replay, and its weights are those at their addresses (loading others in place
-    works). Other shapes, dtypes and arguments that are no tensors need a capture of their own.
+    does in each replay. Its weights are those at their addresses: loading others in place works.
+    Where a module is moved or given other tensors, the graph goes on with those it was captured
+    with, and holds their memory. Other shapes, dtypes and arguments that are no tensors need a
+    capture of their own.
 
     Up to 100 steps are one graph. Beyond them there is a graph of one step for either of two
     buffers, and the row is counted on the device.
@@ -47,11 +60,10 @@ class Captured:
 
     Calls write the same memory: on more than one CUDA stream, each must wait for the one before.
 
-    This code has not yet run on a GPU.
-
     Raises:
         TypeError, ValueError: as ``DDIM.sample`` does, in ``capture`` and in each call.
-        RuntimeError: the model cannot be captured; the message says why.
+        RuntimeError: the model cannot be captured, and the message says why; or another graph is
+            being captured.
     """
 
     def __init__(
@@ -83,6 +95,8 @@ class Captured:
         self._seeds = self._run.noise.seeds
         whole = len(self._run.rows) <= WHOLE
         self._replay = self._whole(loop) if whole else self._stepwise()
+        # In the run, which the graphs' bodies hold: the graphs read these wherever the model's are.
+        self._run.held = weights_of(self._run.predictor.model, self._run.predictor.cond_fn)
 
     def __call__(
         self,
@@ -110,6 +124,7 @@ class Captured:
             ``out``, or a new tensor, float32.
         """
         device = self._x_T.device
+        check_not_capturing(device)
         if x_T is not None:
             checked_state("x_T", x_T, device)
             if x_T.shape != self._x_T.shape:
@@ -124,7 +139,7 @@ class Captured:
                 )
         keys = None
         if seeds is not None or x_T is None or any(row.noisy for row in self._run.rows):
-            given = torch.randint(0, 2**63 - 1, self._size[:1]) if seeds is None else seeds
+            given = drawn_seeds(self._size[0]) if seeds is None else seeds
             keys = checked_seeds(given, self._size[0])
         w = self._weights(guidance)
         copies = self._renewed(cond, uncond)
@@ -298,7 +313,9 @@ class Memory(NamedTuple):
 def record(body: Callable[[], Any], device: torch.device, memory: Memory | None = None) -> Replay:
     """``body`` as a graph: what is returned replays it, and gives what ``body`` gave.
 
-    ``body`` itself where there are no CUDA graphs.
+    ``body`` itself where there are no CUDA graphs. What is returned holds ``body`` as well: a graph
+    has nothing but addresses, and what ``body`` reads and writes must stand there for as long as
+    the graph can be replayed.
 
     Raises:
         RuntimeError: it cannot be captured. All else goes on as before.
@@ -329,12 +346,22 @@ def record(body: Callable[[], Any], device: torch.device, memory: Memory | None 
         finally:
             torch.clear_autocast_cache()
 
-    def replay() -> Any:
-        with torch.cuda.device(device):
-            graph.replay()
-        return result
+    return Recorded(graph, result, body, device)
 
-    return replay
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A graph, what its replay gives, and what holds the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Any
+    body: Callable[[], Any]
+    device: torch.device
+
+    def __call__(self) -> Any:
+        with torch.cuda.device(self.device):
+            self.graph.replay()
+        return self.result
 
 
 _abandoned: list[torch.cuda.CUDAGraph] = []

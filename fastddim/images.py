@@ -20,7 +20,7 @@ from fastddim.check import whole
 from fastddim.latents import slerp
 from fastddim.ops import initial_noise
 from fastddim.predict import Model
-from fastddim.run import Progress
+from fastddim.run import Progress, usable
 from fastddim.sampler import DDIM
 
 LARGEST_BATCH = 65_536
@@ -156,7 +156,8 @@ def interpolations(
     check_pairs(keys)
     if ddim.eta != 0:
         raise ValueError(f"eta must be 0 to interpolate, got {ddim.eta}: noise would decide too")
-    ends = initial_noise(torch.tensor(keys, dtype=torch.int64), (len(keys), *shape), device)
+    own = torch.tensor(keys, dtype=torch.int64, device=usable(device))
+    ends = initial_noise(own, (len(keys), *shape))
     between = slerp(ends[0::2], ends[1::2], [i / (n - 1) for i in range(n)])
     x = between.transpose(0, 1).flatten(0, 1)
     out = ddim.sample(model, x, batch_size=size, progress=progress)

@@ -96,7 +96,7 @@ def oracle() -> GaussianMixture:
     Narrow, since what few steps get wrong is the width of a mode, and in many dimensions, so that
     the width weighs more than how many samples come to each mode.
     """
-    return GaussianMixture(torch.eye(8, 64), 0.1)
+    return GaussianMixture(torch.eye(8, 64, device="cpu"), 0.1)
 
 
 def mixture(data: GaussianMixture) -> Judge:

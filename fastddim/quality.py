@@ -225,7 +225,7 @@ class GaussianMixture(_Oracle):
         w = (self.weights / self.weights.sum()).cpu()
         mu, s = self.means.flatten(1).cpu(), self.stds.cpu()
         mean = w @ mu
-        within = (w @ s**2).sqrt() * torch.eye(mu.shape[1], dtype=mu.dtype)
+        within = (w @ s**2).sqrt() * torch.eye(mu.shape[1], dtype=mu.dtype, device="cpu")
         return Moments(mean, torch.cat([w.sqrt().unsqueeze(1) * (mu - mean), within]))
 
     def sample(
@@ -247,7 +247,7 @@ def _parameter(name: str, values: Any, positive: bool = False) -> Tensor:
     if isinstance(values, Tensor):
         tensor = values.detach().to("cpu", torch.float64, copy=True)
     else:
-        tensor = torch.tensor(values, dtype=torch.float64)
+        tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
     if not tensor.isfinite().all():
         raise ValueError(f"{name} must be finite")
     if positive and (tensor < 0).any():

@@ -84,7 +84,7 @@ class Noise:
         elif generator is not None:
             _check_generator(generator, device)
         else:
-            keys = torch.randint(0, 2**63 - 1, size[:1]) if seeds is None else seeds
+            keys = drawn_seeds(size[0]) if seeds is None else seeds
             return cls(size, device, checked_seeds(keys, size[0]).to(device))
         return cls(size, device, None, generator, given)
 
@@ -194,6 +194,8 @@ class Run:
     states: Spare = field(default_factory=Spare)
     inputs: dict[int, Spare] = field(default_factory=lambda: {1: Spare(), 2: Spare()})
     x0s: Spare = field(default_factory=Spare)
+    held: list[Tensor] = field(default_factory=list)
+    """What a graph of this run reads beside what the run names: the model's weights."""
     instead: Tensor | None = None
     """What a callback has put in x's place."""
     _made: Tensor | None = None
@@ -447,6 +449,11 @@ def _numbers(name: str, value: Any) -> npt.NDArray[np.float64]:
     return numbers
 
 
+def drawn_seeds(batch: int) -> Tensor:
+    """A seed for each sample, from the CPU's default generator whatever the default device is."""
+    return torch.randint(0, 2**63 - 1, (batch,), device="cpu")
+
+
 def checked_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
     """``seeds`` as int64 (batch,)."""
     values: Any = seeds.tolist() if isinstance(seeds, (Tensor, np.ndarray)) else seeds
@@ -455,7 +462,7 @@ def checked_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
     if len(values) != batch:
         raise ValueError(f"seeds must be one for each of {batch} samples, got {len(values)}")
     checked = [whole(f"seeds[{i}]", k, low=0, high=2**63 - 1) for i, k in enumerate(values)]
-    return torch.tensor(checked, dtype=torch.int64)
+    return torch.tensor(checked, dtype=torch.int64, device="cpu")
 
 
 def checked_state(name: str, x: Any, device: torch.device | str | None) -> Tensor:
@@ -493,6 +500,19 @@ def usable(device: torch.device | str | None) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
+
+
+def check_not_capturing(device: torch.device) -> None:
+    """That no graph of the caller's is being captured where a sampler is to begin.
+
+    Such a graph would hold copies from the host, and the addresses of tables that die with the
+    call.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "sampling cannot begin while a CUDA graph is being captured: call DDIM.capture before "
+            "it and replay what that returns, or capture steps (fastddim.ddim_step)"
+        )
 
 
 def checked_dtype(dtype: Any) -> torch.dtype | None:

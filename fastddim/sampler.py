@@ -24,6 +24,7 @@ from fastddim.run import (
     Progress,
     Row,
     Run,
+    check_not_capturing,
     checked_dtype,
     checked_guidance,
     checked_known,
@@ -283,6 +284,7 @@ class DDIM:
         Raises:
             TypeError, ValueError: before any work, naming the argument, what was given and what
                 is allowed; or, when the model has returned something that is no such tensor.
+            RuntimeError: before any work, while a CUDA graph is being captured.
         """
         run = self._prepare(
             self._plan(start, cond_fn is not None),
@@ -662,6 +664,7 @@ class DDIM:
             checked_state(name, x_T, device)
         size = checked_shape(shape) if x_T is None else tuple(x_T.shape)
         where = usable(device) if x_T is None else x_T.device
+        check_not_capturing(where)
         state_dtype = torch.float32 if x_T is None else x_T.dtype
         model_dtype = checked_dtype(dtype) or state_dtype
         w = checked_guidance(guidance, uncond, size[0], plan.levels)

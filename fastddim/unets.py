@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from fastddim import weights
@@ -329,16 +330,17 @@ def _built(layout: Layout, source: Path, *, resnet: bool = False, **rest: Any) -
 
     sampling = "resnet" if resnet else "conv"
     try:
-        model: nn.Module = UNet2DModel(
-            block_out_channels=layout.channels,
-            layers_per_block=layout.layers,
-            down_block_types=kinds("Down"),
-            up_block_types=kinds("Up")[::-1],
-            downsample_type=sampling,
-            upsample_type=sampling,
-            attention_head_dim=None,  # one head
-            **rest,
-        )
+        with torch.device("cpu"):
+            model: nn.Module = UNet2DModel(
+                block_out_channels=layout.channels,
+                layers_per_block=layout.layers,
+                down_block_types=kinds("Down"),
+                up_block_types=kinds("Up")[::-1],
+                downsample_type=sampling,
+                upsample_type=sampling,
+                attention_head_dim=None,  # one head
+                **rest,
+            )
     except Exception as error:  # whatever diffusers makes of a layout that is none
         raise ValueError(f"{source} builds no UNet2DModel: {error}") from None
     return model

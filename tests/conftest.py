@@ -6,6 +6,10 @@ import os
 
 import pytest
 
+from tests.faults import pytest_runtest_makereport, waiting_allowed_again
+
+__all__ = ["pytest_runtest_makereport", "waiting_allowed_again"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """The kernels run in Triton's interpreter, unless the GPU tests were asked for by name."""

@@ -30,6 +30,7 @@ from fastddim.dropins.diffusers import (
     FastDDIMParallelScheduler,
     FastDDIMScheduler,
 )
+from tests.waiting import no_waiting
 
 diffusers: Any = importlib.import_module("diffusers")  # without its types
 DDIMInverseScheduler = diffusers.DDIMInverseScheduler
@@ -914,14 +915,46 @@ def test_no_step_waits_for_the_gpu(strict: bool, where: str, dtype: torch.dtype)
     generator = torch.Generator("cuda").manual_seed(1)
     given: Config = {"eta": 1.0, "generator": generator}
     x = scheduler.step(x * 0.1, chosen[0], x, **given).prev_sample  # its tables are made
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for t in chosen[1:]:
             x = scheduler.step(x * 0.1, t, x, **given).prev_sample
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert x.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strict", [False, True])
+def test_noise_of_the_cpus_generator_does_not_wait_for_the_gpu(strict: bool) -> None:
+    scheduler = FAST(strict=strict)
+    scheduler.set_timesteps(20, device="cuda")
+    x, generator, states = randn(*SHAPE).cuda(), torch.Generator().manual_seed(1), []
+    first, *rest = scheduler.timesteps
+    x = scheduler.step(x * 0.1, first, x, eta=1.0, generator=generator).prev_sample
+    with no_waiting():
+        for t in rest:
+            x = scheduler.step(x * 0.1, t, x, eta=1.0, generator=generator).prev_sample
+            states.append(x)
+    again, y = FAST(strict=strict), randn(*SHAPE).cuda()
+    again.set_timesteps(20)
+    noises = torch.Generator().manual_seed(1)
+    for t, state in zip(again.timesteps, [None, *states], strict=True):
+        z = torch.randn(SHAPE, generator=noises).cuda()
+        y = again.step(y * 0.1, t, y, eta=1.0, variance_noise=z).prev_sample
+        assert state is None or torch.equal(state, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_step_of_a_batch_at_different_timesteps_waits_for_the_gpu(
+    strict: bool, device: str
+) -> None:
+    scheduler: Any = FastDDIMParallelScheduler(strict=strict)
+    scheduler.set_timesteps(20, device="cuda")
+    x, t = randn(*SHAPE).cuda(), torch.tensor([900, 50], device=device)
+    first = scheduler.batch_step_no_noise(x * 0.1, t, x)
+    with no_waiting():
+        second = scheduler.batch_step_no_noise(x * 0.1, t, x)
+    assert torch.equal(first, second)
 
 
 @pytest.mark.gpu

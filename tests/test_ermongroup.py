@@ -21,6 +21,7 @@ from fastddim import generalized_steps, make_pairs, reference
 from fastddim.cpu import BLOCK
 from fastddim.dropins.ermongroup import ddpm_steps
 from tests.refusals import refused
+from tests.waiting import allow_waiting, forbid_waiting
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [
@@ -424,3 +425,24 @@ def test_on_a_gpu_fifty_steps_are_bit_identical(
     for mine, own in zip(ours, theirs, strict=True):
         assert torch.equal(mine.cpu(), own.cpu())
     assert torch.equal(our_state, their_state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eta", [0.0, 1.0, DDPM])
+def test_on_a_gpu_no_step_waits_and_all_that_is_kept_arrives(eta: float | None) -> None:
+    x, calls = start(3, 3, 17, 9).cuda(), 0
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        # The end of the loop waits for what is kept.
+        allow_waiting() if calls == len(UNIFORM) else forbid_waiting()
+        return model(x, t)
+
+    torch.manual_seed(0)
+    xs, x0_preds = of(eta)(x, UNIFORM, net, BETAS.cuda())
+    torch.manual_seed(0)
+    own_xs, own_x0_preds = of(eta, reference)(x, UNIFORM, model, BETAS.cuda())
+    for mine, own in zip(xs[1:] + x0_preds, own_xs[1:] + own_x0_preds, strict=True):
+        assert mine.device.type == "cpu"
+        assert torch.equal(mine, own)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,7 +22,9 @@ from fastddim.coefficients import PREDICTIONS
 from fastddim.noise import INITIAL, STEP, normals
 from fastddim.ops import initial_noise
 from fastddim_kernels.noise import box_muller
+from tests.apart import apart
 from tests.tolerances import NORMAL_ATOL, NORMAL_MAX, NORMAL_RARE
+from tests.waiting import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -339,23 +339,6 @@ def test_half_outputs_are_widened_and_nothing_else(dtype: torch.dtype, predictio
         assert_is_the_reference(given)
 
 
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Within, whatever waits for the device is an error."""
-
-    def mode(name: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that this is a prototype
-            torch.cuda.set_sync_debug_mode(name)
-
-    torch.cuda.synchronize()
-    mode("error")
-    try:
-        yield
-    finally:
-        mode("default")
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_step_does_not_wait_for_the_device(name: str) -> None:
     given = arguments(name)
@@ -386,6 +369,7 @@ def test_what_waits_is_noticed() -> None:
         value.item()
 
 
+@apart
 @pytest.mark.parametrize(
     "name",
     [
@@ -430,6 +414,7 @@ def renewed(name: str, k: int) -> Given:
     return given
 
 
+@apart
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_captured_loop_is_the_loop(batch: int) -> None:
     ddim = DDIM(50, eta=1.0)

@@ -2,85 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastddim import DDIM, NoiseSchedule, graph
+from fastddim import DDIM, NoiseSchedule
+from tests.apart import apart
 from tests.loops import conditioned, drawn
 from tests.refusals import refused
+from tests.tape import Tape, tapes_for_graphs
 
 LINEAR = NoiseSchedule.linear()
 SHAPE = (3, 2, 5, 4)
 SEEDS = [7, 2**35, 2**63 - 1]
-aten: Any = torch.ops.aten
-ALLOCATIONS = {
-    aten.empty.memory_format,
-    aten.empty_like.default,
-    aten.empty_strided.default,
-    aten.new_empty.default,
-}
-
-
-class Tape(TorchDispatchMode):
-    """What a CUDA graph is, on any device: the operations with their memory, done again in place.
-
-    Python does not run again, every address is the recorded one, and reading a value is refused.
-    """
-
-    def __init__(self, body: Callable[[], Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.done: list[tuple[Any, Any, Any, list[Tensor]]] = []
-        with torch.no_grad():
-            body()  # as before a capture: it must leave nothing behind that matters
-            with self:
-                self.result = body()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is aten._local_scalar_dense.default:
-            raise RuntimeError("a graph reads no values")
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.done.append((func, args, kwargs, tensors_of(out)))
-        return out
-
-    def __call__(self) -> Any:
-        with torch.no_grad():
-            for func, args, kwargs, outs in self.done:
-                if func in ALLOCATIONS:
-                    for out in outs:  # whatever stood there
-                        out.fill_(float("nan") if out.is_floating_point() else 1)
-                    continue
-                again = tensors_of(func(*args, **kwargs))
-                for into, value in zip(outs, again, strict=True):
-                    if into.data_ptr() != value.data_ptr() and into.numel():
-                        into.copy_(value)
-        return self.result
-
-
-def tensors_of(out: Any) -> list[Tensor]:
-    return [
-        item
-        for item in (out if isinstance(out, (tuple, list)) else [out])
-        if isinstance(item, Tensor)
-    ]
 
 
 @pytest.fixture(params=["eager", "tape"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The CPU's own way, which runs the loop again, and that of a GPU."""
     if request.param == "tape":
-        monkeypatch.setattr(graph, "record", lambda body, device, pool=None: Tape(body))
+        tapes_for_graphs(monkeypatch)
     return str(request.param)
 
 
 @pytest.fixture
-def taped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "record", lambda body, device, pool=None: Tape(body))
+def taped(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    return tapes_for_graphs(monkeypatch)
 
 
 def model(x: Tensor, t: Tensor, c: Tensor, before: Tensor | None = None) -> Tensor:
@@ -376,7 +327,7 @@ def test_an_empty_batch_stays_empty(way: str, steps: int) -> None:
     assert run(seeds=[]).shape == (0, 3)
 
 
-def test_the_models_weights_are_those_in_place(taped: None) -> None:
+def test_the_models_weights_are_those_in_place(taped: list[Tape]) -> None:
     weight = torch.ones(1)
 
     def weighed(x: Tensor, t: Tensor) -> Tensor:
@@ -391,7 +342,7 @@ def test_the_models_weights_are_those_in_place(taped: None) -> None:
 
 
 @pytest.mark.parametrize("steps", [7, 102])
-def test_python_runs_when_it_is_captured_and_not_again(taped: None, steps: int) -> None:
+def test_python_runs_when_it_is_captured_and_not_again(taped: list[Tape], steps: int) -> None:
     calls: list[int] = []
 
     def counting(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -406,7 +357,7 @@ def test_python_runs_when_it_is_captured_and_not_again(taped: None, steps: int) 
     assert len(calls) == asked
 
 
-def test_a_model_that_reads_a_value_cannot_be_taped(taped: None) -> None:
+def test_a_model_that_reads_a_value_cannot_be_taped(taped: list[Tape]) -> None:
     # What the tape is worth: were it to let this pass, it would record nothing of use.
     def reading(x: Tensor, t: Tensor) -> Tensor:
         return x * (0.5 if t[0].item() > 500 else 0.4)
@@ -492,6 +443,7 @@ def test_capture_refuses_bad_arguments(
 
 
 @pytest.mark.gpu
+@apart
 @pytest.mark.parametrize("how", CALLS)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -514,6 +466,27 @@ def test_on_a_gpu_a_replay_is_a_fresh_run(how: str, steps: int, eta: float) -> N
 
 
 @pytest.mark.gpu
+@apart
+@pytest.mark.parametrize("steps", [7, 102])
+def test_on_a_gpu_a_replay_outlives_its_sampler_and_the_models_weights(steps: int) -> None:
+    net = torch.nn.Conv2d(2, 2, 3, padding=1, device="cuda").requires_grad_(False)
+    act = DDIM(steps, eta=1.0, schedule=LINEAR, clip=1.0).capture(
+        lambda x, t: net(x), SHAPE, device="cuda"
+    )
+    was, replay = act(seeds=SEEDS), act._replay
+    del act
+    net.cpu()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    # Whatever was freed is written by somebody else.
+    others = [torch.full((n,), float("nan"), device="cuda") for n in (1, 8, 64, 512) * 50]
+    assert torch.equal(replay(), was)
+    assert all(other.isnan().all() for other in others)
+
+
+@pytest.mark.gpu
+@apart
 @pytest.mark.parametrize("steps", [7, 102])
 def test_on_a_gpu_a_model_that_cannot_be_captured_is_told_where(steps: int) -> None:
     def reading(x: Tensor, t: Tensor) -> Tensor:

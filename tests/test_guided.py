@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastddim.dropins import guided
 from tests.refusals import refused
+from tests.waiting import no_waiting
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {
@@ -710,3 +711,13 @@ def test_on_a_gpu_fifty_steps_are_bit_identical(cond_fn: Any, layout: Any, eta: 
     (ours, our_state), (theirs, their_state) = results
     assert_equal(ours, theirs)
     assert torch.equal(our_state, their_state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_on_a_gpu_no_single_step_waits_for_its_tables(eta: float) -> None:
+    x, t = start(3, 3, 17, 9).cuda(), torch.full((3,), 7, device="cuda")
+    first = guided.ddim_sample(LINEAR, model, x, t, eta=eta)["sample"]
+    with no_waiting():
+        second = guided.ddim_sample(LINEAR, model, first, t - 1, eta=eta)["sample"]
+    assert second.isfinite().all()

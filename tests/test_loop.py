@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastddim import DDIM
 from tests.loops import Dispatched, by_hand, conditioned, counter_noise, drawn, last
+from tests.waiting import allow_waiting, forbid_waiting, no_waiting
 
 STEP = "fastddim.ddim_step.default"
 DRAWS = ("aten.randn.generator", "aten.normal_.default")
@@ -129,21 +128,6 @@ def test_one_operation_from_any_start_and_with_iterate(device: str, eta: float) 
         assert worked(between) == [STEP]
 
 
-@contextmanager
-def no_questions() -> Iterator[Callable[[], None]]:
-    """What is handed over forbids, from when it is called, all that waits for the device."""
-
-    def forbid() -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # says that it is a prototype
-            torch.cuda.set_sync_debug_mode("error")
-
-    try:
-        yield forbid
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", CALLS)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -152,46 +136,42 @@ def test_on_a_gpu_the_loop_never_waits_for_the_device(how: str, eta: float, sour
     options = CALLS[how]("cuda")
     options |= noise_from(source, "cuda")
     ddim, x_T = DDIM(10, eta=eta), drawn(*SHAPE).cuda()
-    with no_questions() as forbid:
 
-        def net(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-            forbid()
-            return conditioned(x, t, **cond) if cond else free(x, t)
+    def net(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        forbid_waiting()
+        return conditioned(x, t, **cond) if cond else free(x, t)
 
-        ddim.sample(net, x_T, **options)
+    ddim.sample(net, x_T, **options)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_what_goes_on_beside_the_loop_never_waits_either() -> None:
     known, mask = drawn(*SHAPE).cuda(), torch.ones(1, 1, 1, 7, device="cuda")
-    with no_questions() as forbid:
 
-        def net(x: Tensor, t: Tensor, **more: Tensor) -> Tensor:
-            forbid()
-            return 0.5 * x
+    def net(x: Tensor, t: Tensor, **more: Tensor) -> Tensor:
+        forbid_waiting()
+        return 0.5 * x
 
-        common: dict[str, Any] = {"shape": SHAPE, "seeds": SEEDS, "device": "cuda"}
-        ddim = DDIM(10, eta=1.0)
-        others: list[dict[str, Any]] = [
-            {"known": known, "mask": mask},
-            {"self_condition": "before"},
-            {"cond_fn": lambda x, t, **cond: -x},
-            {"callback": lambda step: step.x.clone()},
-            {"trajectory": ("x", "x0")},
-        ]
-        for more in others:
-            torch.cuda.set_sync_debug_mode("default")
-            ddim.sample(net, **common, **more)
-        torch.cuda.set_sync_debug_mode("default")
-        DDIM(10).invert(net, known, refine=1)
+    common: dict[str, Any] = {"shape": SHAPE, "seeds": SEEDS, "device": "cuda"}
+    ddim = DDIM(10, eta=1.0)
+    others: list[dict[str, Any]] = [
+        {"known": known, "mask": mask},
+        {"self_condition": "before"},
+        {"cond_fn": lambda x, t, **cond: -x},
+        {"callback": lambda step: step.x.clone()},
+        {"trajectory": ("x", "x0")},
+    ]
+    for more in others:
+        allow_waiting()
+        ddim.sample(net, **common, **more)
+    allow_waiting()
+    DDIM(10).invert(net, known, refine=1)
 
 
 @pytest.mark.gpu
 def test_a_question_to_the_host_would_be_noticed() -> None:
-    with no_questions() as forbid:
-        forbid()
-        with pytest.raises(RuntimeError):
-            torch.ones(1, device="cuda").item()
+    with no_waiting(), pytest.raises(RuntimeError):
+        torch.ones(1, device="cuda").item()
 
 
 STATE = 1 << 18

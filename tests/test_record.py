@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, graph
+from tests.apart import apart
 
 CUDA = torch.device("cuda", 0)
-ROOT = Path(__file__).parents[1]
 
 
 class Driver:
@@ -181,38 +177,17 @@ def test_what_inference_mode_captured_may_be_called_outside_of_it(
     assert torch.equal(outside, want)
 
 
-FAILING = """
-import torch, fastddim
-ddim, stream = fastddim.DDIM(4), torch.cuda.current_stream()
-for _ in range(2):
-    try:
-        ddim.capture(lambda x, t: x * x.sum().item(), (1, 8), device="cuda")
-    except RuntimeError as error:
-        assert "x.sum().item()" in str(error), error
-    else:
-        raise AssertionError("a value was read in a capture")
-    assert torch.cuda.current_stream() == stream
-    torch.manual_seed(0)
-    assert torch.randn(8, device="cuda").isfinite().all()
-    torch.cuda.empty_cache()
-    act = ddim.capture(lambda x, t: torch.tanh(x), (1, 8), device="cuda")
-    want = ddim.sample(lambda x, t: torch.tanh(x), shape=(1, 8), seeds=[3], device="cuda")
-    assert torch.equal(act(seeds=[3]), want)
-print("as before")
-"""
-
-
 @pytest.mark.gpu
-def test_on_a_gpu_all_goes_on_after_a_capture_that_failed(tmp_path: Path) -> None:
-    # In a process of its own, so that whatever is left behind harms no other test.
-    program = tmp_path / "failing.py"
-    program.write_text(FAILING)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
-    done = subprocess.run(
-        [sys.executable, str(program)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": path},
-    )
-    assert done.stdout.strip() == "as before", done.stderr[-2000:]
+@apart
+def test_on_a_gpu_all_goes_on_after_a_capture_that_failed() -> None:
+    ddim, stream = DDIM(4), torch.cuda.current_stream()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"x\.sum\(\)\.item\(\)"):
+            ddim.capture(lambda x, t: x * x.sum().item(), (1, 8), device="cuda")
+        assert torch.cuda.current_stream() == stream
+        torch.manual_seed(0)
+        assert torch.randn(8, device="cuda").isfinite().all()
+        torch.cuda.empty_cache()
+        act = ddim.capture(lambda x, t: torch.tanh(x), (1, 8), device="cuda")
+        want = ddim.sample(lambda x, t: torch.tanh(x), shape=(1, 8), seeds=[3], device="cuda")
+        assert torch.equal(act(seeds=[3]), want)

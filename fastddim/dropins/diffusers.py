@@ -38,6 +38,7 @@ from fastddim.ops import OUTPUTS, STEP, ddim_step, initial_noise
 from fastddim.run import checked_seeds
 from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import Pair, make_pairs
+from fastddim.transfer import sent, sent_pinned
 
 NAMES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 _CPU = torch.device("cpu")
@@ -53,7 +54,17 @@ class Tables(NamedTuple):
     rows: Tensor
     """Of each row its number, int32, so that a step takes its own without a copy to the device."""
     row_of: Tensor | None
-    """Strict: the row of each timestep; the last row, of NaN, for those not chosen."""
+    """Strict: the row of each timestep, and of one more. The last row, which is of NaN, is that of
+    the timesteps that are not chosen."""
+
+    def rows_at(self, t: Tensor) -> Tensor:
+        """Strict: the row of each of these timesteps, which are on the device.
+
+        Nothing is asked of the device. What is no timestep at all gets the row of NaN as well:
+        −1 counts from the end, and an index beyond it would end the process's use of the GPU.
+        """
+        assert self.row_of is not None
+        return self.row_of[t.long().clamp(-1, len(self.row_of) - 1)]
 
 
 class _Fast:
@@ -107,7 +118,7 @@ class _Fast:
             self.num_inference_steps = steps
             levels = _strict_timesteps(self.config, steps, len(self.alphas_cumprod))
             ordered = levels if self._upwards else levels[::-1]
-            self.timesteps = torch.tensor(ordered, device=device)
+            self.timesteps = torch.tensor(ordered, device=_CPU if device is None else device)
         else:
             self._parent.set_timesteps(self, num_inference_steps, device)
         self._levels()
@@ -162,6 +173,9 @@ class _Fast:
 
     def _drawn(self: Any, like: Tensor, generator: Any) -> Tensor:
         """float32 normals as the original draws them, on a CPU into the same memory each time."""
+        if like.device != _CPU and _are_the_cpus(generator):
+            drawn = randn_tensor(like.shape, generator=generator, device=_CPU, dtype=torch.float32)
+            return sent_pinned(drawn, like.device)
         for_cpu = generator is None or getattr(generator, "device", None) == _CPU
         if not for_cpu or like.device != _CPU or not like.is_contiguous():
             return cast(
@@ -226,9 +240,9 @@ class _Fast:
         table, row_of = make()
         rows = torch.arange(len(table), dtype=torch.int32, device=device)
         found = Tables(
-            table.to(device=device, dtype=torch.float32),
+            sent(table.to(torch.float32), device),
             rows,
-            None if row_of is None else row_of.to(device),
+            None if row_of is None else sent(row_of, device),
         )
         # With what it was made from, or another tensor could take an id.
         tables[key, device] = ((state, made_from), found)
@@ -256,9 +270,10 @@ class _Fast:
                 pairs = list(zip(chosen, [*chosen[1:], -1], strict=True))
             final = 1.0 if self.config.set_alpha_to_one else float(abar[0])
             table = torch.from_numpy(make_table(schedule, pairs, eta, final))
-            row_of = torch.full((len(abar),), len(pairs), dtype=torch.int32)
-            row_of[torch.tensor(chosen)] = torch.arange(len(pairs), dtype=torch.int32)
-            return torch.cat([table, torch.full((1, table.shape[1]), torch.nan)]), row_of
+            row_of = torch.full((len(abar) + 1,), len(pairs), dtype=torch.int32, device=_CPU)
+            numbers = torch.arange(len(pairs), dtype=torch.int32, device=_CPU)
+            row_of[torch.tensor(chosen, device=_CPU)] = numbers
+            return torch.cat([table, table.new_full((1, table.shape[1]), torch.nan)]), row_of
 
         return cast(Tables, self._of(("strict", eta), device, make))
 
@@ -331,7 +346,7 @@ class _Fast:
             noise = self._drawn(x, generator)
         half = None if sample.dtype == torch.float32 else torch.empty_like(sample)
         if seeds is not None and seeds.device != sample.device:
-            seeds = self._seeds = seeds.to(sample.device)  # once: a copy waits for the device
+            seeds = self._seeds = sent(seeds, sample.device)
         x_s, x0 = self._stepped(
             x,
             output,
@@ -349,8 +364,8 @@ class _Fast:
     def _strict_rows(self: Any, timestep: Any, tables: Tables) -> Tensor:
         t = self._row(timestep)
         if isinstance(t, Tensor):
-            assert tables.row_of is not None
-            return tables.row_of[t.long()]
+            # As one of several: an index of no dimensions is read as a number, and reading waits.
+            return tables.rows_at(t.view(1))
         levels = self._levels()
         if t not in levels:
             raise ValueError(
@@ -548,12 +563,11 @@ class FastDDIMParallelScheduler(_FastForwards, DDIMParallelScheduler):
             )
         if self.config.strict:
             tables = self._strict_of(0.0, sample.device)
-            assert tables.row_of is not None
-            rows = tables.row_of[timesteps.to(sample.device)]
+            rows = tables.rows_at(sent(timesteps, sample.device))
         else:
-            one = self._one = getattr(self, "_one", torch.tensor(1.0))
+            one = self._one = getattr(self, "_one", torch.tensor(1.0, device=_CPU))
             tables = self._loose_of(0.0, sample.device, one)
-            rows = (timesteps + len(self.alphas_cumprod)).to(sample.device, torch.int32)
+            rows = sent((timesteps + len(self.alphas_cumprod)).to(torch.int32), sample.device)
         clip, threshold = self._bounds(sample, model_output, tables, rows)
         x_s, _ = ddim_step(
             sample,
@@ -669,6 +683,12 @@ def _fits(scheduler: Any, output: Any, sample: Any, row: int | Tensor) -> bool:
         and (not config.clip_sample or config.clip_sample_range > 0)
         and not (_has_grad(sample) or _has_grad(output))
     )
+
+
+def _are_the_cpus(generator: Any) -> bool:
+    """Whether it is a CPU's generator, or a list of them."""
+    each = generator if isinstance(generator, list) else [generator]
+    return all(isinstance(g, torch.Generator) and g.device == _CPU for g in each)
 
 
 def _has_grad(tensor: Tensor) -> bool:

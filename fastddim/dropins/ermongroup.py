@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -43,7 +44,8 @@ def generalized_steps(
             nothing else, so that ``[0][-1]`` still holds the images.
 
     Returns:
-        (xs, x0_preds): len(seq) + 1 states from x on, and len(seq) predictions; on the CPU.
+        (xs, x0_preds): len(seq) + 1 states from x on, and len(seq) predictions; on the CPU, those
+        of a GPU in pinned memory.
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what is allowed. Where the
@@ -110,6 +112,8 @@ def _loop(
     keep: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(xs, x0_preds) of ``step``, given the row and its noise."""
+    # From a GPU into pinned memory, while the loop goes on.
+    host = partial(Tensor.to, device="cpu", non_blocking=x.is_cuda)
     rows = torch.arange(len(tau), dtype=torch.int32, device=x.device)
     xs: list[Tensor] = [x]
     x0_preds: list[Tensor] = []
@@ -127,8 +131,10 @@ def _loop(
         if keep == "last":
             xs, x0_preds = [], []
         if x0 is not None:
-            xs.append(x.to("cpu"))
-            x0_preds.append(x0.to("cpu"))
+            xs.append(host(x))
+            x0_preds.append(host(x0))
+    if x.is_cuda:
+        torch.cuda.current_stream(x.device).synchronize()  # by which the last has arrived
     return xs, x0_preds
 
 

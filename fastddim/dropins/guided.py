@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +24,7 @@ from fastddim.coefficients import checked_factors
 from fastddim.ops import OUTPUTS, ddim_step
 from fastddim.schedule import Float64, NoiseSchedule, guided_diffusions
 from fastddim.stream import passed_over
+from fastddim.transfer import sent
 
 Denoised: TypeAlias = Callable[[Tensor], Tensor] | None
 Condition: TypeAlias = Callable[..., Tensor] | None
@@ -296,10 +298,11 @@ class _Step:
         schedule = NoiseSchedule.from_alphas_cumprod(diffusion.alphas_cumprod)
         self.count = len(schedule)
         self.rows = torch.arange(self.count, dtype=torch.int32, device=device)
-        self.scale, self.shift, *tables = _tables(schedule.alphas_cumprod, self.eta, device)
+        abar = schedule.alphas_cumprod.tobytes()
+        self.scale, self.shift, *tables = _tables(abar, self.eta, device, _stream(device))
         self.table, self.only_x0, self.only_eps = tables
         seen = getattr(diffusion, "timestep_map", range(self.count))
-        self.seen = torch.from_numpy(np.array(seen, dtype=np.int64)).to(device)
+        self.seen = sent(torch.from_numpy(np.array(seen, dtype=np.int64)), device)
         if getattr(diffusion, "rescale_timesteps", False):
             T = getattr(diffusion, "original_num_steps", self.count)
             self.seen = self.seen.float() * (1000.0 / T)
@@ -377,11 +380,18 @@ class _Step:
         return z.normal_().float()
 
 
-def _tables(abar: Float64, eta: float | None, device: torch.device) -> list[Tensor]:
+@lru_cache(maxsize=16)
+def _tables(
+    levels: bytes, eta: float | None, device: torch.device, stream: int
+) -> tuple[Tensor, ...]:
     """√(1/ᾱ_t), √(1−ᾱ_t) and three tables, by the original's own float32 operations.
 
     With the first table the op returns x_s, with the second x0 in its place, with the third ε.
+    ``levels`` are ᾱ, float64. The results are kept, for each ``stream`` its own, which need not
+    wait for another's: a loop of single steps asks for the same ones at each, and making them
+    waits for the device.
     """
+    abar = np.frombuffer(levels)
     if abar[-1] == 0:
         raise ValueError("diffusion.alphas_cumprod must be > 0, got 0 at the last timestep")
 
@@ -402,7 +412,12 @@ def _tables(abar: Float64, eta: float | None, device: torch.device) -> list[Tens
         c1, c2 = checked_factors(factors, eta, "these timesteps")
     returned = (at_s.sqrt(), c1, c2), (one, none, none), (none, none, one)
     tables = [torch.stack([one, one, b, 1 / b, *last], dim=1) for last in returned]
-    return [on_device(np.sqrt(1.0 / abar)), (1 - at).sqrt(), *tables]
+    return on_device(np.sqrt(1.0 / abar)), (1 - at).sqrt(), *tables
+
+
+def _stream(device: torch.device) -> int:
+    """The stream that is current there; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _respaced(respacing: str | Sequence[int] | None, T: int) -> list[int]:

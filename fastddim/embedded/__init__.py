@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastddim import weights
 from fastddim.embedded.model import SHAPE as SHAPE
 from fastddim.embedded.model import GarmentModel as GarmentModel
@@ -24,7 +26,8 @@ def load(path: Path | str = WEIGHTS) -> GarmentModel:
     if "unet" not in metadata:
         raise ValueError(f"{path} is no file of garment weights: its metadata has no 'unet'")
     try:
-        model = GarmentModel(dict(json.loads(metadata["unet"])))
+        with torch.device("cpu"):
+            model = GarmentModel(dict(json.loads(metadata["unet"])))
     except ImportError:
         raise
     except Exception as error:  # whatever diffusers makes of a configuration that is none

@@ -75,7 +75,8 @@ def load(path: str | os.PathLike[str] = WEIGHTS) -> Classifier:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
-    model = Classifier()
+    with torch.device("cpu"):
+        model = Classifier()
     try:
         weights = load_file(path)
         odd = {p.dtype for p in weights.values()} - {torch.float16, torch.float32}

@@ -1,0 +1,194 @@
+"""A GPU that is not there: its tensors hold their values on the CPU, and who waits is noted.
+
+    with Device() as device:
+        x = device.put(x)  # x.device is cuda:0
+        with device.watch() as waits:
+            y = 2 * x[x > 0]
+        # waits == ["aten.index.Tensor with a mask (test_it.py:12)"]
+
+On a GPU the host enqueues an operation and goes on. It waits where it needs a value, where values
+decide a result's shape, and where it copies from one side to the other without ``non_blocking``.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+aten: Any = torch.ops.aten
+
+READS = {
+    aten._local_scalar_dense,  # item(), int(t), bool(t), and a[t] for a t of one value
+    aten.equal,
+    aten.allclose,
+}
+SHAPES = {
+    aten.nonzero,
+    aten.masked_select,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.unique_dim_consecutive,
+    aten.bincount,
+}
+INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+COPIES = {aten.copy_, aten._to_copy}
+
+
+class There(Tensor):
+    """A tensor of the device: ``here`` holds its values, on the CPU."""
+
+    here: Tensor
+
+    @staticmethod
+    def __new__(cls, here: Tensor) -> There:
+        made: There = Tensor._make_wrapper_subclass(
+            cls,
+            here.size(),
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device=torch.device("meta"),  # C++ is told so: it has no driver to ask about CUDA.
+        )
+        made.here = here
+        return made
+
+    device: Any = property(lambda _: CUDA)
+    is_cuda: Any = property(lambda _: True)
+    is_meta: Any = property(lambda _: False)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.untyped_storage:  # Its address tells a view from a copy.
+            return args[0].here.untyped_storage()
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.tolist:
+                return args[0].cpu().tolist()
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise AssertionError(f"{func} outside of its device")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"There({self.here})"
+
+
+class Generator(torch.Generator):
+    """A generator of the device, whose numbers are those of the CPU's."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return CUDA
+
+
+class Device(TorchDispatchMode):
+    """While it is entered, ``cuda:0`` can be used; ``waits`` says what the host has waited for."""
+
+    # PyTorch does not look for a CUDA driver while a mode of this key is on.
+    _mode_key = torch._C._TorchDispatchModeKey.FAKE
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.waits: list[str] = []
+
+    def __enter__(self) -> Device:
+        self._lifts = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=CUDA) shows its copy.
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch._C._set_only_lift_cpu_tensors(self._lifts)
+
+    def put(self, value: Any) -> Any:
+        """``value`` with a copy of every tensor in it on the device."""
+        with torch._C._DisableTorchDispatch():
+            return tree_map(lambda t: There(t.clone()) if isinstance(t, Tensor) else t, value)
+
+    @contextmanager
+    def watch(self) -> Iterator[list[str]]:
+        """What the host waits for within."""
+        before, self.waits = self.waits, []
+        try:
+            yield self.waits
+        finally:
+            self.waits = before
+
+    def wait(self, what: str) -> None:
+        """Notes ``what`` the host waits for, with the line of ours that makes it."""
+        ours = [
+            frame
+            for frame in traceback.extract_stack()
+            if frame.filename != __file__ and Path(frame.filename).is_relative_to(ROOT)
+        ]
+        self.waits.append(f"{what} ({Path(ours[-1].filename).name}:{ours[-1].lineno})")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, packet = dict(kwargs or {}), func.overloadpacket
+        there = any(isinstance(leaf, There) for leaf in tree_leaves((args, kwargs)))
+        lands = there if packet is not aten.copy_ else isinstance(args[0], There)
+        if kwargs.get("device") is not None:
+            lands = torch.device(kwargs["device"]).type != "cpu"
+            kwargs["device"] = CPU
+        if (
+            packet is aten._to_copy
+            and there
+            and lands
+            and kwargs.get("dtype")
+            in (
+                None,
+                args[0].dtype,
+            )
+        ):
+            return args[0]  # It is there already, which C++ does not know.
+        kwargs.pop("pin_memory", None)
+        self._note(func, args, kwargs, there, lands)
+        here = tree_map(lambda t: t.here if isinstance(t, There) else t, (args, kwargs))
+        out = func(*here[0], **here[1])
+        if packet is aten.copy_:
+            return args[0]
+        if lands:
+            out = tree_map(lambda t: There(t) if isinstance(t, Tensor) else t, out)
+            if there and packet is not aten._to_copy:
+                return return_and_correct_aliasing(func, args, kwargs, out)
+        return out
+
+    def _note(self, func: Any, args: Any, kwargs: Any, there: bool, lands: bool) -> None:
+        """Notes what the host waits for in this operation, and refuses what CUDA would refuse."""
+        packet = func.overloadpacket
+        if packet in COPIES:
+            source = args[packet is aten.copy_]
+            at_once = kwargs.get("non_blocking") or args[2:] == (True,)
+            if isinstance(source, There) != lands and not at_once:
+                self.wait(f"{func} from one device to another")
+        elif not there:
+            return
+        elif packet in READS:
+            self.wait(f"{func} reads a value")
+        elif packet in SHAPES or (func is aten.repeat_interleave.Tensor and not kwargs):
+            self.wait(f"{func} has a shape that values decide")
+        elif packet in INDEXING:
+            for index in args[1]:
+                if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+                    self.wait(f"{func} with a mask")
+                elif isinstance(index, Tensor) and not isinstance(index, There):
+                    self.wait(f"{func} with an index on the CPU")
+        else:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and not isinstance(leaf, There) and leaf.dim():
+                    raise RuntimeError(f"{func}: all tensors must be on one device")

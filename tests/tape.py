@@ -1,0 +1,148 @@
+"""What a CUDA graph is, on any device: the operations with their memory, done again in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastddim import graph
+
+aten: Any = torch.ops.aten
+ALLOCATIONS = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+}
+
+
+class FreedError(RuntimeError):
+    """A graph has the address of memory that has been freed."""
+
+
+class Place(NamedTuple):
+    """A tensor as a graph knows it, which keeps no memory alive."""
+
+    storage: StorageWeakRef
+    dtype: torch.dtype
+    offset: Any
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Place:
+        return cls(
+            StorageWeakRef(tensor.untyped_storage()),
+            tensor.dtype,
+            tensor.storage_offset(),
+            tensor.size(),
+            tensor.stride(),
+        )
+
+    def tensor(self) -> Tensor:
+        if self.storage.expired():
+            raise FreedError(f"a graph reads or writes freed memory: {self.dtype} {self.size}")
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
+
+
+class Tape(TorchDispatchMode):
+    """Records what is done while it is entered, and does it again.
+
+    As with a graph on a GPU, Python does not run again, every address is the recorded one, and
+    reading a value is refused. The tape holds the memory that was allocated while it was entered,
+    as a graph's pool does, and none beside it: what it reads and writes there is somebody else's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.done: list[tuple[Any, Any, Any, list[Place]]] = []
+        self.pool: dict[int, torch.UntypedStorage] = {}
+        self.outside: dict[int, Place] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default:
+            raise RuntimeError("a graph reads no values")
+        kwargs = kwargs or {}
+        for tensor in tensors_of((args, kwargs)):
+            if tensor.untyped_storage()._cdata not in self.pool:
+                self.outside[tensor.untyped_storage()._cdata] = Place.of(tensor)
+        out = func(*args, **kwargs)
+        for tensor in tensors_of(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.outside:
+                self.pool[storage._cdata] = storage
+        placed = tree_map(lambda t: Place.of(t) if isinstance(t, Tensor) else t, (args, kwargs))
+        self.done.append((func, *placed, [Place.of(tensor) for tensor in tensors_of(out)]))
+        return out
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, places in self.done:
+                outs = [place.tensor() for place in places]
+                if func in ALLOCATIONS:
+                    for out in outs:  # whatever stood there
+                        out.fill_(float("nan") if out.is_floating_point() else 1)
+                    continue
+                here = tree_map(
+                    lambda p: p.tensor() if isinstance(p, Place) else p,
+                    (args, kwargs),
+                    is_leaf=lambda p: isinstance(p, Place),
+                )
+                again = tensors_of(func(*here[0], **here[1]))
+                for into, value in zip(outs, again, strict=True):
+                    if into.data_ptr() != value.data_ptr() and into.numel():
+                        into.copy_(value)
+
+    @property
+    def freed(self) -> list[Place]:
+        """What the graph reads or writes that nobody holds any more."""
+        return [place for place in self.outside.values() if place.storage.expired()]
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def tapes_for_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """From now on ``graph.record`` records tapes, on a CPU; they are added to the list returned."""
+    tapes: list[Tape] = []
+
+    class Stream:
+        def __init__(self, device: object = None) -> None:
+            pass
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    def made() -> Tape:
+        tapes.append(Tape())
+        return tapes[-1]
+
+    @contextmanager
+    def captured(tape: Tape, pool: object, stream: object) -> Iterator[None]:
+        with tape:
+            yield
+
+    cuda = {
+        "device": lambda _: nullcontext(),
+        "stream": lambda _: nullcontext(),
+        "Stream": Stream,
+        "current_stream": Stream,
+        "CUDAGraph": made,
+        "graph": captured,
+    }
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    memory: Any = graph.Memory("a pool", Stream())  # type: ignore[arg-type]
+    monkeypatch.setattr(graph.Memory, "on", lambda device: memory)
+    monkeypatch.setattr(graph, "_abandon", lambda tape, device, pool: tapes.remove(tape))
+    return tapes
