@@ -62,7 +62,7 @@ def ddim_step(
 
 def compute_alpha(beta: Tensor, t: Tensor) -> Tensor:
     """ᾱ_t of shape (n, 1, 1, 1) in β's own dtype; t = −1 gives 1 (the seed's function)."""
-    beta = torch.cat([torch.zeros(1, device=beta.device), beta], dim=0)
+    beta = torch.cat([torch.zeros(1, device="cpu").to(beta.device), beta], dim=0)
     return (1 - beta).cumprod(dim=0).index_select(0, t + 1).view(-1, 1, 1, 1)
 
 
@@ -86,8 +86,9 @@ def generalized_steps(
         x0_preds: list[Tensor] = []
         xs = [x]
         for i, j in zip(reversed(seq), reversed(seq_next), strict=False):
-            t = torch.ones(n, device=x.device) * i
-            next_t = torch.ones(n, device=x.device) * j
+            # Made on the host and copied, as the original does it: benchmarks time this loop.
+            t = (torch.ones(n, device="cpu") * i).to(x.device)
+            next_t = (torch.ones(n, device="cpu") * j).to(x.device)
             at = compute_alpha(b, t.long())
             at_next = compute_alpha(b, next_t.long())
             xt = xs[-1].to(x.device)
@@ -116,7 +117,7 @@ def ddpm_steps(
         x0_preds: list[Tensor] = []
         xs = [x]
         for i, j in zip(reversed(seq), reversed([-1, *seq[:-1]]), strict=False):
-            t, next_t = (torch.ones(n, device=x.device) * level for level in (i, j))
+            t, next_t = ((torch.ones(n, device="cpu") * level).to(x.device) for level in (i, j))
             at, at_next = (compute_alpha(b, level.long()) for level in (t, next_t))
             beta = 1 - at / at_next
             xt = xs[-1].to(x.device)
