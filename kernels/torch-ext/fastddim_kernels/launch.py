@@ -299,7 +299,10 @@ def _block(g: _Geometry, noisy: bool) -> tuple[int, int]:
     if g.layout == TILE.value:
         # As a share of a copy's speed on an H200, four channels with noise, 2048 elements a part:
         # 0.944 with four parts a program, 0.905 with two, 0.932 with one; 4096 elements are slower.
-        quads, parts = (512 if noisy else 256) // g.width, 4 if noisy else 1
+        # More channels, or an output that is turned too, leave no registers for four parts.
+        mixed = (g.x_pixel == 1) != (g.output_pixel == 1)
+        quads = (512 if noisy and not mixed else 256) // g.width
+        parts = 4 if noisy and not mixed and g.width == 4 else 1
     elif g.layout == FEW.value:
         # Three channels with noise: 0.948 with one part, 0.919 with two, 0.679 with four.
         quads, parts = lanes, 1
