@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -112,8 +111,7 @@ def _loop(
     keep: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(xs, x0_preds) of ``step``, given the row and its noise."""
-    # From a GPU into pinned memory, while the loop goes on.
-    host = partial(Tensor.to, device="cpu", non_blocking=x.is_cuda)
+    at_once = x.is_cuda  # States of a GPU go into pinned memory while the loop goes on.
     rows = torch.arange(len(tau), dtype=torch.int32, device=x.device)
     xs: list[Tensor] = [x]
     x0_preds: list[Tensor] = []
@@ -131,10 +129,10 @@ def _loop(
         if keep == "last":
             xs, x0_preds = [], []
         if x0 is not None:
-            xs.append(host(x))
-            x0_preds.append(host(x0))
-    if x.is_cuda:
-        torch.cuda.current_stream(x.device).synchronize()  # by which the last has arrived
+            xs.append(x.to("cpu", non_blocking=at_once))
+            x0_preds.append(x0.to("cpu", non_blocking=at_once))
+    if at_once:
+        torch.cuda.current_stream(x.device).synchronize()  # The last states have arrived.
     return xs, x0_preds
 
 
