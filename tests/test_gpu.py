@@ -190,8 +190,10 @@ def test_the_smallest_and_the_largest_words_give_a_normal() -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [(3, 4, 8, 8), (3, 4, 5, 7), (2, 8, 5, 7), (3, 3, 8, 8), (3, 3, 5, 7), (2, 1, 5, 7)]
-    + [(2, 16, 8, 8), (2, 12, 4, 6), (3, 2, 8, 8), (3, 5, 8, 8)],
+    [
+        *[(3, 4, 8, 8), (3, 4, 5, 7), (2, 8, 5, 7), (3, 3, 8, 8), (3, 3, 5, 7), (2, 1, 5, 7)],
+        *[(2, 16, 8, 8), (2, 12, 4, 6), (3, 2, 8, 8), (3, 5, 8, 8)],
+    ],
 )
 def test_channels_last_and_contiguous_draw_the_same_noise(shape: tuple[int, ...]) -> None:
     given = plain(shape, seeds=torch.arange(shape[0], device=DEVICE) + 2**33)

@@ -204,12 +204,12 @@ class _Geometry:
 
     @property
     def layout(self) -> int:
-        return layout_of(self.channels, self.output_pixel, self.in_fours)
+        return int(layout_of(self.channels, self.output_pixel, self.in_fours))
 
     @property
     def width(self) -> int:
         """Channels that a program takes."""
-        return block_channels(self.channels, self.layout)
+        return int(block_channels(self.channels, self.layout))
 
     @property
     def groups(self) -> int:
