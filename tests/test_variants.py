@@ -254,7 +254,7 @@ SEVERAL = [
     ("epsilon odd philox", "contiguous", 1, (3, 5, 5)),
     ("guidance philox threshold", "contiguous", 1, (4, 4, 5)),
     ("guidance philox bf16 clip next", "contiguous", 2, (4, 3, 7)),
-    ("epsilon last philox", "last", 1, (8, 9, 8)),
+    ("epsilon last philox", "last", 1, (4, 9, 8)),
     ("learned last rgb", "last", 1, (2, 5, 13)),
     ("learned last", "last", 1, (5, 5, 13)),
     ("epsilon last philox odd", "last", 1, (2, 5, 7)),
