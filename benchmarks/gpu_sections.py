@@ -70,6 +70,11 @@ SMALL = (4, 8, 8)
 CHUNK = 16
 """Bytes. A copy of a size that is no multiple of them takes one and a half times as long."""
 TUNED = ("epsilon", "epsilon philox")
+CHOICES = (
+    *((256, parts, warps) for warps in (4, 8) for parts in (1, 2, 4, 8)),
+    *((fours, parts, 4) for fours in (128, 512) for parts in (1, 4)),
+)
+"""Elements of a program's block in fours, its blocks and its warps."""
 LOOPS = (((1, 16, 7), 10), ((64, 3, 32, 32), 50), ((1, 4, 64, 64), 50), ((64, 3, 256, 256), 20))
 """Shapes and steps of the loops without their model: a robot's actions, CIFAR-10, latents, large
 images."""
@@ -333,11 +338,9 @@ def tuning(names: tuple[str, ...], sizes: Sizes, deadline: Deadline) -> Iterator
 
     This is exploratory: nothing is claimed of it, and the launcher does not read it.
     """
-    choices = [(256, parts, warps) for warps in (4, 8) for parts in (1, 2, 4, 8)]
-    choices += [(fours, parts, 4) for fours in (128, 512) for parts in (1, 4)]
     tensors = {name: launches_of(VARIANTS[name], sizes.elements) for name in names}
     launches = min(32, LAUNCHES)
-    for fours, parts, warps in choices:
+    for fours, parts, warps in CHOICES:
         for name, (sets, total) in tensors.items():
             if deadline.over():
                 return

@@ -26,6 +26,7 @@ from benchmarks.timing import Record, rounded
 NAME = "compute-sanitizer"
 VARIABLE = "COMPUTE_SANITIZER"
 """The environment variable that names the program, where it is somewhere else."""
+TOOLKITS = Path("/usr/local")
 STEP = "tests/test_gpu.py::test_every_variant_equals_the_reference"
 VARIANTS = (
     *("epsilon philox bf16", "epsilon last philox", "epsilon last philox rgb", "learned last rgb"),
@@ -94,7 +95,7 @@ def program() -> str | None:
         return shutil.which(named)
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     folders = [Path(home) / "bin" for home in homes]
-    folders += sorted(Path("/usr/local").glob("cuda*/bin"), reverse=True)
+    folders += sorted(TOOLKITS.glob("cuda*/bin"), reverse=True)
     # nvidia-cuda-sanitizer-api has nvidia/cu13/bin; that of CUDA 12 has nvidia/cuda_sanitizer_api.
     packages = find_spec("nvidia")
     for place in packages.submodule_search_locations or () if packages else ():
@@ -142,7 +143,7 @@ def run(check: Check, deadline: Deadline) -> Iterator[Record]:
                 known.add(json.loads(line))
     count, first = errors(said)
     summary = known.summary()
-    row |= {"tests": len(check.tests), "passed": summary["passed"], "failed": summary["failed"]}
+    row |= {f"tests_{outcome}": summary[outcome] for outcome in testing.WORST}
     row |= {"errors": count, "verdict": verdict(child, count, summary), "first": first}
     yield row | {"seconds": rounded(time.monotonic() - begin)}
 

@@ -51,7 +51,9 @@ def graphs() -> Callable[..., Any]:
             super().__init__()
             self.graph = graph
 
-        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             kwargs = kwargs or {}
             results = op(*args, **kwargs)
 
@@ -131,6 +133,7 @@ def small_sizes() -> None:
     """Everything as on a GPU, but of sizes that an interpreter can bear, on the CPU."""
     import torch
 
+    import fastddim_kernels.launch
     from benchmarks import gpu_sections, ladder, timing, variants
     from fastddim import cpu
 
@@ -143,9 +146,14 @@ def small_sizes() -> None:
     sections.DEVICE = ladder.DEVICE = "cpu"
     sections.LAUNCHES = 2
     sections.SMALL = (4, 4, 4)
+    sections.CHOICES = ((16, 1, 4), (16, 2, 4))
     sections.NODES, sections.STEPS = ((2, 3, 4, 4),), 3
     ladder.SHAPES = ((1, 16, 7), (2, 3, 4, 4))
     ladder.SHORT, ladder.LONG = 2, 4
+    ladder.SECONDS = 0.2
+    # The interpreter computes whole blocks, however few of their elements there are.
+    launch: Any = fastddim_kernels.launch
+    launch._INTERPRETED_FOURS = 64
     sections.LOOPS = (((1, 16, 7), 4), ((2, 3, 8, 8), 4))
     sections.unusable = lambda: None
     sections.describe = lambda: {"gpu": GPU, "torch": torch.__version__}
