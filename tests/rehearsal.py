@@ -48,7 +48,7 @@ def graphs() -> Callable[..., Any]:
 
     class Tape(TorchDispatchMode):
         def __init__(self, graph: Graph) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]
             self.graph = graph
 
         def __torch_dispatch__(
@@ -148,7 +148,8 @@ def small_sizes() -> None:
     sections.SMALL = (4, 4, 4)
     sections.CHOICES = ((16, 1, 4), (16, 2, 4))
     sections.NODES, sections.STEPS = ((2, 3, 4, 4),), 3
-    ladder.SHAPES = ((1, 16, 7), (2, 3, 4, 4))
+    sizes: Any = ladder
+    sizes.SHAPES = ((1, 16, 7), (2, 3, 4, 4))
     ladder.SHORT, ladder.LONG = 2, 4
     ladder.SECONDS = 0.2
     # The interpreter computes whole blocks, however few of their elements there are.
@@ -176,7 +177,11 @@ def small_sizes() -> None:
     ladder.cases = small_cases
     # The compiler's front end runs; C++ would take it a minute for each model.
     compile: Any = torch.compile
-    torch.compile = lambda f, dynamic, mode=None: compile(f, backend="aot_eager", dynamic=dynamic)
+
+    def front_end(function: Any, dynamic: bool, mode: str | None = None) -> Any:
+        return compile(function, backend="aot_eager", dynamic=dynamic)
+
+    setattr(torch, "compile", front_end)  # noqa: B010
 
 
 def main(arguments: list[str]) -> int:
@@ -190,7 +195,7 @@ def main(arguments: list[str]) -> int:
             raise SystemExit("a rehearsal's record is of no GPU: name another folder (--results)")
         # The interpreter of the processes that it starts.
         sys.executable = os.environ["PYTHON"]
-        gpu.ELEMENTS = ELEMENTS
+        setattr(gpu, "ELEMENTS", ELEMENTS)  # noqa: B010
         return gpu.main(rest)
     if name == "benchmarks.gpu_sections":
         os.environ["TRITON_INTERPRET"] = "1"

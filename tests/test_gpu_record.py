@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_sections, records, sanitizer, testing
+from benchmarks import gpu, gpu_report, gpu_sections, records, sanitizer, testing
 from benchmarks.checks import differing
 from benchmarks.children import ROOT, Child, Deadline, Pipe
 from benchmarks.gpu import SHARES, Book, budget, measured
+from benchmarks.gpu_report import TABLES
 from benchmarks.gpu_sections import DEAD, Part
 from benchmarks.timing import Record, WrongResultError
 from benchmarks.variants import VARIANTS, launch_arguments
@@ -66,6 +68,17 @@ def test_the_shares_are_those_of_seven_minutes() -> None:
     # What was measured on an H200 fits, its process's start included.
     for name, seconds in (("tests", 80), ("variants", 39), ("peers", 10), ("graph", 6)):
         assert SHARES[name].seconds >= 1.2 * seconds + 8 * (name != "tests"), name
+
+
+def test_the_page_says_what_each_section_may_take() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", page, flags=re.MULTILINE))
+    assert {name: float(seconds) for name, seconds in rows.items()} == {
+        name: share.seconds for name, share in SHARES.items()
+    }
+    assert f"seconds of {gpu.SECONDS:.0f}" in page
+    assert sum(len(check.tests) for check in sanitizer.CHECKS) == 2 * 14
+    assert "over fourteen of the GPU tests" in page
 
 
 def test_what_a_section_leaves_goes_to_the_later_ones() -> None:
@@ -452,16 +465,17 @@ def test_a_learned_variance_between_the_pixels_is_read_along() -> None:
     assert moved["epsilon bf16"] == 10
 
 
-def test_a_copy_moves_whole_chunks_and_as_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_moves_as_many_bytes_in_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_sections, "DEVICE", "cpu")
     for total in (12 * 65 * 3 * 255 * 255, 12 * 1024, 10):
-        calls = gpu_sections.copies(total, 2)
+        calls, moved = gpu_sections.copies(total, 2)
         copied, added = calls["copy"](0), calls["add"](1)
         assert isinstance(copied, torch.Tensor)
         assert isinstance(added, torch.Tensor)
-        for result, streams in ((copied, 2), (added, 3)):
-            assert result.nbytes % 16 == 0
-            assert 0 <= streams * result.nbytes - total < streams * 16
+        for name, result, streams in (("copy", copied, 2), ("add", added, 3)):
+            assert result.nbytes % 2**20 == 0
+            assert moved[name] == streams * result.nbytes
+            assert 0 <= moved[name] - total < streams * 2**20
 
 
 def test_what_a_launch_writes_is_compared_with_the_reference() -> None:
@@ -772,11 +786,9 @@ def test_the_whole_run_is_rehearsed(tmp_path: Path) -> None:
     some = ["epsilon", "epsilon philox", "epsilon last philox rgb", "guidance bf16 next"]
     sizes = ["--seconds", "420", "--rounds", "6", "--elements", "64"]
     begin = time.monotonic()
+    script, results = str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")
     done = subprocess.run(
-        [
-            *(ROOT / "benchmarks" / "gpu.sh", "--results", tmp_path / "out", *sizes),
-            *("--variants", *some),
-        ],
+        [script, "--results", results, *sizes, "--variants", *some],
         env=os.environ | {"PYTHON": str(python), sanitizer.VARIABLE: str(tool)},
         capture_output=True,
         text=True,
@@ -803,6 +815,8 @@ def test_the_whole_run_is_rehearsed(tmp_path: Path) -> None:
             assert not {"wrong", "failed", "left_out"} & set(row), (key, row)
     assert [row["variant"] for row in rows["variants"]] == some
     assert {row["verdict"] for row in rows["sanitizer"]} == {"no test ran"}
+    # The pages can show it.
+    assert gpu_report.tables(found).count("| --- |") == len(TABLES)
     # Without a GPU every test is skipped, which is no success: that alone is bad.
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if line.startswith("BAD")] == [
