@@ -132,8 +132,8 @@ def fake_cuda() -> None:
 def small_sizes() -> None:
     """Everything as on a GPU, but of sizes that an interpreter can bear, on the CPU."""
     import torch
+    import triton
 
-    import fastddim_kernels.launch
     from benchmarks import gpu_sections, ladder, timing, variants
     from fastddim import cpu
 
@@ -152,12 +152,10 @@ def small_sizes() -> None:
     sizes.SHAPES = ((1, 16, 7), (2, 3, 4, 4))
     ladder.SHORT, ladder.LONG = 2, 4
     ladder.SECONDS = 0.2
-    # The interpreter computes whole blocks, however few of their elements there are.
-    launch: Any = fastddim_kernels.launch
-    launch._INTERPRETED_FOURS = 64
     sections.LOOPS = (((1, 16, 7), 4), ((2, 3, 8, 8), 4))
     sections.unusable = lambda: None
-    sections.describe = lambda: {"gpu": GPU, "torch": torch.__version__}
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    sections.describe = lambda: {"gpu": GPU, **versions}
     host_seconds = timing.host_seconds
     sections.host_seconds = lambda calls, *_: host_seconds(calls, 2, 1)
     # numba takes long to compile, and would run on no GPU.
@@ -169,7 +167,7 @@ def small_sizes() -> None:
 
     def small_cases() -> list[ladder.Case]:
         found = []
-        for case in cases():
+        for case in cases()[:4]:  # the others are these, at other sizes
             size = (2, case.shape[1], 16, 16) if len(case.shape) == 4 else case.shape
             found.append(replace(case, shape=size, steps=2))
         return found

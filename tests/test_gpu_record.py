@@ -375,17 +375,17 @@ gpu.main(["--results", {str(tmp_path)!r}, "--sections", "variants", "host", "pee
 
 
 def rows_of(parts: list[Part], seconds: float = 60.0, begin: int = 0) -> tuple[int, list[Record]]:
-    found: list[Record] = []
+    lines: list[Record] = []
 
     class Kept(Pipe):
         def __init__(self) -> None:
             pass
 
-        def write(self, line: Record) -> None:
-            found.append(line)
+        def write(self, found: Record) -> None:
+            lines.append(found)
 
     status = gpu_sections.run(parts, Deadline(seconds), Kept(), begin)
-    return status, found
+    return status, lines
 
 
 def giving(*rows: Record, then: Exception | None = None) -> Callable[[Deadline], Iterator[Record]]:
@@ -783,7 +783,7 @@ def test_the_whole_run_is_rehearsed(tmp_path: Path) -> None:
     )
     for path in (python, tool):
         path.chmod(0o755)
-    some = ["epsilon", "epsilon philox", "epsilon last philox rgb", "guidance bf16 next"]
+    some = ["epsilon", "epsilon philox", "learned last", "guidance bf16 next"]
     sizes = ["--seconds", "420", "--rounds", "6", "--elements", "64"]
     begin = time.monotonic()
     script, results = str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")
