@@ -64,8 +64,8 @@ SHARES = {
     "peers": Share(30, 12),
     "loops": Share(40, 12),
     "ladder": Share(75, 20),
-    "sanitizer": Share(40, 20),
-    "tuning": Share(15, 8),
+    "sanitizer": Share(50, 20),
+    "tuning": Share(10, 8),
 }
 """In the order of their worth. On an H200 with cold caches the tests took 80 s, the variants 39, a
 peer's compilation 10, and the others a few seconds beside the start of their process."""

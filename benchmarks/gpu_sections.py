@@ -79,6 +79,7 @@ CHOICES = (
 LOOPS = (((1, 16, 7), 10), ((64, 3, 32, 32), 50), ((1, 4, 64, 64), 50), ((64, 3, 256, 256), 20))
 """Shapes and steps of the loops without their model: a robot's actions, CIFAR-10, latents, large
 images."""
+LARGE = 1 << 20
 NODES = ((1, 4, 64, 64), (4, 3, 32, 32))
 """Shapes of the steps that are captured by hand, and how many of them a graph holds."""
 STEPS = 50
@@ -566,7 +567,9 @@ def every_loop(_: Sizes) -> list[Part]:
     for shape, steps in LOOPS:
         for eta in (0.0, 1.0):
             label = {"shape": list(shape), "eta": eta}
-            found.append(Part("loops", label, partial(loops, shape, steps, eta)))
+            # The original loop takes a second for its copies of large images to the CPU.
+            weight = 3.0 if math.prod(shape) > LARGE else 1.0
+            found.append(Part("loops", label, partial(loops, shape, steps, eta), weight))
     return found
 
 
@@ -579,7 +582,12 @@ def every_rung(_: Sizes) -> list[Part]:
 
 def every_check(_: Sizes) -> list[Part]:
     return [
-        Part("sanitizer", {"tool": check.tool, "of": check.of}, partial(sanitizer.run, check))
+        Part(
+            "sanitizer",
+            {"tool": check.tool, "of": check.of},
+            partial(sanitizer.run, check),
+            float(len(check.tests)),
+        )
         for check in sanitizer.CHECKS
     ]
 

@@ -25,7 +25,16 @@ import torch
 
 from benchmarks.peers import PEERS, Backend, Loops, MissingError, Run, numba, on, pytorch
 from benchmarks.records import keep, provenance
-from benchmarks.timing import Record, by, interval, rounded, times, turn
+from benchmarks.timing import (
+    Record,
+    WrongResultError,
+    by,
+    interval,
+    last_line,
+    rounded,
+    times,
+    turn,
+)
 from fastddim import cpu
 from fastddim.provenance import cpu_name
 
@@ -100,6 +109,13 @@ def others(
             found[scheduler.title + name] = on(path, ours)
     except MissingError as error:
         missing[scheduler.title] = str(error)
+    except WrongResultError:
+        raise
+    except Exception as error:
+        if device == "cpu":
+            raise
+        # A GPU's machine may have diffusers without all that it imports.
+        missing[scheduler.title] = last_line(error)
     return found, missing
 
 

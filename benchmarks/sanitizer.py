@@ -105,15 +105,18 @@ def program() -> str | None:
 
 
 def errors(log: str) -> tuple[int | None, list[str]]:
-    """How many errors the tool's summaries tell of, None without one; and the first of them."""
+    """How many errors there are, None where that is not known; and the first of them.
+
+    A tool that is ended early writes no summary, but may have told of errors before.
+    """
     summaries = [int(count) for count in SUMMARY.findall(log)]
     lines = [line.lstrip("= ").rstrip() for line in log.splitlines()]
     first = [
         " ".join(line for line in lines[i : i + 3] if line)[:300]
         for i, line in enumerate(lines)
-        if line.startswith(("Invalid", "Uninitialized", "Error", "Internal", "Misaligned"))
+        if line.startswith(("Invalid", "Uninitialized", "Internal", "Misaligned", "Program hit"))
     ]
-    return (sum(summaries) if summaries else None), first[:SHOWN]
+    return (sum(summaries) if summaries else len(first) or None), first[:SHOWN]
 
 
 def run(check: Check, deadline: Deadline) -> Iterator[Record]:
