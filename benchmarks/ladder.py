@@ -1,21 +1,20 @@
 """What each idea gains: from the loop people run, rung by rung, to one graph a sample.
 
-``benchmarks.gpu`` runs this as its sections "marginal" and "ladder". A rung is a whole call, from
-x_T on the device to the last x. Its results are compared with those of the loop people run before
-anything is timed. What it takes beyond its model, called as often, in the same way and with nothing
-in between, is the sampler's.
+``benchmarks.gpu`` runs this as its section "ladder", and ``marginal`` as a part of its section
+"graph". A rung is a whole call, from x_T on the device to the last x. Its results are compared with
+those of the original loop, which is the one people run, before it is timed. What it takes beyond
+its model, called as often, in the same way and with nothing in between, is the sampler's.
+
+Cases, and the rungs of a case, stand in the order of their worth: what there is no time for is at
+the end, and says so in a row of its own.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import signal
-import statistics
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,12 +23,17 @@ from torch import Tensor, nn
 
 import fastddim
 from benchmarks import peers
+from benchmarks.children import Deadline
 from benchmarks.timing import (
+    LEFT_OUT,
     Record,
     WrongResultError,
     device_seconds,
+    interval,
     last_line,
+    limit,
     rounded,
+    times,
     wall_seconds,
 )
 from fastddim import reference
@@ -43,7 +47,7 @@ Run: TypeAlias = Callable[[], Tensor]
 DEVICE = "cuda"
 T = 1000
 TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 1e-1}
-"""How far results may be from the seed's loop, root mean square by root mean square.
+"""How far results may be from the original loop's, root mean square by root mean square.
 
 Between two model calls the arithmetic is the same to the last bit, but for diffusers'. In the model
 it need not be: in a graph or compiled, libraries may choose other kernels, and by default these
@@ -51,16 +55,16 @@ round a convolution's float32 operands to the 11 bits of TF32.
 """
 SECONDS = 5.0
 """For the timing of one case, which takes three rounds at least."""
-LIMIT = 60.0
-"""For the preparation of one rung."""
-COMPILE_LIMIT = 120.0
-COMPILE_SECONDS = 60.0
-"""After which no further model is compiled, counted from the first."""
+PREPARING = 0.7
+"""The part of a case's time in which its rungs are made and checked. The rest is for the timing."""
 SHORT, LONG = 10, 60
 """Steps of the two graphs whose difference is the cost of a step."""
 HEAD_START = 2_000_000
 """Cycles, about a millisecond: more than the host needs to enqueue ten replays."""
-SHAPES = ((64, 3, 32, 32), (1, 16, 7))
+IN_A_GRAPH = 1.3
+"""How many empty nodes a step in a graph may take, at most, at the shapes in ``SMALL``."""
+SMALL = ((1, 16, 7), (4, 3, 32, 32))
+SHAPES = (*SMALL, (64, 3, 32, 32))
 
 
 # The models
@@ -184,17 +188,22 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """From the model that costs the least to the one that costs the most."""
-    policy = Case("robot policy", Policy, (1, 16, 7), 10, cond={"global_cond": (64,)})
+    """In the order of their worth: a small, a middling and a guided model, then other sizes."""
     unet = functools.cache(lambda: UNet(**CIFAR10))  # made once for all four
-    images = [
-        Case(f"CIFAR-10 U-Net, {batch}", unet, (batch, 3, 32, 32), 20, dtype)
-        for batch in (4, 64)
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
     latents = functools.cache(lambda: UNet(**LATENTS))
+
+    def images(batch: int, dtype: torch.dtype) -> Case:
+        return Case(f"CIFAR-10 U-Net, {batch}", unet, (batch, 3, 32, 32), 20, dtype)
+
     by_class: Record = {"cond": {"class_labels": 3}, "uncond": {"class_labels": 1000}}
-    return [policy, *images, Case("guided latents", latents, (1, 4, 64, 64), 20, **by_class)]
+    return [
+        Case("robot policy", Policy, (1, 16, 7), 10, cond={"global_cond": (64,)}),
+        images(64, torch.bfloat16),
+        Case("guided latents", latents, (1, 4, 64, 64), 20, **by_class),
+        images(64, torch.float32),
+        images(4, torch.bfloat16),
+        images(4, torch.float32),
+    ]
 
 
 # The rungs
@@ -247,8 +256,8 @@ def prepared(case: Case, device: str) -> Ready:
     levels = [*reversed(seq)]
     table = ermongroup._table(list(seq), betas, 0.0)
     ddim = fastddim.DDIM(spacing=list(zip(levels, [*levels[1:], -1], strict=True)))
-    # Its own table is made in float64, and up to 2e-4 from the seed's. With the seed's it is as
-    # fast, and its results can be equal.
+    # Its own table is made in float64, and up to 2e-4 from the original loop's float32 factors.
+    # With these it is as fast, and its results can be equal.
     object.__setattr__(ddim, "table", table.cpu().numpy())
     ts = torch.tensor(levels, device=device)[:, None].expand(-1, batch).unbind()
     fast = functools.cache(lambda: compiled(model))
@@ -282,7 +291,7 @@ def eps_of(ready: Ready, model: Model) -> Model:
 
 
 def as_image(ready: Ready) -> tuple[Tensor, Model]:
-    """x and the model in four dimensions, which is how many the seed's factors have."""
+    """x and the model in four dimensions, as many as the original loop's factors have."""
     x, eps = ready.x, eps_of(ready, ready.model)
     if x.dim() == 4:
         return x, eps
@@ -290,7 +299,7 @@ def as_image(ready: Ready) -> tuple[Tensor, Model]:
 
 
 def seeds_loop(ready: Ready) -> Run:
-    """The loop people run, as it is."""
+    """The original loop, as it is."""
     x, eps = as_image(ready)
 
     def run() -> Tensor:
@@ -377,8 +386,19 @@ def diffusers_by_number(ready: Ready) -> Run:
     return run
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """A graph's replay, beside what owns the memory that the graph reads."""
+
+    replay: Run
+    owner: object
+
+    def __call__(self) -> Tensor:
+        return self.replay()
+
+
 def in_a_graph(run: Run, ready: Ready) -> Run:
-    return record(run, ready.x.device)
+    return Replayed(record(run, ready.x.device), run)
 
 
 def model_alone(ready: Ready, model: Model) -> Run:
@@ -403,66 +423,43 @@ MODELS: dict[str, Callable[[Ready], Run]] = {
     "the model alone, in a graph": lambda r: in_a_graph(model_alone(r, r.model), r),
 }
 EAGER, COMPILED, GRAPH = MODELS
-SEED = "the seed's loop"
+SEED = "the original loop"
 TORCH_COMPILE = "eager step, torch.compile(reduce-overhead) of the model"
 CAPTURE = "DDIM.capture"
 RUNGS: dict[str, tuple[Callable[[Ready], Run], str]] = {
     SEED: (seeds_loop, EAGER),
-    "without its copies to the CPU": (without_copies, EAGER),
-    "eager step, factors made before": (lambda r: eager_step(r, r.model), EAGER),
-    "the same in a graph": (lambda r: in_a_graph(eager_step(r, r.model), r), GRAPH),
-    TORCH_COMPILE: (lambda r: eager_step(r, r.fast()), COMPILED),
     "DDIM.sample": (fused, EAGER),
     CAPTURE: (fused_in_a_graph, GRAPH),
+    "eager step, factors made before": (lambda r: eager_step(r, r.model), EAGER),
+    TORCH_COMPILE: (lambda r: eager_step(r, r.fast()), COMPILED),
     "diffusers' DDIMScheduler": (diffusers_loop, EAGER),
-    "the same, told numbers": (diffusers_by_number, EAGER),
-    "the same in a graph, told numbers": (lambda r: in_a_graph(diffusers_by_number(r), r), GRAPH),
+    "the original loop, without its copies to the CPU": (without_copies, EAGER),
+    "eager step, factors made before, in a graph": (
+        lambda r: in_a_graph(eager_step(r, r.model), r),
+        GRAPH,
+    ),
+    "diffusers' DDIMScheduler, told numbers": (diffusers_by_number, EAGER),
+    "diffusers' DDIMScheduler, told numbers, in a graph": (
+        lambda r: in_a_graph(diffusers_by_number(r), r),
+        GRAPH,
+    ),
 }
-"""How each is made, and which calls of the model it is held against."""
+"""How each is made, and which calls of the model it is held against: the worthiest first."""
 PLAIN = tuple(name for name in RUNGS if name != TORCH_COMPILE)
 BESIDE_COMPILE = (SEED, TORCH_COMPILE, CAPTURE)
-"""Apart from the others and after them, for it takes long and may not be had at all."""
+"""A case of its own beside the others, for it takes long and may not be had at all."""
 
 
 # The measurements
 
 
-@contextmanager
-def limit(seconds: float) -> Iterator[None]:
-    """Raises ``TimeoutError`` in what takes longer, be it waiting for others."""
-
-    def over(*_: object) -> None:
-        raise TimeoutError(f"took more than {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-class Stopwatch:
-    """Whether there is time left, from the first question on."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.end: float | None = None
-
-    def over(self) -> bool:
-        now = time.monotonic()
-        self.end = now + self.seconds if self.end is None else self.end
-        return now >= self.end
-
-
 def compared(what: str, got: Tensor, want: Tensor, tolerance: float) -> Record:
-    """How far from what the seed's loop gives; beyond the tolerance it is wrong."""
+    """How far from what the original loop gives; beyond the tolerance it is wrong."""
     got, want = got.cpu(), want.cpu()
     gap = got.double() - want.double()
     off = (gap.square().mean() / want.double().square().mean()).sqrt().item()
     if got.shape != want.shape or not off <= tolerance:  # NaN is beyond it too
-        raise WrongResultError(f"{what} is {off:.3g} off the seed's loop, allowed: {tolerance:g}")
+        raise WrongResultError(f"{what} is {off:.3g} off the original loop, allowed: {tolerance:g}")
     return {
         "bit_equal": torch.equal(got, want),
         "max_difference": rounded(gap.abs().max().item()),
@@ -479,86 +476,126 @@ def tried(make: Callable[[], Run], seconds: float) -> tuple[Run, Tensor]:
         return run, run().clone()
 
 
-def ladder(
-    case: Case,
-    names: tuple[str, ...] = PLAIN,
-    device: str = DEVICE,
-    seconds: float = SECONDS,
-    watch: Stopwatch | None = None,
-) -> Iterator[Record]:
-    """These rungs of one case, the first being the seed's loop. One that cannot be had says why."""
+class Rungs:
+    """The rungs of one case that could be had, and why the others could not.
+
+    Attributes:
+        runs: those that are right, by name, and the models' calls that they are held against.
+        found: how far each rung's result is from the original loop's.
+        without: for each other rung and model, what its row says instead.
+    """
+
+    def __init__(self, ready: Ready, names: tuple[str, ...], deadline: Deadline) -> None:
+        self.runs: dict[str, Run] = {}
+        self.found: dict[str, Record] = {}
+        self.without: dict[str, Record] = {}
+        want: Tensor | None = None
+        for name in names:
+            make, model = RUNGS[name]
+            got = self._have(name, functools.partial(make, ready), deadline)
+            want = got if name == SEED else want
+            if want is None:
+                # There is nothing to compare with, and nothing is timed that was not compared.
+                return
+            if got is None:
+                continue
+            try:
+                dtype = ready.case.dtype
+                what = f"{ready.case.name}, {dtype}: {name}"
+                self.found[name] = compared(what, got, want, TOLERANCE[dtype])
+            except WrongResultError as error:
+                del self.runs[name]
+                self.without[name] = {"wrong": str(error)}
+                continue
+            if model not in self.runs and model not in self.without:
+                self._have(model, functools.partial(MODELS[model], ready), deadline)
+
+    def _have(self, name: str, make: Callable[[], Run], deadline: Deadline) -> Tensor | None:
+        if deadline.over():
+            self.without[name] = LEFT_OUT
+            return None
+        try:
+            self.runs[name], result = tried(make, deadline.left())
+        except TimeoutError as error:
+            self.without[name] = {"left_out": f"no time: it {error}"}
+        except Exception as error:
+            traceback.print_exc()
+            self.without[name] = {"failed": last_line(error)}
+        else:
+            return result
+        return None
+
+
+def ladder(case: Case, names: tuple[str, ...], device: str, deadline: Deadline) -> Iterator[Record]:
+    """These rungs of one case, the first being the original loop. What cannot be had says why."""
     shown = {
         "case": case.name if names == PLAIN else f"{case.name}, beside torch.compile",
         "shape": list(case.shape),
         "dtype": str(case.dtype).removeprefix("torch."),
         "steps": case.steps,
     }
-    failures: dict[str, str] = {}
-    runs: dict[str, Run] = {}
-    found: dict[str, Record] = {}
-
-    def have(name: str, make: Callable[[], Run], seconds: float) -> Tensor | None:
-        try:
-            runs[name], result = tried(make, seconds)
-        except Exception as error:
-            traceback.print_exc()
-            failures[name] = last_line(error)
-            return None
-        return result
-
+    preparing = deadline.part(PREPARING)
     try:
-        if watch is not None and watch.over():
-            raise TimeoutError(f"left out: {watch.seconds:g} s are over")
-        with limit(LIMIT):
+        with limit(preparing.left()):
             ready = prepared(case, device)
     except Exception as error:
-        yield shown | {"rung": names[1], "failed": last_line(error)}
+        late = isinstance(error, TimeoutError)
+        yield shown | (LEFT_OUT if late else {"failed": last_line(error)})
         return
-    want = None
-    for name in names:
-        make = functools.partial(RUNGS[name][0], ready)
-        got = have(name, make, COMPILE_LIMIT if name == TORCH_COMPILE else LIMIT)
-        want = got if name == SEED else want
-        if want is None:
-            yield shown | {"rung": name, "failed": failures[name]}
-            return
-        if got is not None:
-            what = f"{case.name}, {shown['dtype']}: {name}"
-            found[name] = compared(what, got, want, TOLERANCE[case.dtype])
-    for model in dict.fromkeys(RUNGS[name][1] for name in found):
-        have(model, functools.partial(MODELS[model], ready), LIMIT)
+    rungs = Rungs(ready, names, preparing)
+    if SEED not in rungs.runs:
+        yield shown | {"rung": SEED, **rungs.without[SEED]}
+        return
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
-    taken = wall_seconds(runs, wait, seconds)
-    ms = {name: statistics.median(s) * 1e3 for name, s in taken.items()}
-    for name in (*names, *(model for model in MODELS if model in runs or model in failures)):
+    taken = wall_seconds(rungs.runs, wait, min(SECONDS, deadline.left()))
+    for name in (*names, *MODELS):
         row = shown | {"rung": name}
-        if name in failures:
-            yield row | {"failed": failures[name]}
-            continue
-        row |= {
-            "ms": rounded(ms[name]),
-            "ms_low": rounded(min(taken[name]) * 1e3),
-            "ms_high": rounded(max(taken[name]) * 1e3),
-            "ms_per_step": rounded(ms[name] / case.steps),
-        }
-        if name in found:
-            model = RUNGS[name][1]
-            row |= {
-                "ms_per_step_beside_model": rounded((ms[name] - ms[model]) / case.steps)
-                if model in ms
-                else None,
-                "times_faster": rounded(ms[SEED] / ms[name]),
-                **found[name],
-            }
-        yield row | {"rounds": len(taken[name])}
+        if name in rungs.without:
+            yield row | rungs.without[name]
+        elif name in taken:
+            yield row | timed(name, taken, case.steps) | rungs.found.get(name, {})
 
 
-def ladders(seconds: float = SECONDS, compile_seconds: float = COMPILE_SECONDS) -> list[Any]:
-    """Every case, and then those whose model can be compiled as long as there is time."""
-    watch, every = Stopwatch(compile_seconds), cases()
-    plain = [ladder(case, seconds=seconds) for case in every]
-    beside = [ladder(case, BESIDE_COMPILE, seconds=seconds, watch=watch) for case in every]
-    return [*plain, *beside]
+def timed(name: str, taken: dict[str, list[float]], steps: int) -> Record:
+    """What a rung took, beside the original loop and beside its model's calls alone."""
+    seconds = taken[name]
+    row: Record = {
+        "ms": [rounded(s * 1e3) for s in interval(seconds)],
+        "ms_per_step": rounded(interval(seconds)[0] * 1e3 / steps),
+        "rounds": len(seconds),
+    }
+    if name in MODELS:
+        return row
+    row["times_faster"] = times(taken[SEED], seconds)
+    model = taken.get(RUNGS[name][1])
+    if model is not None:
+        beside = [(a - b) / steps for a, b in zip(seconds, model, strict=True)]
+        row["us_per_step_beside_model"] = [rounded(s * 1e6) for s in interval(beside)]
+    return row
+
+
+def plan() -> list[tuple[str, Case, tuple[str, ...], float]]:
+    """(name, case, rungs, share of the time) in the order of their worth.
+
+    The first three cases come before any other, each with the model compiled too. Compiling takes
+    most of its case's time.
+    """
+    every = cases()
+    policy, images, latents, *rest = every
+    order = [
+        (policy, PLAIN, 1.0),
+        (images, PLAIN, 3.0),
+        (latents, PLAIN, 3.0),
+        (policy, BESIDE_COMPILE, 3.0),
+        (images, BESIDE_COMPILE, 5.0),
+        (latents, BESIDE_COMPILE, 5.0),
+    ]
+    order += [(case, PLAIN, 2.0) for case in rest]
+    names = {PLAIN: "", BESIDE_COMPILE: ", beside torch.compile"}
+    return [
+        (f"{case.name}{names[rungs]}, {str(case.dtype).removeprefix('torch.')}", case, rungs, share)
+        for case, rungs, share in order
+    ]
 
 
 def chain(shape: tuple[int, ...], eta: float, steps: int, device: str) -> tuple[Run, Run]:
@@ -579,13 +616,16 @@ def chain(shape: tuple[int, ...], eta: float, steps: int, device: str) -> tuple[
             one.add_(1)
         return one
 
-    return act._replay, record(small, one.device)
+    return Replayed(act._replay, act), Replayed(record(small, one.device), one)
 
 
 def marginal(
-    shape: tuple[int, ...], eta: float, rounds: int = 30, device: str = DEVICE
+    shape: tuple[int, ...], eta: float, device: str, deadline: Deadline, rounds: int = 30
 ) -> Iterator[Record]:
-    """What one more step costs in a graph, between model calls that cost nothing."""
+    """What one more step costs in a graph, between model calls that cost nothing.
+
+    It is held against one more kernel that adds to a single element, as good as an empty node.
+    """
     together = 10
     runs: dict[str, Callable[[], object]] = {}
     for steps in (SHORT, LONG):
@@ -597,20 +637,24 @@ def marginal(
 
             runs[f"{name} {steps}"] = some
     taken = device_seconds(runs, together, rounds, HEAD_START)
-    us = {name: statistics.median(s) * 1e6 for name, s in taken.items()}
-    each = {n: (us[f"{n} {LONG}"] - us[f"{n} {SHORT}"]) / (LONG - SHORT) for n in ("step", "small")}
-    yield {
+    us = {name: [second * 1e6 for second in seconds] for name, seconds in taken.items()}
+
+    def each(name: str) -> list[float]:
+        pairs = zip(us[f"{name} {LONG}"], us[f"{name} {SHORT}"], strict=True)
+        return [(long - short) / (LONG - SHORT) for long, short in pairs]
+
+    step, small = each("step"), each("small")
+    row: Record = {
         "shape": list(shape),
         "eta": eta,
-        "us_per_step": rounded(each["step"]),
-        "us_per_small_kernel": rounded(each["small"]),
-        "us_beyond_it": rounded(each["step"] - each["small"]),
-        f"us_{SHORT}_steps": rounded(us[f"step {SHORT}"]),
-        f"us_{LONG}_steps": rounded(us[f"step {LONG}"]),
-        f"us_{SHORT}_small_kernels": rounded(us[f"small {SHORT}"]),
-        f"us_{LONG}_small_kernels": rounded(us[f"small {LONG}"]),
+        "us_per_step": interval(step),
+        "us_per_small_kernel": interval(small),
+        "of_small_kernel": times(step, small),
     }
-
-
-def marginals() -> list[Iterator[Record]]:
-    return [marginal(shape, eta) for shape in SHAPES for eta in (0.0, 1.0)]
+    if shape in SMALL:
+        row |= {"asked": IN_A_GRAPH, "met": row["of_small_kernel"][0] <= IN_A_GRAPH}
+    yield row | {
+        f"us_{steps}_{what}": interval(us[f"{name} {steps}"])[0]
+        for name, what in (("step", "steps"), ("small", "small_kernels"))
+        for steps in (SHORT, LONG)
+    }

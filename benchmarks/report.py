@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import codegen
+from benchmarks import codegen, gpu_report
+from benchmarks.markdown import duration, grid, met, percent, span
 from benchmarks.peers import PEERS
 from benchmarks.records import RESULTS
 from benchmarks.timing import Record, by
@@ -56,31 +57,9 @@ class Results:
 # How it is put
 
 
-def grid(*lines: list[str]) -> str:
-    """A Markdown table, the first line being its head; all but the first column to the right."""
-    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
-
-
 def title(loop: str) -> str:
     """A loop's name, as code where it is a call."""
     return PEERS["seed"].title if loop == SEED else f"`{loop}`" if "(" in loop else loop
-
-
-def span(found: list[float], unit: str = "×") -> str:
-    """12.7× (11.1–14.0)"""
-    median, low, high = (f"{v:.3g}" for v in found)
-    return f"{median}{unit} ({low}–{high})"
-
-
-def percent(found: list[float]) -> str:
-    median, low, high = (f"{v:.2%}" for v in found)
-    return f"{median} ({low}–{high})"
-
-
-def duration(us: float) -> str:
-    value, unit = (us / 1e3, "ms") if us >= 1e3 else (us, "µs")
-    return f"{value:.3g} {unit}"
 
 
 def made(machine: Record, section: Record) -> str:
@@ -226,13 +205,9 @@ class Figure:
         if not found:
             return None
         row = min(found, key=lambda row: (row[key][2] >= self.least, row[key][0]))
-        middle, low, high = row[key]
-        met = "**no**" if high < self.least else "open: the interval holds it"
-        met = "yes, by the median" if middle >= self.least else met
-        met = "yes" if low >= self.least else met
         who = f"{PEERS[self.peer].title}, η = {self.eta}, against {PEERS[self.base].title}"
         where = f"any shape, here {by(row['shape'])}" if self.shape is None else by(self.shape)
-        return [who, where, f"≥ {self.least:g}×", span(row[key]), met]
+        return [who, where, f"≥ {self.least:g}×", span(row[key]), met(row[key], self.least)]
 
 
 FIGURES = (
@@ -259,24 +234,8 @@ def machine_code(results: Results) -> str:
 
 
 def gpu(results: Results) -> str:
-    """Every section of every GPU's record, as it is."""
-    if not results.gpus:
-        return "**Not yet measured on a GPU**: there is no `benchmarks/results/nvidia-*.json`."
-    return "\n\n".join(map(gpu_tables, results.gpus))
-
-
-def gpu_tables(record: Record) -> str:
-    of = ", ".join(f"{name} {record[name]}" for name in ("driver", "cuda", "torch", "triton"))
-    parts = [
-        f"### {record['gpu']}",
-        f"{of}; {record['date'][:10]}, commit {record['commit']}: `{record['command']}`",
-    ]
-    for name, rows in record.items():
-        if isinstance(rows, list) and rows:
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            lines = [[str(row.get(key, "")) for key in columns] for row in rows]
-            parts += [f"`{name}`", grid(columns, *lines)]
-    return "\n\n".join(parts)
+    """Every GPU's record."""
+    return "\n\n".join(map(gpu_report.tables, results.gpus)) or gpu_report.NOT_YET
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
@@ -292,6 +251,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "codegen": machine_code,
     "spans": lambda results: codegen.spans(results.codegen),
     "gpu": gpu,
+    "gpus": lambda results: gpu_report.summary(results.gpus),
 }
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +16,8 @@ import torch
 Call: TypeAlias = Callable[[int], object]
 """A launch on one of several sets of tensors, by its number."""
 Record: TypeAlias = dict[str, Any]
+LEFT_OUT: Record = {"left_out": "no time"}
+"""What a row says of something that was not measured since its time was over."""
 
 
 class WrongResultError(Exception):
@@ -110,6 +114,22 @@ def wall_seconds(
     finally:
         gc.enable()
     return taken
+
+
+@contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Raises ``TimeoutError`` in what takes longer, be it waiting for others."""
+
+    def over(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:.3g} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # 0 would be no limit at all
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def turn(names: list[str], k: int) -> list[str]:

@@ -71,7 +71,9 @@ class Code:
 def compiled(out: Path, arch: str, only: tuple[str, ...] = ()) -> list[Code]:
     """By the command, in a process of its own: the interpreter, once on, is on for good."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
+    # What is there stays: it may name another Triton.
+    paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-m", "benchmarks.codegen", "--out", str(out), "--arch", arch]
     command += ["--only", ",".join(only)] if only else []
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -170,7 +172,12 @@ def test_each_access_is_as_wide_as_four_elements(code: list[Code]) -> None:
         assert c.row["store_widths"] == {bits: k for bits, k in stores.items() if k}, c.name
 
 
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
+
 def test_no_multiply_is_contracted_into_an_add(code: list[Code]) -> None:
+    if OLD_TRITON and code[0].row["arch"] == "100":
+        pytest.xfail("ptxas 12.9 contracts packed multiplies and adds, though told not to")
     # What is fused is written so: twice in a division, twice in a pair of normals.
     for c in code:
         written = 2 * c.divisions + 2 * c.pairs

@@ -6,18 +6,20 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fastddim
 from benchmarks import gpu, ladder
+from benchmarks.children import Deadline
 from benchmarks.ladder import BESIDE_COMPILE, CAPTURE, MODELS, PLAIN, RUNGS, SEED, TORCH_COMPILE
-from benchmarks.timing import Record, WrongResultError, wall_seconds
+from benchmarks.timing import Record, wall_seconds
 from fastddim import cpu
 
 POLICY = ladder.Case(
@@ -46,18 +48,21 @@ GUIDED = replace(
 )
 CASES = [POLICY, IMAGE, GUIDED]
 CASES += [replace(case, dtype=torch.bfloat16) for case in CASES]
-EXACT = tuple(name for name in PLAIN if "diffusers" not in name and "numbers" not in name)
+EXACT = tuple(name for name in PLAIN if "diffusers" not in name)
 ALONE = [name for name in MODELS if "compiled" not in name]
 
 
 @pytest.fixture(autouse=True)
-def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which takes long to compile, and is tested elsewhere."""
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rounds, and no numba, which takes long to compile and is tested elsewhere."""
     monkeypatch.setattr(cpu, "_fused", lambda: None)
+    monkeypatch.setattr(ladder, "SECONDS", 0.0)
 
 
-def rows_of(case: ladder.Case, names: tuple[str, ...] = PLAIN, **more: Any) -> dict[str, Record]:
-    rows = list(ladder.ladder(case, names, device="cpu", seconds=0.0, **more))
+def rows_of(
+    case: ladder.Case, names: tuple[str, ...] = PLAIN, seconds: float = 60.0
+) -> dict[str, Record]:
+    rows = list(ladder.ladder(case, names, "cpu", Deadline(seconds)))
     assert len({row["rung"] for row in rows}) == len(rows)
     return {row["rung"]: row for row in rows}
 
@@ -68,11 +73,11 @@ def test_every_rung_gives_what_the_seeds_loop_gives(case: ladder.Case) -> None:
     assert list(rows) == [*EXACT, *ALONE]
     for name in EXACT:
         assert rows[name]["bit_equal"], name
-        assert rows[name]["ms_per_step_beside_model"] is not None
+        assert len(rows[name]["us_per_step_beside_model"]) == 3
         assert rows[name]["rounds"] == 3
-    assert rows[SEED]["times_faster"] == 1
-    assert len(gpu.table(list(rows.values())).splitlines()) == len(rows) + 1
-    json.dumps(list(rows.values()))
+    assert rows[SEED]["times_faster"] == [1, 1, 1]
+    for row in rows.values():
+        assert "\n" not in gpu.shown("ladder", json.loads(json.dumps(row)))
 
 
 @pytest.mark.slow  # to import diffusers takes long
@@ -133,7 +138,7 @@ def test_what_cannot_be_compiled_says_so_and_no_more(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     rows = rows_of(POLICY, BESIDE_COMPILE)
     assert rows[TORCH_COMPILE]["failed"] == "RuntimeError: Failed to find C compiler."
-    assert rows[CAPTURE]["times_faster"] > 0
+    assert rows[CAPTURE]["times_faster"][0] > 0
 
 
 def wrongly(monkeypatch: pytest.MonkeyPatch, name: str, error: float) -> None:
@@ -147,14 +152,19 @@ def wrongly(monkeypatch: pytest.MonkeyPatch, name: str, error: float) -> None:
 
 
 @pytest.mark.parametrize("name", EXACT[1:])
-def test_a_rung_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_wrong_rung_is_a_row_that_says_so_and_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     wrongly(monkeypatch, name, 0.03)
-    monkeypatch.setattr(ladder, "wall_seconds", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(WrongResultError, match=r"0\.03 off the seed's loop"):
-        rows_of(POLICY, EXACT)
+    rows = rows_of(POLICY, EXACT)
+    assert "0.03 off the original loop" in rows[name]["wrong"]
+    assert "ms" not in rows[name]
+    assert all("ms" in rows[other] for other in EXACT if other != name)
 
 
-def test_nor_is_one_that_is_wrong_from_the_second_time_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nor_is_one_timed_that_is_wrong_from_the_second_time_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     make, model = RUNGS[CAPTURE]
 
     def stale(ready: ladder.Ready) -> ladder.Run:
@@ -162,8 +172,7 @@ def test_nor_is_one_that_is_wrong_from_the_second_time_on(monkeypatch: pytest.Mo
         return lambda: run() * next(times, float("nan"))
 
     monkeypatch.setitem(RUNGS, CAPTURE, (stale, model))
-    with pytest.raises(WrongResultError, match="nan off"):
-        rows_of(POLICY, EXACT)
+    assert "nan off" in rows_of(POLICY, EXACT)[CAPTURE]["wrong"]
 
 
 def test_a_rung_that_fails_or_hangs_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,13 +183,60 @@ def test_a_rung_that_fails_or_hangs_leaves_the_others(monkeypatch: pytest.Monkey
         time.sleep(60)
         raise AssertionError
 
-    monkeypatch.setattr(ladder, "LIMIT", 1.0)
+    last = "diffusers' DDIMScheduler"
     monkeypatch.setitem(RUNGS, CAPTURE, (fails, RUNGS[CAPTURE][1]))
     monkeypatch.setitem(RUNGS, "DDIM.sample", (hangs, RUNGS["DDIM.sample"][1]))
-    rows = rows_of(IMAGE, (SEED, "DDIM.sample", CAPTURE, "without its copies to the CPU"))
+    begin = time.monotonic()
+    rows = rows_of(IMAGE, (SEED, CAPTURE, "DDIM.sample", last), seconds=3.0)
+    assert time.monotonic() - begin < 10
     assert rows[CAPTURE]["failed"] == "RuntimeError: no such luck"
-    assert rows["DDIM.sample"]["failed"] == "TimeoutError: took more than 1 s"
-    assert rows["without its copies to the CPU"]["times_faster"] > 0
+    assert rows["DDIM.sample"]["left_out"].startswith("no time: it took more than 2")
+    assert rows[last]["left_out"] == "no time"
+    assert rows[SEED]["times_faster"] == [1, 1, 1]
+
+
+def test_without_the_original_loop_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: ladder.Ready) -> ladder.Run:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setitem(RUNGS, SEED, (fails, RUNGS[SEED][1]))
+    (row,) = rows_of(POLICY, EXACT).values()
+    assert row["failed"] == "RuntimeError: no such luck"
+
+
+def test_a_replay_keeps_what_its_graph_reads_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU: what a graph reads is known to the driver alone, and no reference tells of it.
+    class Owner:
+        def __call__(self) -> Tensor:
+            return torch.zeros(1)
+
+    monkeypatch.setattr(ladder, "record", lambda body, device: lambda: torch.zeros(1))
+    ready = ladder.prepared(POLICY, "cpu")
+    owner = Owner()
+    held = weakref.ref(owner)
+    replay = ladder.in_a_graph(owner, ready)
+    del owner
+    gc.collect()
+    assert held() is not None
+    del replay
+    gc.collect()
+    assert held() is None
+
+    captures: list[weakref.ref[object]] = []
+    capture = fastddim.DDIM.capture
+
+    def noted(*args: Any, **more: Any) -> Any:
+        act = capture(*args, **more)
+        captures.append(weakref.ref(act))
+        return act
+
+    monkeypatch.setattr(fastddim.DDIM, "capture", noted)
+    step, small = ladder.chain((2, 4, 4), 0.0, 2, "cpu")
+    gc.collect()
+    assert captures[0]() is not None
+    del step, small
+    gc.collect()
+    assert captures[0]() is None
 
 
 def test_without_diffusers_its_rungs_and_models_are_rows_that_say_so(
@@ -190,28 +246,44 @@ def test_without_diffusers_its_rungs_and_models_are_rows_that_say_so(
     rows = rows_of(POLICY)
     failed = {name for name, row in rows.items() if "failed" in row}
     assert failed == set(PLAIN) - set(EXACT)
-    (row,) = ladder.ladder(ladder.cases()[1], device="cpu")
+    (row,) = ladder.ladder(ladder.cases()[1], PLAIN, "cpu", Deadline(60))
     assert "diffusers" in row["failed"]
 
 
-def test_after_a_while_no_model_is_compiled_any_more() -> None:
-    watch = ladder.Stopwatch(0.0)
-    (row,) = rows_of(POLICY, BESIDE_COMPILE, watch=watch).values()
-    assert row["rung"] == TORCH_COMPILE
-    assert "left out" in row["failed"]
+def test_what_there_is_no_time_to_prepare_is_left_out() -> None:
+    (row,) = ladder.ladder(POLICY, PLAIN, "cpu", Deadline(0))
+    assert row["left_out"] == "no time"
 
 
-def test_the_cases_are_what_they_are_called() -> None:
+def test_the_cases_are_what_they_are_called_and_in_the_order_of_their_worth() -> None:
     cases = ladder.cases()
-    assert [case.shape for case in cases] == [
-        (1, 16, 7),
-        *[(batch, 3, 32, 32) for batch in (4, 4, 64, 64)],
-        (1, 4, 64, 64),
+    assert [(case.shape, case.dtype) for case in cases] == [
+        ((1, 16, 7), torch.float32),
+        ((64, 3, 32, 32), torch.bfloat16),
+        ((1, 4, 64, 64), torch.float32),
+        ((64, 3, 32, 32), torch.float32),
+        ((4, 3, 32, 32), torch.bfloat16),
+        ((4, 3, 32, 32), torch.float32),
     ]
     assert [case.steps for case in cases] == [10, *[20] * 5]
     assert cases[1].make is cases[4].make
     x, cond = torch.randn(1, 16, 7), torch.randn(1, 64)
     assert ladder.Policy()(x, torch.tensor([3]), global_cond=cond).shape == x.shape
+    plan = ladder.plan()
+    assert [(name, rungs) for name, _, rungs, _ in plan[:4]] == [
+        ("robot policy, float32", PLAIN),
+        ("CIFAR-10 U-Net, 64, bfloat16", PLAIN),
+        ("guided latents, float32", PLAIN),
+        ("robot policy, beside torch.compile, float32", BESIDE_COMPILE),
+    ]
+    assert len({name for name, *_ in plan}) == len(plan) == 9
+    assert list(RUNGS)[:5] == [
+        SEED,
+        "DDIM.sample",
+        CAPTURE,
+        "eager step, factors made before",
+        TORCH_COMPILE,
+    ]
 
 
 @pytest.mark.slow
@@ -221,7 +293,7 @@ def test_the_unets_are_what_they_are_called() -> None:
     assert sum(p.numel() for p in unet.parameters()) == 35_746_307
     assert 5e7 < sum(p.numel() for p in latents.parameters()) < 2e8
     small = {**ladder.LATENTS, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
-    guided = ladder.cases()[-1]
+    guided = ladder.cases()[2]
     case = replace(guided, make=lambda: ladder.UNet(**small), shape=(1, 4, 8, 8), steps=2)
     rows = rows_of(case)
     assert not [row for row in rows.values() if "failed" in row]
@@ -229,25 +301,33 @@ def test_the_unets_are_what_they_are_called() -> None:
 
 
 def timed(runs: dict[str, Callable[[], object]], *_: object) -> dict[str, list[float]]:
-    """A microsecond a step and half of one a small kernel, and ten for any replay."""
+    """A microsecond a step, half of one a small kernel, ten for any replay; in two rounds."""
     for run in runs.values():
         run()
     each = {"step": 1.0, "small": 0.5}
     us = {name: 10 + each[name.split()[0]] * int(name.split()[1]) for name in runs}
-    return {name: [value * 1e-6] for name, value in us.items()}
+    # In the second round the machine is half as fast.
+    return {name: [value * 1e-6, 2 * value * 1e-6] for name, value in us.items()}
 
 
+@pytest.mark.parametrize(
+    ("shape", "asked"), [((1, 16, 7), 1.3), ((4, 3, 32, 32), 1.3), ((64, 3, 32, 32), None)]
+)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_marginal_step_is_the_difference_of_two_graphs(
-    monkeypatch: pytest.MonkeyPatch, eta: float
+    monkeypatch: pytest.MonkeyPatch, eta: float, shape: tuple[int, ...], asked: float | None
 ) -> None:
+    assert shape in ladder.SHAPES
     monkeypatch.setattr(ladder, "device_seconds", timed)
     monkeypatch.setattr(ladder, "SHORT", 2)
     monkeypatch.setattr(ladder, "LONG", 4)
-    (row,) = ladder.marginal((2, 4, 4), eta, device="cpu")
-    assert (row["us_per_step"], row["us_per_small_kernel"], row["us_beyond_it"]) == (1, 0.5, 0.5)
-    assert row["us_2_steps"] == 12
-    assert [part.gi_code.co_name for part in ladder.marginals()] == ["marginal"] * 4  # type: ignore[attr-defined]
+    (row,) = ladder.marginal(shape, eta, "cpu", Deadline(60))
+    assert row["us_per_step"] == [1.5, 1, 2]
+    assert row["us_per_small_kernel"] == [0.75, 0.5, 1]
+    assert row["of_small_kernel"] == [2, 2, 2]  # round by round
+    assert row["us_2_steps"] == 18
+    assert row.get("asked") == asked
+    assert row.get("met") == (None if asked is None else False)
 
 
 def test_rounds_end_with_their_time() -> None:
@@ -260,80 +340,3 @@ def test_rounds_end_with_their_time() -> None:
     assert calls == ["a", "b", "b", "a"]  # each round begins with another
     taken = wall_seconds({"a": of("a")}, lambda: None, 60.0, least=2, most=9)
     assert len(taken["a"]) == 9
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
-    """``benchmarks.gpu`` on a machine that seems to have a GPU, whose sections are made up."""
-    for name, answer in (
-        ("unusable", None),
-        ("describe", {"gpu": "A GPU"}),
-        ("clocks", None),
-        ("commit", ""),
-    ):
-        monkeypatch.setattr(gpu, name, lambda answer=answer: answer)
-    monkeypatch.setattr(gc, "collect", lambda: 0)
-    report = tmp_path / "report.xml"
-    report.write_text('<testsuites><testsuite tests="2" skipped="1"/></testsuites>')
-
-    def main(*arguments: str, tests: bool = True) -> int:
-        given = ["--results", str(tmp_path), *arguments]
-        return gpu.main([*given, *(["--tests", str(report)] if tests else [])])
-
-    return main
-
-
-def section(*rows: Record, then: Exception | None = None) -> Iterator[Record]:
-    yield from rows
-    if then is not None:
-        raise then
-
-
-def test_a_record_is_written_as_it_grows(
-    monkeypatch: pytest.MonkeyPatch, machine: Callable[..., int], tmp_path: Path
-) -> None:
-    path = tmp_path / "a-gpu-marginal-ladder.json"
-
-    def second() -> Iterator[Record]:
-        kept = json.loads(path.read_text())
-        assert kept["marginal"] == [{"us": 1}]
-        assert kept["ladder"] == [{"ms": 2}]
-        assert not kept["complete"]
-        yield {"ms": 3}
-
-    monkeypatch.setattr(ladder, "marginals", lambda: [section({"us": 1})])
-    monkeypatch.setattr(ladder, "ladders", lambda *_: [section({"ms": 2}), second()])
-    assert machine("--sections", "ladder", "marginal") == 0
-    kept = json.loads(path.read_text())
-    assert kept["complete"]
-    assert kept["ladder"] == [{"ms": 2}, {"ms": 3}]
-    assert kept["tests"] == {"passed": 1, "skipped": 1, "failed": 0}
-    assert "loop" not in kept
-
-
-def test_of_a_run_with_wrong_results_nothing_is_kept(
-    monkeypatch: pytest.MonkeyPatch, machine: Callable[..., int], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(ladder, "marginals", lambda: [section({"us": 1})])
-    wrong = section({"ms": 2}, then=WrongResultError("one is off"))
-    monkeypatch.setattr(ladder, "ladders", lambda *_: [wrong, section({"ms": 3})])
-    assert machine("--sections", "marginal", "ladder") == 1
-    assert not list(tmp_path.glob("*.json"))
-
-
-def test_nor_of_one_without_its_tests(
-    monkeypatch: pytest.MonkeyPatch, machine: Callable[..., int], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(ladder, "ladders", lambda *_: [section({"ms": 2})])
-    assert machine("--sections", "ladder", tests=False) == 0
-    assert not list(tmp_path.glob("*.json"))
-
-
-def test_a_part_that_fails_keeps_no_other_from_being_seen(
-    monkeypatch: pytest.MonkeyPatch, machine: Callable[..., int], tmp_path: Path
-) -> None:
-    failing = section({"ms": 2}, then=RuntimeError("out of luck"))
-    monkeypatch.setattr(ladder, "ladders", lambda *_: [failing, section({"ms": 3})])
-    assert machine("--sections", "ladder") == 1
-    kept = json.loads((tmp_path / "a-gpu-ladder.json").read_text())
-    assert kept["ladder"] == [{"ms": 2}, {"failed": "RuntimeError: out of luck"}, {"ms": 3}]

@@ -16,10 +16,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from benchmarks import bench_step, counts, records, report
+from benchmarks import bench_step, counts, gpu_report, gpu_sections, records, report
 from benchmarks.bench_step import Level, Table
 from benchmarks.peers import PEERS, Loops, MissingError, Peer
 from benchmarks.timing import WrongResultError, interval, times
+from benchmarks.variants import VARIANTS
 from fastddim import cpu, reference
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,141 @@ def test_figures_name_the_worst_shape_and_whether_they_are_met() -> None:
     assert "12.3 ms, 16× (14–18)" in shown
     assert "| torch.compile of the simplified maths |  | no compiler |" in shown
     assert "90.00% (80.00%–100.00%)" in shown
+
+
+# A GPU's record
+
+
+def a_gpu(**more: Any) -> dict[str, Any]:
+    return {
+        "gpu": "A GPU",
+        "driver": "1.2",
+        "date": "2026-11-27T10:00:00+00:00",
+        "commit": "abc",
+        "command": "benchmarks/gpu.sh",
+        "ranges": "[median, low, high]: low to high holds it",
+        "complete": True,
+        "missing": [],
+        "sections": {},
+        "tests": {"passed": 9, "failed": 0, "skipped": 1, "ended": "done", "failures": []},
+        **more,
+    }
+
+
+def variant(name: str, of_copy: Any, least: float = 0.9, **more: Any) -> dict[str, Any]:
+    numbers = {"bytes_moved": 12, "us": [1.0, 0.9, 1.1], "gb_per_s": 4000.0}
+    asked = {"of_copy": of_copy, "of_add": [0.5, 0.4, 0.6], "asked": least}
+    return {"variant": name, "shape": [2, 3, 4], **numbers, **asked, **more}
+
+
+def cells(table: str, first: str) -> list[str]:
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {first}"))
+    return line.strip("| ").split(" | ")
+
+
+def test_a_gpus_tables_say_what_was_met_and_what_is_wrong() -> None:
+    table = gpu_report.variants(
+        [
+            variant("certain", [0.95, 0.93, 0.97]),
+            variant("probable", [0.91, 0.89, 0.93]),
+            variant("open", [0.89, 0.88, 0.91]),
+            variant("lost", [0.85, 0.84, 0.86]),
+            variant("short of nothing but its interval", 0.95),
+            variant("held elsewhere", [1.4, 1.3, 1.5], yardstick="the addition: reasons"),
+            {"variant": "astray", "wrong": "out differs"},
+            {"variant": "late", "left_out": "no time"},
+        ]
+    )
+    assert cells(table, "certain")[4:] == ["4000", "0.95 (0.93–0.97)", "≥ 0.9", "yes"]
+    assert cells(table, "probable")[-1] == "yes, by the median"
+    assert cells(table, "open")[-1] == "open: the interval holds it"
+    assert cells(table, "lost")[-1] == "**no**"
+    assert cells(table, "short")[-3:] == ["0.95", "≥ 0.9", "yes"]
+    # However fast it is beside a copy that is slow.
+    assert cells(table, "held elsewhere †")[-3:] == ["0.5 (0.4–0.6)", "≥ 0.9", "**no**"]
+    assert table.endswith("† Held against the addition: reasons.")
+    assert "**wrong**: out differs" in cells(table, "astray")
+    assert "no time" in cells(table, "late")
+
+
+def test_what_must_not_exceed_a_figure_is_met_below_it() -> None:
+    def of(ratio: Any) -> str:
+        row = {"shape": [1, 16, 7], "eta": 0, "us_per_step": 1.2, "us_per_small_kernel": 1.0}
+        return cells(gpu_report.marginal([row | {"of_small_kernel": ratio, "asked": 1.3}]), "1x")[
+            -1
+        ]
+
+    assert of([1.2, 1.1, 1.3]) == "yes"
+    assert of([1.2, 1.1, 1.4]) == "yes, by the median"
+    assert of([1.4, 1.2, 1.5]) == "open: the interval holds it"
+    assert of([1.4, 1.31, 1.5]) == "**no**"
+    assert (of(1.3), of(1.31)) == ("yes", "**no**")
+
+
+def test_tests_that_failed_and_sections_that_are_missing_stand_beside_the_figures() -> None:
+    failures = [{"test": "tests/test_gpu.py::test_a", "why": "assert 1 == 2"}]
+    record = a_gpu(
+        tests={"passed": 9, "failed": 1, "skipped": 0, "ended": "done", "failures": failures},
+        complete=False,
+        missing=["loops", "tuning"],
+        sections={"loops": {"ended": "cut off"}},
+        variants=[variant("epsilon", [0.95, 0.93, 0.97])],
+        note="A note.",
+    )
+    text = gpu_report.tables(record)
+    assert "9 passed, 1 failed, 0 skipped." in text
+    assert "- **failed**: `tests/test_gpu.py::test_a`: assert 1 == 2" in text
+    assert "Not complete. `loops`: cut off; `tuning`: not run." in text
+    assert "A note." in text
+    line = gpu_report.headline(record)
+    assert line.startswith(
+        "On an **A GPU** a step reaches 0.95 (0.93–0.97) of a copy's speed (η = 0"
+    )
+    assert "1 of 10 GPU tests failed in that run, commit abc" in line
+    record["tests"] |= {"ended": "cut off"}
+    assert "; **cut off**." in gpu_report.tables(record)
+    assert "GPU tests: cut off in that run" in gpu_report.headline(record)
+    record["tests"] |= {"ended": "not run"}
+    assert "were **not run** beside these figures" in gpu_report.tables(record)
+    assert "Not complete" not in gpu_report.tables(a_gpu())
+
+
+def test_one_line_a_gpu_tells_of_its_latest_record() -> None:
+    def record(date: str, of_copy: float, gpu: str = "A GPU") -> dict[str, Any]:
+        return a_gpu(gpu=gpu, date=date, variants=[variant("epsilon", [of_copy] * 3)])
+
+    found = [record("2026-12-01", 0.99), record("2026-11-01", 0.9), record("2026-11-02", 0.8, "B")]
+    lines = gpu_report.summary(found).split("\n\n")
+    assert [line[:12] for line in lines] == ["On an **A GP", "On an **B** "]
+    assert "reaches 0.99 (0.99–0.99)" in lines[0]
+    assert gpu_report.summary([]) == gpu_report.NOT_YET
+    # The most of it: peers, and the smallest shape in a graph.
+    full = a_gpu(
+        peers=[
+            {"step": "eager", "us": [2.0, 1.9, 2.1], "times_fastddim": [5.0, 4.9, 5.1]},
+            {"step": "torch.compile, simplified", "failed": "no compiler"},
+        ],
+        marginal=[
+            {"shape": [4, 3, 32, 32], "eta": 0, "us_per_step": 2.0, "us_per_small_kernel": 1.0},
+            {"shape": [1, 16, 7], "eta": 0, "us_per_step": 1.2, "us_per_small_kernel": 1.0},
+        ],
+    )
+    assert gpu_report.headline(full).startswith(
+        "On an **A GPU** eager PyTorch takes 5× (4.9–5.1) as long; "
+        "in a graph a step of 1x16x7 takes 1.2 µs, an empty node 1 (η = 0"
+    )
+
+
+def test_the_record_of_the_h200_says_what_failed_there() -> None:
+    record = json.loads((records.RESULTS / "nvidia-h200.json").read_text())
+    for row in record["variants"]:
+        held = row["of_add"] if "yardstick" in row else row["of_copy"][0]
+        assert row["asked"] == gpu_sections.asked(VARIANTS[row["variant"]])
+        assert row["met"] == (held >= row["asked"])
+    assert record["complete"] == (not record["missing"])
+    assert len(record["tests"]["failures"]) == record["tests"]["failed"]
+    page = (ROOT / "README.md").read_text()
+    assert page.index("NVIDIA H200") < page.index("On a CPU")
 
 
 # What a step does

@@ -1,0 +1,135 @@
+"""What a launch must give: every result is compared with the reference before it is timed."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+import fastddim
+from benchmarks.timing import WrongResultError, captured
+from fastddim import reference
+from fastddim.coefficients import PREDICTIONS
+from fastddim.noise import STEP, normals
+
+Given: TypeAlias = dict[str, Any]
+"""The arguments of ``fastddim.ddim_step``, or of ``fastddim_kernels.ddim_step``."""
+NORMAL_MAX = 1e-3
+"""How far normals drawn on a CPU and a GPU may be apart (fastddim.noise)."""
+
+
+def zeros_as(tensor: Tensor) -> Tensor:
+    """Zeros where ``tensor``'s elements lie, gaps included: ``zeros_like`` would close them."""
+    room = torch.zeros(
+        tensor.untyped_storage().nbytes() // tensor.itemsize,
+        dtype=tensor.dtype,
+        device=tensor.device,
+    )
+    return room.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def kernel_noise(given: Given) -> Tensor | None:
+    """z as this specialisation of the step draws it: from x = ε = 0, with c1 = 1, x_s is z."""
+    if given.get("seeds") is None:
+        return given.get("noise")
+    table = torch.zeros_like(given["table"])
+    table[:, :4] = 1
+    table[:, 5] = 1
+    zeros = {name: zeros_as(given[name]) for name in ("x", "output")}
+    if given.get("next_input") is not None:
+        zeros["next_input"] = zeros_as(given["next_input"])
+    z, _ = fastddim.ddim_step(**{**given, **zeros, "table": table, "out": None})
+    return z
+
+
+def by_reference(given: Given, z: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(x_s, x0) of ``fastddim.ddim_step(**given)`` in eager PyTorch, where the tensors are."""
+    x, each = given["x"], (-1, *[1] * (given["x"].dim() - 1))
+
+    def by_sample(name: str) -> Tensor | None:
+        value = given.get(name)
+        return value.reshape(each) if isinstance(value, Tensor) else value
+
+    return reference.ddim_step(
+        x,
+        given["output"].float(),
+        given["table"][given["rows"].long()].view(*each, 7),
+        z,
+        given.get("prediction", "epsilon"),
+        given.get("clip"),
+        given.get("noise_first", True),
+        by_sample("guidance"),
+        by_sample("threshold"),
+        given.get("rederive", False),
+    )
+
+
+def as_step(launch: Given) -> Given:
+    """What ``fastddim.ddim_step`` would be called with in place of this launch."""
+    given = {name: value for name, value in launch.items() if name not in ("out", "x0")}
+    given["prediction"] = PREDICTIONS[launch["prediction"]]
+    return given | {"want_x0": launch["x0"] is not None}
+
+
+def contract_error(given: Given, z: Tensor, samples: tuple[int, ...]) -> Tensor:
+    """How far the noise of these samples is from what ``fastddim.noise`` says it is."""
+    chosen = list(samples)
+    truth = normals(
+        given["seeds"][chosen].cpu().numpy(),
+        given["rows"][chosen].cpu().numpy(),
+        z[0].numel(),
+        STEP,
+    )
+    drawn = z[chosen].cpu().reshape(len(chosen), -1)
+    return (drawn.double() - torch.from_numpy(truth).double()).abs()
+
+
+def differing(launch: Given) -> list[str]:
+    """What a launch has written that is not what the reference gives, by name."""
+    given = as_step(launch)
+    z = kernel_noise(given)
+    x_s, x0 = by_reference(given, z)
+    wrong = [] if torch.equal(launch["out"], x_s) else ["out"]
+    if launch["x0"] is not None and not torch.equal(launch["x0"], x0):
+        wrong.append("x0")
+    next_input = launch.get("next_input")
+    if next_input is not None:
+        halves = next_input.chunk(len(next_input) // len(x_s))
+        if not all(torch.equal(half, x_s.to(half.dtype)) for half in halves):
+            wrong.append("next_input")
+    if z is None or given.get("seeds") is None:
+        return wrong
+    error = contract_error(given, z, (0, len(z) - 1)).max().item()
+    return wrong if error <= NORMAL_MAX else [*wrong, "noise"]
+
+
+def poison(launch: Given) -> None:
+    """NaN in all that the launch is to write."""
+    for name in ("out", "x0", "next_input"):
+        if launch.get(name) is not None:
+            launch[name].fill_(float("nan"))
+
+
+def differ(what: str, names: list[str]) -> None:
+    """Raises if there are any."""
+    if names:
+        raise WrongResultError(f"{what}: {', '.join(names)} differs from the reference")
+
+
+def checked_graph(
+    name: str, sets: list[Given], launches: int, every: bool = True
+) -> tuple[torch.cuda.CUDAGraph, list[object]]:
+    """The graph of launches that go round these sets, its own results having been checked."""
+    import fastddim_kernels
+
+    def call(i: int) -> None:
+        fastddim_kernels.ddim_step(**sets[i % len(sets)])
+
+    graph, returned = captured(call, launches)
+    for launch in sets:
+        poison(launch)
+    graph.replay()
+    for launch in sets if every else sets[:1]:
+        differ(name, differing(launch))
+    return graph, returned

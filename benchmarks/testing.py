@@ -1,0 +1,92 @@
+"""The GPU tests, run by the benchmarks: which of them passed stands beside every figure."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from benchmarks.children import ROOT, Child, Deadline
+from benchmarks.timing import Record
+
+WORKERS = 10
+"""Processes that run tests beside one another. Each holds about half a GiB of the GPU's memory."""
+WORST = ("passed", "skipped", "failed")
+
+
+def files() -> list[str]:
+    """The files with GPU tests: others may import what is not installed on a GPU's machine."""
+    found = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in found if "mark.gpu" in path.read_text()]
+
+
+def workers() -> int:
+    """One core stays with the process that hands out the tests."""
+    return max(1, min(WORKERS, (os.cpu_count() or 1) - 1))
+
+
+def beside_one_another() -> list[str]:
+    """pytest's options for several processes, where pytest-xdist is installed.
+
+    pytest-benchmark warns that it cannot measure beside others, and warnings are errors here.
+    """
+    if find_spec("xdist") is None:
+        return []
+    off = ["-p", "no:benchmark"] if find_spec("pytest_benchmark") else []
+    return ["-n", str(workers()), *off]
+
+
+def pytest(path: str, *arguments: str) -> list[str]:
+    """The command that runs GPU tests and writes each one's outcome to ``path``."""
+    return [
+        *(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"),
+        # A file that cannot be imported keeps no other from being tested.
+        *("--continue-on-collection-errors", "--tb=short"),
+        *("-p", "benchmarks.outcomes", "--outcomes", path),
+        *arguments,
+    ]
+
+
+class Tests:
+    """What is known of the tests so far: each one's worst outcome, and why."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+        self.ended: str = "not run"
+
+    def add(self, found: Record) -> None:
+        """A test's setup, its call and its teardown are reported apart; the worst one counts."""
+        name, outcome = found["test"], found["outcome"]
+        before = self.outcomes.get(name, "passed")
+        if WORST.index(outcome) >= WORST.index(before):
+            self.outcomes[name] = outcome
+            if outcome != "passed":
+                self.reasons[name] = found.get("why", "")
+
+    def summary(self) -> Record:
+        """For the record: how many, and the names of those that failed."""
+        counts = {outcome: list(self.outcomes.values()).count(outcome) for outcome in WORST}
+        failures = [name for name, outcome in self.outcomes.items() if outcome == "failed"]
+        return counts | {
+            "ended": self.ended,
+            "failures": [{"test": name, "why": self.reasons[name]} for name in sorted(failures)],
+        }
+
+    @property
+    def good(self) -> bool:
+        counts = self.summary()
+        return self.ended == "done" and bool(counts["passed"]) and not counts["failed"]
+
+    def run(self, deadline: Deadline) -> Iterator[Record]:
+        """Runs all GPU tests, and gives each outcome when it is known."""
+        child = Child(lambda path: pytest(path, *beside_one_another(), *files()), deadline)
+        self.ended = "cut off"
+        for found in child:
+            self.add(found)
+            yield found
+        # pytest exits with 1 where tests failed, which their outcomes say already.
+        self.ended = "done" if child.status in (0, 1) and not child.late else "cut off"
+        if not child.late and child.status not in (0, 1):
+            self.ended = f"pytest exited with {child.status}"
