@@ -448,7 +448,10 @@ ASKED = {
         *("sample philox x0 clip", "guidance bf16 next", "guidance philox bf16 clip next"),
         "guidance philox threshold",
     ),
-    0.93: ("epsilon last philox", "epsilon last philox rgb", "epsilon last philox odd"),
+    0.93: (
+        *("epsilon last philox", "epsilon last philox rgb", "epsilon last philox odd"),
+        *("epsilon mixed bf16", "epsilon mixed rgb", "epsilon philox last mixed rgb"),
+    ),
     0.90: ("learned last", "learned last rgb"),
 }
 
