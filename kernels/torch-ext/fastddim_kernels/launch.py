@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ from .noise import normal_kernel
 from .step import ddim_step_kernel
 
 COLUMNS = 7
+_FEW, _TILE, _SCATTERED = FEW.value, TILE.value, SCATTERED.value
 _is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 # From here on a program takes several blocks, whose common work then costs each element less;
@@ -129,7 +131,7 @@ def ddim_step(
             num_warps=4,
             # Contracted multiply-adds would differ from eager PyTorch in the last bit.
             enable_fp_fusion=False,
-            **({"maxnreg": _TILE_REGISTERS} if g.layout == TILE.value and not _portable() else {}),
+            **({"maxnreg": _TILE_REGISTERS} if g.layout == _TILE and not _portable() else {}),
         )
 
 
@@ -181,6 +183,13 @@ def _device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device.index) if x.is_cuda else nullcontext()
 
 
+@functools.cache
+def _form(channels: int, output_pixel: int, fours: bool) -> tuple[int, int]:
+    """(layout, channels of a program) by the kernel's own functions, which take 5 µs a call."""
+    layout = int(layout_of(channels, output_pixel, fours))
+    return layout, int(block_channels(channels, layout))
+
+
 @dataclass(frozen=True)
 class _Geometry:
     """How a step's elements lie in memory, in the kernel's terms."""
@@ -192,24 +201,24 @@ class _Geometry:
     x_pixel: int = 1  # from one pixel of the state to the next; 1 where channel follows channel
     output_pixel: int = 1  # the same of the model's output
 
-    @property
+    @functools.cached_property
     def run(self) -> int:
         """Elements in a row that follow one another logically."""
         return self.n // max(self.channels, 1)
 
-    @property
+    @functools.cached_property
     def in_fours(self) -> bool:
         """Whether every four that share a Philox call can be one access."""
         return self.run % 4 == 0 and self.output_stride % 4 == 0
 
-    @property
+    @functools.cached_property
     def layout(self) -> int:
-        return int(layout_of(self.channels, self.output_pixel, self.in_fours))
+        return _form(self.channels, self.output_pixel, self.in_fours)[0]
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """Channels that a program takes."""
-        return int(block_channels(self.channels, self.layout))
+        return _form(self.channels, self.output_pixel, self.in_fours)[1]
 
     @property
     def groups(self) -> int:
@@ -296,17 +305,17 @@ def _block(g: _Geometry, noisy: bool) -> tuple[int, int]:
     """
     # A four for each lane (AMD's wavefronts have 64), or lanes would exchange what they hold.
     lanes = 256 if _portable() else 128
-    if g.layout == TILE.value:
+    if g.layout == _TILE:
         # As a share of a copy's speed on an H200, four channels with noise, 2048 elements a part:
         # 0.944 with four parts a program, 0.905 with two, 0.932 with one; 4096 elements are slower.
         # More channels, or an output that is turned too, leave no registers for four parts.
         mixed = (g.x_pixel == 1) != (g.output_pixel == 1)
         quads = (512 if noisy and not mixed else 256) // g.width
         parts = 4 if noisy and not mixed and g.width == 4 else 1
-    elif g.layout == FEW.value:
+    elif g.layout == _FEW:
         # Three channels with noise: 0.948 with one part, 0.919 with two, 0.679 with four.
         quads, parts = lanes, 1
-    elif g.layout == SCATTERED.value:
+    elif g.layout == _SCATTERED:
         quads, parts = lanes, 4 if g.width == 1 and not noisy else 2
     elif not g.in_fours:
         quads, parts = lanes, 4
@@ -320,7 +329,8 @@ def _block(g: _Geometry, noisy: bool) -> tuple[int, int]:
         quads = _INTERPRETED_FOURS
     if g.samples * g.n < _LARGE or g.fours < quads * parts:
         parts = 1
-    return min(quads, max(4, int(triton.next_power_of_2(g.fours)))), parts
+    # A smaller block is the next power of two, and four fours at least.
+    return (quads if g.fours > quads else max(4, 1 << max(g.fours - 1, 0).bit_length())), parts
 
 
 def _check_state(
