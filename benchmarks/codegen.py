@@ -8,8 +8,8 @@ it asks for, for a GPU that need not be there. DIR gets ``codegen.json``, one ro
 architecture; ``details.json``, how often each instruction stands in the code; and
 ``<variant>-<arch>.cubin`` beside its ``.ttir``, ``.ptx`` and ``.sass``.
 
-Accesses are counted as the machine code has them, the scalars of a block among the loads: of 32
-bits the row and its factors, guidance and thresholds, of 64 the seed. For AMD, gfx942: vector
+Accesses are counted as the machine code has them, the scalars of a block among the loads of 32
+bits: the row and its factors, guidance and thresholds, and the two words of the seed. For AMD, gfx942: vector
 registers, bytes of scratch, of LDS, and spilled registers for local; no budget.
 """
 
