@@ -32,7 +32,7 @@ from fastddim import (
 )
 from fastddim.check import whole
 from fastddim.embedded import distance
-from fastddim.folder import FORMATS, Folder, Seeds
+from fastddim.folder import FORMATS, Folder, Seeds, holding
 from fastddim.generate import Worker
 from fastddim.predict import Model
 from fastddim.timesteps import SPACINGS
@@ -211,10 +211,11 @@ def sample(
         samples = images.by_seed(
             ddim, timed, wanted, loaded.shape, batch_size, device=where, progress=progress
         )
-        pictures = torch.cat([images.to_uint8(x) for x in samples])
+        pictures, odd = images.drawn(samples)
         summary = timed.summary(len(wanted))
     images.save_png(images.grid(pictures), png)
     print(f"{png}: {summary}")
+    say_not_finite([wanted[place] for place in odd])
 
 
 @app.command()
@@ -593,6 +594,7 @@ def generate_images(
         folder.verify()
         if not quiet:
             print(f"{verify}: {counted(len(folder.seeds), 'image')}, each as it was made")
+        say_not_finite(folder.not_finite)
         return
     if seeds is None or out is None:
         raise ValueError(f"{'seeds' if seeds is None else 'out'} must be given, or verify")
@@ -608,15 +610,16 @@ def generate_images(
         torch.set_num_threads(whole("threads", threads, low=1))
     worker = Worker.here()
     worker.end_with_launcher()
-    quiet = quiet or worker.rank > 0
+    silent, quiet = quiet, quiet or worker.rank > 0
     share = str(worker.device()) if device in (None, "cuda") else device
     loaded, where = load(checkpoint, model, config, shape, share, quiet=quiet)
     images.check_channels(loaded.shape[0])
     ddim = loaded.ddim(steps, eta=number_or_name(eta), spacing=spacing)
     if isinstance(loaded.model, nn.Module):
         loaded.model.to(DTYPES[dtype])
+    finished: list[Folder] = []
     with bar_of_images(len(wanted), quiet) as progress:
-        complete = generate(
+        generate(
             ddim,
             loaded.model,
             loaded.shape,
@@ -626,11 +629,14 @@ def generate_images(
             format=format,
             shard_size=shard_size,
             progress=progress,
+            summary=finished.append,
             device=where,
             dtype=DTYPES[dtype],
         )
-    if complete and not quiet:
-        print(f"{out}: {counted(len(wanted), 'image')}")
+    for folder in finished:
+        if not silent:
+            print(f"{out}: {counted(len(wanted), 'image')}")
+        say_not_finite(folder.not_finite, worker.retried)
 
 
 @app.command("evaluate")
@@ -868,6 +874,17 @@ def load(
 def calls(ddim: DDIM, n: int, batch_size: int) -> int:
     """How often the model is asked for ``n`` samples."""
     return -(-n // batch_size) * len(ddim.pairs)
+
+
+def say_not_finite(seeds: Sequence[int], retried: bool = False) -> None:
+    """Names the images that hold NaN or infinity, and ends with status 3 where there are some.
+
+    ``retried``: unless whoever started this would start it again for that, in vain.
+    """
+    if said := holding(seeds):
+        print(f"fastddim: {said}", file=sys.stderr)
+        if not retried:
+            raise typer.Exit(3)
 
 
 def counted(n: int, what: str) -> str:

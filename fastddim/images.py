@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
@@ -251,8 +251,32 @@ def usable_device(name: str | None) -> torch.device:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] → 0..255, to the nearest; what lies outside is clamped and NaN is black."""
+    """[-1, 1] → 0..255, to the nearest; what lies outside is clamped and NaN is black.
+
+    Whoever shows or keeps the pixels says how many samples ``not_finite`` finds.
+    """
     return ((x.float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def not_finite(x: Tensor) -> list[int]:
+    """The places of the samples (N, ...) that hold NaN or infinity.
+
+    ``to_uint8`` makes black or white pixels of these, which look like any others.
+    """
+    odd: list[int] = x.isfinite().flatten(1).all(1).logical_not().nonzero().flatten().tolist()
+    return odd
+
+
+def drawn(batches: Iterable[Tensor]) -> tuple[Tensor, list[int]]:
+    """(the pictures of all samples of ``batches``, the places of those that are ``not_finite``)."""
+    pictures: list[Tensor] = []
+    odd: list[int] = []
+    first = 0
+    for x in batches:
+        pictures.append(to_uint8(x))
+        odd += [first + place for place in not_finite(x)]
+        first += len(x)
+    return torch.cat(pictures), odd
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
@@ -382,11 +406,17 @@ def check_png(path: Path | str) -> Path:
     return path
 
 
-def save_png(image: Tensor, path: Path | str) -> None:
-    """Writes uint8 (1 or 3, H, W) to ``path``: the whole picture, or nothing at all."""
+def save_png(image: Tensor, path: Path | str) -> bool:
+    """Writes uint8 (1 or 3, H, W) to ``path``: the whole picture, or nothing at all.
+
+    Returns:
+        Whether there was a file of that name, which is gone.
+    """
     check_channels(image.shape[0])
+    there = Path(path).exists()
     with replacing(Path(path)) as file:
         write_png(image, file)
+    return there
 
 
 def write_png(image: Tensor, file: IO[bytes]) -> None:

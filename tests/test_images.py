@@ -107,6 +107,19 @@ def test_to_uint8_rounds_clamps_and_draws_nan_black() -> None:
     assert images.to_uint8(x.bfloat16()).dtype == torch.uint8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_samples_that_are_not_finite_are_found(dtype: torch.dtype) -> None:
+    x = torch.zeros(7, *SHAPE, dtype=dtype)
+    for place, value in ((1, "nan"), (4, "inf"), (6, "-inf")):
+        x[place, 0, 3, place - 1] = float(value)
+    assert images.not_finite(x) == [1, 4, 6]
+    assert images.not_finite(x[:1]) == images.not_finite(x[:0]) == []
+    x[0] = torch.finfo(dtype).max
+    pictures, odd = images.drawn([x[:3], x[3:]])
+    assert odd == [1, 4, 6]
+    assert torch.equal(pictures, images.to_uint8(x))
+
+
 @pytest.mark.parametrize(
     ("n", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (3, 2, 2), (5, 2, 3), (9, 3, 3), (64, 8, 8)]
 )
@@ -128,11 +141,12 @@ def test_png_holds_the_exact_pixels(tmp_path: Path, channels: int, mode: str) ->
     g = torch.Generator().manual_seed(0)
     x = torch.randint(256, (channels, 5, 9), generator=g, dtype=torch.uint8)
     path = tmp_path / "a.png"
-    images.save_png(x, path)
+    assert not images.save_png(x, path)
     with Image.open(path) as picture:
         assert (picture.format, picture.mode) == ("PNG", mode)
         pixels = torch.from_numpy(np.array(picture)).view(5, 9, channels)
     assert torch.equal(pixels.permute(2, 0, 1), x)
+    assert images.save_png(x, path)  # in place of another
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
