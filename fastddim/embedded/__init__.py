@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from fastddim import weights
 from fastddim.embedded.model import SHAPE as SHAPE
@@ -25,12 +24,10 @@ def load(path: Path | str = WEIGHTS) -> GarmentModel:
         raise ValueError(f"{path} is no file of garment weights: its metadata has no 'unet'")
     try:
         model = GarmentModel(dict(json.loads(metadata["unet"])))
-    except ImportError:
-        raise
-    except Exception as error:  # whatever diffusers makes of a configuration that is none
+    except Exception as error:  # each way of being no configuration has its own
         raise ValueError(f"{path} describes no garment model: {error}") from None
-    config: Any = model.unet.config
-    if (channels := (config.in_channels, config.out_channels)) != (4, 4):
+    config = model.unet.config
+    if (channels := (config["in_channels"], config["out_channels"])) != (4, 4):
         raise ValueError(
             f"{path} must have 4 channels in and out, got {channels[0]} and {channels[1]}"
         )
