@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
+import inspect
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import util
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastddim import images, provenance
+from fastddim import images, ops, provenance
 from fastddim.check import kind, whole
 from fastddim.folder import FORMATS, Folder, Seeds
 from fastddim.predict import Cond, Model
@@ -303,8 +306,7 @@ def _recipe(
 
     keys = Seeds.of(seeds)
     device = torch.device(options.get("device") or torch.get_default_device())
-    backend = {"cpu": "numba", "cuda": "triton"}.get(device.type, "torch")
-    backend = backend if util.find_spec(backend) else "torch"
+    backend = ops.backend(device)
     packages = {"torch", "numpy", backend, *(("pillow",) if format == "png" else ())}
     if isinstance(model, nn.Module):
         packages |= provenance.packages(model) - {"fastddim"}
@@ -371,3 +373,21 @@ def _plain(value: Any) -> Any:
         return {"of": _described(owner), "method": value.__name__}
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+class _Called(ModuleType):
+    """This module, which can be called as the function of its name.
+
+    ``fastddim.generate(...)`` and ``import fastddim.generate as g; g.shard`` both have to work,
+    and one attribute of the package serves both. A function in its place would hide the module.
+    """
+
+    __call__ = staticmethod(generate)
+    __signature__ = inspect.signature(generate)
+
+    def __reduce__(self) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+        """Pickles by name, as the function does: pools of processes are handed it."""
+        return importlib.import_module, (__name__,)
+
+
+sys.modules[__name__].__class__ = _Called

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
+import importlib
+import inspect
 import io
 import json
 import os
+import pickle
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 import fastddim
-from fastddim import DDIM, NoiseSchedule, cli, embedded, evaluate, images, provenance
+from fastddim import DDIM, NoiseSchedule, cli, cpu, embedded, evaluate, images, ops, provenance
 from fastddim.__main__ import main
 from fastddim.embedded import distance
 from fastddim.folder import FORMATS, MANIFEST, Folder, Seeds
@@ -31,7 +36,7 @@ from fastddim.generate import Worker, pictures, shard
 from fastddim.quality import Gaussian, frechet_distance
 from tests.refusals import refused
 
-MODULE = sys.modules["fastddim.generate"]  # the package's attribute of that name is the function
+MODULE = sys.modules["fastddim.generate"]
 SHAPE = (3, 4, 6)
 MODEL = Gaussian(0.0, 0.5)
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -249,6 +254,65 @@ def test_the_manifest_is_the_recipe(tmp_path: Path) -> None:
     assert recipe["architecture"].startswith(f"{provenance.cpu_name()}, ")
     assert recipe["backend"].startswith("cpu, ")
     assert recipe["notes"] == {"prompts": "a.txt"}
+
+
+@pytest.mark.parametrize("numba", [True, False])
+def test_the_recipe_names_the_backend_that_takes_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numba: bool
+) -> None:
+    calls: list[str] = []
+
+    def noted(module: Any, name: str, backend: str) -> None:
+        real = getattr(module, name)
+
+        def step(*arguments: Any) -> None:
+            calls.append(backend)
+            real(*arguments)
+
+        monkeypatch.setattr(module, name, step)
+
+    if numba:
+        noted(pytest.importorskip("fastddim.fused"), "step", "numba")
+    else:
+        monkeypatch.setattr(cpu, "_fused", lambda: None)  # as NUMBA_DISABLE_JIT=1 makes it
+        noted(cpu, "_step", "torch")
+    make(tmp_path / "out", n=4)
+    recipe = Folder.read(tmp_path / "out").recipe
+    assert recipe["backend"] == f"cpu, {calls[0]}"
+    assert ("numba" in recipe["versions"]) == numba
+    assert set(calls) == {"numba" if numba else "torch"}
+
+
+def test_a_device_without_kernels_takes_its_steps_in_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert ops.backend("mps") == ops.backend(torch.device("meta")) == "torch"
+    monkeypatch.setattr(ops, "_kernels", lambda device: ops if device == "cuda" else None)
+    assert ops.backend("cuda:1") == "triton"
+    monkeypatch.setattr(ops, "_kernels", lambda device: None)
+    assert ops.backend("cuda") == "torch"
+
+
+def test_no_name_of_a_package_hides_one_of_its_modules() -> None:
+    """``import a.b as m`` takes the package's attribute, so that it has to be the module."""
+    packages = {"fastddim", "fastddim.embedded", "fastddim.dropins", "fastddim_kernels"}
+    for package in map(importlib.import_module, sorted(packages)):
+        for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if info.name == "fastddim.__main__":
+                continue
+            module = importlib.import_module(info.name)
+            assert getattr(package, info.name.rpartition(".")[2]) is module, info.name
+
+
+def test_the_function_and_the_module_of_one_name() -> None:
+    import fastddim.generate as module
+
+    assert module.shard is shard
+    assert module.Worker is Worker
+    assert callable(fastddim.generate)
+    assert inspect.signature(fastddim.generate) == inspect.signature(module.generate)
+    assert pickle.loads(pickle.dumps(fastddim.generate)) is fastddim.generate
+    assert callable(copy.deepcopy(partial(fastddim.generate, DDIM(1))).func)
 
 
 CHANGES: dict[str, dict[str, Any]] = {
