@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,13 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _refuse(f"{error.name} is missing; it comes with pip install 'fastddim[{extra}]'")
     except (TypeError, ValueError, OSError) as error:
-        return _refuse(str(error))
+        # What torchrun's other workers and later starts find as well has a type of its own.
+        alike = type(error).__name__ == "RefusedError"
+        return _refuse(str(error), alike)
     except Exception as error:
         # Typer's own complaints. Their base class is click's or Typer's, depending on its version.
         if type(error).__name__ == "Abort":
             status = 130
         elif (format_message := getattr(error, "format_message", None)) is not None:
-            return _refuse(format_message())
+            return _refuse(format_message(), alike=True)
         else:
             raise
     if status == 130:
@@ -46,9 +49,17 @@ _EXTRA = {
 """What the commands import beyond the core's own needs, and the extra it comes with."""
 
 
-def _refuse(reason: str) -> int:
-    print(f"fastddim: {' '.join(reason.split())}", file=sys.stderr)
+def _refuse(reason: str, alike: bool = False) -> int:
+    """Says why, and gives the exit status. What all processes find ``alike``, one says once."""
+    if not (alike and _said_elsewhere()):
+        print(f"fastddim: {' '.join(reason.split())}", file=sys.stderr)
     return 2
+
+
+def _said_elsewhere() -> bool:
+    """Whether another process on this machine says the same, or this one did before a restart."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return local != "0" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 if __name__ == "__main__":
