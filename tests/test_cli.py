@@ -1000,19 +1000,19 @@ def test_what_one_process_alone_finds_it_says(
     assert "nowhere/out" in capfd.readouterr().err
 
 
-def test_generate_speaks_at_once_and_after_the_first_batch(
+def test_generate_speaks_at_once_and_soon_after(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([0.0, 2.0, 4.0, 65.0, 66.0])
+    clock = iter([0.0, 2.0, 5.0, 64.0, 65.0, 66.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     # Two processes: the other one's images are seen at the end of a shard.
     with bars.bar_of_images(100, False, processes=2, batch_size=4) as there:
-        for n in (0, 4, 8, 16, 100):
+        for n in (0, 4, 8, 12, 20, 100):
             there(n)
     assert capfd.readouterr().err.splitlines() == [
         "0 of 100 images are there",
-        "4 of 100 images, 4.0 images/s, 0:00:24 left",
-        "16 of 100 images, 0.4 images/s, 0:03:48 left",
+        "8 of 100 images, 3.2 images/s, 0:00:29 left",
+        "20 of 100 images, 0.5 images/s, 0:02:42 left",
     ]
 
 

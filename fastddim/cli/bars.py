@@ -17,8 +17,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-SECONDS = 60
-"""Between two lines of progress where stderr is no terminal."""
+SOON, LATER = 5, 60
+"""Seconds to the second line of progress, and from each to the next, where stderr is no terminal."""
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def bar_of_images(
 ) -> Iterator[Callable[[int], None]]:
     """A bar on stderr of how many of ``total`` images there are, told the number from outside.
 
-    Where stderr is no terminal there is a line at once, one after the first batch, and then one a
+    Where stderr is no terminal there is a line at once, one after five seconds, and then one a
     minute.
 
     Args:
@@ -77,17 +77,16 @@ def bar_of_images(
     lines = not (quiet or console.is_terminal)
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
-        state: dict[str, Any] = {"first": None, "last": 0, "own": 0, "line": None}
+        state: dict[str, Any] = {"first": None, "last": 0, "own": 0, "next": 0.0}
 
         def there(n: int) -> None:
             now = time.perf_counter()
             if state["first"] is None:
                 state.update(first=now, last=n)
                 if lines:
-                    state["line"] = now
+                    state["next"] = now + SOON
                     print(f"{n} of {total} images are there", file=sys.stderr, flush=True)
             new = max(n - state["last"], 0)
-            began = state["own"] == 0 and new > 0
             state["own"] += new if batch_size is None else min(new, batch_size)
             state["last"] = n
             seconds, said = now - state["first"], ""
@@ -96,8 +95,8 @@ def bar_of_images(
                 left = timedelta(seconds=round((total - n) / rate))
                 said = f"{rate:.1f} images/s, {left} left"
             progress.update(task, completed=n, description=said)
-            if lines and n < total and (began or now - state["line"] >= SECONDS):
-                state["line"] = now
+            if lines and n < total and now >= state["next"]:
+                state["next"] = now + LATER
                 what = f"{n} of {total} images, {said or 'none new yet'}"
                 print(what, file=sys.stderr, flush=True)
 
