@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fastddim.extras import explained, extra_of
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
@@ -19,10 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = 130
     except ModuleNotFoundError as error:
-        extra = _EXTRA.get((error.name or "").partition(".")[0])
-        if extra is None:
+        if extra_of(error.name) is None:
             raise
-        return _refuse(f"{error.name} is missing; it comes with pip install 'fastddim[{extra}]'")
+        return _refuse(str(explained(error)))
     except (TypeError, ValueError, OSError) as error:
         # What torchrun's other workers and later starts find as well has a type of its own.
         alike = type(error).__name__ == "RefusedError"
@@ -38,15 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if status == 130:
         print("fastddim: interrupted", file=sys.stderr)
     return status or 0
-
-
-_EXTRA = {
-    **dict.fromkeys(
-        ("typer", "click", "rich", "PIL", "safetensors", "diffusers", "matplotlib"), "cli"
-    ),
-    **dict.fromkeys(("torch_fidelity", "torchvision"), "fid"),
-}
-"""What the commands import beyond the core's own needs, and the extra it comes with."""
 
 
 def _refuse(reason: str, alike: bool = False) -> int:

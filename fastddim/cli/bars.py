@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 SOON, LATER = 5, 60
-"""Seconds to the second line of progress, and from each to the next, where stderr is no terminal."""
+"""Seconds from the first line of progress to the second, and from then on to the next."""
 
 
 @contextmanager

@@ -6,20 +6,20 @@ from importlib import util
 
 from fastddim.cli import bars
 from fastddim.cli.options import Machine
+from fastddim.extras import EXTRAS
 
-EXTRAS = {
-    "cli": (
-        ("typer", "rich", "PIL", "safetensors", "matplotlib", "diffusers"),
-        "the command line, pictures, plots, and the weights of other systems",
-    ),
-    "cpu": (("numba",), "a step on a CPU as one fused pass, several times as fast"),
-    "fid": (("torch_fidelity",), "FID in fastddim evaluate"),
+STEPS = {
+    "triton": "a step is one Triton kernel",
+    "numba": "a step is one pass compiled by numba",
+    "torch": "a step is PyTorch's own operations",
 }
-"""What each extra of ``pip install 'fastddim[...]'`` holds, and what it is for."""
 
 
 def info(machine: Machine) -> None:
     """Say what is installed, which devices there are, and what takes the steps on each.
+
+    For each extra of the package there is a line with what it adds, and with the command that
+    installs it where something of it is missing.
 
     For example: fastddim info
     """
@@ -29,18 +29,23 @@ def info(machine: Machine) -> None:
         from fastddim import __version__, images, ops, provenance
         from fastddim.cli.network import usable
 
-        usable(machine)
-        names = ("torch", "triton", "numpy", "numba", "diffusers")
-        found = provenance.versions(*names)
-        devices = images.devices()
+        chosen = usable(machine)
+        packages = ["torch", "triton", "numpy"]
+        packages += [name for modules, _ in EXTRAS.values() for name in modules.values() if name]
+        found = provenance.versions(*packages)
+        devices = [str(chosen)] if machine.device else images.devices()
         backends = {device: ops.backend(device) for device in devices}
     print(f"fastddim {__version__}, Python {platform.python_version()} on {sys.platform}")
-    print(", ".join(f"{name} {found.get(name, 'is not installed')}" for name in names))
+    print(", ".join(f"{name} {found[name]}" for name in packages if name in found))
     for device in devices:
         what = provenance.machine(torch.device(device))
         print(f"{device}: {what}; {STEPS[backends[device]]}")
     for extra, (modules, what) in EXTRAS.items():
-        missing = [name for name in modules if util.find_spec(name) is None]
+        missing = [
+            package
+            for module, package in modules.items()
+            if package and util.find_spec(module) is None
+        ]
         if missing:
             print(
                 f"fastddim[{extra}] would add {what} ({', '.join(missing)} missing): "
@@ -48,10 +53,3 @@ def info(machine: Machine) -> None:
             )
         else:
             print(f"fastddim[{extra}] is installed: {what}")
-
-
-STEPS = {
-    "triton": "a step is one Triton kernel",
-    "numba": "a step is one pass compiled by numba",
-    "torch": "a step is PyTorch's own operations",
-}

@@ -8,6 +8,7 @@ from pathlib import Path
 from fastddim import weights
 from fastddim.embedded.model import SHAPE as SHAPE
 from fastddim.embedded.model import GarmentModel as GarmentModel
+from fastddim.extras import explained
 
 WEIGHTS = Path(__file__).with_name("garments.safetensors")
 
@@ -17,9 +18,17 @@ def load(path: Path | str = WEIGHTS) -> GarmentModel:
 
     Raises:
         FileNotFoundError, ValueError: ``path`` is missing, or not such a file.
+        ModuleNotFoundError: safetensors is missing; the extra ``cli`` has it.
+
+    >>> import torch
+    >>> load()(torch.zeros(1, 1, 28, 28), torch.tensor([999])).shape
+    torch.Size([1, 1, 28, 28])
     """
     path = Path(path)
-    tensors, metadata = weights.read(path)
+    try:
+        tensors, metadata = weights.read(path)
+    except ModuleNotFoundError as error:
+        raise explained(error) from None
     if "unet" not in metadata:
         raise ValueError(f"{path} is no file of garment weights: its metadata has no 'unet'")
     try:
