@@ -40,6 +40,9 @@ class Loaded:
         schedule: what it was trained on.
         prediction: what it returns, as ``DDIM`` has it.
         description: one line for people, with what was assumed.
+        classes: how many classes the model knows, of which it is told one as ``class_labels``;
+            None for a model that is told none.
+        null_class: the one of them that stands for none, which guidance needs.
     """
 
     model: Model
@@ -47,6 +50,8 @@ class Loaded:
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule.linear)
     prediction: str = "epsilon"
     description: str = ""
+    classes: int | None = None
+    null_class: int | None = None
 
     def ddim(self, steps: int | None = None, **options: Any) -> DDIM:
         """A sampler on the model's own schedule."""

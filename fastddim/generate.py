@@ -13,7 +13,6 @@ import importlib
 import inspect
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from fastddim import images, ops, provenance
 from fastddim.check import kind, whole
 from fastddim.folder import FORMATS, Folder, Seeds, holding
+from fastddim.launch import PARENT
 from fastddim.pace import Pace, There
 from fastddim.predict import Cond, Model
 from fastddim.sampler import DDIM
@@ -74,9 +74,6 @@ SAMPLER = (
 
 OPTIONS = ("cond", "uncond", "guidance", "cond_fn", "self_condition", "dtype", "autocast")
 """What it says of a call, beside ``postprocess``."""
-
-PARENT = os.getppid()
-"""Who started this process, as far back as can be told: that may be gone by the first image."""
 
 SMALLEST_SHARD = 256
 """Images in a shard at the least, where none is asked for: what a kill can lose, and one file."""
@@ -286,20 +283,6 @@ class Worker(NamedTuple):
         """
         if self.launched:
             _end_with_parent()
-
-    def refuse(self, said: str) -> None:
-        """Says on stderr why this process can do nothing, and ends the launch of torchrun.
-
-        Whatever the exit status, torchrun would start the same processes again, in vain, as often
-        as ``--max-restarts`` says. What one process cannot do none can, as a rule: the first of
-        its machine speaks for all, and others do where it has found nothing wrong.
-        """
-        if self.retried:
-            time.sleep(2 * self.local)
-        print(said, file=sys.stderr, flush=True)
-        if self.retried and os.getppid() == PARENT:
-            os.kill(PARENT, signal.SIGTERM)
-            time.sleep(30)  # until it ends this process too
 
     def device(self) -> torch.device:
         """Its share of the machine's GPUs; the CPU where there is none.

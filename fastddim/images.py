@@ -50,6 +50,7 @@ def by_seed(
     *,
     device: torch.device | str | None = None,
     progress: Progress = False,
+    **options: Any,
 ) -> Iterator[Tensor]:
     """The samples of ``seeds``, in order, a batch at a time, each the same whatever the others.
 
@@ -58,6 +59,8 @@ def by_seed(
         seeds: an integer in [0, 2⁶³) for each sample.
         shape: of one sample, without the batch.
         batch_size: what every call of the model gets.
+        options: what else ``DDIM.sample`` is told, such as ``cond`` with a row for each sample of
+            a full batch.
 
     Returns:
         An iterator over tensors of at most ``batch_size`` samples, the padding left out.
@@ -70,7 +73,12 @@ def by_seed(
     def batches() -> Iterator[Tensor]:
         for batch, n in full_batches(keys, size):
             yield ddim.sample(
-                model, shape=(size, *shape), seeds=batch, device=device, progress=progress
+                model,
+                shape=(size, *shape),
+                seeds=batch,
+                device=device,
+                progress=progress,
+                **options,
             )[:n]
 
     return batches()
@@ -87,13 +95,14 @@ def sequences(
     state: bool = False,
     device: torch.device | str | None = None,
     progress: Progress = False,
+    **options: Any,
 ) -> Iterator[Tensor]:
     """What ``by_seed`` passes through on its way, after the rows that ``kept_rows`` names.
 
     Args:
         columns: how many steps are kept of each sample.
         state: whether x_s is, instead of the x0 predicted from x_t.
-        ddim, model, seeds, shape, batch_size, device, progress: as in ``by_seed``.
+        ddim, model, seeds, shape, batch_size, device, progress, options: as in ``by_seed``.
 
     Returns:
         An iterator over tensors (n, columns, *shape), n at most ``batch_size``. The last column
@@ -108,7 +117,12 @@ def sequences(
     def batches() -> Iterator[Tensor]:
         for batch, n in full_batches(keys, size):
             steps = ddim.iterate(
-                model, shape=(size, *shape), seeds=batch, device=device, progress=progress
+                model,
+                shape=(size, *shape),
+                seeds=batch,
+                device=device,
+                progress=progress,
+                **options,
             )
             along = [step.x if state else step.x0 for step in steps if step.index in kept]
             yield torch.stack(along, 1)[:n]
@@ -133,6 +147,7 @@ def interpolations(
     *,
     device: torch.device | str | None = None,
     progress: Progress = False,
+    **options: Any,
 ) -> Tensor:
     """From the sample of one seed to that of the next, for each pair: Song et al. 2021, figure 6.
 
@@ -144,6 +159,7 @@ def interpolations(
         seeds: a, b, c, d, ... for rows from a to b, from c to d, ...
         columns: samples in a row, both ends included; at least 2.
         model, shape, batch_size, device, progress: as in ``by_seed``.
+        options: the same, ``cond`` with a row for each of the pairs·columns samples.
 
     Returns:
         (pairs, columns, *shape).
@@ -159,7 +175,7 @@ def interpolations(
     ends = initial_noise(torch.tensor(keys, dtype=torch.int64), (len(keys), *shape), device)
     between = slerp(ends[0::2], ends[1::2], [i / (n - 1) for i in range(n)])
     x = between.transpose(0, 1).flatten(0, 1)
-    out = ddim.sample(model, x, batch_size=size, progress=progress)
+    out = ddim.sample(model, x, batch_size=size, progress=progress, **options)
     return out.view(-1, n, *shape)
 
 
@@ -218,21 +234,34 @@ class Timed:
 
 
 def warm_up(
-    ddim: DDIM, model: Model, shape: Sequence[int], batch_size: int, device: torch.device
+    ddim: DDIM,
+    model: Model,
+    shape: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    **options: Any,
 ) -> None:
-    """Takes one step of ``ddim`` and one that adds no noise.
+    """Takes one step of ``ddim`` and one that adds no noise, with one call of the model.
 
     The first call of a model and of each kind of step prepares and compiles: nothing a rate or
     a share of the time should hold.
     """
-    last = DDIM(steps=1, schedule=ddim.schedule, prediction=ddim.prediction)
+    outputs: list[Any] = []
+
+    def asked_once(x: Tensor, t: Tensor, **cond: Any) -> Any:
+        if not outputs:
+            outputs.append(model(x, t, **cond))
+        return outputs[0]
+
+    last = DDIM(steps=1, spacing="trailing", schedule=ddim.schedule, prediction=ddim.prediction)
     for sampler in (ddim, last):
         sampler.sample(
-            model,
+            asked_once,
             shape=(batch_size, *shape),
             seeds=[0] * batch_size,
             device=device,
             progress=lambda steps: itertools.islice(steps, 1),
+            **options,
         )
 
 
@@ -243,11 +272,20 @@ def usable_device(name: str | None) -> torch.device:
     try:
         torch.zeros(1, device=name).cpu()
         return torch.device(name)
-    except Exception as error:  # each backend has its own for not being there
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception:  # each backend has its own for not being there, and few name what is missing
         raise ValueError(
-            f"device must be one that torch can use here, such as cpu, got {name!r}: {reason}"
+            f"device must be one that torch can use here ({', '.join(devices())}), got {name!r}"
         ) from None
+
+
+def devices() -> list[str]:
+    """The devices that this PyTorch finds here."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cuda" if accelerator is None else accelerator.type
+    n = torch.accelerator.device_count()
+    return ["cpu", *([f"{kind}:{i}" for i in range(n)] if n > 1 else [kind])]
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -268,12 +306,13 @@ def not_finite(x: Tensor) -> list[int]:
 
 
 def drawn(batches: Iterable[Tensor]) -> tuple[Tensor, list[int]]:
-    """(the pictures of all samples of ``batches``, the places of those that are ``not_finite``)."""
+    """(the pictures of all samples of ``batches``, on the CPU; the places of those that are
+    ``not_finite``)."""
     pictures: list[Tensor] = []
     odd: list[int] = []
     first = 0
     for x in batches:
-        pictures.append(to_uint8(x))
+        pictures.append(to_uint8(x).cpu())
         odd += [first + place for place in not_finite(x)]
         first += len(x)
     return torch.cat(pictures), odd

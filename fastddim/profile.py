@@ -154,6 +154,7 @@ def cells(
     judge: Judge | None = None,
     device: torch.device | str | None = None,
     progress: Progress = False,
+    **options: Any,
 ) -> Iterator[Cell]:
     """Draws the samples of ``seeds`` with each sampler, and measures it.
 
@@ -163,6 +164,7 @@ def cells(
         judge: how the samples are compared with data, such as ``garments()``; nobody by default.
         device: where to sample, and where the model is; CUDA if there is one, else the CPU.
         progress: True for a bar, or a wrapper such as ``tqdm.tqdm``; it counts model calls.
+        options: as in ``images.by_seed``.
 
     Returns:
         An iterator over one ``Cell`` for each sampler, in order.
@@ -181,12 +183,13 @@ def cells(
     ticks = iter(wrapper(progress)(range(model_calls(ddims, len(seeds), size))))
 
     def measured(ddim: DDIM) -> Cell:
-        images.warm_up(ddim, timed, shape, size, where)
-        memory = _peak_on_cpu(ddim, model, shape, size) if where.type == "cpu" else None
+        images.warm_up(ddim, timed, shape, size, where, **options)
+        cpu = where.type == "cpu"
+        memory = _peak_on_cpu(ddim, model, shape, size, options) if cpu else None
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         S, samples, inside, outside = len(ddim.pairs), [], [], []
-        batches = images.by_seed(ddim, timed, seeds, shape, size, device=where)
+        batches = images.by_seed(ddim, timed, seeds, shape, size, device=where, **options)
         timed.start()
         for x in batches:
             total, in_model = timed.seconds()
@@ -230,6 +233,7 @@ def trace(
     path: Path,
     *,
     device: torch.device | str | None = None,
+    **options: Any,
 ) -> None:
     """Writes a trace of the first three steps of each sampler, for ui.perfetto.dev.
 
@@ -242,12 +246,12 @@ def trace(
     if where.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     for ddim in ddims:
-        images.warm_up(ddim, model, shape, batch_size, where)
+        images.warm_up(ddim, model, shape, batch_size, where, **options)
     phases = _Phases(model)
     with _quiet_profile(activities=activities) as profiled:
         for ddim in ddims:
             with record_function(f"{ddim.steps} steps, eta {label(ddim.eta)}"):
-                _first_steps(ddim, phases, shape, batch_size, where)
+                _first_steps(ddim, phases, shape, batch_size, where, options)
                 phases.end()
     with images.replacing(path) as file:
         file.write(_exported(profiled))
@@ -260,10 +264,10 @@ class _Phases:
         self.model = model
         self.update = ExitStack()
 
-    def __call__(self, x: Tensor, t: Tensor) -> Any:
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Any:
         self.end()
         with record_function("model"):
-            output = self.model(x, t)
+            output = self.model(x, t, **cond)
         self.update.enter_context(record_function("update"))
         return output
 
@@ -273,7 +277,12 @@ class _Phases:
 
 
 def _first_steps(
-    ddim: DDIM, model: Model, shape: Sequence[int], batch_size: int, device: torch.device
+    ddim: DDIM,
+    model: Model,
+    shape: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    options: Mapping[str, Any],
 ) -> None:
     """Three steps: in the third, all memory that later ones use is in use."""
     ddim.sample(
@@ -282,13 +291,20 @@ def _first_steps(
         seeds=range(batch_size),
         device=device,
         progress=lambda steps: itertools.islice(steps, 3),
+        **options,
     )
 
 
-def _peak_on_cpu(ddim: DDIM, model: Model, shape: Sequence[int], batch_size: int) -> int:
+def _peak_on_cpu(
+    ddim: DDIM,
+    model: Model,
+    shape: Sequence[int],
+    batch_size: int,
+    options: Mapping[str, Any],
+) -> int:
     """The most bytes that the tensors of a few steps and the model's weights hold at once."""
     with _quiet_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        _first_steps(ddim, model, shape, batch_size, torch.device("cpu"))
+        _first_steps(ddim, model, shape, batch_size, torch.device("cpu"), options)
     events = [e for e in json.loads(_exported(profiled))["traceEvents"] if e["name"] == "[memory]"]
     events.sort(key=lambda event: event["ts"])
     peak = max(itertools.accumulate((e["args"]["Bytes"] for e in events), initial=0))
@@ -326,10 +342,12 @@ def settings(
     batch_size: int,
     device: torch.device,
     judge: Judge | None,
+    **rest: Any,
 ) -> dict[str, Any]:
     """What a profile depends on beside steps and η, as plain values: model, data and machine.
 
-    A model that is no ``nn.Module`` has no weights to be known by, and goes by its name.
+    ``rest`` is what else it depends on, such as a class; what is None is left out. A model that is
+    no ``nn.Module`` has no weights to be known by, and goes by its name.
     """
     name = getattr(model, "__qualname__", type(model).__qualname__)
     known_by = provenance.digest(model) if isinstance(model, nn.Module) else name
@@ -342,6 +360,7 @@ def settings(
         "spacing": str(ddim.spacing),
         "distance": None if judge is None else judge.name,
         "device": provenance.machine(device),
+        **{name: value for name, value in rest.items() if value is not None},
         "fastddim": __version__,
         **provenance.versions("torch", "triton", "numba"),
     }

@@ -803,10 +803,15 @@ def test_the_recipe_knows_packages_and_what_functions_hold(tmp_path: Path) -> No
     recipes = [json.dumps(recipe(options)) for options in given]
     assert len(set(recipes)) == len(given)
     assert recipe({})["versions"].keys() >= {"fastddim", "torch", "numpy", "pillow"}
-    diffusers = MODULE._recipe(
-        DDIM(3), embedded.load(), (1, 28, 28), range(5), 4, "npy", 10, None, {}
+    unet = pytest.importorskip("diffusers").UNet2DModel(
+        block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
     )
+    diffusers = MODULE._recipe(DDIM(3), unet, SHAPE, range(5), 4, "npy", 10, None, {})
     assert "diffusers" in diffusers["versions"]
+    ours = MODULE._recipe(
+        DDIM(3), embedded.load(), embedded.SHAPE, range(5), 4, "npy", 10, None, {}
+    )
+    assert "diffusers" not in ours["versions"]
 
 
 def test_seeds_are_ranges() -> None:
@@ -954,15 +959,15 @@ def test_a_refusal_ends_the_launcher(
     done: list[Any] = []
     monkeypatch.setattr("time.sleep", done.append)
     monkeypatch.setattr(os, "kill", lambda *process: done.append(process))
-    Worker(1, 2, 1, launched=True).refuse("no")  # by srun, which starts nothing again
-    assert done == []
-    Worker(1, 2, 1, launched=True, retried=True).refuse("no")
+    asked = ("generate", "--seeds", "0-9", "--out", "o")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main([*asked, "--shape", "x"]) == 2
     assert done == [2, (os.getppid(), signal.SIGTERM), 30]
     done.clear()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     for name, value in zip(LAUNCHERS, (0, 2, 0), strict=True):
         monkeypatch.setenv(name, str(value))
-    assert main(["generate", "--seeds", "0-9", "--out", "o", "--format", "gif"]) == 2
+    assert main([*asked, "--format", "gif"]) == 2
     assert done == [0, (os.getppid(), signal.SIGTERM), 30]
     assert capfd.readouterr().err.count("got 'gif'") == 1
     # What may pass, such as a full disk, is worth another start.
@@ -1029,7 +1034,7 @@ FEW = ("--steps", "2", "--batch-size", "4", "--shard-size", "8", "--device", "cp
 def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     asked = ("generate", "--seeds", "0-9,20", *FEW, "--eta", "1", "--spacing", "quad")
     assert main([*asked, "--out", "out"]) == 0
-    assert capfd.readouterr() == ("out: 11 images\n", "")
+    assert capfd.readouterr() == ("out: 11 images\n", "0 of 11 images are there\n")
     made = Folder.read(Path("out"))
     ddim = DDIM(2, eta=1.0, spacing="quad")
     x = torch.cat(list(images.by_seed(ddim, embedded.load(), [*range(10), 20], embedded.SHAPE, 4)))
@@ -1058,12 +1063,12 @@ def test_the_command_in_bfloat16() -> None:
     assert 0 < difference.max() <= 16
 
 
-def test_rank_0_speaks_and_whoever_finishes(
+def test_who_speaks_of_several_processes(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("mine.py").write_text("def model(): return lambda x, t: x / 2\n")
     asked = ("generate", "--seeds", "0-9", *FEW, "--model", "mine:model", "--shape", "1,2,2")
-    for rank, expected in ((0, ""), (1, "out: 10 images\n")):
+    for rank, expected in ((0, ""), (1, "out: 10 images\n")):  # the last one to end
         for name, value in zip(LAUNCHERS, (rank, 2, rank), strict=True):
             monkeypatch.setenv(name, str(value))
         assert main([*asked, "--out", "out"]) == 0
@@ -1119,8 +1124,9 @@ def test_a_line_a_minute_where_there_is_no_terminal(
                 there(n)
     said = capfd.readouterr().err.splitlines()
     assert said == [
-        "9 of 100 images, 0.0 images/s, 0:37:55 left",
-        "15 of 100 images, 0.1 images/s, 0:22:08 left",
+        "7 of 100 images are there",
+        "7 of 100 images, none new yet",
+        "13 of 100 images, 0.1 images/s, 0:24:10 left",
     ]
 
 

@@ -83,15 +83,25 @@ def test_timed_counts_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timed.summary(1).startswith("1 image in 8.0 s")
 
 
-def test_warm_up_takes_a_step_of_each_kind() -> None:
+def test_warm_up_takes_a_step_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
+    taken: list[float] = []
+    plain = DDIM.sample
+
+    def sample(self: DDIM, *arguments: Any, **rest: Any) -> Any:
+        taken.append(float(self.table[0, 5]))
+        return plain(self, *arguments, **rest)
+
+    monkeypatch.setattr(DDIM, "sample", sample)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         seen.append((*x.shape, int(t[0])))
         return x
 
     images.warm_up(DDIM(10, eta=1.0), model, SHAPE, 3, torch.device("cpu"))
-    assert seen == [(3, *SHAPE, 900), (3, *SHAPE, 0)]
+    assert seen == [(3, *SHAPE, 900)]  # the model is prepared by one call
+    assert taken[0] > 0
+    assert taken[1:] == [0.0]
 
 
 def test_every_grey_level_survives() -> None:

@@ -28,7 +28,7 @@ from tests.refusals import refused
 CPU = ("--device", "cpu")
 TINY = (*CPU, "--steps", "1,2", "--eta", "0,hat", "--seeds", "0-2", "--batch-size", "2")
 ORACLE = ("profile", *TINY, "--oracle")
-HEAD = "S eta update ms model ms images/s MB FD-clf floor"
+HEAD = "S eta update ms model ms images/s MB FD-clf real"
 FILES = ["profile.csv", "profile.json", "profile.png"]
 
 
@@ -371,8 +371,9 @@ def test_a_trace_names_the_phases_of_a_step() -> None:
         (["--steps", "10,x"], "steps must be such as"),
         (["--steps", "10,10"], "steps must differ from each other, got 10 twice"),
         (["--steps", "0"], "steps must be an integer in [1, 1000], got 0"),
-        (["--eta", ""], "eta must be a number"),
-        (["--eta", "0,,1"], "got ''"),
+        (["--eta", ""], "eta must be such as 0 or 0,0.5,1,hat, got ''"),
+        (["--eta", "0,,"], "eta must be such as 0 or 0,0.5,1,hat, got '0,,'"),
+        (["--eta", "0,,1"], "got '0,,1'"),
         (["--eta", "0,nan"], "eta must be finite"),
         (["--eta", "0,-1"], "got -1"),
         (["--eta", "0,Hat"], "got 'Hat'"),
