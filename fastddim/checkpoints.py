@@ -244,11 +244,6 @@ def _guided(file: File, config: str | None, shape: Shape | None) -> Loaded:
         )
     layout = unets.guided_layout(file.tensors, file.path)
     facts = unets.guided_facts(file.tensors, layout, file.path)
-    if facts["class_cond"]:
-        raise ValueError(
-            f"{file.path} must be of an unconditional model, got one with classes (label_emb): "
-            f"name a function that builds it and fills in the class (--model)"
-        )
     assumed = ""
     if config is not None:
         flags = unets.Flags.of(_json(Path(config)), facts, Path(config))
@@ -278,6 +273,7 @@ def _guided(file: File, config: str | None, shape: Shape | None) -> Loaded:
         loaded,
         schedule=flags.schedule,
         prediction="sample" if flags.predict_xstart else "epsilon",
+        classes=len(file.tensors["label_emb.weight"]) if facts["class_cond"] else None,
         description=f"{loaded.description}{variance}{assumed}, {noise}",
     )
 
@@ -293,11 +289,11 @@ def _diffusers(file: File, config: str | None, shape: Shape | None) -> Loaded:
     kind = fields.get("_class_name")
     if kind != "UNet2DModel":
         raise ValueError(f"{source} must be of a UNet2DModel, got {kind!r}")
-    for name in ("class_embed_type", "num_class_embeds"):
-        if fields.get(name) is not None:
-            raise ValueError(
-                f"{source} must be of an unconditional model, got {name} = {fields[name]!r}"
-            )
+    if fields.get("class_embed_type") is not None:
+        raise ValueError(
+            f"{source} must be of a model that is told no class or its number, got "
+            f"class_embed_type = {fields['class_embed_type']!r}"
+        )
     if fields.get("time_embedding_type") == "fourier":
         raise ValueError(
             f"{source} must be of a model that is told t, got time_embedding_type = 'fourier', "
@@ -326,7 +322,8 @@ def _diffusers(file: File, config: str | None, shape: Shape | None) -> Loaded:
         )
     shape = _sized(source, model, sides, shape)
     weights.fill(model, {_renamed(name): w for name, w in file.tensors.items()}, file.path)
-    return _loaded(file, "diffusers", model, shape)
+    loaded = _loaded(file, "diffusers", model, shape)
+    return replace(loaded, classes=model.config.num_class_embeds)
 
 
 def _loaded(file: File, what: str, model: nn.Module, shape: Shape) -> Loaded:

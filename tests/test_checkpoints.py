@@ -278,8 +278,7 @@ def test_a_shape_where_a_configuration_has_none(folder: Path) -> None:
     ("fields", "said"),
     [
         ({"_class_name": "UNet2DConditionModel"}, "must be of a UNet2DModel, got 'UNet2DCond"),
-        ({"num_class_embeds": 10}, "unconditional model, got num_class_embeds = 10"),
-        ({"class_embed_type": "timestep"}, "unconditional model, got class_embed_type = 'time"),
+        ({"class_embed_type": "timestep"}, "no class or its number, got class_embed_type = 'time"),
         ({"time_embedding_type": "fourier"}, "noise level"),
         ({"out_channels": 5}, "as many out_channels as in_channels, or twice as many, got 5 and 3"),
         ({"sample_size": None}, "must have a sample_size, n or [height, width], got None"),
@@ -546,11 +545,37 @@ def test_half_of_a_network_is_none(tmp_path: Path) -> None:
         assert start in message or "input_blocks as output_blocks" in message
 
 
-def test_classes_are_refused(tmp_path: Path) -> None:
-    torch.save(state(GUIDED) | {"label_emb.weight": torch.zeros(10, 128)}, tmp_path / "a.pt")
-    message = refusal(tmp_path / "a.pt", config=written(FLAGS, tmp_path))
-    assert "must be of an unconditional model, got one with classes (label_emb)" in message
-    assert "--model" in message
+def test_guided_networks_with_classes_add_the_classes_embedding(tmp_path: Path) -> None:
+    tensors = state(GUIDED)
+    width = len(tensors["time_embed.2.bias"])
+    table = torch.randn(10, width, generator=torch.Generator().manual_seed(1))
+    torch.save(tensors | {"label_emb.weight": table}, tmp_path / "a.pt")
+    tensors["time_embed.2.bias"] = tensors["time_embed.2.bias"] + table[7]
+    torch.save(tensors, tmp_path / "b.pt")
+    config = written(FLAGS, tmp_path)
+    told = checkpoints.load(tmp_path / "a.pt", config=config)
+    plain = checkpoints.load(tmp_path / "b.pt", config=config)
+    assert (told.classes, told.null_class, plain.classes) == (10, None, None)
+    x, t = (
+        torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)),
+        torch.tensor([7, 900]),
+    )
+    out = told.model(x, t, class_labels=torch.tensor([7, 7])).sample
+    assert (out - plain.model(x, t).sample).abs().max() < 1e-5
+    other = told.model(x, t, class_labels=torch.tensor([7, 3])).sample
+    assert torch.equal(out[:1], other[:1])
+    assert (out[1] - other[1]).abs().max() > 1e-3
+
+
+def test_diffusers_networks_with_classes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    UNet2DModel(**TINY, num_class_embeds=10).save_pretrained(tmp_path / "model")
+    loaded = checkpoints.load(tmp_path / "model")
+    theirs = by_diffusers(tmp_path / "model")
+    assert loaded.classes == 10
+    x, t, labels = torch.randn(2, *loaded.shape), torch.tensor([7, 900]), torch.tensor([1, 9])
+    ours = loaded.model(x, t, class_labels=labels).sample
+    assert torch.equal(ours, theirs(x, t, class_labels=labels).sample)
 
 
 def test_half_precision_becomes_float32(tmp_path: Path) -> None:

@@ -1107,3 +1107,22 @@ def test_a_spinner_shows_before_torch_is_imported(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(images, "check_png", check_png)
     assert main(["sample"]) == 2
     assert "loading" in seen[0]
+
+
+def test_diffusers_says_nothing_of_its_own_while_a_checkpoint_is_loaded() -> None:
+    code = (
+        "from fastddim.cli.network import lean_imports\n"
+        "with lean_imports():\n"
+        "    import diffusers, warnings\n"
+        "    warnings.warn('of no use here')\n"
+        "    diffusers.utils.logging.get_logger('diffusers.models').warning('nor this')\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(fastddim.__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stderr == ""

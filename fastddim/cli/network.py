@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from fastddim.schedule import NoiseSchedule
 HIDDEN = ("transformers", "torchvision", "peft", "scipy", "accelerate")
 """What diffusers imports where it is installed, and a U-Net does not use. Each takes long to
 import, and a torchvision that was built for another torch ends the import with an error."""
+
+VERBOSITY = "DIFFUSERS_VERBOSITY"
 
 SCHEDULES = {
     "linear": NoiseSchedule.linear,
@@ -165,13 +168,21 @@ def check_classes(loaded: checkpoints.Loaded, network: Network) -> None:
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """Meanwhile diffusers finds none of ``HIDDEN``, unless they are imported already."""
+    """Meanwhile diffusers finds none of ``HIDDEN``, and says no more than what is wrong.
+
+    What is imported already stays, and afterwards the rest can be imported as ever.
+    """
     hidden = [name for name in HIDDEN if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: not to be found
+    given = os.environ.get(VERBOSITY)
+    os.environ.setdefault(VERBOSITY, "error")  # diffusers reads it once, when it is imported
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
+        if given is None:
+            os.environ.pop(VERBOSITY, None)
         for name in hidden:
             if sys.modules.get(name) is None:
                 sys.modules.pop(name, None)
-        importlib.invalidate_caches()
