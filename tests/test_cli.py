@@ -23,6 +23,7 @@ from fastddim import DDIM, NoiseSchedule, checkpoints, embedded, images, ops, sh
 from fastddim.__main__ import main
 from fastddim.cli import app, bars, options
 from fastddim.cli.options import MOST_IMAGES, parse_seeds
+from fastddim.pace import There
 from fastddim.reconstruction import errors
 from fastddim.timesteps import SPACINGS
 
@@ -1000,18 +1001,26 @@ def test_what_one_process_alone_finds_it_says(
     assert "nowhere/out" in capfd.readouterr().err
 
 
+def told(n: int, left: float | None = None, rate: float | None = None) -> There:
+    count = There(n)
+    count.total, count.left, count.rate = 100, left, rate
+    return count
+
+
 def test_generate_speaks_at_once_and_soon_after(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 2.0, 5.0, 64.0, 65.0, 66.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    # Two processes: the other one's images are seen at the end of a shard.
-    with bars.bar_of_images(100, False, processes=2, batch_size=4) as there:
-        for n in (0, 4, 8, 12, 20, 100):
-            there(n)
+    for quiet in (True, False):
+        with bars.bar_of_images(100, quiet) as there:
+            for n in (0, 4, 8, 12):
+                there(told(n))
+            there(told(20, 162.4, 0.5))
+            there(told(100, 0, 0.5))
     assert capfd.readouterr().err.splitlines() == [
         "0 of 100 images are there",
-        "8 of 100 images, 3.2 images/s, 0:00:29 left",
+        "8 of 100 images are there",
         "20 of 100 images, 0.5 images/s, 0:02:42 left",
     ]
 
