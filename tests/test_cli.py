@@ -371,7 +371,7 @@ NEW = ("interpolate", "sequence", "reconstruct")
         (NEW[2:], ["--images", "a.npy", "--seeds", "1"], "seeds must be left out with images"),
         (NEW[2:], ["--images", "a.npy", "--count", "0"], "count must be an integer in [1, 10000]"),
         (NEW[2:], ["--images", "none.npy"], "got 'none.npy', which is no file"),
-        (NEW[2:], ["--images", "."], "got '.', which is no file"),
+        (NEW[2:], ["--images", "."], "images must be a folder of PNGs or a file, got . without"),
         (NEW[2:], ["--images", "text.npy"], "got text.npy: another kind of file"),
         (NEW[2:], ["--images", "small.npy"], "28x28 with 1 channel, got 4x5 with 1 channel"),
         (NEW[2:], ["--images", "a.npy", "--count", "4"], "count must be an integer in [1, 3]"),
@@ -1135,3 +1135,47 @@ def test_diffusers_says_nothing_of_its_own_while_a_checkpoint_is_loaded() -> Non
         check=True,
     )
     assert run.stderr == ""
+
+
+@pytest.mark.parametrize("kind", ["generated npy", "generated png", "PNGs", "one PNG"])
+def test_reconstruct_reads_folders_and_pngs(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    given: list[torch.Tensor] = []
+    plain = errors
+
+    def kept(ddims: Any, model: Any, x0: torch.Tensor, **rest: Any) -> Any:
+        given.append(x0)
+        return plain(ddims, model, x0, **rest)
+
+    monkeypatch.setattr("fastddim.reconstruction.errors", kept)
+    asked = ["generate", "--seeds", "0-4", *FEW, "--shard-size", "2", "--quiet", "--out", "out"]
+    assert main([*asked, "--format", "npy" if kind == "generated npy" else "png"]) == 0
+    x = torch.cat(list(images.by_seed(DDIM(2), embedded.load(), range(5), embedded.SHAPE, 2)))
+    path, n = "out", 3
+    if kind == "PNGs":
+        Path("out/manifest.json").unlink()
+    elif kind == "one PNG":
+        path, n = "out/000/000000.png", 1
+    assert main(["reconstruct", *QUICK, "--images", path, "--count", str(n), "--steps", "1"]) == 0
+    assert torch.equal(given[-1], images.from_uint8(images.to_uint8(x))[:n])
+    assert f"The first {options.counted(n, 'image')} of {path}" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("no_work")
+def test_folders_and_pngs_that_do_not_fit_are_refused(refused: Callable[..., str]) -> None:
+    os.mkdir("empty")
+    os.mkdir("few")
+    Image.new("L", (28, 28)).save("few/a.png")
+    Image.new("RGB", (28, 28)).save("colour.png")
+    Image.new("L", (5, 4)).save("small.png")
+    Path("cut.png").write_bytes(Path("colour.png").read_bytes()[:40])
+    for path, said in {
+        "empty": "images must be a folder of PNGs or a file, got empty without any",
+        "colour.png": "28x28 with 1 channel, got 28x28 with 3 channels in colour.png",
+        "small.png": "28x28 with 1 channel, got 4x5 with 1 channel in small.png",
+        "cut.png": "images must be PNGs that can be read, got cut.png: ",
+    }.items():
+        assert said in refused("reconstruct", "--images", path, "--device", "cpu")
+    said = refused("reconstruct", "--images", "few", "--count", "2", "--device", "cpu")
+    assert "count must be an integer in [1, 1] for few, got 2" in said

@@ -134,7 +134,7 @@ def reconstruct(
             images.check_channels(asked.shape[0])
         given = None
         if file is not None:
-            given = images.from_uint8(images.read(file, asked.shape, count)[: count or 16])
+            given = images.from_uint8(reconstruction.read(file, asked.shape, count))
         n = len(wanted) if given is None else len(given)
         if png is not None:
             options.check_cells("(1 + steps) x images", 1 + len(ddims), n)
