@@ -21,10 +21,11 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
 
 class Garments(NamedTuple):
-    """FD-clf of drawn garments, and that of as many real ones."""
+    """FD-clf of drawn garments, and of as many real ones the mean and deviation over draws."""
 
     distance: float
     floor: float
+    spread: float
 
 
 def garments(folder: Folder) -> Garments:
@@ -45,7 +46,8 @@ def garments(folder: Folder) -> Garments:
     real = distance.load()
     shards = (images.from_uint8(folder.pictures(k)) for k in range(len(folder)))
     features = torch.cat([distance.features(real.critic, x) for x in shards])
-    return Garments(frechet_distance(features, real.moments), real.floor(len(features)))
+    n = len(features)
+    return Garments(frechet_distance(features, real.moments), real.floor(n), real.spread(n))
 
 
 def fid(

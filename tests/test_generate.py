@@ -1133,7 +1133,8 @@ def test_evaluate_measures_garments(capfd: pytest.CaptureFixture[str]) -> None:
     x = images.from_uint8(pixels(Path("out")))
     expected = frechet_distance(real.critic.features(x), real.moments)
     assert capfd.readouterr() == (
-        f"FD-clf {expected:.4f} of 10 images; as many real garments {real.floor(10):.4f}\n", "",
+        f"FD-clf {expected:.4f} of 10 images; as many real garments {real.floor(10):.4f} "
+        f"± {real.spread(10):.4f}\n", "",
     )  # fmt: skip
     Path("out/00001.npy").write_bytes(b"")
     assert main(["evaluate", "out"]) == 2
