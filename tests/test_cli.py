@@ -683,7 +683,7 @@ def test_no_option_has_the_name_of_its_metavar() -> None:
     [
         (("evaluate",), ["out", "--device", "nonsense"], "device must be one that torch can use"),
         (DRAWING, ["--device", "mps"], "can use here (cpu), got 'mps'"),
-        (DRAWING, ["--threads", "0"], "threads must be an integer ≥ 1, got 0"),
+        (DRAWING, ["--threads", "0"], "threads must be an integer in [1, 1024], got 0"),
         (DRAWING, ["--dtype", "float17"], "got 'float17'; did you mean float16?"),
         (DRAWING, ["--spacing", "unifrom"], "'unifrom'; did you mean uniform?"),
         (DRAWING, ["--spacing", "nothing like it"], "quad-ermongroup, got 'nothing like it'\n"),
@@ -691,7 +691,7 @@ def test_no_option_has_the_name_of_its_metavar() -> None:
         (DRAWING, ["--schedule", "cosine"], "schedule must be left out with the garment model"),
         (DRAWING, ["--prediction", "x0", "--model", "a:b"], "one of epsilon, v, sample, got 'x0'"),
         (DRAWING, ["--prediction", "v"], "prediction must be left out with the garment model"),
-        (DRAWING, ["--train-steps", "0", "--model", "a:b"], "train-steps must be an integer ≥ 1"),
+        (DRAWING, ["--train-steps", "0", "--model", "a:b"], "train-steps must be an integer in [1, 1000000], got 0"),
         (DRAWING, ["--class", "3"], "class must be left out with the garment model, got 3"),
         (DRAWING, ["--class", "-1", "--model", "a:b"], "class must be an integer ≥ 0, got -1"),
         (DRAWING, ["--guidance", "2"], "guidance must be given with class, got 2 alone"),
@@ -699,8 +699,14 @@ def test_no_option_has_the_name_of_its_metavar() -> None:
         (
             DRAWING,
             ["--guidance", "much", "--class", "1", "--model", "a:b"],
-            "guidance must be a number, got 'much'",
+            "guidance must be a finite number, got 'much'",
         ),
+        (
+            DRAWING,
+            ["--guidance", "nan", "--class", "1", "--model", "a:b"],
+            "guidance must be a finite number, got 'nan'",
+        ),
+        (DRAWING, ["--threads", "99999999999999999999"], "threads must be an integer in [1, 1024]"),
         (("reconstruct",), ["--steps", "20,10,10"], "steps must differ from each other, got 10"),
         (("profile",), ["--eta", "0,,"], "eta must be such as 0 or 0,0.5,1,hat, got '0,,'"),
         (("sample",), ["--stesp", "3"], "--steps"),
