@@ -175,7 +175,7 @@ def interpolations(
     ends = initial_noise(torch.tensor(keys, dtype=torch.int64), (len(keys), *shape), device)
     between = slerp(ends[0::2], ends[1::2], [i / (n - 1) for i in range(n)])
     x = between.transpose(0, 1).flatten(0, 1)
-    out = ddim.sample(model, x, batch_size=size, progress=progress, **options)
+    out: Tensor = ddim.sample(model, x, batch_size=size, progress=progress, **options)
     return out.view(-1, n, *shape)
 
 
