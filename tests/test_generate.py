@@ -1164,7 +1164,7 @@ def test_evaluate_compares_nothing_else_with_garments(
     assert main(["evaluate", "out"]) == 2
     assert "FD-clf compares garments of 1x28x28, got images of 3x4x6" in capfd.readouterr().err
     assert main(["evaluate", "nothing"]) == 2
-    assert "nothing, which has no manifest.json" in capfd.readouterr().err
+    assert "nothing, which does not exist" in capfd.readouterr().err
 
 
 def test_fid_is_torch_fidelitys_or_nothing(
