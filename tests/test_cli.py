@@ -23,6 +23,7 @@ from fastddim import DDIM, NoiseSchedule, checkpoints, embedded, images, ops, sh
 from fastddim.__main__ import main
 from fastddim.cli import app, bars, options
 from fastddim.cli.options import MOST_IMAGES, parse_seeds
+from fastddim.pace import There
 from fastddim.reconstruction import errors
 from fastddim.timesteps import SPACINGS
 
@@ -1000,18 +1001,26 @@ def test_what_one_process_alone_finds_it_says(
     assert "nowhere/out" in capfd.readouterr().err
 
 
+def told(n: int, left: float | None = None, rate: float | None = None) -> There:
+    count = There(n)
+    count.total, count.left, count.rate = 100, left, rate
+    return count
+
+
 def test_generate_speaks_at_once_and_soon_after(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 2.0, 5.0, 64.0, 65.0, 66.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    # Two processes: the other one's images are seen at the end of a shard.
-    with bars.bar_of_images(100, False, processes=2, batch_size=4) as there:
-        for n in (0, 4, 8, 12, 20, 100):
-            there(n)
+    for quiet in (True, False):
+        with bars.bar_of_images(100, quiet) as there:
+            for n in (0, 4, 8, 12):
+                there(told(n))
+            there(told(20, 162.4, 0.5))
+            there(told(100, 0, 0.5))
     assert capfd.readouterr().err.splitlines() == [
         "0 of 100 images are there",
-        "8 of 100 images, 3.2 images/s, 0:00:29 left",
+        "8 of 100 images are there",
         "20 of 100 images, 0.5 images/s, 0:02:42 left",
     ]
 
@@ -1126,3 +1135,47 @@ def test_diffusers_says_nothing_of_its_own_while_a_checkpoint_is_loaded() -> Non
         check=True,
     )
     assert run.stderr == ""
+
+
+@pytest.mark.parametrize("kind", ["generated npy", "generated png", "PNGs", "one PNG"])
+def test_reconstruct_reads_folders_and_pngs(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    given: list[torch.Tensor] = []
+    plain = errors
+
+    def kept(ddims: Any, model: Any, x0: torch.Tensor, **rest: Any) -> Any:
+        given.append(x0)
+        return plain(ddims, model, x0, **rest)
+
+    monkeypatch.setattr("fastddim.reconstruction.errors", kept)
+    asked = ["generate", "--seeds", "0-4", *FEW, "--shard-size", "2", "--quiet", "--out", "out"]
+    assert main([*asked, "--format", "npy" if kind == "generated npy" else "png"]) == 0
+    x = torch.cat(list(images.by_seed(DDIM(2), embedded.load(), range(5), embedded.SHAPE, 2)))
+    path, n = "out", 3
+    if kind == "PNGs":
+        Path("out/manifest.json").unlink()
+    elif kind == "one PNG":
+        path, n = "out/000/000000.png", 1
+    assert main(["reconstruct", *QUICK, "--images", path, "--count", str(n), "--steps", "1"]) == 0
+    assert torch.equal(given[-1], images.from_uint8(images.to_uint8(x))[:n])
+    assert f"The first {options.counted(n, 'image')} of {path}" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("no_work")
+def test_folders_and_pngs_that_do_not_fit_are_refused(refused: Callable[..., str]) -> None:
+    os.mkdir("empty")
+    os.mkdir("few")
+    Image.new("L", (28, 28)).save("few/a.png")
+    Image.new("RGB", (28, 28)).save("colour.png")
+    Image.new("L", (5, 4)).save("small.png")
+    Path("cut.png").write_bytes(Path("colour.png").read_bytes()[:40])
+    for path, said in {
+        "empty": "got empty, which holds none",
+        "colour.png": "28x28 with 1 channel, got 28x28 with 3 channels in colour.png",
+        "small.png": "28x28 with 1 channel, got 4x5 with 1 channel in small.png",
+        "cut.png": "got cut.png: ",
+    }.items():
+        assert said in refused("reconstruct", "--images", path, "--device", "cpu")
+    said = refused("reconstruct", "--images", "few", "--count", "2", "--device", "cpu")
+    assert "count must be an integer in [1, 1] for few, got 2" in said

@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 import fastddim
-from fastddim import DDIM, NoiseSchedule, cli, cpu, embedded, evaluate, images, ops, provenance
+from fastddim import DDIM, NoiseSchedule, cpu, embedded, evaluate, images, ops, provenance
 from fastddim.__main__ import main
 from fastddim.embedded import distance
 from fastddim.folder import FORMATS, MANIFEST, Folder, Seeds
@@ -1111,23 +1111,6 @@ def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "generating" in terminal.getvalue()
     assert "10/10" in terminal.getvalue()
     assert "images/s" in terminal.getvalue()
-
-
-def test_a_line_a_minute_where_there_is_no_terminal(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter(range(0, 10_000, 25))
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    for quiet in (False, True):
-        with cli.bar_of_images(100, quiet) as there:
-            for n in (7, 7, 9, 11, 13, 15):
-                there(n)
-    said = capfd.readouterr().err.splitlines()
-    assert said == [
-        "7 of 100 images are there",
-        "7 of 100 images, none new yet",
-        "13 of 100 images, 0.1 images/s, 0:24:10 left",
-    ]
 
 
 def test_threads_are_those_asked_for(capfd: pytest.CaptureFixture[str]) -> None:

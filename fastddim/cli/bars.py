@@ -17,6 +17,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from fastddim.pace import There
+
 SOON, LATER = 5, 60
 """Seconds from the first line of progress to the second, and from then on to the next."""
 
@@ -53,19 +55,11 @@ def bar(
 
 
 @contextmanager
-def bar_of_images(
-    total: int, quiet: bool, processes: int = 1, batch_size: int | None = None
-) -> Iterator[Callable[[int], None]]:
+def bar_of_images(total: int, quiet: bool) -> Iterator[Callable[[There], None]]:
     """A bar on stderr of how many of ``total`` images there are, told the number from outside.
 
     Where stderr is no terminal there is a line at once, one after five seconds, and then one a
     minute.
-
-    Args:
-        processes: how many make images, this one among them.
-        batch_size: the most images that this process makes from one number to the next. What is
-            there beyond it has come from the others, whose images are seen a whole shard at a
-            time: the rate is therefore this process's own, times the number of processes.
     """
     console = Console(stderr=True)
     columns = (
@@ -77,27 +71,20 @@ def bar_of_images(
     lines = not (quiet or console.is_terminal)
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
-        state: dict[str, Any] = {"first": None, "last": 0, "own": 0, "next": 0.0}
+        due: list[float] = []
 
-        def there(n: int) -> None:
-            now = time.perf_counter()
-            if state["first"] is None:
-                state.update(first=now, last=n)
-                if lines:
-                    state["next"] = now + SOON
-                    print(f"{n} of {total} images are there", file=sys.stderr, flush=True)
-            new = max(n - state["last"], 0)
-            state["own"] += new if batch_size is None else min(new, batch_size)
-            state["last"] = n
-            seconds, said = now - state["first"], ""
-            if state["own"] and seconds > 0:
-                rate = state["own"] * processes / seconds
-                left = timedelta(seconds=round((total - n) / rate))
-                said = f"{rate:.1f} images/s, {left} left"
+        def there(n: There) -> None:
+            said = ""
+            if n.rate is not None and n.left is not None:
+                left = timedelta(seconds=round(n.left))
+                said = f"{n.rate:.1f} images/s, {left} left"
             progress.update(task, completed=n, description=said)
-            if lines and n < total and now >= state["next"]:
-                state["next"] = now + LATER
-                what = f"{n} of {total} images, {said or 'none new yet'}"
+            if not lines:
+                return
+            now = time.perf_counter()
+            if not due or (n < total and now >= due[0]):
+                due[:] = [now + (LATER if due else SOON)]
+                what = f"{n} of {total} images" + (f", {said}" if said else " are there")
                 print(what, file=sys.stderr, flush=True)
 
         yield there

@@ -19,6 +19,7 @@ from fastddim.cli.options import (
     number,
     option,
 )
+from fastddim.pace import There
 
 
 def generate(
@@ -136,9 +137,9 @@ def generate(
     there = [0]
     finished: list[Folder] = []
     total = len(wanted)
-    with bars.bar_of_images(total, one.quiet, worker.world, batch_size) as progress:
+    with bars.bar_of_images(total, one.quiet) as progress:
 
-        def tell(n: int) -> None:
+        def tell(n: There) -> None:
             there[0] = n
             progress(n)
 

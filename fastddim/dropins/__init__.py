@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastddim.dropins import compvis as compvis
+    from fastddim.dropins import diffusers as diffusers
+    from fastddim.dropins import ermongroup as ermongroup
+    from fastddim.dropins import guided as guided
 
 __all__ = ("compvis", "diffusers", "ermongroup", "guided")
 

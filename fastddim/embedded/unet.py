@@ -8,7 +8,7 @@ picture, and fails where one of the many packages that it looks for is broken.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class UNet(nn.Module):
         emb = self.time_embedding(sinusoids(t, width).to(x.dtype))
         x = self.conv_in(x)
         skips = [x]
-        for block in self.down_blocks:
+        for block in _blocks(self.down_blocks):
             for i, resnet in enumerate(block.resnets):
                 x = block.attend(resnet(x, emb), i)
                 skips.append(x)
@@ -111,7 +111,7 @@ class UNet(nn.Module):
                 skips.append(x)
         first, second = self.mid_block.resnets
         x = second(self.mid_block.attend(first(x, emb), 0), emb)
-        for block in self.up_blocks:
+        for block in _blocks(self.up_blocks):
             for i, resnet in enumerate(block.resnets):
                 x = block.attend(resnet(torch.cat([x, skips.pop()], 1), emb), i)
             for upsample in block.upsamplers:
@@ -161,6 +161,12 @@ class Block(nn.Module):
     def attend(self, x: Tensor, i: int) -> Tensor:
         """x after the ``i``-th attention, if there is one."""
         return self.attentions[i](x) if i < len(self.attentions) else x
+
+
+def _blocks(modules: nn.ModuleList) -> Iterator[Block]:
+    for module in modules:
+        assert isinstance(module, Block)
+        yield module
 
 
 class Resnet(nn.Module):
