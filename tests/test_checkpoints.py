@@ -20,9 +20,11 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastddim import DDIM, NoiseSchedule, checkpoints, embedded
+from fastddim.__main__ import main
 from tests import networks
 from tests.networks import Guided
 
@@ -479,6 +481,26 @@ def test_the_ema_of_diffusers_training_is_taken(training: Path) -> None:
     assert same_weights(checkpoints.load(training), training / "unet_ema")
     assert "ema must be left out or True" in refusal(training, ema=False)
     assert "ema must be left out or True" in refusal(training / "unet_ema", ema=False)
+
+
+def test_the_command_line_says_and_chooses_the_weights(
+    training: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = ("sample", "--checkpoint", str(training), "--seeds", "0-1", "--steps", "2")
+    asked += ("--batch-size", "2", "--device", "cpu", "--out", str(tmp_path / "a.png"))
+    pictures = []
+    for option, said in (
+        ((), "diffusers, EMA; unet/ has the last weights,"),
+        (("--ema",), "diffusers, EMA; unet/ has the last weights,"),
+        (("--last",), "diffusers, no EMA; unet_ema/ has it,"),
+    ):
+        assert main([*asked, *option]) == 0
+        assert said in capfd.readouterr().err
+        with Image.open(tmp_path / "a.png") as picture:
+            pictures.append(picture.tobytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert main(["sample", "--last"]) == 2
+    assert "last must be left out without checkpoint" in capfd.readouterr().err
 
 
 def test_an_ema_that_is_not_there_is_no_choice(folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from fastddim.check import whole
 from fastddim.cli import bars, options
-from fastddim.cli.draw import calls, recipe
+from fastddim.cli.draw import calls, recipe, written
 from fastddim.cli.options import (
     MOST_IMAGES,
     BatchSize,
@@ -198,7 +198,7 @@ def reconstruct(
             refine=refine,
             images=None if file is None else str(file),
         )
-        sheet.save(
+        replaced = sheet.save(
             images.to_uint8(pictures),
             png,
             columns=n,
@@ -206,7 +206,7 @@ def reconstruct(
             rows=["given", *(f"S={S}" for S in numbers)] if labels else (),
         )
         if not machine.quiet:
-            print(f"{png}: the images, then S = {steps}")
+            print(f"{written(png, replaced)}: the images, then S = {steps}")
 
 
 def evaluate(
