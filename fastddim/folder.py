@@ -495,7 +495,8 @@ def _picture(file: Path) -> Tensor:
 
 
 def holding(not_finite: Sequence[int]) -> str | None:
-    """One line about the images of these seeds, whose samples hold NaN or infinity."""
+    """One line about images whose samples hold NaN or infinity: the seed of each, perhaps of
+    several. None where there is no such image."""
     if not not_finite:
         return None
     n = len(not_finite)
@@ -505,7 +506,7 @@ def holding(not_finite: Sequence[int]) -> str | None:
     what = "1 image holds" if n == 1 else f"{n} images hold"
     return (
         f"{what} NaN or infinity, drawn as black or white pixels: "
-        f"{'seed' if n == 1 else 'seeds'} {seeds}"
+        f"{'seed' if seeds.isdecimal() else 'seeds'} {seeds}"
     )
 
 

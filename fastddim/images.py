@@ -24,7 +24,10 @@ from fastddim.run import Progress
 from fastddim.sampler import DDIM
 
 LARGEST_BATCH = 65_536
-FILES = "a .npy or .npz of uint8 (N, H, W) or (N, H, W, C), or an idx file of bytes, gzipped or not"
+FILES = (
+    "a picture such as a .png, a .npy or .npz of uint8 (N, H, W) or (N, H, W, C), or an idx file "
+    "of bytes, gzipped or not"
+)
 """What ``read`` reads."""
 
 Item = TypeVar("Item")
@@ -327,8 +330,9 @@ def read(path: Path | str, shape: Sequence[int] | None = None, count: int | None
     """The images of a file, uint8 (N, C, H, W). Pickles are refused.
 
     Args:
-        path: a .npy or .npz with one array (or one named ``arr_0``) of (N, H, W) or (N, H, W, C),
-            or an idx file as MNIST's, gzipped or not. The content decides, not the name.
+        path: a picture that Pillow reads, grey or in colours, 8 bits each and opaque; a .npy or
+            .npz with one array (or one named ``arr_0``) of (N, H, W) or (N, H, W, C); or an idx
+            file as MNIST's, gzipped or not. The content decides, not the name.
         shape: the (C, H, W) they must have.
         count: the first so many; by default all there are.
 
@@ -352,13 +356,17 @@ def read(path: Path | str, shape: Sequence[int] | None = None, count: int | None
         raise ValueError(f"count must be an integer in [1, {len(pixels)}] for {path}, got {n}")
     images = torch.from_numpy(np.array(pixels[:n]))
     images = images.unsqueeze(1) if images.ndim == 3 else images.movedim(3, 1).contiguous()
-    if shape is not None and tuple(images.shape[1:]) != tuple(shape):
-        expected, got = (
-            f"{h}x{w} with {c} {'channel' if c == 1 else 'channels'}"
-            for c, h, w in (shape, images.shape[1:])
-        )
-        raise ValueError(f"images must be as the model's, {expected}, got {got} in {path}")
+    check_shape(images.shape[1:], shape, path)
     return images
+
+
+def check_shape(got: Sequence[int], wanted: Sequence[int] | None, path: Path) -> None:
+    """Raises ``ValueError`` unless the images in ``path`` have the (C, H, W) that is wanted."""
+    if wanted is not None and tuple(got) != tuple(wanted):
+        expected, found = (
+            f"{h}x{w} with {c} {'channel' if c == 1 else 'channels'}" for c, h, w in (wanted, got)
+        )
+        raise ValueError(f"images must all be {expected}, got {found} in {path}")
 
 
 def _pixels(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
@@ -378,7 +386,24 @@ def _pixels(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
             if "arr_0" not in names and len(names) != 1:
                 raise ValueError(f"holds {', '.join(names[:8]) or 'no array'}")
             return np.asarray(arrays["arr_0" if "arr_0" in names else names[0]])
+    if start.startswith((b"\x89PNG", b"\xff\xd8", b"BM", b"RIFF", b"II*", b"MM\0*")):
+        return _picture(file)
     raise ValueError("another kind of file")
+
+
+def _picture(file: IO[bytes]) -> np.ndarray[Any, Any]:
+    """One picture, (1, H, W) or (1, H, W, 3)."""
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        if picture.mode in ("1", "P", "PA", "LA", "RGBA") or "transparency" in picture.info:
+            full = picture.convert("RGBA")
+            if full.getchannel("A").getextrema() != (255, 255):
+                raise ValueError("a picture that is not opaque")
+            return np.asarray(full.convert("L" if picture.mode in ("1", "LA") else "RGB"))[None]
+        if picture.mode not in ("L", "RGB"):
+            raise ValueError(f"a picture of mode {picture.mode}, which is none of 8 bits")
+        return np.asarray(picture)[None]
 
 
 def _idx(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:

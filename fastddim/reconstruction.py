@@ -5,17 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim import images as pictures
 from fastddim.check import whole
-from fastddim.folder import MANIFEST, Folder
 from fastddim.images import LARGEST_BATCH, full_batches
 from fastddim.predict import Model
 from fastddim.run import Progress, checked_state, wrapper
@@ -102,73 +97,3 @@ def model_calls(ddims: Sequence[DDIM], images: int, batch_size: int, refine: int
     """How often ``errors`` asks the model for so many images."""
     batches = -(-images // batch_size)
     return batches * sum(len(ddim.pairs) * (2 + refine) for ddim in ddims)
-
-
-MOST = 16
-"""How many images are read of a file or folder of more, where no number is asked for."""
-
-
-def read(path: Path, shape: Sequence[int], count: int | None = None) -> Tensor:
-    """The images to reconstruct, uint8 (N, C, H, W), the first so many.
-
-    Args:
-        path: a folder that ``fastddim generate`` has filled; a folder of PNGs, taken in the order
-            of their names; a PNG; or what ``images.read`` reads.
-        shape: the (C, H, W) they must have.
-        count: how many; by default 16, or all where there are fewer.
-
-    Raises:
-        ValueError, OSError: one line naming what was given and what is allowed.
-    """
-    singles: Iterator[Tensor]
-    if (path / MANIFEST).is_file():
-        folder = Folder.read(path)
-        singles = (x for k in range(len(folder)) for x in folder.pictures(k))
-    elif path.is_dir():
-        files = sorted(path.rglob("*.png"))
-        if not files:
-            raise ValueError(f"images must be a folder of PNGs or a file, got {path} without any")
-        singles = map(_png, files)
-    elif not path.is_file():
-        raise FileNotFoundError(
-            f"images must be a folder of PNGs, a .png, {pictures.FILES}, got {str(path)!r}, "
-            f"which is no file"
-        )
-    elif _start(path) == b"\x89PNG":
-        singles = map(_png, [path])
-    else:
-        return pictures.read(path, shape, count)[: count or MOST]
-    found = list(islice(singles, count or MOST))
-    if count is not None and len(found) < count:
-        raise ValueError(f"count must be an integer in [1, {len(found)}] for {path}, got {count}")
-    for x in found:
-        if tuple(x.shape) != tuple(shape):
-            raise ValueError(
-                f"images must be as the model's, {_size(shape)}, got {_size(x.shape)} in {path}"
-            )
-    return torch.stack(found)
-
-
-def _size(shape: Sequence[int]) -> str:
-    c, h, w = shape
-    return f"{h}x{w} with {c} {'channel' if c == 1 else 'channels'}"
-
-
-def _start(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4)
-
-
-def _png(path: Path) -> Tensor:
-    """The picture of a PNG, uint8 (C, H, W); one of few colours becomes RGB."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            plain = (
-                picture if picture.mode in ("L", "RGB", "RGBA", "LA") else picture.convert("RGB")
-            )
-            pixels = torch.from_numpy(np.array(plain))
-    except OSError as error:
-        raise ValueError(f"images must be PNGs that can be read, got {path}: {error}") from None
-    return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(2, 0)

@@ -25,7 +25,7 @@ def save(
     rows: Sequence[str] = (),
     heads: Sequence[str] = (),
     captions: Sequence[str] = (),
-) -> None:
+) -> bool:
     """Writes images side by side: the whole picture, or nothing at all.
 
     Args:
@@ -34,6 +34,9 @@ def save(
         recipe: plain values, kept in the PNG as JSON in the text named ``fastddim``.
         rows, heads: what is written left of each row and above each column.
         captions: or what is written below each image.
+
+    Returns:
+        Whether there was a file of that name, which is gone.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -49,8 +52,10 @@ def save(
     if recipe is not None:
         text.add_text(KEY, json.dumps(recipe))
     pixels = sheet[0] if sheet.shape[0] == 1 else sheet.movedim(0, -1)
+    there = path.exists()
     with images.replacing(path) as file:
         Image.fromarray(pixels.contiguous().numpy()).save(file, format="PNG", pnginfo=text)
+    return there
 
 
 def recipe_of(path: Path) -> dict[str, Any]:

@@ -606,7 +606,23 @@ def test_the_command_says_which_images_are_not_finite(
     assert capfd.readouterr().err.splitlines()[-1] == f"fastddim: {said}"
     assert Path("a.png").exists()
     assert main(["sample", *sample, "odd:other", "--out", "b.png"]) == 0
-    assert "NaN" not in capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert out.startswith("b.png: 10 images in")
+    assert "NaN" not in err
+    assert main(["sample", *sample, "odd:other", "--out", "b.png"]) == 0
+    assert capfd.readouterr().out.startswith("b.png (replaced): 10 images in")
+    asked = ("--steps", "2", "--batch-size", "4", "--device", "cpu", "--shape", "1,2,2")
+    asked += ("--model", "odd:factory", "--columns", "2", "--out", "c.png")
+    assert main(["sequence", *asked, "--seeds", f"{odd[0]},{odd[1]}"]) == 3
+    out, err = capfd.readouterr()
+    assert out.startswith("c.png: x0 predicted")
+    assert err.splitlines()[-1].endswith(f" {Seeds.of(odd[:2])}")
+    good = next(i for i in range(10) if i not in odd)
+    assert main(["interpolate", *asked, "--seeds", f"{good},{odd[1]}"]) == 3
+    out, err = capfd.readouterr()
+    assert out.startswith("c.png (replaced): 1 row of 2 images")
+    assert "1 image holds NaN" in err
+    assert err.splitlines()[-1].endswith(f" seed {odd[1]}")
 
 
 def test_a_full_disk_is_said_and_what_is_there_is_whole(
@@ -1148,7 +1164,7 @@ def test_evaluate_compares_nothing_else_with_garments(
     assert main(["evaluate", "out"]) == 2
     assert "FD-clf compares garments of 1x28x28, got images of 3x4x6" in capfd.readouterr().err
     assert main(["evaluate", "nothing"]) == 2
-    assert "nothing, which has no manifest.json" in capfd.readouterr().err
+    assert "nothing, which does not exist" in capfd.readouterr().err
 
 
 def test_fid_is_torch_fidelitys_or_nothing(

@@ -331,7 +331,7 @@ def test_read_refuses_what_holds_no_such_images(tmp_path: Path) -> None:
     np.savez(tmp_path / "pickle.npz", np.array([print], object))
     npy = file("good.npy", (tmp_path / "one.npy").read_bytes())
     zipped = gzip.compress(idx(PIXELS))
-    wrong = "images must be a .npy or .npz of uint8"
+    wrong = "images must be a picture such as a .png, a .npy or .npz of uint8"
     for path, said in [
         (tmp_path / "float.npy", "got float64 (3, 4, 5) in"),
         (tmp_path / "one.npy", "got uint8 (4, 5) in"),
@@ -375,5 +375,5 @@ def test_read_refuses_another_size_or_count(tmp_path: Path) -> None:
         refused(
             lambda: images.read(path, (3, 4, 4)),  # noqa: B023
             ValueError,
-            "images must be as the model's, 4x4 with 3 channels, got 4x5 with 1 channel in",
+            "images must all be 4x4 with 3 channels, got 4x5 with 1 channel in",
         )

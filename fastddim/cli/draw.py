@@ -88,22 +88,27 @@ def sample(
         )
         pictures, odd = images.drawn(samples)
         summary = timed.summary(len(wanted))
-    sheet.save(
+    replaced = sheet.save(
         pictures,
         png,
         recipe=recipe("sample", ddim, asked, network, seeds, batch_size),
         captions=[str(seed) for seed in wanted] if labels else (),
     )
     if not machine.quiet:
-        print(f"{png}: {summary}")
+        print(f"{written(png, replaced)}: {summary}")
     say_not_finite([wanted[place] for place in odd])
+
+
+def written(path: Path, replaced: bool) -> str:
+    """A file that was written, with a word about another that had its name."""
+    return f"{path} (replaced)" if replaced else f"{path}"
 
 
 def say_not_finite(seeds: Sequence[int], retried: bool = False) -> None:
     """Names the images that hold NaN or infinity, and ends with status 3 where there are some.
 
     Args:
-        seeds: theirs.
+        seeds: of each image, perhaps of several the same.
         retried: whoever started this would start it again for that, in vain: the status is 0.
     """
     from fastddim.folder import holding
@@ -174,8 +179,9 @@ def interpolate(
             **asked.options(rows * columns),
         )
     ends = zip(wanted[0::2], wanted[1::2], strict=True)
-    sheet.save(
-        images.to_uint8(between.flatten(0, 1)).cpu(),
+    pictures, odd = images.drawn([between.flatten(0, 1)])
+    replaced = sheet.save(
+        pictures,
         png,
         columns=columns,
         recipe=recipe("interpolate", ddim, asked, network, seeds, batch_size, columns=columns),
@@ -183,7 +189,9 @@ def interpolate(
         heads=[f"{i / (columns - 1):.2g}" for i in range(columns)] if labels else (),
     )
     if not machine.quiet:
-        print(f"{png}: {counted(rows, 'row')} of {columns} images")
+        print(f"{written(png, replaced)}: {counted(rows, 'row')} of {columns} images")
+    nearer = [2 * (place // columns) + (2 * (place % columns) >= columns) for place in odd]
+    say_not_finite([wanted[place] for place in nearer])
 
 
 def sequence(
@@ -220,8 +228,6 @@ def sequence(
     noise = options.parse_eta(eta)
     options.check_common(batch_size, spacing)
     with bars.spinner("loading", machine.quiet):
-        import torch
-
         from fastddim import images, sheet
         from fastddim.cli.network import prepare
 
@@ -245,9 +251,9 @@ def sequence(
             progress=progress,
             **asked.options(batch_size),
         )
-        pictures = torch.cat([images.to_uint8(x.flatten(0, 1)).cpu() for x in batches])
+        pictures, odd = images.drawn(x.flatten(0, 1) for x in batches)
     levels = [s for _, s in kept] if state else [t for t, _ in kept]
-    sheet.save(
+    replaced = sheet.save(
         pictures,
         png,
         columns=n,
@@ -261,7 +267,8 @@ def sequence(
     else:
         shown = "x0 predicted at t = " + ", ".join(map(str, levels))
     if not machine.quiet:
-        print(f"{png}: {shown}")
+        print(f"{written(png, replaced)}: {shown}")
+    say_not_finite([wanted[place // n] for place in odd])
 
 
 def calls(ddim: "DDIM", n: int, batch_size: int) -> int:

@@ -8,7 +8,7 @@ import typer
 
 from fastddim.check import whole
 from fastddim.cli import bars, options
-from fastddim.cli.draw import calls, recipe
+from fastddim.cli.draw import calls, recipe, written
 from fastddim.cli.options import (
     MOST_IMAGES,
     BatchSize,
@@ -122,25 +122,27 @@ def reconstruct(
     with bars.spinner("loading", machine.quiet):
         import torch
 
-        from fastddim import images, reconstruction, sheet
+        from fastddim import images, reconstruction, sheet, sources
         from fastddim.cli.network import prepare
 
         png = None if out is None else images.check_png(out)
         asked = prepare(machine, network)
-        ddims = [asked.ddim(S, spacing=spacing) for S in numbers]
+        # Nothing that was clipped could be encoded.
+        ddims = [asked.ddim(S, spacing=spacing, clip=None) for S in numbers]
         drawn = asked.ddim(DRAWN)
         told = asked.options(batch_size)
         if png is not None:
             images.check_channels(asked.shape[0])
         given = None
         if file is not None:
-            given = images.from_uint8(reconstruction.read(file, asked.shape, count))
+            source = sources.opened(file, asked.shape)
+            given = images.from_uint8(source.first(count or min(16, source.count)))
         n = len(wanted) if given is None else len(given)
         if png is not None:
             options.check_cells("(1 + steps) x images", 1 + len(ddims), n)
         # The first calls prepare and compile, which no row's seconds should hold.
         zeros = torch.zeros(1, *asked.shape, device=asked.device)
-        first = asked.ddim(1, spacing="trailing")
+        first = asked.ddim(1, spacing="trailing", clip=None)
         list(reconstruction.errors([first], asked.model, zeros, batch_size=batch_size, **told))
     total = reconstruction.model_calls(ddims, n, batch_size, refine)
     total += 0 if given is not None else calls(drawn, n, batch_size)
@@ -196,7 +198,7 @@ def reconstruct(
             refine=refine,
             images=None if file is None else str(file),
         )
-        sheet.save(
+        replaced = sheet.save(
             images.to_uint8(pictures),
             png,
             columns=n,
@@ -204,13 +206,18 @@ def reconstruct(
             rows=["given", *(f"S={S}" for S in numbers)] if labels else (),
         )
         if not machine.quiet:
-            print(f"{png}: the images, then S = {steps}")
+            print(f"{written(png, replaced)}: the images, then S = {steps}")
 
 
 def evaluate(
     machine: Machine,
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="What fastddim generate has filled.")
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="A folder that fastddim generate has filled, a folder of pictures, or a file of "
+            "images.",
+        ),
     ],
     reference: Annotated[
         Path | None,
@@ -246,20 +253,19 @@ def evaluate(
     if inception is not None and reference is None:
         raise ValueError(f"inception must be left out without fid, got {str(inception)!r}")
     with bars.spinner("reading", machine.quiet):
-        from fastddim import embedded
+        from fastddim import embedded, sources
         from fastddim import evaluate as judges
         from fastddim.cli.network import usable
         from fastddim.embedded import distance
-        from fastddim.folder import Folder
 
         where = usable(machine)
-        made = Folder.read(folder)
-    n = counted(len(made.seeds), "image")
-    if tuple(made.recipe["shape"]) == embedded.SHAPE or reference is None:
+        made = sources.opened(folder)
+    n = counted(made.count, "image")
+    if made.shape == embedded.SHAPE or reference is None:
         with bars.spinner("measuring FD-clf", machine.quiet):
             judged = judges.garments(made)
         most = distance.SIZES[-1]
-        real = "as many" if len(made.seeds) <= most else f"{most:,}"
+        real = "as many" if made.count <= most else f"{most:,}"
         print(
             f"FD-clf {judged.distance:.4f} of {n}; {real} real garments {judged.floor:.4f} "
             f"± {judged.spread:.4f}"

@@ -95,7 +95,9 @@ def prepare(machine: Machine, network: Network, device: str | None = None) -> As
         loaded = checkpoints.build(network.model, shape)
     elif network.checkpoint is not None:
         with lean_imports():
-            loaded = checkpoints.load(network.checkpoint, config=network.config, shape=shape)
+            loaded = checkpoints.load(
+                network.checkpoint, config=network.config, shape=shape, ema=network.ema
+            )
     else:
         loaded = checkpoints.load(None, config=network.config, shape=shape)
     loaded = overruled(loaded, network)

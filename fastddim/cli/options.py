@@ -221,6 +221,16 @@ class Network:
             rich_help_panel=NETWORK,
         ),
     ] = None
+    ema: Annotated[
+        bool | None,
+        flag(
+            "--ema/--last",
+            "Of a checkpoint that has both: the average of the weights over the training (EMA), "
+            "or the last weights.",
+            show_default="the average where there is one",
+            rich_help_panel=NETWORK,
+        ),
+    ] = None
     prediction: Annotated[
         str | None,
         option(
@@ -304,6 +314,11 @@ class Network:
             whole("train-steps", self.levels, low=1, high=1_000_000)
         if self.model is not None and (self.checkpoint is not None or self.config is not None):
             raise ValueError("model must be given without checkpoint and config")
+        if self.ema is not None and self.checkpoint is None:
+            raise ValueError(
+                f"{'ema' if self.ema else 'last'} must be left out without checkpoint, which has "
+                f"the weights to choose from"
+            )
         if self.model is None and self.checkpoint is None:
             for name, value in (
                 ("prediction", self.prediction),
