@@ -1189,3 +1189,9 @@ def test_folders_and_pngs_that_do_not_fit_are_refused(refused: Callable[..., str
         assert said in refused("reconstruct", "--images", path, "--device", "cpu")
     said = refused("reconstruct", "--images", "few", "--count", "2", "--device", "cpu")
     assert "count must be an integer in [1, 1] for few, got 2" in said
+
+
+def test_a_folder_that_cannot_be_made_has_no_shards(refused: Callable[..., str]) -> None:
+    said = refused("generate", "--seeds", "0", "--device", "cpu", "--out", "/proc/q")
+    assert "can be written to and has room, got /proc/q" in said
+    assert "shards" not in said
