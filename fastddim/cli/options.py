@@ -137,7 +137,8 @@ class Machine:
         option(
             "--device",
             "DEVICE",
-            "Where to compute: cpu, cuda, cuda:1, mps, ...",
+            "Where to compute: cpu, cuda, cuda:1, mps, ... Of several processes that a launcher "
+            "starts, each takes its share of the GPUs for cuda.",
             show_default="cuda if there is one, else cpu",
             rich_help_panel=MACHINE,
         ),
