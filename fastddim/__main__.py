@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+
+from fastddim import launch
+from fastddim.extras import explained, extra_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
-    0: done. 2: what was asked for cannot be done, and one line on stderr says why. 130: Ctrl-C.
+    0: done. 2: what was asked for cannot be done, and one line on stderr says why. 3: done, but
+    images hold NaN or infinity, and one line on stderr says which. 130: Ctrl-C.
     """
     try:
         from fastddim.cli import app
@@ -18,18 +23,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = 130
     except ModuleNotFoundError as error:
-        extra = _EXTRA.get((error.name or "").partition(".")[0])
-        if extra is None:
+        if extra_of(error.name) is None:
             raise
-        return _refuse(f"{error.name} is missing; it comes with pip install 'fastddim[{extra}]'")
+        return _refuse(str(explained(error)))
     except (TypeError, ValueError, OSError) as error:
-        return _refuse(str(error))
+        # What torchrun's other workers and later starts find as well has a type of its own.
+        alike = type(error).__name__ == "RefusedError"
+        # A full disk may have room the next time, nonsense stays nonsense.
+        for_good = not isinstance(error, OSError) or isinstance(error, FileNotFoundError)
+        return _refuse(str(error), alike, for_good)
     except Exception as error:
         # Typer's own complaints. Their base class is click's or Typer's, depending on its version.
         if type(error).__name__ == "Abort":
             status = 130
         elif (format_message := getattr(error, "format_message", None)) is not None:
-            return _refuse(format_message())
+            return _refuse(format_message(), alike=True)
         else:
             raise
     if status == 130:
@@ -37,18 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status or 0
 
 
-_EXTRA = {
-    **dict.fromkeys(
-        ("typer", "click", "rich", "PIL", "safetensors", "diffusers", "matplotlib"), "cli"
-    ),
-    **dict.fromkeys(("torch_fidelity", "torchvision"), "fid"),
-}
-"""What the commands import beyond the core's own needs, and the extra it comes with."""
+def _refuse(reason: str, alike: bool = False, for_good: bool = True) -> int:
+    """Says why, and gives the exit status.
 
-
-def _refuse(reason: str) -> int:
-    print(f"fastddim: {' '.join(reason.split())}", file=sys.stderr)
+    Args:
+        alike: all processes find the same, and one says it.
+        for_good: the same command will be refused again, so that no launcher need start it.
+    """
+    said = f"fastddim: {' '.join(reason.split())}"
+    if for_good and "TORCHELASTIC_RUN_ID" in os.environ:
+        launch.refuse(said)
+    elif not (alike and _said_elsewhere()):
+        print(said, file=sys.stderr)
     return 2
+
+
+def _said_elsewhere() -> bool:
+    """Whether another process on this machine says the same, or this one did before a restart."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return local != "0" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 if __name__ == "__main__":

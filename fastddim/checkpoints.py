@@ -7,7 +7,6 @@ content is known, how it is loaded. What other systems' tensors mean is ``fastdd
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import sys
@@ -17,15 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastddim import embedded, unets, weights
+from fastddim import embedded, statedicts, trained, unets, weights
 from fastddim.check import kind as type_of
-from fastddim.check import shown
+from fastddim.coefficients import PREDICTIONS
 from fastddim.predict import Model
 from fastddim.sampler import DDIM
 from fastddim.schedule import NoiseSchedule
+from fastddim.statedicts import File
 
 Shape: TypeAlias = tuple[int, int, int]
 
@@ -40,6 +39,10 @@ class Loaded:
         schedule: what it was trained on.
         prediction: what it returns, as ``DDIM`` has it.
         description: one line for people, with what was assumed.
+        clip: what the x0 it implies is clamped to, where its scheduler's configuration says so.
+        classes: how many classes the model knows, of which it is told one as ``class_labels``;
+            None for a model that is told none.
+        null_class: the one of them that stands for none, which guidance needs.
     """
 
     model: Model
@@ -47,21 +50,14 @@ class Loaded:
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule.linear)
     prediction: str = "epsilon"
     description: str = ""
+    classes: int | None = None
+    null_class: int | None = None
+    clip: float | None = None
 
     def ddim(self, steps: int | None = None, **options: Any) -> DDIM:
-        """A sampler on the model's own schedule."""
-        return DDIM(steps, schedule=self.schedule, prediction=self.prediction, **options)
-
-
-@dataclass(frozen=True)
-class File:
-    """What a file of weights holds."""
-
-    path: Path
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    part: str = ""
-    """Which of the networks in it the tensors are, if there can be several."""
+        """A sampler on the model's own schedule, which clips as the model's own does."""
+        own = {"schedule": self.schedule, "prediction": self.prediction, "clip": self.clip}
+        return DDIM(steps, **{**own, **options})
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,13 @@ CONFIGS = {
 
 
 def load(
-    path: Path | str | None = None, *, config: str | None = None, shape: Sequence[int] | None = None
+    path: Path | str | None = None,
+    *,
+    config: str | None = None,
+    shape: Sequence[int] | None = None,
+    ema: bool | None = None,
+    schedule: NoiseSchedule | None = None,
+    prediction: str | None = None,
 ) -> Loaded:
     """The model of a checkpoint.
 
@@ -103,13 +105,16 @@ def load(
 
     Args:
         path: one of these; None is the garment model that ships.
-            A folder with a diffusers ``UNet2DModel``, or with one in ``unet/``; or its weights,
-            with ``config.json`` beside them.
-            A file of ermongroup/ddim: a state dict, or [model, optimizer, epoch, step, ema], of
-            which the EMA is taken.
+            A folder with a diffusers ``UNet2DModel``, or with one in ``unet/`` or ``unet_ema/``;
+            or its weights, with ``config.json`` beside them. How it was trained is read from its
+            scheduler's configuration: there, in ``scheduler/`` beside ``unet/``, or beside the
+            ``checkpoint-N`` it is in. Weights may be in several files, or a variant such as fp16.
+            A file of ermongroup/ddim: a state dict, or [model, optimizer, epoch, step, ema].
             A file of guided-diffusion or improved-diffusion: a state dict.
             A file of garment weights.
-            Files are safetensors, or what ``torch.save`` writes.
+            Files are safetensors, or what ``torch.save`` writes: a state dict, or a dictionary
+            with one as "state_dict", "model", "ema", ... . What compiling or a wrapper has put
+            before every name is left out.
         config: what the tensors do not tell. ermongroup: one of ``CONFIGS``, which then must fit;
             needed for none of these. guided-diffusion: a JSON file with the flags of its scripts,
             {"image_size": 64, "num_heads": 4, "noise_schedule": "cosine", ...}; what it leaves
@@ -118,6 +123,10 @@ def load(
             diffusers: its ``config.json``, where that is not beside the weights.
         shape: (channels, height, width) of a sample, where it is not the one that the
             configuration says, or nothing says it.
+        ema: whether to take the average of the weights over the training (EMA), which draws
+            better; by default where there is one.
+        schedule, prediction: what the model was trained on and returns, where the files do not
+            say it or say something else.
 
     Raises:
         FileNotFoundError, ValueError: one line naming what was given and what is allowed; a file
@@ -126,32 +135,79 @@ def load(
     size = None if shape is None else _checked_shape(shape)
     if config is not None and config not in CONFIGS and not Path(config).is_file():
         raise ValueError(f"config must be one of {', '.join(CONFIGS)}, or a file, got {config!r}")
+    if prediction not in (None, *PREDICTIONS):
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    if schedule is not None and not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type_of(schedule)}")
     if path is None:
-        return _garments(File(embedded.WEIGHTS, {}, {}), config, size)
+        if ema is not None:
+            raise ValueError(f"ema must be left out with the model that ships, got {ema}")
+        loaded = _garments(File(embedded.WEIGHTS, {}, {}), config, size)
+        return _told(loaded, schedule, prediction)
     path = Path(path)
     whats = " or ".join(kind.what for kind in KINDS)
     allowed = f"allowed: {_FOLDER}, or a file with the weights of {whats}"
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}; {allowed}")
-    for folder in (path, path / "unet"):
-        if (folder / "config.json").is_file():
-            _no_config(config, path)
-            file = next((folder / name for name in _DIFFUSERS if (folder / name).is_file()), None)
-            if file is None:
-                raise FileNotFoundError(
-                    f"no {' or '.join(_DIFFUSERS)} in {folder}; shards are not read"
-                )
-            return _diffusers(_read(file), None, size)
-    if not path.is_file() or not _readable(path):
+    if folder := _unet(path, ema):
+        _no_config(config, path)
+        return _told(_diffusers(folder, None, size), schedule, prediction)
+    if not path.is_file() or not statedicts.is_one(path):
         raise ValueError(f"checkpoint {path} is {_description(path)}; {allowed}")
-    opened = _read(path)
-    kind = next((kind for kind in KINDS if kind.known(opened)), None)
-    if kind is None:
-        raise ValueError(
-            f"checkpoint {path} has tensors of no kind known here "
-            f"({weights.few(opened.tensors)}); {allowed}"
-        )
-    return kind.load(opened, config, size)
+    opened = statedicts.read(path, ema)
+    for tensors in statedicts.prefixes(opened.tensors):
+        file = replace(opened, tensors=tensors)
+        for kind in KINDS:
+            if kind.known(file):
+                return _told(kind.load(file, config, size), schedule, prediction)
+    raise ValueError(
+        f"checkpoint {path} has tensors of no kind known here "
+        f"({weights.few(opened.tensors)}); {allowed}"
+    )
+
+
+def _told(loaded: Loaded, schedule: NoiseSchedule | None, prediction: str | None) -> Loaded:
+    """``loaded`` with what its user knows better."""
+    given = [
+        f"{prediction} predicted as said" if prediction else "",
+        f"{schedule.name} noise, T = {len(schedule)}, as said" if schedule else "",
+    ]
+    return replace(
+        loaded,
+        schedule=schedule or loaded.schedule,
+        prediction=prediction or loaded.prediction,
+        description=", ".join(filter(None, (loaded.description, *given))),
+    )
+
+
+def _unet(path: Path, ema: bool | None) -> File | None:
+    """The weights of the diffusers network in a folder, or None where there is none.
+
+    diffusers' training script leaves both the average of the weights, in ``unet_ema/``, and the
+    last weights, in ``unet/``.
+    """
+    has = {name: (path / name / "config.json").is_file() for name in ("", "unet", "unet_ema")}
+    if not any(has.values()):
+        return None
+    if has[""]:
+        part = "unet_ema" if path.absolute().name == "unet_ema" else ""
+        if ema is not None and ema != bool(part):
+            raise ValueError(f"ema must be left out or {bool(part)} with {path}, got {ema}")
+        name = ""
+    else:
+        wanted = has["unet_ema"] if ema is None else ema
+        name = part = "unet_ema" if wanted else "unet"
+        if not has[name]:
+            raise ValueError(
+                f"ema must be left out or {not ema} with {path}, which has no {name}/, got {ema}"
+            )
+    file = statedicts.in_folder(path / name)
+    said = {"unet_ema": "EMA", "unet": "no EMA" if has["unet_ema"] else ""}.get(part, "")
+    if not name or not has["unet_ema"] or not has["unet"]:
+        both = ""
+    else:
+        both = "; unet/ has the last weights" if said == "EMA" else "; unet_ema/ has it"
+    return replace(file, part=", ".join(filter(None, (said + both, file.part))))
 
 
 def build(name: str, shape: Sequence[int] | None = None) -> Loaded:
@@ -239,14 +295,9 @@ def _guided(file: File, config: str | None, shape: Shape | None) -> Loaded:
         )
     layout = unets.guided_layout(file.tensors, file.path)
     facts = unets.guided_facts(file.tensors, layout, file.path)
-    if facts["class_cond"]:
-        raise ValueError(
-            f"{file.path} must be of an unconditional model, got one with classes (label_emb): "
-            f"name a function that builds it and fills in the class (--model)"
-        )
     assumed = ""
     if config is not None:
-        flags = unets.Flags.of(_json(Path(config)), facts, Path(config))
+        flags = unets.Flags.of(statedicts.read_json(Path(config)), facts, Path(config))
     elif (
         facts["resblock_updown"]
         and facts["use_scale_shift_norm"]
@@ -273,6 +324,7 @@ def _guided(file: File, config: str | None, shape: Shape | None) -> Loaded:
         loaded,
         schedule=flags.schedule,
         prediction="sample" if flags.predict_xstart else "epsilon",
+        classes=len(file.tensors["label_emb.weight"]) if facts["class_cond"] else None,
         description=f"{loaded.description}{variance}{assumed}, {noise}",
     )
 
@@ -284,29 +336,29 @@ def _diffusers(file: File, config: str | None, shape: Shape | None) -> Loaded:
             f"{file.path} has a diffusers UNet2DModel's weights: its config.json must be beside "
             f"it, or config name it, got {config!r}"
         )
-    fields = _json(source)
+    fields = statedicts.read_json(source)
     kind = fields.get("_class_name")
     if kind != "UNet2DModel":
         raise ValueError(f"{source} must be of a UNet2DModel, got {kind!r}")
-    for name in ("class_embed_type", "num_class_embeds"):
-        if fields.get(name) is not None:
-            raise ValueError(
-                f"{source} must be of an unconditional model, got {name} = {fields[name]!r}"
-            )
+    if fields.get("class_embed_type") is not None:
+        raise ValueError(
+            f"{source} must be of a model that is told no class or its number, got "
+            f"class_embed_type = {fields['class_embed_type']!r}"
+        )
     if fields.get("time_embedding_type") == "fourier":
         raise ValueError(
             f"{source} must be of a model that is told t, got time_embedding_type = 'fourier', "
             f"which is told a noise level σ"
         )
-    folder = file.path.absolute().parent
-    for root in (folder, folder.parent) if folder.name == "unet" else (folder,):
-        for schedule in (root / "scheduler_config.json", root / "scheduler/scheduler_config.json"):
-            if schedule.is_file():
-                _check_schedule(schedule)
+    known = {
+        name: value
+        for name, value in fields.items()
+        if not name.startswith("_") and name not in _EMA_FIELDS
+    }
+    how, said = _trained(file.path.absolute().parent)
 
     from diffusers.models.unets.unet_2d import UNet2DModel
 
-    known = {name: value for name, value in fields.items() if not name.startswith("_")}
     try:
         # Not from_config, which passes over what it does not know and builds another model.
         with torch.device("cpu"):
@@ -322,7 +374,37 @@ def _diffusers(file: File, config: str | None, shape: Shape | None) -> Loaded:
         )
     shape = _sized(source, model, sides, shape)
     weights.fill(model, {_renamed(name): w for name, w in file.tensors.items()}, file.path)
-    return _loaded(file, "diffusers", model, shape)
+    loaded = _loaded(file, ", ".join(filter(None, ("diffusers", file.part))), model, shape)
+    return replace(
+        loaded,
+        classes=model.config.num_class_embeds,
+        schedule=how.schedule,
+        prediction=how.prediction,
+        clip=how.clip,
+        description=f"{loaded.description}, {said}",
+    )
+
+
+def _trained(folder: Path) -> tuple[trained.Trained, str]:
+    """How the network in ``folder`` was trained, and one phrase about where that is from."""
+    root = folder.parent if folder.name in ("unet", "unet_ema") else folder
+    roots = [folder, root]
+    if re.fullmatch(r"checkpoint-\d+", root.name):  # which the training script leaves on its way
+        roots.append(root.parent)
+    latents = next((name for name in ("vae", "vqvae") if (root / name).is_dir()), None)
+    drawn = "" if latents is None else f", in latents that {latents}/ decodes, which is not done"
+    for place in roots:
+        for name in ("scheduler_config.json", "scheduler/scheduler_config.json"):
+            if (source := place / name).is_file():
+                # The wrong schedule or prediction does not fail: it draws bad pictures.
+                how = trained.read(statedicts.read_json(source), source)
+                clip = "" if how.clip is None else f", x0 clipped to ±{how.clip:g}"
+                return how, (
+                    f"{how.prediction} on {how.schedule.name} noise, T = {len(how.schedule)}{clip} "
+                    f"({source.relative_to(place)}){drawn}"
+                )
+    how = trained.Trained(NoiseSchedule.linear(), "epsilon", None)
+    return how, f"no scheduler_config.json: taken to predict ε on linear noise, T = 1000{drawn}"
 
 
 def _loaded(file: File, what: str, model: nn.Module, shape: Shape) -> Loaded:
@@ -378,75 +460,18 @@ def _no_config(config: str | None, path: Path) -> None:
         raise ValueError(f"config must be left out with {path}, which has its own, got {config!r}")
 
 
-def _readable(path: Path) -> bool:
-    start = _start(path)
-    return start[8:9] == b"{" or weights.is_pickle(start)
-
-
-def _read(path: Path) -> File:
-    """The tensors of a safetensors file, or of a pickle without code."""
-    if not weights.is_pickle(_start(path)):
-        tensors, metadata = weights.read(path)
-        return File(path, _checked_tensors(path, tensors), metadata)
-    held, part = weights.unpickle(path), ""
-    if isinstance(held, (list, tuple)):
-        if len(held) not in (4, 5):
-            raise ValueError(
-                f"checkpoint {path} is a list of {len(held)}; ermongroup's is [model, optimizer, "
-                f"epoch, step, ema] or the first four"
-            )
-        held, part = (held[4], "EMA") if len(held) == 5 else (held[0], "no EMA")
-    return File(path, _checked_tensors(path, held), {}, part)
-
-
-def _checked_tensors(path: Path, held: Any) -> dict[str, Tensor]:
-    if not isinstance(held, dict) or not held:
-        raise ValueError(f"checkpoint {path} must hold tensors by name, got {type_of(held)}")
-    for name, value in held.items():
-        if (
-            not isinstance(name, str)
-            or not isinstance(value, Tensor)
-            or not value.is_floating_point()
-            or (value.layout, value.device.type) != (torch.strided, "cpu")
-        ):
-            got = value.dtype if isinstance(value, Tensor) else type_of(value)
-            raise ValueError(
-                f"checkpoint {path} must hold tensors of floating point by name, got {got} as "
-                f"{shown(name)}"
-            )
-    # DataParallel puts it before every name, and ermongroup trains so.
-    prefix = "module." if all(name.startswith("module.") for name in held) else ""
-    return {name.removeprefix(prefix): value for name, value in held.items()}
-
-
 _FOLDER = (
     "a folder with a diffusers UNet2DModel (config.json and "
-    "diffusion_pytorch_model.safetensors or .bin, there or in unet/)"
+    "diffusion_pytorch_model.safetensors or .bin, there or in unet/ or unet_ema/)"
 )
-_DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-
-
-_PAPER = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "linear",
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-}
-"""What a scheduler's configuration says, or leaves out, of a model this module returns."""
-
-
-def _check_schedule(source: Path) -> None:
-    # The wrong schedule or prediction does not fail: it draws bad pictures.
-    config = _json(source)
-    for name, expected in _PAPER.items():
-        if (value := config.get(name, expected)) != expected:
-            raise ValueError(f"{source} must have {name} = {expected!r}, got {value!r}")
-
-
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+_EMA_FIELDS = {
+    *("decay", "min_decay", "optimization_step", "update_after_step"),
+    *("use_ema_warmup", "inv_gamma", "power"),
+}
+"""What diffusers' ``EMAModel`` adds to the configuration of the network it averages."""
 
 
 def _renamed(name: str) -> str:
@@ -458,28 +483,13 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _start(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(9)
-
-
 def _description(path: Path) -> str:
     """What a path of no known kind is."""
     if path.is_dir():
         return "a folder without config.json"
     if not path.is_file():
         return "neither a file nor a folder"
-    start = _start(path)
+    start = statedicts.start_of(path)
     if not start:
         return "an empty file"
     if weights.is_pickle(start):

@@ -155,6 +155,11 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         counter.normals(seeds.numpy(), rows.numpy(), flat.shape[1], stream, out=flat.numpy())
 
 
+def backend() -> str:
+    """What takes the steps on a CPU here: ``"numba"``, or ``"torch"`` in blocks."""
+    return "numba" if _fused() else "torch"
+
+
 @functools.cache
 def _fused() -> ModuleType | None:
     """The fused pass where numba is: imported at the first step, not with the package."""

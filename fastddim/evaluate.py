@@ -1,4 +1,4 @@
-"""How far the images of a folder are from real ones: FD-clf of garments, FID by torch-fidelity."""
+"""How far images are from real ones: FD-clf of garments, FID by torch-fidelity."""
 
 from __future__ import annotations
 
@@ -11,45 +11,56 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastddim import embedded, images
+from fastddim import embedded, images, sources
 from fastddim.embedded import distance
 from fastddim.folder import MANIFEST, Folder
 from fastddim.quality import frechet_distance
+from fastddim.sources import Source
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 """torch-fidelity's name for its weights of Inception v3, which ends in their SHA-256's start."""
 
 
 class Garments(NamedTuple):
-    """FD-clf of drawn garments, and that of as many real ones."""
+    """FD-clf of drawn garments, and of as many real ones the mean and deviation over draws."""
 
     distance: float
     floor: float
+    spread: float
 
 
-def garments(folder: Folder) -> Garments:
-    """FD-clf of a folder of garments, which is no FID: see ``fastddim.embedded.distance``.
+def garments(given: Source | Folder) -> Garments:
+    """FD-clf of garments, which is no FID: see ``fastddim.embedded.distance``.
+
+    Args:
+        given: images of any source, or a folder that ``generate`` has filled.
 
     Raises:
         ValueError: the folder is not finished or not as it was made, or its images are no garments.
     """
-    if tuple(folder.recipe["shape"]) != embedded.SHAPE:
+    source = _source(given)
+    if source.shape != embedded.SHAPE:
         raise ValueError(
             f"FD-clf compares garments of 1x28x28, got images of "
-            f"{'x'.join(map(str, folder.recipe['shape']))} in {folder.path}; others are measured "
+            f"{'x'.join(map(str, source.shape))} in {source.path}; others are measured "
             f"with FID (--fid)"
         )
-    folder.verify()
-    if len(folder.seeds) < 2:
-        raise ValueError(f"FD-clf needs two images or more, got 1 in {folder.path}")
+    source.verify()
+    if source.count < 2:
+        raise ValueError(f"FD-clf needs two images or more, got 1 in {source.path}")
     real = distance.load()
-    shards = (images.from_uint8(folder.pictures(k)) for k in range(len(folder)))
-    features = torch.cat([distance.features(real.critic, x) for x in shards])
-    return Garments(frechet_distance(features, real.moments), real.floor(len(features)))
+    parts = (images.from_uint8(source.part(k)) for k in range(len(source)))
+    features = torch.cat([distance.features(real.critic, x) for x in parts])
+    n = len(features)
+    return Garments(frechet_distance(features, real.moments), real.floor(n), real.spread(n))
+
+
+def _source(given: Source | Folder) -> Source:
+    return sources.of(given) if isinstance(given, Folder) else given
 
 
 def fid(
-    folder: Folder,
+    given: Source | Folder,
     reference: Path,
     inception: Path | None = None,
     device: torch.device | str = "cpu",
@@ -57,8 +68,8 @@ def fid(
     """FID (Heusel et al. 2017) as torch-fidelity computes it, grey images as RGB.
 
     Args:
-        folder: of images of 1 or 3 channels.
-        reference: another, or any folder of pictures.
+        given: images of 1 or 3 channels, as in ``garments``.
+        reference: a folder that ``generate`` has filled, or any folder of pictures.
         inception: torch-fidelity's weights; by default where it keeps them. Other features would
             not make a FID, so their checksum is looked at.
         device: where to compute: a CUDA device, or the CPU.
@@ -85,8 +96,8 @@ def fid(
         raise FileNotFoundError(f"fid must be a folder of pictures, got {reference}")
     made = (reference / MANIFEST).is_file()
     measured = fidelity.calculate_metrics(
-        input1=Pictures(folder),
-        input2=Pictures(Folder.read(reference)) if made else str(reference),
+        input1=Pictures(_source(given)),
+        input2=Pictures(sources.opened(reference)) if made else str(reference),
         fid=True,
         cuda=torch.device(device).type == "cuda",
         feature_extractor_weights_path=str(path),
@@ -98,18 +109,18 @@ def fid(
 
 
 class Pictures(Dataset[Tensor]):
-    """The images of a folder by their place, as torch-fidelity wants them: uint8 (3, H, W)."""
+    """The images of a source by their place, as torch-fidelity wants them: uint8 (3, H, W)."""
 
-    def __init__(self, folder: Folder) -> None:
-        folder.verify()
-        self._folder = folder
+    def __init__(self, source: Source) -> None:
+        source.verify()
+        self._source = source
         self._read: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self._folder.seeds)
+        return self._source.count
 
     def __getitem__(self, index: int) -> Tensor:
-        k, place = divmod(index, self._folder.recipe["shard_size"])
+        k, place = divmod(index, self._source.part_size)
         if self._read is None or self._read[0] != k:
-            self._read = k, self._folder.pictures(k)
+            self._read = k, self._source.part(k)
         return self._read[1][place].expand(3, -1, -1)

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
+import inspect
 import json
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import util
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,9 +27,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastddim import images, provenance
+from fastddim import images, ops, provenance
 from fastddim.check import kind, whole
-from fastddim.folder import FORMATS, Folder, Seeds
+from fastddim.folder import FORMATS, Folder, Seeds, holding
+from fastddim.launch import PARENT
+from fastddim.pace import Pace, There
 from fastddim.predict import Cond, Model
 from fastddim.sampler import DDIM
 
@@ -69,9 +75,6 @@ SAMPLER = (
 OPTIONS = ("cond", "uncond", "guidance", "cond_fn", "self_condition", "dtype", "autocast")
 """What it says of a call, beside ``postprocess``."""
 
-PARENT = os.getppid()
-"""Who started this process, as far back as can be told: that may be gone by the first image."""
-
 SMALLEST_SHARD = 256
 """Images in a shard at the least, where none is asked for: what a kill can lose, and one file."""
 
@@ -87,7 +90,8 @@ def generate(
     format: str = "npy",
     shard_size: int | None = None,
     notes: Mapping[str, Any] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[There], None] | None = None,
+    summary: Callable[[Folder], None] | None = None,
     **options: Unpack[Options],
 ) -> bool:
     """Makes the images of ``seeds`` in the folder ``out``, or those of them not there yet.
@@ -101,18 +105,25 @@ def generate(
     Args:
         ddim, model, shape, batch_size, options: as in ``shard``.
         seeds: an integer in [0, 2⁶³) for each image, none of them twice.
-        out: a folder, new or empty or with a manifest of the same recipe, in one that exists.
+        out: a folder, new or empty or with a manifest of the same recipe, in one that exists. The
+            recipe may have been that of the first of ``seeds`` alone: then what is there stays,
+            and the rest is made.
         format: ``"npy"``: shards 00000.npy, ... of what ``shard`` returns. ``"npz"``: the same as
             ``arr_0`` of 00000.npz, ..., which guided-diffusion's scripts read. ``"png"``: the
             image of seed 123 as 000/000123.png, as EDM's scripts have it.
         shard_size: S, by default the least multiple of ``batch_size`` that is ≥ 256. Others may
             end in a batch that is padded.
         notes: what else the recipe holds: plain values, such as where prompts come from.
-        progress: called in the process of rank 0, at first and after each batch, with the number
-            of images that are there, of all processes.
+        progress: called in the process of rank 0, at first and after each step of each batch,
+            with the number of images that are there, of all processes, an int that also knows
+            the pace.
+        summary: called with the finished folder, in one process alone: in the one that finishes
+            it, whichever that is, or in that of rank 0 where there was nothing left to do.
 
     Returns:
-        Whether all images are there. Other processes may still be at theirs.
+        Whether all images are there. Other processes may still be at theirs. The finished
+        folder's ``warning`` names the seeds of samples that hold NaN or infinity, as its manifest
+        does.
 
     Raises:
         TypeError, ValueError: before any work; or for a recipe that is not the folder's, naming
@@ -123,23 +134,28 @@ def generate(
     worker.end_with_launcher()
     recipe = _recipe(ddim, model, shape, seeds, batch_size, format, shard_size, notes, options)
     tell = progress if progress is not None and worker.rank == 0 else None
-    folder = Folder.begin(Path(out), recipe)
+    folder = Folder.begin(Path(out), recipe, worker.rank)
     folder.clear(worker.rank, worker.world)
-    if tell:
-        tell(folder.count())
+    was_finished = bool(folder.checksums)
+    share = folder.missing(worker.rank, worker.world)
+    pace = Pace(len(folder.seeds), share, folder.count, tell)
     for k in range(worker.rank, len(folder), worker.world):
         if folder.has(k):
             continue
-        there = folder.count() if tell else 0
+        pace.shard()
         arrays: list[Array] = []
-        for array in _arrays(ddim, model, shape, folder.seeds_of(k), batch_size, options):
+        odd: list[int] = []
+        for array, not_finite in _arrays(
+            ddim, model, shape, folder.seeds_of(k), batch_size, options, pace.step
+        ):
             arrays.append(array)
-            if tell:
-                tell(there + sum(map(len, arrays)))
-        folder.write(k, np.concatenate(arrays))
+            odd += not_finite
+            pace.batch(len(array))
+        folder.write(k, np.concatenate(arrays), odd)
     complete = folder.finish()
-    if tell:
-        tell(folder.count())
+    pace.shard()
+    if summary and (folder.finished_here or (complete and was_finished and worker.rank == 0)):
+        summary(folder)
     return complete
 
 
@@ -174,8 +190,14 @@ def shard(
 
     Returns:
         What ``postprocess`` gives, a row for each seed: by default uint8 (N, H, W, C).
+
+    Warns:
+        RuntimeWarning: samples hold NaN or infinity; it names their seeds.
     """
-    return np.concatenate(list(_arrays(ddim, model, shape, seeds, batch_size, options)))
+    made = list(_arrays(ddim, model, shape, seeds, batch_size, options))
+    if said := holding([seed for _, not_finite in made for seed in not_finite]):
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
+    return np.concatenate([array for array, _ in made])
 
 
 def pictures(x: Tensor) -> Tensor:
@@ -190,14 +212,29 @@ def _arrays(
     seeds: Sequence[int],
     batch_size: int,
     options: Options,
-) -> Iterator[Array]:
-    """A batch at a time, the padding left out last: a decoder, too, sees full batches."""
+    begun: Callable[[float], None] | None = None,
+) -> Iterator[tuple[Array, list[int]]]:
+    """A batch at a time, the padding left out last: a decoder, too, sees full batches.
+
+    With each batch come the seeds of those of its samples, or of the rows that ``postprocess``
+    has made of them, that hold NaN or infinity. ``begun`` is called after each step with how many
+    images the steps that are done amount to.
+    """
     given: dict[str, Any] = {**options}
     conds = {name: given.pop(name, None) for name in ("cond", "uncond")}
     postprocess = given.pop("postprocess", pictures)
     for batch, n in images.full_batches(seeds, batch_size):
         asked: dict[str, Any] = {name: f(batch) if f else None for name, f in conds.items()}
-        x = ddim.sample(model, shape=(batch_size, *shape), seeds=batch, **asked, **given)
+
+        def steps(rows: Iterable[Any], n: int = n) -> Iterator[Any]:
+            for done, row in enumerate(rows):
+                if begun and done:
+                    begun(n * done / len(ddim.pairs))
+                yield row
+
+        x = ddim.sample(
+            model, shape=(batch_size, *shape), seeds=batch, progress=steps, **asked, **given
+        )
         made = postprocess(x)
         array = made.detach().cpu().numpy() if isinstance(made, Tensor) else np.asarray(made)
         if array.ndim == 0 or len(array) != batch_size:
@@ -205,7 +242,10 @@ def _arrays(
                 f"postprocess must give a row for each of {batch_size} samples, got shape "
                 f"{array.shape}"
             )
-        yield array[:n]
+        odd = set(images.not_finite(x[:n]))
+        if array.dtype.kind in "fc":  # a decoder may overflow where x does not
+            odd.update(np.flatnonzero(~np.isfinite(array[:n]).reshape(n, -1).all(1)).tolist())
+        yield array[:n], [batch[i] for i in sorted(odd)]
 
 
 class Worker(NamedTuple):
@@ -215,6 +255,8 @@ class Worker(NamedTuple):
     world: int = 1
     local: int = 0
     launched: bool = False
+    retried: bool = False
+    """Whether its launcher, torchrun, starts all processes again where one ends with a status."""
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> Worker:
@@ -230,7 +272,8 @@ class Worker(NamedTuple):
                 numbers = (_natural(name, text) for name, text in zip(names, said, strict=True))
                 rank, world, local = numbers
                 whole(names[0], rank, low=0, high=world - 1)
-                return cls(rank, world, local, launched=True)
+                torchrun = names[0] == "RANK" and "TORCHELASTIC_RUN_ID" in environment
+                return cls(rank, world, local, launched=True, retried=torchrun)
         return cls()
 
     def end_with_launcher(self) -> None:
@@ -303,8 +346,7 @@ def _recipe(
 
     keys = Seeds.of(seeds)
     device = torch.device(options.get("device") or torch.get_default_device())
-    backend = {"cpu": "numba", "cuda": "triton"}.get(device.type, "torch")
-    backend = backend if util.find_spec(backend) else "torch"
+    backend = ops.backend(device)
     packages = {"torch", "numpy", backend, *(("pillow",) if format == "png" else ())}
     if isinstance(model, nn.Module):
         packages |= provenance.packages(model) - {"fastddim"}
@@ -324,7 +366,8 @@ def _recipe(
         **{name: getattr(ddim, name) for name in SAMPLER},
         **{name: _plain(options.get(name)) for name in OPTIONS},
         "postprocess": _plain(postprocess),
-        "architecture": provenance.machine(device),
+        "architecture": provenance.architecture(device),
+        "threads": provenance.threads(device),
         "backend": f"{device.type}, {backend}",
         "versions": {"fastddim": __version__, **provenance.versions(*sorted(packages))},
         "notes": dict(notes or {}),
@@ -371,3 +414,21 @@ def _plain(value: Any) -> Any:
         return {"of": _described(owner), "method": value.__name__}
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+class _Called(ModuleType):
+    """This module, which can be called as the function of its name.
+
+    ``fastddim.generate(...)`` and ``import fastddim.generate as g; g.shard`` both have to work,
+    and one attribute of the package serves both. A function in its place would hide the module.
+    """
+
+    __call__ = staticmethod(generate)
+    __signature__ = inspect.signature(generate)
+
+    def __reduce__(self) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+        """Pickles by name, as the function does: pools of processes are handed it."""
+        return importlib.import_module, (__name__,)
+
+
+sys.modules[__name__].__class__ = _Called

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
@@ -24,7 +24,10 @@ from fastddim.run import Progress, usable
 from fastddim.sampler import DDIM
 
 LARGEST_BATCH = 65_536
-FILES = "a .npy or .npz of uint8 (N, H, W) or (N, H, W, C), or an idx file of bytes, gzipped or not"
+FILES = (
+    "a picture such as a .png, a .npy or .npz of uint8 (N, H, W) or (N, H, W, C), or an idx file "
+    "of bytes, gzipped or not"
+)
 """What ``read`` reads."""
 
 Item = TypeVar("Item")
@@ -50,6 +53,7 @@ def by_seed(
     *,
     device: torch.device | str | None = None,
     progress: Progress = False,
+    **options: Any,
 ) -> Iterator[Tensor]:
     """The samples of ``seeds``, in order, a batch at a time, each the same whatever the others.
 
@@ -58,6 +62,8 @@ def by_seed(
         seeds: an integer in [0, 2⁶³) for each sample.
         shape: of one sample, without the batch.
         batch_size: what every call of the model gets.
+        options: what else ``DDIM.sample`` is told, such as ``cond`` with a row for each sample of
+            a full batch.
 
     Returns:
         An iterator over tensors of at most ``batch_size`` samples, the padding left out.
@@ -70,7 +76,12 @@ def by_seed(
     def batches() -> Iterator[Tensor]:
         for batch, n in full_batches(keys, size):
             yield ddim.sample(
-                model, shape=(size, *shape), seeds=batch, device=device, progress=progress
+                model,
+                shape=(size, *shape),
+                seeds=batch,
+                device=device,
+                progress=progress,
+                **options,
             )[:n]
 
     return batches()
@@ -87,13 +98,14 @@ def sequences(
     state: bool = False,
     device: torch.device | str | None = None,
     progress: Progress = False,
+    **options: Any,
 ) -> Iterator[Tensor]:
     """What ``by_seed`` passes through on its way, after the rows that ``kept_rows`` names.
 
     Args:
         columns: how many steps are kept of each sample.
         state: whether x_s is, instead of the x0 predicted from x_t.
-        ddim, model, seeds, shape, batch_size, device, progress: as in ``by_seed``.
+        ddim, model, seeds, shape, batch_size, device, progress, options: as in ``by_seed``.
 
     Returns:
         An iterator over tensors (n, columns, *shape), n at most ``batch_size``. The last column
@@ -108,7 +120,12 @@ def sequences(
     def batches() -> Iterator[Tensor]:
         for batch, n in full_batches(keys, size):
             steps = ddim.iterate(
-                model, shape=(size, *shape), seeds=batch, device=device, progress=progress
+                model,
+                shape=(size, *shape),
+                seeds=batch,
+                device=device,
+                progress=progress,
+                **options,
             )
             along = [step.x if state else step.x0 for step in steps if step.index in kept]
             yield torch.stack(along, 1)[:n]
@@ -133,6 +150,7 @@ def interpolations(
     *,
     device: torch.device | str | None = None,
     progress: Progress = False,
+    **options: Any,
 ) -> Tensor:
     """From the sample of one seed to that of the next, for each pair: Song et al. 2021, figure 6.
 
@@ -144,6 +162,7 @@ def interpolations(
         seeds: a, b, c, d, ... for rows from a to b, from c to d, ...
         columns: samples in a row, both ends included; at least 2.
         model, shape, batch_size, device, progress: as in ``by_seed``.
+        options: the same, ``cond`` with a row for each of the pairs·columns samples.
 
     Returns:
         (pairs, columns, *shape).
@@ -160,7 +179,7 @@ def interpolations(
     ends = initial_noise(own, (len(keys), *shape))
     between = slerp(ends[0::2], ends[1::2], [i / (n - 1) for i in range(n)])
     x = between.transpose(0, 1).flatten(0, 1)
-    out = ddim.sample(model, x, batch_size=size, progress=progress)
+    out: Tensor = ddim.sample(model, x, batch_size=size, progress=progress, **options)
     return out.view(-1, n, *shape)
 
 
@@ -219,21 +238,34 @@ class Timed:
 
 
 def warm_up(
-    ddim: DDIM, model: Model, shape: Sequence[int], batch_size: int, device: torch.device
+    ddim: DDIM,
+    model: Model,
+    shape: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    **options: Any,
 ) -> None:
-    """Takes one step of ``ddim`` and one that adds no noise.
+    """Takes one step of ``ddim`` and one that adds no noise, with one call of the model.
 
     The first call of a model and of each kind of step prepares and compiles: nothing a rate or
     a share of the time should hold.
     """
-    last = DDIM(steps=1, schedule=ddim.schedule, prediction=ddim.prediction)
+    outputs: list[Any] = []
+
+    def asked_once(x: Tensor, t: Tensor, **cond: Any) -> Any:
+        if not outputs:
+            outputs.append(model(x, t, **cond))
+        return outputs[0]
+
+    last = DDIM(steps=1, spacing="trailing", schedule=ddim.schedule, prediction=ddim.prediction)
     for sampler in (ddim, last):
         sampler.sample(
-            model,
+            asked_once,
             shape=(batch_size, *shape),
             seeds=[0] * batch_size,
             device=device,
             progress=lambda steps: itertools.islice(steps, 1),
+            **options,
         )
 
 
@@ -244,16 +276,50 @@ def usable_device(name: str | None) -> torch.device:
     try:
         torch.zeros(1, device=name).cpu()
         return torch.device(name)
-    except Exception as error:  # each backend has its own for not being there
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception:  # each backend has its own for not being there, and few name what is missing
         raise ValueError(
-            f"device must be one that torch can use here, such as cpu, got {name!r}: {reason}"
+            f"device must be one that torch can use here ({', '.join(devices())}), got {name!r}"
         ) from None
 
 
+def devices() -> list[str]:
+    """The devices that this PyTorch finds here."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cuda" if accelerator is None else accelerator.type
+    n = torch.accelerator.device_count()
+    return ["cpu", *([f"{kind}:{i}" for i in range(n)] if n > 1 else [kind])]
+
+
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] → 0..255, to the nearest; what lies outside is clamped and NaN is black."""
+    """[-1, 1] → 0..255, to the nearest; what lies outside is clamped and NaN is black.
+
+    Whoever shows or keeps the pixels says how many samples ``not_finite`` finds.
+    """
     return ((x.float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def not_finite(x: Tensor) -> list[int]:
+    """The places of the samples (N, ...) that hold NaN or infinity.
+
+    ``to_uint8`` makes black or white pixels of these, which look like any others.
+    """
+    odd: list[int] = x.isfinite().flatten(1).all(1).logical_not().nonzero().flatten().tolist()
+    return odd
+
+
+def drawn(batches: Iterable[Tensor]) -> tuple[Tensor, list[int]]:
+    """(the pictures of all samples of ``batches``, on the CPU; the places of those that are
+    ``not_finite``)."""
+    pictures: list[Tensor] = []
+    odd: list[int] = []
+    first = 0
+    for x in batches:
+        pictures.append(to_uint8(x).cpu())
+        odd += [first + place for place in not_finite(x)]
+        first += len(x)
+    return torch.cat(pictures), odd
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
@@ -265,8 +331,9 @@ def read(path: Path | str, shape: Sequence[int] | None = None, count: int | None
     """The images of a file, uint8 (N, C, H, W). Pickles are refused.
 
     Args:
-        path: a .npy or .npz with one array (or one named ``arr_0``) of (N, H, W) or (N, H, W, C),
-            or an idx file as MNIST's, gzipped or not. The content decides, not the name.
+        path: a picture that Pillow reads, grey or in colours, 8 bits each and opaque; a .npy or
+            .npz with one array (or one named ``arr_0``) of (N, H, W) or (N, H, W, C); or an idx
+            file as MNIST's, gzipped or not. The content decides, not the name.
         shape: the (C, H, W) they must have.
         count: the first so many; by default all there are.
 
@@ -290,13 +357,17 @@ def read(path: Path | str, shape: Sequence[int] | None = None, count: int | None
         raise ValueError(f"count must be an integer in [1, {len(pixels)}] for {path}, got {n}")
     images = torch.from_numpy(np.array(pixels[:n]))
     images = images.unsqueeze(1) if images.ndim == 3 else images.movedim(3, 1).contiguous()
-    if shape is not None and tuple(images.shape[1:]) != tuple(shape):
-        expected, got = (
-            f"{h}x{w} with {c} {'channel' if c == 1 else 'channels'}"
-            for c, h, w in (shape, images.shape[1:])
-        )
-        raise ValueError(f"images must be as the model's, {expected}, got {got} in {path}")
+    check_shape(images.shape[1:], shape, path)
     return images
+
+
+def check_shape(got: Sequence[int], wanted: Sequence[int] | None, path: Path) -> None:
+    """Raises ``ValueError`` unless the images in ``path`` have the (C, H, W) that is wanted."""
+    if wanted is not None and tuple(got) != tuple(wanted):
+        expected, found = (
+            f"{h}x{w} with {c} {'channel' if c == 1 else 'channels'}" for c, h, w in (wanted, got)
+        )
+        raise ValueError(f"images must all be {expected}, got {found} in {path}")
 
 
 def _pixels(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
@@ -316,7 +387,24 @@ def _pixels(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
             if "arr_0" not in names and len(names) != 1:
                 raise ValueError(f"holds {', '.join(names[:8]) or 'no array'}")
             return np.asarray(arrays["arr_0" if "arr_0" in names else names[0]])
+    if start.startswith((b"\x89PNG", b"\xff\xd8", b"BM", b"RIFF", b"II*", b"MM\0*")):
+        return _picture(file)
     raise ValueError("another kind of file")
+
+
+def _picture(file: IO[bytes]) -> np.ndarray[Any, Any]:
+    """One picture, (1, H, W) or (1, H, W, 3)."""
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        if picture.mode in ("1", "P", "PA", "LA", "RGBA") or "transparency" in picture.info:
+            full = picture.convert("RGBA")
+            if full.getchannel("A").getextrema() != (255, 255):
+                raise ValueError("a picture that is not opaque")
+            return np.asarray(full.convert("L" if picture.mode in ("1", "LA") else "RGB"))[None]
+        if picture.mode not in ("L", "RGB"):
+            raise ValueError(f"a picture of mode {picture.mode}, which is none of 8 bits")
+        return np.asarray(picture)[None]
 
 
 def _idx(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
@@ -383,11 +471,17 @@ def check_png(path: Path | str) -> Path:
     return path
 
 
-def save_png(image: Tensor, path: Path | str) -> None:
-    """Writes uint8 (1 or 3, H, W) to ``path``: the whole picture, or nothing at all."""
+def save_png(image: Tensor, path: Path | str) -> bool:
+    """Writes uint8 (1 or 3, H, W) to ``path``: the whole picture, or nothing at all.
+
+    Returns:
+        Whether there was a file of that name, which is gone.
+    """
     check_channels(image.shape[0])
+    there = Path(path).exists()
     with replacing(Path(path)) as file:
         write_png(image, file)
+    return there
 
 
 def write_png(image: Tensor, file: IO[bytes]) -> None:

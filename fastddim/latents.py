@@ -27,6 +27,9 @@ def slerp(a: Tensor, b: Tensor, fractions: float | Sequence[float] | Tensor) -> 
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    >>> slerp(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 0.5)
+    tensor([[0.7071, 0.7071]])
     """
     for name, tensor in (("a", a), ("b", b)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():

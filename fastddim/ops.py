@@ -307,6 +307,17 @@ def _kernels(device: str) -> ModuleType | None:
     return fastddim_kernels
 
 
+def backend(device: torch.device | str) -> str:
+    """What takes the steps on a device of this kind here: ``"triton"``, ``"numba"`` or ``"torch"``.
+
+    The step decides by the same answer, so what a record says of it is what has run.
+    """
+    kind = torch.device(device).type
+    if _kernels(kind):
+        return "triton"
+    return cpu.backend() if kind == "cpu" else "torch"
+
+
 _is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 """Whether the elements fill one stretch of memory, in any order of the dimensions."""
 

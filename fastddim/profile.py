@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -54,7 +55,9 @@ class Cell:
             what torch's allocator gave out, on a CPU measured in a run of its own. None where
             torch does not tell.
         distance: from the samples to the data. None where there is nobody to judge.
-        floor: what as many samples of a perfect model would score.
+        floor: what as many samples of a perfect model would score on average. It is no bound:
+            some draws of a perfect model score less.
+        spread: the standard deviation of that over draws.
     """
 
     steps: int
@@ -65,6 +68,7 @@ class Cell:
     memory_mb: float | None
     distance: float | None
     floor: float | None
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,14 @@ class Judge:
     Attributes:
         name: of the distance.
         distance: from samples (N, ...), on the CPU, to the data.
-        floor: the distance of N samples that a perfect model would draw.
+        floor: the mean distance of N samples that a perfect model would draw.
+        spread: the standard deviation of that distance over draws; None where it is not known.
     """
 
     name: str
     distance: Callable[[Tensor], float]
     floor: Callable[[int], float]
+    spread: Callable[[int], float] | None = None
 
 
 def garments() -> Judge:
@@ -87,7 +93,7 @@ def garments() -> Judge:
     from fastddim.embedded import distance
 
     real = distance.load()
-    return Judge("FD-clf", real.distance, real.floor)
+    return Judge("FD-clf", real.distance, real.floor, real.spread)
 
 
 def oracle() -> GaussianMixture:
@@ -102,18 +108,24 @@ def oracle() -> GaussianMixture:
 def mixture(data: GaussianMixture) -> Judge:
     """Fréchet distance of the samples themselves to the mean and covariance of ``data``.
 
-    These two are exact; the floor is the mean of 20 draws.
+    These two are exact; the floor and its spread are those of 20 draws.
     """
     exact = data.moments()
 
     def distance(x: Tensor) -> float:
         return frechet_distance(x.flatten(1), exact)
 
-    def floor(n: int) -> float:
+    @functools.cache
+    def draws(n: int) -> list[float]:
         generator = torch.Generator().manual_seed(0)
-        return statistics.fmean(distance(data.sample(n, generator)) for _ in range(20))
+        return [distance(data.sample(n, generator)) for _ in range(20)]
 
-    return Judge("FD", distance, floor)
+    return Judge(
+        "FD",
+        distance,
+        lambda n: statistics.fmean(draws(n)),
+        lambda n: statistics.stdev(draws(n)),
+    )
 
 
 def grid(
@@ -154,6 +166,7 @@ def cells(
     judge: Judge | None = None,
     device: torch.device | str | None = None,
     progress: Progress = False,
+    **options: Any,
 ) -> Iterator[Cell]:
     """Draws the samples of ``seeds`` with each sampler, and measures it.
 
@@ -163,6 +176,7 @@ def cells(
         judge: how the samples are compared with data, such as ``garments()``; nobody by default.
         device: where to sample, and where the model is; CUDA if there is one, else the CPU.
         progress: True for a bar, or a wrapper such as ``tqdm.tqdm``; it counts model calls.
+        options: as in ``images.by_seed``.
 
     Returns:
         An iterator over one ``Cell`` for each sampler, in order.
@@ -177,16 +191,18 @@ def cells(
     images.by_seed(DDIM(1), model, seeds, shape, size)  # refuses what is no seed
     where = images.usable_device(None if device is None else str(device))
     floor = None if judge is None else judge.floor(len(seeds))
+    spread = None if judge is None or judge.spread is None else judge.spread(len(seeds))
     timed = images.Timed(model, where)
     ticks = iter(wrapper(progress)(range(model_calls(ddims, len(seeds), size))))
 
     def measured(ddim: DDIM) -> Cell:
-        images.warm_up(ddim, timed, shape, size, where)
-        memory = _peak_on_cpu(ddim, model, shape, size) if where.type == "cpu" else None
+        images.warm_up(ddim, timed, shape, size, where, **options)
+        cpu = where.type == "cpu"
+        memory = _peak_on_cpu(ddim, model, shape, size, options) if cpu else None
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         S, samples, inside, outside = len(ddim.pairs), [], [], []
-        batches = images.by_seed(ddim, timed, seeds, shape, size, device=where)
+        batches = images.by_seed(ddim, timed, seeds, shape, size, device=where, **options)
         timed.start()
         for x in batches:
             total, in_model = timed.seconds()
@@ -208,6 +224,7 @@ def cells(
             memory_mb=None if memory is None else memory / 1e6,
             distance=None if judge is None else judge.distance(torch.cat(samples)),
             floor=floor,
+            spread=spread,
         )
 
     def results() -> Iterator[Cell]:
@@ -230,6 +247,7 @@ def trace(
     path: Path,
     *,
     device: torch.device | str | None = None,
+    **options: Any,
 ) -> None:
     """Writes a trace of the first three steps of each sampler, for ui.perfetto.dev.
 
@@ -242,12 +260,12 @@ def trace(
     if where.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     for ddim in ddims:
-        images.warm_up(ddim, model, shape, batch_size, where)
+        images.warm_up(ddim, model, shape, batch_size, where, **options)
     phases = _Phases(model)
     with _quiet_profile(activities=activities) as profiled:
         for ddim in ddims:
             with record_function(f"{ddim.steps} steps, eta {label(ddim.eta)}"):
-                _first_steps(ddim, phases, shape, batch_size, where)
+                _first_steps(ddim, phases, shape, batch_size, where, options)
                 phases.end()
     with images.replacing(path) as file:
         file.write(_exported(profiled))
@@ -260,10 +278,10 @@ class _Phases:
         self.model = model
         self.update = ExitStack()
 
-    def __call__(self, x: Tensor, t: Tensor) -> Any:
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Any:
         self.end()
         with record_function("model"):
-            output = self.model(x, t)
+            output = self.model(x, t, **cond)
         self.update.enter_context(record_function("update"))
         return output
 
@@ -273,7 +291,12 @@ class _Phases:
 
 
 def _first_steps(
-    ddim: DDIM, model: Model, shape: Sequence[int], batch_size: int, device: torch.device
+    ddim: DDIM,
+    model: Model,
+    shape: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    options: Mapping[str, Any],
 ) -> None:
     """Three steps: in the third, all memory that later ones use is in use."""
     ddim.sample(
@@ -282,13 +305,20 @@ def _first_steps(
         seeds=range(batch_size),
         device=device,
         progress=lambda steps: itertools.islice(steps, 3),
+        **options,
     )
 
 
-def _peak_on_cpu(ddim: DDIM, model: Model, shape: Sequence[int], batch_size: int) -> int:
+def _peak_on_cpu(
+    ddim: DDIM,
+    model: Model,
+    shape: Sequence[int],
+    batch_size: int,
+    options: Mapping[str, Any],
+) -> int:
     """The most bytes that the tensors of a few steps and the model's weights hold at once."""
     with _quiet_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        _first_steps(ddim, model, shape, batch_size, torch.device("cpu"))
+        _first_steps(ddim, model, shape, batch_size, torch.device("cpu"), options)
     events = [e for e in json.loads(_exported(profiled))["traceEvents"] if e["name"] == "[memory]"]
     events.sort(key=lambda event: event["ts"])
     peak = max(itertools.accumulate((e["args"]["Bytes"] for e in events), initial=0))
@@ -326,10 +356,12 @@ def settings(
     batch_size: int,
     device: torch.device,
     judge: Judge | None,
+    **rest: Any,
 ) -> dict[str, Any]:
     """What a profile depends on beside steps and η, as plain values: model, data and machine.
 
-    A model that is no ``nn.Module`` has no weights to be known by, and goes by its name.
+    ``rest`` is what else it depends on, such as a class; what is None is left out. A model that is
+    no ``nn.Module`` has no weights to be known by, and goes by its name.
     """
     name = getattr(model, "__qualname__", type(model).__qualname__)
     known_by = provenance.digest(model) if isinstance(model, nn.Module) else name
@@ -342,6 +374,7 @@ def settings(
         "spacing": str(ddim.spacing),
         "distance": None if judge is None else judge.name,
         "device": provenance.machine(device),
+        **{name: value for name, value in rest.items() if value is not None},
         "fastddim": __version__,
         **provenance.versions("torch", "triton", "numba"),
     }
@@ -424,6 +457,7 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
     Without a distance there is the second panel alone.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     judged = settings["distance"] is not None
     figure = Figure(figsize=(10.5 if judged else 5.6, 4.4), layout="constrained", dpi=200)
@@ -434,11 +468,16 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
     if judged:
         axes = panels[0]
         names = [_line(axes, i, eta, row, "distance") for i, (eta, row) in enumerate(rows.items())]
-        floor = done[0].floor
+        floor, spread = done[0].floor, done[0].spread
         assert floor is not None  # as there is a distance
         axes.axhline(floor, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
+        what = f"as many real samples: {floor:.2g}"
+        if spread is not None:
+            axes.axhspan(max(floor - spread, floor / 10), floor + spread, color="#e6e6e6", zorder=0)
+            what += f" ± {spread:.1g}"
         _dress(axes, f"{settings['distance']} to the data (lower is better)", done, names)
-        _write(axes, min(cell.steps for cell in done), floor, f"real samples: {floor:.2g}", GREY)
+        axes.set_ylabel(settings["distance"])
+        _write(axes, min(cell.steps for cell in done), floor, what, GREY, (0, -12))
     axes = panels[-1]
     names = [_line(axes, i, eta, row, "update_ms") for i, (eta, row) in enumerate(rows.items())]
     for row in rows.values():
@@ -448,10 +487,20 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
     share = " to ".join(dict.fromkeys(f"{s:.2g}%" for s in (min(shares), max(shares))))
     size = settings["batch_size"]
     _dress(axes, f"ms per step of {size} samples: the update is {share} of it", done, names)
-    last = max(cell.steps for cell in done)
-    for name in ("model", "update"):
-        highest = max(getattr(cell, f"{name}_ms") for cell in done if cell.steps == last)
-        _write(axes, last, highest, name, GREY, ha="right")
+    axes.set_ylabel("milliseconds per step")
+    # No line comes close to them there, as it may to a word beside one.
+    marks = [
+        Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=1.2, label=name)
+        for name, colour, marker in (("model", GREY, "x"), ("update", COLOURS[0], MARKERS[0]))
+    ]
+    axes.legend(
+        handles=marks,
+        loc="lower center",
+        bbox_to_anchor=(0.5, -0.3),
+        ncols=2,
+        fontsize=9,
+        frameon=False,
+    )
     figure.supxlabel(f"seeds {settings['seeds']}, {settings['device']}", fontsize=8, color=GREY)
     with images.replacing(path) as file:
         figure.savefig(file, format="png")

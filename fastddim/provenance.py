@@ -32,12 +32,23 @@ def cpu_name() -> str:
 
 def machine(device: torch.device) -> str:
     """What rounds: the accelerator's name, or of a CPU its name, instructions and threads."""
+    name, n = architecture(device), threads(device)
+    return name if n is None else f"{name}, threads: {n}"
+
+
+def threads(device: torch.device) -> int | None:
+    """On how many threads PyTorch computes there, if they are this process's."""
+    return torch.get_num_threads() if device.type == "cpu" else None
+
+
+def architecture(device: torch.device) -> str:
+    """The accelerator's name, or of a CPU its name and instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{cpu_name()}, {platform.machine()} {capability}, threads: {torch.get_num_threads()}"
+    return f"{cpu_name()}, {platform.machine()} {capability}"
 
 
 def packages(model: nn.Module) -> set[str]:

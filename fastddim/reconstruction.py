@@ -45,6 +45,7 @@ def errors(
     refine: int = 0,
     batch_size: int = 16,
     progress: Progress = False,
+    **options: Any,
 ) -> Iterator[Reconstruction]:
     """x0 → x_T → x0 with each sampler: Song et al. 2021, section 5.4 and table 2.
 
@@ -56,6 +57,8 @@ def errors(
             encoding, which tends to the exact inverse of the decoding where the iteration settles.
         batch_size: what every call of the model gets, the last batch padded.
         progress: True for a bar, or a wrapper such as ``tqdm.tqdm``; it counts model calls.
+        options: what else ``DDIM.invert`` and ``DDIM.sample`` are told, such as ``cond`` with a
+            row for each sample of a full batch.
 
     Returns:
         An iterator over one ``Reconstruction`` for each sampler, in order.
@@ -70,17 +73,17 @@ def errors(
         ddim.iterate(model, x0[:1], reverse=True, refine=refine)  # refuses what cannot be inverted
     ticks = iter(wrapper(progress)(range(model_calls(ddims, len(x0), size, refine))))
 
-    def counted(x: Tensor, t: Tensor) -> Any:
+    def counted(x: Tensor, t: Tensor, **cond: Any) -> Any:
         next(ticks, None)
-        return model(x, t)
+        return model(x, t, **cond)
 
     def results() -> Iterator[Reconstruction]:
         for ddim in ddims:
             start = time.perf_counter()
             decoded = []
             for index, n in full_batches(range(len(x0)), size):
-                x_T = ddim.invert(counted, x0[index], refine=refine)
-                decoded.append(ddim.sample(counted, x_T)[:n].cpu())
+                x_T = ddim.invert(counted, x0[index], refine=refine, **options)
+                decoded.append(ddim.sample(counted, x_T, **options)[:n].cpu())
             images = torch.cat(decoded)
             error = float((images.double() - x0.cpu().double()).square().mean() / 4)
             seconds = time.perf_counter() - start

@@ -270,6 +270,7 @@ def guided(tensors: Tensors, layout: Layout, source: Path, flags: Flags) -> nn.M
         downsample_padding=1,
         norm_eps=1e-5,
         attn_norm_num_groups=32,
+        num_class_embeds=len(tensors["label_emb.weight"]) if facts["class_cond"] else None,
         resnet_time_scale_shift="scale_shift" if facts["use_scale_shift_norm"] else "default",
     )
     if width != layout.channels[0]:  # the 512 model's finest level is half as wide
@@ -293,8 +294,8 @@ class Rescaled(nn.Module):
         self.model = model
         self.factor = factor
 
-    def forward(self, x: Tensor, t: Tensor) -> Any:
-        return self.model(x, t * self.factor)
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Any:
+        return self.model(x, t * self.factor, **cond)
 
 
 _GUIDED = {
@@ -306,6 +307,7 @@ _GUIDED = {
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "class_embedding": "label_emb",
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",

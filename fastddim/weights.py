@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,18 +42,38 @@ def is_pickle(start: bytes) -> bool:
     return start.startswith(b"PK") or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")
 
 
+_NUMPY: list[Any] = [
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bhilqBHILQefdFD"},
+    *(
+        (
+            getattr(importlib.import_module("numpy._core.multiarray"), name),
+            f"numpy.{core}.multiarray.{name}",
+        )
+        for name in ("scalar", "_reconstruct")
+        for core in ("core", "_core")  # before NumPy 2 and since
+    ),
+    np.ndarray,
+]
+"""NumPy's numbers and arrays of numbers: a loss or a step count is often one. They run nothing."""
+
+
 def unpickle(path: Path) -> Any:
-    """What ``torch.save`` wrote: tensors, numbers, strings and containers of them.
+    """What ``torch.save`` wrote: tensors, numbers, strings and containers of them, NumPy's too.
 
     Raises:
         ValueError: it holds anything else, of which nothing is run; or it is truncated.
     """
     try:
-        with path.open("rb") as file, warnings.catch_warnings():  # by content, not by the name
+        with (  # by content, not by the name
+            path.open("rb") as file,
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(_NUMPY),
+        ):
             warnings.simplefilter("ignore")  # the protocol of bare pickles, which end in an error
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # as many types as ways to be no checkpoint; their advice is unsafe
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        wanted = re.search(r"(?:GLOBAL |but got <class ')([^\s']+)", str(error))
     with path.open("rb") as file:
         bare = file.read(2) in (b"\x80\3", b"\x80\4", b"\x80\5")
     if not wanted and not bare:

@@ -19,9 +19,11 @@ import torch
 from PIL import Image
 
 import fastddim
-from fastddim import DDIM, NoiseSchedule, checkpoints, embedded, images
+from fastddim import DDIM, NoiseSchedule, checkpoints, embedded, images, ops, sheet
 from fastddim.__main__ import main
-from fastddim.cli import MOST_IMAGES, parse_seeds
+from fastddim.cli import app, bars, options
+from fastddim.cli.options import MOST_IMAGES, parse_seeds
+from fastddim.pace import There
 from fastddim.reconstruction import errors
 from fastddim.timesteps import SPACINGS
 
@@ -195,7 +197,8 @@ def test_reconstruct_measures_images_of_a_file(
 def test_reconstruct_measures_images_it_has_drawn(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("fastddim.cli.DRAWN", drawn := DDIM(3))
+    monkeypatch.setattr("fastddim.cli.measure.DRAWN", 3)
+    drawn = DDIM(3)
     assert main(["reconstruct", *QUICK, "--seeds", "7,2-3", "--steps", "2"]) == 0
     before, rows, after = table(capfd.readouterr().out)
     assert before.startswith("3 images drawn by the model, seeds 7,2-3, refine 0, uniform spacing.")
@@ -217,7 +220,7 @@ def test_reconstruct_takes_sixteen_by_default(
         return iter([])
 
     monkeypatch.setattr("fastddim.reconstruction.errors", nothing)
-    monkeypatch.setattr("fastddim.cli.DRAWN", DDIM(1))
+    monkeypatch.setattr("fastddim.cli.measure.DRAWN", 1)
     for count in (20, 3):
         np.save("some.npy", np.zeros((count, 28, 28), np.uint8))
         assert main(["reconstruct", "--images", "some.npy", "--device", "cpu"]) == 0
@@ -239,7 +242,7 @@ def test_ctrl_c_prints_what_is_done(
 
     monkeypatch.setattr(DDIM, "sample", sample)
     asked = ("--seeds", "0", "--steps", "2,3,4", "--out", "r.png")
-    monkeypatch.setattr("fastddim.cli.DRAWN", DDIM(1))
+    monkeypatch.setattr("fastddim.cli.measure.DRAWN", 1)
     assert main(["reconstruct", *QUICK, *asked]) == 130
     out, err = capfd.readouterr()
     assert [row[:2] for row in table(out)[1]] == [["2", "4"]]
@@ -258,7 +261,7 @@ def test_each_command_has_a_bar_on_a_terminal(
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    monkeypatch.setattr("fastddim.cli.DRAWN", DDIM(1))
+    monkeypatch.setattr("fastddim.cli.measure.DRAWN", 1)
     assert main([command, *FEW, "--seeds", "0-3"]) == 0
     # Batches of two: eleven columns and two rows; four samples; one step to draw four, and there
     # and back.
@@ -274,10 +277,12 @@ def test_the_checkpoint_is_sampled_on_its_own_schedule(capfd: pytest.CaptureFixt
     assert main(["sample", *FEW, *asked, "--seeds", "0-1"]) == 0
     out, err = capfd.readouterr()
     assert out.startswith("garments.png: 2 images in ")
-    assert err == (
+    first, second = err.splitlines()
+    assert first == (
         f"checkpoint {GUIDED}: guided-diffusion, 0.4 M parameters, 3x8x16, learned variance, "
-        f"cosine noise, T = 1000\n"
+        f"cosine noise, T = 1000"
     )
+    assert second.startswith("it is taken to predict sample on cosine noise, T = 1000 (")
     loaded = checkpoints.load(GUIDED, config="flags.json", shape=(3, 8, 16))
     ddim = DDIM(2, schedule=NoiseSchedule.cosine(), prediction="sample")
     expected = ddim.sample(loaded.model, shape=(2, 3, 8, 16), seeds=[0, 1])
@@ -317,7 +322,9 @@ def test_every_command_takes_ones_own_model(
 
     monkeypatch.setattr(DDIM, "__post_init__", made)
     assert main([command, *FEW, "--model", "grey:make", *rest]) == 0
-    assert capfd.readouterr().err == "model grey:make: 1x4x4\n"
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "model grey:make: 1x4x4"
+    assert second.startswith("it is taken to predict v on cosine noise, T = 1000 (--prediction,")
     assert kept
     assert all((d.schedule.name, d.prediction) == ("cosine", "v") for d in kept)
 
@@ -363,8 +370,8 @@ NEW = ("interpolate", "sequence", "reconstruct")
         (NEW[2:], ["--count", "3"], "count must be left out without images, got 3"),
         (NEW[2:], ["--images", "a.npy", "--seeds", "1"], "seeds must be left out with images"),
         (NEW[2:], ["--images", "a.npy", "--count", "0"], "count must be an integer in [1, 10000]"),
-        (NEW[2:], ["--images", "none.npy"], "got 'none.npy', which is no file"),
-        (NEW[2:], ["--images", "."], "got '.', which is no file"),
+        (NEW[2:], ["--images", "none.npy"], "got none.npy, which does not exist"),
+        (NEW[2:], ["--images", "."], "must all be 28x28 with 1 channel, got 4x5"),
         (NEW[2:], ["--images", "text.npy"], "got text.npy: another kind of file"),
         (NEW[2:], ["--images", "small.npy"], "28x28 with 1 channel, got 4x5 with 1 channel"),
         (NEW[2:], ["--images", "a.npy", "--count", "4"], "count must be an integer in [1, 3]"),
@@ -500,11 +507,18 @@ def test_missing_extra(
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return plain(name, *rest)
 
-    monkeypatch.delitem(sys.modules, "fastddim.cli")
+    for name in [name for name in sys.modules if name.startswith("fastddim.cli")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(fastddim, "cli")
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.setattr(DDIM, "sample", lambda *_, **__: pytest.fail("sampling began"))
-    assert "pip install 'fastddim[cli]'" in refused("sample", *FEW)
+    # The garment model needs no diffusers.
+    of = ["--checkpoint", str(GUIDED)] if missing == "diffusers" else []
+    flags = Path("flags.json")
+    if of:
+        flags.write_text('{"num_head_channels": 32}')
+        of += ["--config", "flags.json", "--shape", "3,8,16"]
+    assert "pip install 'fastddim[cli]'" in refused("sample", *FEW, *of)
 
 
 def test_errors_that_are_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -608,3 +622,576 @@ def test_python_dash_m(refused: Callable[..., str], monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(globals(), "main", run)
     assert "seeds must be" in refused("sample", "--seeds", "x")
+
+
+# One vocabulary.
+
+EVERYWHERE = ("--device", "--threads", "--quiet")
+OF_A_MODEL = (
+    *("--checkpoint", "--model", "--config", "--shape", "--prediction", "--schedule"),
+    *("--train-steps", "--class", "--guidance", "--no-class", "--dtype"),
+)
+DRAWING = ("sample", "interpolate", "sequence", "reconstruct", "generate", "profile")
+
+
+def declared(command: str) -> dict[str, Any]:
+    """The options of a command by their names on the command line."""
+    import typer.main
+
+    group: Any = typer.main.get_command(app)
+    return {name: p for p in group.commands[command].params for name in p.opts}
+
+
+def test_every_command_takes_the_same_options() -> None:
+    for command in (*DRAWING, "evaluate", "info"):
+        assert set(EVERYWHERE) <= set(declared(command)), command
+    for command in DRAWING:
+        assert set(OF_A_MODEL) <= set(declared(command)), command
+    first = declared("sample")
+    for command in DRAWING:
+        for name in (*EVERYWHERE, *OF_A_MODEL):
+            assert declared(command)[name].help == first[name].help, (command, name)
+
+
+def test_the_vocabulary_is_the_librarys() -> None:
+    from fastddim import folder
+    from fastddim.cli.network import SCHEDULES
+    from fastddim.coefficients import PREDICTIONS
+
+    assert SPACINGS == options.SPACINGS
+    assert tuple(checkpoints.CONFIGS) == options.CONFIGS
+    assert folder.FORMATS == options.FORMATS
+    assert tuple(PREDICTIONS) == options.PREDICTIONS
+    assert images.LARGEST_BATCH == options.LARGEST_BATCH
+    assert tuple(SCHEDULES) == options.SCHEDULES
+    for name, make in SCHEDULES.items():
+        assert make(7).name.partition("(")[0] == name
+        assert len(make(7)) == 7
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in options.DTYPES)
+
+
+def test_no_option_has_the_name_of_its_metavar() -> None:
+    # Typer 0.27.0 to 0.27.3 take the metavar for the name where there is no other.
+    for command in (*DRAWING, "evaluate", "info"):
+        names = set(declared(command)) - {"folder", "--help", "-h"}
+        assert all(name.startswith("--") and name == name.lower() for name in names), names
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("commands", "arguments", "said"),
+    [
+        (("evaluate",), ["out", "--device", "nonsense"], "device must be one that torch can use"),
+        (DRAWING, ["--device", "mps"], "can use here (cpu), got 'mps'"),
+        (DRAWING, ["--threads", "0"], "threads must be an integer in [1, 1024], got 0"),
+        (DRAWING, ["--dtype", "float17"], "got 'float17'; did you mean float16?"),
+        (DRAWING, ["--spacing", "unifrom"], "'unifrom'; did you mean uniform?"),
+        (DRAWING, ["--spacing", "nothing like it"], "quad-ermongroup, got 'nothing like it'\n"),
+        (DRAWING, ["--schedule", "cosin", "--model", "a:b"], "did you mean cosine?"),
+        (DRAWING, ["--schedule", "cosine"], "schedule must be left out with the garment model"),
+        (DRAWING, ["--prediction", "x0", "--model", "a:b"], "one of epsilon, v, sample, got 'x0'"),
+        (DRAWING, ["--prediction", "v"], "prediction must be left out with the garment model"),
+        (
+            DRAWING,
+            ["--train-steps", "0", "--model", "a:b"],
+            "train-steps must be an integer in [1, 1000000], got 0",
+        ),
+        (DRAWING, ["--class", "3"], "class must be left out with the garment model, got 3"),
+        (DRAWING, ["--class", "-1", "--model", "a:b"], "class must be an integer ≥ 0, got -1"),
+        (DRAWING, ["--guidance", "2"], "guidance must be given with class, got 2 alone"),
+        (DRAWING, ["--no-class", "2"], "no-class must be left out without guidance, got 2"),
+        (
+            DRAWING,
+            ["--guidance", "much", "--class", "1", "--model", "a:b"],
+            "guidance must be a finite number, got 'much'",
+        ),
+        (
+            DRAWING,
+            ["--guidance", "nan", "--class", "1", "--model", "a:b"],
+            "guidance must be a finite number, got 'nan'",
+        ),
+        (DRAWING, ["--threads", "99999999999999999999"], "threads must be an integer in [1, 1024]"),
+        (("reconstruct",), ["--steps", "20,10,10"], "steps must differ from each other, got 10"),
+        (("profile",), ["--eta", "0,,"], "eta must be such as 0 or 0,0.5,1,hat, got '0,,'"),
+        (("sample",), ["--stesp", "3"], "--steps"),
+    ],
+)
+def test_one_grammar_for_all_commands(
+    refused: Callable[..., str], commands: Sequence[str], arguments: list[str], said: str
+) -> None:
+    for command in commands:
+        more = ["--seeds", "0-1", "--out", "out"] if command == "generate" else []
+        assert said in refused(command, *more, *arguments), command
+
+
+def test_a_command_that_is_nearly_one(refused: Callable[..., str]) -> None:
+    said = refused("smaple")
+    assert "command must be one of sample, interpolate, " in said
+    assert "got 'smaple'; did you mean sample?" in said
+    assert "did you mean" not in refused("xyz")
+
+
+@pytest.mark.parametrize("command", [[], ["sample"], ["generate"]])
+def test_h_is_help(capfd: pytest.CaptureFixture[str], command: list[str]) -> None:
+    assert main([*command, "--help"]) == 0
+    said = capfd.readouterr().out
+    assert main([*command, "-h"]) == 0
+    assert capfd.readouterr().out == said
+
+
+def test_completion_is_offered(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_FASTDDIM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "fastddim se")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    with pytest.raises(SystemExit):
+        main([])
+    assert capfd.readouterr().out.split() == ["sequence"]
+
+
+# The model that is asked.
+
+CLASSES = (
+    "import torch\n"
+    "from fastddim.checkpoints import Loaded\n"
+    "class Net(torch.nn.Module):\n"
+    "    def __init__(self):\n"
+    "        super().__init__()\n"
+    "        self.embedding = torch.nn.Embedding(5, 16)\n"
+    "        self.calls = []\n"
+    "    def forward(self, x, t, class_labels):\n"
+    "        self.calls.append((x.dtype, class_labels.tolist()))\n"
+    "        made = self.embedding(class_labels).view(-1, 1, 4, 4)\n"
+    "        return (x + made).to(x.dtype)\n"
+    "torch.manual_seed(0)\n"
+    "net = Net()\n"
+    "def make(): return Loaded(net, (1, 4, 4), classes=5)\n"
+    "def other(): return Loaded(net, (1, 4, 4), classes=5, null_class=4)\n"
+    "def plain(): return lambda x, t: x / 2, (1, 4, 4)\n"
+)
+
+
+@pytest.fixture
+def classes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    Path("classy.py").write_text(CLASSES)
+    monkeypatch.setattr(sys, "path", [os.getcwd(), *sys.path])
+    monkeypatch.delitem(sys.modules, "classy", raising=False)
+    import classy  # type: ignore[import-not-found]
+
+    yield classy.net
+    monkeypatch.delitem(sys.modules, "classy", raising=False)
+
+
+@pytest.mark.parametrize("command", DRAWING)
+def test_a_class_is_drawn_with_guidance(classes: Any, command: str) -> None:
+    out = "out" if command in ("generate", "profile") else "a.png"
+    asked = ["--seeds", "0-1", "--steps", "2", "--batch-size", "2", "--device", "cpu", "--out", out]
+    told = ["--model", "classy:other", "--class", "3", "--guidance", "2"]
+    assert main([command, *asked, *told]) == 0
+    assert all(said == [4, 4, 3, 3] for _, said in classes.calls if len(said) == 4)
+    assert any(said == [4, 4, 3, 3] for _, said in classes.calls)
+
+
+def test_guidance_is_the_samplers(classes: Any) -> None:
+    asked = ["--model", "classy:make", "--class", "3", "--guidance", "2", "--no-class", "1"]
+    assert main(["sample", *FEW, "--seeds", "0-1", *asked]) == 0
+
+    def labels(k: int) -> dict[str, torch.Tensor]:
+        return {"class_labels": torch.tensor([k, k])}
+
+    expected = DDIM(2).sample(
+        classes, shape=(2, 1, 4, 4), seeds=[0, 1], cond=labels(3), uncond=labels(1), guidance=2.0
+    )
+    with Image.open("garments.png") as picture:
+        assert np.array_equal(np.array(picture), images.grid(images.to_uint8(expected))[0].numpy())
+
+
+@pytest.mark.parametrize("command", ["sample", "reconstruct", "profile", "generate"])
+def test_the_dtype_is_what_the_model_computes_in(classes: Any, command: str) -> None:
+    out = "out" if command in ("generate", "profile") else "a.png"
+    asked = ["--seeds", "0-1", "--steps", "2", "--batch-size", "2", "--device", "cpu", "--out", out]
+    told = ["--model", "classy:make", "--class", "0", "--dtype", "bfloat16"]
+    assert main([command, *asked, *told]) == 0
+    assert {dtype for dtype, _ in classes.calls} == {torch.bfloat16}
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--model", "classy:make"], "class must be an integer in [0, 4] for a network of 5"),
+        (["--model", "classy:make", "--class", "5"], "class must be an integer in [0, 4], got 5"),
+        (["--model", "classy:plain", "--class", "1"], "class must be left out with a network"),
+        (
+            ["--model", "classy:make", "--class", "1", "--guidance", "3"],
+            "no-class must be given with guidance, got none: the class in [0, 4]",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("classes")
+def test_a_class_is_given_where_one_is_needed(
+    capfd: pytest.CaptureFixture[str], asked: list[str], said: str
+) -> None:
+    assert main(["sample", *FEW, *asked]) == 2
+    assert said in capfd.readouterr().err
+    assert not Path("garments.png").exists()
+
+
+@pytest.mark.usefixtures("classes")
+def test_schedule_and_prediction_overrule_what_was_assumed(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[DDIM] = []
+    plain = DDIM.sample
+
+    def sample(self: DDIM, *arguments: Any, **rest: Any) -> Any:
+        kept.append(self)
+        return plain(self, *arguments, **rest)
+
+    monkeypatch.setattr(DDIM, "sample", sample)
+    asked = ["--schedule", "cosine", "--train-steps", "100", "--prediction", "sample"]
+    assert main(["sample", *FEW, "--seeds", "0", "--model", "classy:plain", *asked]) == 0
+    assert {(d.schedule.name, len(d.schedule), d.prediction) for d in kept} == {
+        ("cosine", 100, "sample")
+    }
+    assert "it is taken to predict sample on cosine noise, T = 100" in capfd.readouterr().err
+
+
+def test_quiet_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    for command in ("sample", "interpolate", "sequence"):
+        assert main([command, *FEW, "--seeds", "0-1", "--quiet"]) == 0
+        assert capfd.readouterr() == ("", "")
+    assert main(["reconstruct", *QUICK, "--seeds", "0", "--steps", "1", "--quiet"]) == 0
+    out, err = capfd.readouterr()
+    assert "S  calls" in out  # what was measured
+    assert err == ""
+
+
+def test_threads_are_set_for_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert main(["sample", *FEW, "--seeds", "0", "--threads", "3"]) == 0
+    assert main(["info", "--threads", "2"]) == 0
+    assert asked == [3, 2]
+
+
+# Pictures.
+
+
+def test_a_picture_knows_what_it_was_made_from() -> None:
+    assert main(["sample", *FEW, "--seeds", "5, 8-9", "--eta", "1", "--spacing", "quad"]) == 0
+    found = sheet.recipe_of(Path("garments.png"))
+    asked = {
+        "command": "sample",
+        "seeds": "5,8-9",
+        "steps": 2,
+        "eta": 1.0,
+        "spacing": "quad",
+        "batch_size": 2,
+    }
+    assert found.items() >= asked.items()
+    assert found["versions"]["fastddim"] == fastddim.__version__
+    assert found["device"].endswith(f"threads: {torch.get_num_threads()}")
+    Image.new("L", (3, 3)).save("other.png")
+    assert sheet.recipe_of(Path("other.png")) == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "rest", "rows", "columns"),
+    [
+        ("sample", ["--seeds", "0-3"], 2, 2),
+        ("interpolate", ["--seeds", "0-3", "--columns", "3"], 2, 3),
+        ("sequence", ["--seeds", "0-1"], 2, 2),
+        ("reconstruct", ["--seeds", "0-1", "--out", "reconstruct.png"], 2, 2),
+    ],
+)
+def test_labels_stand_beside_the_images(
+    command: str, rest: list[str], rows: int, columns: int
+) -> None:
+    if command == "reconstruct":
+        rest = [*rest, "--steps", "1"]
+    else:
+        rest = [*rest, "--out", f"{command}.png"]
+    steps = [] if command == "reconstruct" else ["--steps", "2"]
+    assert main([command, *QUICK, *steps, *rest]) == 0
+    with Image.open(f"{command}.png") as picture:
+        bare = np.array(picture)
+    assert main([command, *QUICK, *steps, *rest, "--labels"]) == 0
+    with Image.open(f"{command}.png") as picture:
+        labelled = np.array(picture)
+    height, width = bare.shape
+    if command == "sample":  # each image has its seed below it
+        assert labelled.shape == (height + rows * sheet.HEIGHT, width)
+        assert np.array_equal(labelled[2:30], bare[2:30])
+        assert labelled[30 : 30 + sheet.HEIGHT].max() > 100
+    else:
+        assert np.array_equal(labelled[-height:, -width:], bare)
+        assert labelled[:, :-width].max() > 100  # the rows'
+    assert (columns, rows) > (0, 0)
+
+
+# Tables.
+
+
+def test_a_table_is_not_broken_where_it_is_piped(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS")
+    names = [f"a long name {i}" for i in range(12)]
+    bars.print_table("A heading " * 20, names, [["1" * 10] * 12])
+    heading, head, row = capfd.readouterr().out.splitlines()
+    assert heading == "A heading " * 20
+    assert " ".join(head.split()) == " ".join(names)
+    assert row.split() == ["1" * 10] * 12
+
+
+# What is installed.
+
+
+def test_info(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert out.startswith(f"fastddim {fastddim.__version__}, Python ")
+    assert f"torch {torch.__version__}" in out
+    assert "fastddim[cli] is installed: the command line" in out
+    line = next(line for line in out.splitlines() if line.startswith("cpu: "))
+    assert line.endswith("a step is one pass compiled by numba") == (ops.backend("cpu") == "numba")
+
+
+def test_info_says_what_an_extra_would_add(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastddim.ops.backend", lambda device: "torch")
+    monkeypatch.setattr("fastddim.cli.info.util.find_spec", lambda name: None)
+    assert main(["info"]) == 0
+    out = capfd.readouterr().out
+    assert "a step is PyTorch's own operations" in out
+    assert "fastddim[cpu] would add a step on a CPU as one fused pass" in out
+    assert "(numba missing): pip install 'fastddim[cpu]'" in out
+
+
+# Under a launcher.
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["--spacing", "even"],
+        ["--steps", "1001"],
+        ["--nonsense"],
+        ["--steps", "many"],
+        ["--checkpoint", "none"],
+        ["--dtype", "int8"],
+    ],
+)
+def test_a_refusal_is_said_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    said = []
+    for restart in ("0", "1"):
+        for rank in ("0", "1", "2"):
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("LOCAL_RANK", rank)
+            monkeypatch.setenv("WORLD_SIZE", "3")
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+            command = ["generate", "--seeds", "0", "--out", "out", "--device", "cpu", *asked]
+            assert main(command) == 2
+            said.append(capfd.readouterr().err.count("\n"))
+    assert said == [1, 0, 0, 0, 0, 0]
+
+
+def test_what_one_process_alone_finds_it_says(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert main(["generate", "--seeds", "0", "--out", "nowhere/out", "--device", "cpu"]) == 2
+    assert "nowhere/out" in capfd.readouterr().err
+
+
+def told(n: int, left: float | None = None, rate: float | None = None) -> There:
+    count = There(n)
+    count.total, count.left, count.rate = 100, left, rate
+    return count
+
+
+def test_generate_speaks_at_once_and_soon_after(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 2.0, 5.0, 64.0, 65.0, 66.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    for quiet in (True, False):
+        with bars.bar_of_images(100, quiet) as there:
+            for n in (0, 4, 8, 12):
+                there(told(n))
+            there(told(20, 162.4, 0.5))
+            there(told(100, 0, 0.5))
+    assert capfd.readouterr().err.splitlines() == [
+        "0 of 100 images are there",
+        "8 of 100 images are there",
+        "20 of 100 images, 0.5 images/s, 0:02:42 left",
+    ]
+
+
+def test_who_ends_last_has_the_last_word(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("generate", "--seeds", "0-9", "--steps", "2", "--batch-size", "4", "--shard-size", "8")
+    found = []
+    for rank in ("0", "1", "1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert main([*asked, "--device", "cpu", "--out", "out"]) == 0
+        found.append(capfd.readouterr())
+    assert [out for out, _ in found] == ["", "out: 10 images\n", "", "out: 10 images\n"]
+    assert found[0].err.splitlines()[-1] == (
+        "out: 8 of 10 images; other processes are still at the rest, and fastddim generate "
+        "--verify out says when all are there"
+    )
+
+
+# Help and start.
+
+
+def test_help_and_version_import_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from fastddim.__main__ import main\n"
+        "for asked in (['--version'], ['--help'], ['sample', '--help'], ['profile', '--help'],\n"
+        "              ['sample', '--seeds', 'x'], ['sample', '--spacing', 'even'],\n"
+        "              ['generate', '--seeds', '1', '--out', 'o', '--eta', 'hut']):\n"
+        "    main(asked)\n"
+        "found = {'torch', 'numpy', 'triton', 'diffusers', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(str(found) if found else 0)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(fastddim.__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_sample_of_the_garment_model_imports_no_diffusers(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('diffusers', 'transformers', 'torchvision', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "from fastddim.__main__ import main\n"
+        f"sys.exit(main(['sample', '--seeds', '0', '--steps', '1', '--batch-size', '1',\n"
+        f"               '--device', 'cpu', '--out', {str(tmp_path / 'a.png')!r}]))\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(fastddim.__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+    )
+
+
+def test_diffusers_is_imported_without_what_a_unet_does_not_use() -> None:
+    code = (
+        "import sys\n"
+        "from fastddim.cli.network import HIDDEN, lean_imports\n"
+        "with lean_imports():\n"
+        "    from diffusers.models.unets.unet_2d import UNet2DModel\n"
+        "assert not set(HIDDEN) & set(sys.modules)\n"
+        "import transformers\n"  # the process is as it was
+    )
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=Path(fastddim.__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+    )
+
+
+def test_a_spinner_shows_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    seen: list[str] = []
+
+    def check_png(path: Path) -> Path:
+        seen.append(terminal.getvalue())
+        raise ValueError("enough")
+
+    monkeypatch.setattr(images, "check_png", check_png)
+    assert main(["sample"]) == 2
+    assert "loading" in seen[0]
+
+
+def test_diffusers_says_nothing_of_its_own_while_a_checkpoint_is_loaded() -> None:
+    code = (
+        "from fastddim.cli.network import lean_imports\n"
+        "with lean_imports():\n"
+        "    import diffusers, warnings\n"
+        "    warnings.warn('of no use here')\n"
+        "    diffusers.utils.logging.get_logger('diffusers.models').warning('nor this')\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(fastddim.__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stderr == ""
+
+
+@pytest.mark.parametrize("kind", ["generated npy", "generated png", "PNGs", "one PNG"])
+def test_reconstruct_reads_folders_and_pngs(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    given: list[torch.Tensor] = []
+    plain = errors
+
+    def kept(ddims: Any, model: Any, x0: torch.Tensor, **rest: Any) -> Any:
+        given.append(x0)
+        return plain(ddims, model, x0, **rest)
+
+    monkeypatch.setattr("fastddim.reconstruction.errors", kept)
+    asked = ["generate", "--seeds", "0-4", *FEW, "--shard-size", "2", "--quiet", "--out", "out"]
+    assert main([*asked, "--format", "npy" if kind == "generated npy" else "png"]) == 0
+    x = torch.cat(list(images.by_seed(DDIM(2), embedded.load(), range(5), embedded.SHAPE, 2)))
+    path, n = "out", 3
+    if kind == "PNGs":
+        Path("out/manifest.json").unlink()
+    elif kind == "one PNG":
+        path, n = "out/000/000000.png", 1
+    assert main(["reconstruct", *QUICK, "--images", path, "--count", str(n), "--steps", "1"]) == 0
+    assert torch.equal(given[-1], images.from_uint8(images.to_uint8(x))[:n])
+    assert f"The first {options.counted(n, 'image')} of {path}" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("no_work")
+def test_folders_and_pngs_that_do_not_fit_are_refused(refused: Callable[..., str]) -> None:
+    os.mkdir("empty")
+    os.mkdir("few")
+    Image.new("L", (28, 28)).save("few/a.png")
+    Image.new("RGB", (28, 28)).save("colour.png")
+    Image.new("L", (5, 4)).save("small.png")
+    Path("cut.png").write_bytes(Path("colour.png").read_bytes()[:40])
+    for path, said in {
+        "empty": "got empty, which holds none",
+        "colour.png": "28x28 with 1 channel, got 28x28 with 3 channels in colour.png",
+        "small.png": "28x28 with 1 channel, got 4x5 with 1 channel in small.png",
+        "cut.png": "got cut.png: ",
+    }.items():
+        assert said in refused("reconstruct", "--images", path, "--device", "cpu")
+    said = refused("reconstruct", "--images", "few", "--count", "2", "--device", "cpu")
+    assert "count must be an integer in [1, 1] for few, got 2" in said
+
+
+def test_a_folder_that_cannot_be_made_has_no_shards(refused: Callable[..., str]) -> None:
+    said = refused("generate", "--seeds", "0", "--device", "cpu", "--out", "/proc/q")
+    assert "can be written to and has room, got /proc/q" in said
+    assert "shards" not in said

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import errno
 import hashlib
+import importlib
+import inspect
 import io
+import itertools
 import json
 import os
+import pickle
+import pkgutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,15 +31,17 @@ from PIL import Image
 from torch import Tensor
 
 import fastddim
-from fastddim import DDIM, NoiseSchedule, cli, embedded, evaluate, images, provenance
+from fastddim import DDIM, NoiseSchedule, cpu, embedded, evaluate, images, ops, provenance
 from fastddim.__main__ import main
 from fastddim.embedded import distance
 from fastddim.folder import FORMATS, MANIFEST, Folder, Seeds
 from fastddim.generate import Worker, pictures, shard
+from fastddim.ops import initial_noise
+from fastddim.pace import There
 from fastddim.quality import Gaussian, frechet_distance
 from tests.refusals import refused
 
-MODULE = sys.modules["fastddim.generate"]  # the package's attribute of that name is the function
+MODULE = sys.modules["fastddim.generate"]
 SHAPE = (3, 4, 6)
 MODEL = Gaussian(0.0, 0.5)
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -216,17 +226,17 @@ def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
 
 
 def test_two_that_finish_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Folder._checksum
+    real = Folder._known
     inside: list[bool] = []
 
-    def slow(self: Folder, k: int) -> str | None:
+    def slow(self: Folder, k: int) -> tuple[str, list[int]] | None:
         found = real(self, k)
         if k == 3 and found and not inside and len(self._whole()) == len(self):
             inside.append(True)
             assert Folder.read(self.path).finish()  # the other is through in the meantime
         return found
 
-    monkeypatch.setattr(Folder, "_checksum", slow)
+    monkeypatch.setattr(Folder, "_known", slow)
     assert make(tmp_path / "out")
     assert inside
     Folder.read(tmp_path / "out").verify()
@@ -251,11 +261,71 @@ def test_the_manifest_is_the_recipe(tmp_path: Path) -> None:
     assert recipe["notes"] == {"prompts": "a.txt"}
 
 
+@pytest.mark.parametrize("numba", [True, False])
+def test_the_recipe_names_the_backend_that_takes_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numba: bool
+) -> None:
+    calls: list[str] = []
+
+    def noted(module: Any, name: str, backend: str) -> None:
+        real = getattr(module, name)
+
+        def step(*arguments: Any) -> None:
+            calls.append(backend)
+            real(*arguments)
+
+        monkeypatch.setattr(module, name, step)
+
+    if numba:
+        noted(pytest.importorskip("fastddim.fused"), "step", "numba")
+    else:
+        monkeypatch.setattr(cpu, "_fused", lambda: None)  # as NUMBA_DISABLE_JIT=1 makes it
+        noted(cpu, "_step", "torch")
+    make(tmp_path / "out", n=4)
+    recipe = Folder.read(tmp_path / "out").recipe
+    assert recipe["backend"] == f"cpu, {calls[0]}"
+    assert ("numba" in recipe["versions"]) == numba
+    assert set(calls) == {"numba" if numba else "torch"}
+
+
+def test_a_device_without_kernels_takes_its_steps_in_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert ops.backend("mps") == ops.backend(torch.device("meta")) == "torch"
+    monkeypatch.setattr(ops, "_kernels", lambda device: ops if device == "cuda" else None)
+    assert ops.backend("cuda:1") == "triton"
+    monkeypatch.setattr(ops, "_kernels", lambda device: None)
+    assert ops.backend("cuda") == "torch"
+
+
+def test_no_name_of_a_package_hides_one_of_its_modules() -> None:
+    """``import a.b as m`` takes the package's attribute, so that it has to be the module."""
+    packages = {"fastddim", "fastddim.embedded", "fastddim.dropins", "fastddim_kernels"}
+    for package in map(importlib.import_module, sorted(packages)):
+        for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if info.name == "fastddim.__main__":
+                continue
+            module = importlib.import_module(info.name)
+            assert getattr(package, info.name.rpartition(".")[2]) is module, info.name
+
+
+def test_the_function_and_the_module_of_one_name() -> None:
+    import fastddim.generate as module
+
+    assert module.shard is shard
+    assert module.Worker is Worker
+    assert callable(fastddim.generate)
+    assert inspect.signature(fastddim.generate) == inspect.signature(module.generate)
+    assert pickle.loads(pickle.dumps(fastddim.generate)) is fastddim.generate
+    assert callable(copy.deepcopy(partial(fastddim.generate, DDIM(1))).func)
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "eta (1.0 there, 0.5 here)": {"ddim": DDIM(3, eta=0.5)},
     "steps (3 there, 4 here), pairs": {"ddim": DDIM(4, eta=1.0)},
     "schedule.name": {"ddim": DDIM(3, eta=1.0, schedule=NoiseSchedule.cosine())},
-    "images (53 there, 54 here), seeds ('0-52' there, '0-53' here)": {"n": 54},
+    "images (53 there, 52 here), seeds ('0-52' there, '0-51' here)": {"n": 52},
+    "seeds ('0-52' there, '1-60' here)": {"seeds": range(1, 61)},
     "shape": {"shape": (3, 6, 4)},
     "format ('npy' there, 'png' here)": {"format": "png"},
     "shard_size (10 there, 12 here)": {"shard_size": 12},
@@ -278,12 +348,83 @@ def test_another_recipe_is_refused_with_the_difference_named(
         refused(partial(make, tmp_path / "out", **change), ValueError, "out must be", said)
     torch.set_num_threads(2)
     try:
-        refused(partial(make, tmp_path / "out"), ValueError, "out must be", "architecture")
+        said = "threads (1 there, 2 here). Go on with as many threads: --threads 1"
+        refused(partial(make, tmp_path / "out"), ValueError, "out must be", said)
     finally:
         torch.set_num_threads(1)
     monkeypatch.setattr(fastddim, "__version__", "0.0.0")
     refused(partial(make, tmp_path / "out"), ValueError, "out must be", "versions.fastddim")
     assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("begun", ["finished", "killed"])
+def test_more_seeds_go_on_with_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, begun: str
+) -> None:
+    ddim = DDIM(3, spacing="trailing")
+    options: dict[str, Any] = {"ddim": ddim, "model": spoilt, "format": format}
+    make(tmp_path / "whole", **options)
+    calls: list[int] = []
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(1)
+        return spoilt(x, t)
+
+    counted.__module__, counted.__qualname__ = spoilt.__module__, spoilt.__qualname__
+    if begun == "finished":
+        assert make(tmp_path / "out", n=32, **options)
+    else:
+        with pytest.raises(ZeroDivisionError):
+            make(tmp_path / "out", n=32, progress=lambda n: 1 // (n < 31), **options)
+    for name, value in zip(LAUNCHERS, (0, 1, 0), strict=True):
+        monkeypatch.setenv(name, str(value))
+    assert make(tmp_path / "out", **{**options, "model": counted})
+    assert len(calls) == 3 * (3 + 3 + 1)  # three whole shards were there: 10 + 10 + 3 images
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    Folder.read(tmp_path / "out").verify()
+
+
+def test_other_ranks_wait_until_rank_0_has_added_the_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "out", n=32)
+    make(tmp_path / "whole")
+    monkeypatch.setattr("fastddim.folder._PATIENCE", 0.2)
+    for name, value in zip(LAUNCHERS, (1, 2, 1), strict=True):
+        monkeypatch.setenv(name, str(value))
+    said = "images (32 there, 53 here), seeds ('0-31' there, '0-52' here)"
+    refused(partial(make, tmp_path / "out"), ValueError, "out must be", said)  # none came
+    Folder.read(tmp_path / "out").verify()
+
+    def rank_0(seconds: float) -> None:
+        monkeypatch.setenv("RANK", "0")
+        make(tmp_path / "out", seeds=Seeds([range(32), range(32, 53)]))
+        monkeypatch.setenv("RANK", "1")
+
+    monkeypatch.setattr("time.sleep", rank_0)
+    assert make(tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_killed_while_seeds_are_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    make(tmp_path / "whole")
+    make(tmp_path / "out", n=32)
+    real, calls = os.replace, iter(range(1000))
+
+    def replace(source: Path, target: Path) -> None:
+        if next(calls) == at:
+            raise Killed
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with contextlib.suppress(Killed):
+        make(tmp_path / "out")
+    assert make(tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_of_two_recipes_at_once_the_first_wins(
@@ -363,6 +504,125 @@ def test_verify_reads_every_byte(tmp_path: Path) -> None:
             refused(Folder.read(out).verify, ValueError, str(out), "copy", "none of its files")
             twice.unlink()
             Folder.read(out).verify()
+
+
+def spoilt(x: Tensor, t: Tensor) -> Tensor:
+    """ε of N(0, 0.5²), but for samples whose first element is above 1 at the start: NaN, ±inf."""
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf])[(x.flatten(1)[:, 1] * 8).long() % 3]
+    where = (t == 999) & (x.flatten(1)[:, 0] > 1)
+    return torch.where(where.view(-1, 1, 1, 1), odd.view(-1, 1, 1, 1), MODEL(x, t))
+
+
+def spoilt_seeds(seeds: Sequence[int]) -> list[int]:
+    """Those of which ``spoilt`` makes nothing: told from x_T, not from the pictures."""
+    x = initial_noise(torch.tensor(seeds), (len(seeds), *SHAPE))
+    return [seed for seed, sample in zip(seeds, x, strict=True) if sample.flatten()[0] > 1]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_manifest_counts_images_that_are_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    ddim = DDIM(3, spacing="trailing")
+    expected = spoilt_seeds(range(53))
+    assert 3 <= len(expected) <= 20
+    for rank in (1, 0):
+        for name, value in zip(LAUNCHERS, (rank, 2, rank), strict=True):
+            monkeypatch.setenv(name, str(value))
+        make(tmp_path / "out", ddim=ddim, model=spoilt, format=format)
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["not_finite"] == {"images": len(expected), "seeds": str(Seeds.of(expected))}
+    folder = Folder.read(tmp_path / "out")
+    assert folder.not_finite == expected
+    warning = folder.warning()
+    assert warning is not None
+    assert warning.startswith(f"{len(expected)} images hold NaN or infinity")
+    assert warning.endswith(f"seeds {Seeds.of(expected)}")
+    folder.verify()  # every byte is as it was made
+    # A lost shard that is made again is counted once more, and the others are remembered.
+    before = content(tmp_path / "out")
+    folder.files(expected[0] // 10)[0].unlink()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert make(tmp_path / "out", ddim=ddim, model=spoilt, format=format)
+    assert content(tmp_path / "out") == before
+
+
+def test_finite_images_give_no_warning(tmp_path: Path) -> None:
+    make(tmp_path / "out", n=5)
+    folder = Folder.read(tmp_path / "out")
+    assert (folder.not_finite, folder.warning()) == ([], None)
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["not_finite"] == {"images": 0, "seeds": ""}
+    del manifest["not_finite"]  # as manifests were before
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps(manifest))
+    assert Folder.read(tmp_path / "out").warning() is None
+    assert make(tmp_path / "out", n=5)
+
+
+def test_shard_warns_of_images_that_are_not_finite() -> None:
+    ddim = DDIM(3, spacing="trailing")
+    expected = spoilt_seeds(range(20))
+    with pytest.warns(RuntimeWarning, match=f"NaN or infinity.* {Seeds.of(expected)}$"):
+        array = shard(ddim, spoilt, SHAPE, range(20), 8)
+    assert array.shape == (20, *SHAPE[1:], 3)
+    # A decoder may overflow where the latents do not, as in float16.
+    with pytest.warns(RuntimeWarning, match=r"^1 image holds NaN .* seed 2$"):
+        shard(DDIM(1), MODEL, (1, 1), range(3), 4, postprocess=overflows)
+
+
+def overflows(x: Tensor) -> Tensor:
+    return torch.where(torch.arange(len(x)).view(-1, 1, 1) == 2, torch.inf, x)
+
+
+def test_the_command_says_which_images_are_not_finite(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("odd.py").write_text(
+        "import torch\n"
+        "def model(x, t):\n"
+        "    odd = (x.amax((1, 2, 3), True) > 1.5) & (t == 500).view(-1, 1, 1, 1)\n"
+        "    return torch.where(odd, torch.nan, x / 2)\n"
+        "def finite(x, t): return x / 2\n"
+        "def factory(): return model\n"
+        "def other(): return finite\n"
+    )
+    shape = (1, 2, 2)
+    x = initial_noise(torch.arange(10), (10, *shape))
+    odd = [i for i in range(10) if x[i].max() > 1.5]
+    assert 1 < len(odd) < 9
+    asked = ("--seeds", "0-9", *FEW, "--shape", "1,2,2", "--model")
+    said = f"{len(odd)} images hold NaN or infinity, drawn as black or white pixels: seeds "
+    said += str(Seeds.of(odd))
+    generate = ("generate", *asked, "odd:factory", "--out", "out")
+    for command in (generate, generate, ("generate", "--verify", "out")):
+        assert main(command) == 3
+        out, err = capfd.readouterr()
+        assert out.startswith("out: 10 images")
+        assert err.splitlines()[-1] == f"fastddim: {said}"
+    assert main([*generate, "--quiet"]) == 3  # which is no reason to say nothing of what is wrong
+    assert capfd.readouterr() == ("", f"fastddim: {said}\n")
+    sample = [word for word in asked if word not in ("--shard-size", "8")]
+    assert main(["sample", *sample, "odd:factory", "--out", "a.png"]) == 3
+    assert capfd.readouterr().err.splitlines()[-1] == f"fastddim: {said}"
+    assert Path("a.png").exists()
+    assert main(["sample", *sample, "odd:other", "--out", "b.png"]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("b.png: 10 images in")
+    assert "NaN" not in err
+    assert main(["sample", *sample, "odd:other", "--out", "b.png"]) == 0
+    assert capfd.readouterr().out.startswith("b.png (replaced): 10 images in")
+    asked = ("--steps", "2", "--batch-size", "4", "--device", "cpu", "--shape", "1,2,2")
+    asked += ("--model", "odd:factory", "--columns", "2", "--out", "c.png")
+    assert main(["sequence", *asked, "--seeds", f"{odd[0]},{odd[1]}"]) == 3
+    out, err = capfd.readouterr()
+    assert out.startswith("c.png: x0 predicted")
+    assert err.splitlines()[-1].endswith(f" {Seeds.of(odd[:2])}")
+    good = next(i for i in range(10) if i not in odd)
+    assert main(["interpolate", *asked, "--seeds", f"{good},{odd[1]}"]) == 3
+    out, err = capfd.readouterr()
+    assert out.startswith("c.png (replaced): 1 row of 2 images")
+    assert "1 image holds NaN" in err
+    assert err.splitlines()[-1].endswith(f" seed {odd[1]}")
 
 
 def test_a_full_disk_is_said_and_what_is_there_is_whole(
@@ -559,10 +819,15 @@ def test_the_recipe_knows_packages_and_what_functions_hold(tmp_path: Path) -> No
     recipes = [json.dumps(recipe(options)) for options in given]
     assert len(set(recipes)) == len(given)
     assert recipe({})["versions"].keys() >= {"fastddim", "torch", "numpy", "pillow"}
-    diffusers = MODULE._recipe(
-        DDIM(3), embedded.load(), (1, 28, 28), range(5), 4, "npy", 10, None, {}
+    unet = pytest.importorskip("diffusers").UNet2DModel(
+        block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
     )
+    diffusers = MODULE._recipe(DDIM(3), unet, SHAPE, range(5), 4, "npy", 10, None, {})
     assert "diffusers" in diffusers["versions"]
+    ours = MODULE._recipe(
+        DDIM(3), embedded.load(), embedded.SHAPE, range(5), 4, "npy", 10, None, {}
+    )
+    assert "diffusers" not in ours["versions"]
 
 
 def test_seeds_are_ranges() -> None:
@@ -591,33 +856,142 @@ def test_seeds_without_end_begin_at_once(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "out", seeds=range(10**15), progress=tell)
-    assert told == [0, 4, 8, 10, 14, 18, 20, 24]
+    assert [n for n, _ in itertools.groupby(told)] == [0, 4, 8, 10, 14, 18, 20, 24]
 
 
 def test_progress_counts_the_images_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int] = []
+    told: list[There] = []
     for rank in (1, 0):
         for name, value in zip(LAUNCHERS, (rank, 2, rank), strict=True):
             monkeypatch.setenv(name, str(value))
         make(tmp_path / "out", progress=told.append)
         assert rank == 0 or told == []
-    assert told == [23, 27, 31, 33, 37, 41, 43, 47, 51, 53, 53]
+    assert [n for n, _ in itertools.groupby(told)] == [
+        23, *(20 + n for n in (7, 11, 13, 17, 21, 23, 27, 31, 33))
+    ]  # fmt: skip
+    assert {n.total for n in told} == {53}
+    assert told[0].left is None
+    assert told[-1].left == 0
+
+
+def test_the_time_left_is_that_of_its_own_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four processes at the same pace, three of which cannot be seen until a shard is whole."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def a_second_each(x: Tensor, t: Tensor) -> Tensor:
+        now[0] += 1
+        return MODEL.forward(x, t)
+
+    for name, value in zip(LAUNCHERS, (0, 4, 0), strict=True):
+        monkeypatch.setenv(name, str(value))
+    told: list[tuple[float, There]] = []
+    make(
+        tmp_path / "out", n=80, shard_size=20, model=a_second_each,
+        progress=lambda n: told.append((now[0], n)),
+    )  # fmt: skip
+    whole = 5 * 3  # five batches of three steps
+    timed = [(at, n) for at, n in told if n.left is not None]
+    assert timed[0][0] == 1  # after one step, long before the first batch is there
+    for at, n in timed:
+        assert n.left == pytest.approx(whole - at)
+        if n.left and n == 0:
+            assert n.rate == pytest.approx(80 / (whole - at))  # of all four, none of them seen yet
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_whoever_finishes_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    said: list[tuple[int, int]] = []
+    ranks = (1 - last, last, 0, 1)  # the last two find all there
+    for rank in ranks:
+        for name, value in zip(LAUNCHERS, (rank, 2, rank), strict=True):
+            monkeypatch.setenv(name, str(value))
+        make(tmp_path / "out", summary=lambda f: said.append((rank, len(f.checksums))))  # noqa: B023
+    assert said == [(last, 6), (0, 6)]
+    assert not [name for name in os.listdir(tmp_path / "out") if name.startswith(".")]
+
+
+def test_of_two_that_finish_at_once_one_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    clear = Folder._clear_away
+
+    def late(self: Folder) -> None:
+        monkeypatch.setattr(Folder, "_clear_away", clear)
+        assert make(tmp_path / "out", summary=lambda folder: said.append("other"))
+        clear(self)
+
+    monkeypatch.setattr(Folder, "_clear_away", late)
+    make(tmp_path / "out", summary=lambda folder: said.append("first"))
+    assert len(said) == 1
 
 
 def test_worker() -> None:
     here = Worker.here
-    assert here({}) == (0, 1, 0, False)
+    assert here({}) == (0, 1, 0, False, False)
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
     slurm = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "2"}
-    assert here(torchrun) == (5, 8, 1, True)
-    assert here(slurm) == (3, 4, 2, True)
-    assert here({**slurm, **torchrun}) == (5, 8, 1, True)
+    assert here(torchrun) == (5, 8, 1, True, False)
+    assert here(slurm) == (3, 4, 2, True, False)
+    assert here({**slurm, **torchrun}) == (5, 8, 1, True, False)
+    assert here({**torchrun, "TORCHELASTIC_RUN_ID": "a"}) == (5, 8, 1, True, True)
     pod = {"RANK": "5", "WORLD_SIZE": "8"}  # one process a machine
-    assert here(pod) == (5, 8, 0, True)
+    assert here(pod) == (5, 8, 0, True, False)
     # A batch script, in which nothing but the script runs.
     assert here({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"})[:2] == (0, 1)
     refused(lambda: here({**torchrun, "RANK": "8"}), ValueError, "RANK", "[0, 7]", "8")
     refused(lambda: here({**torchrun, "RANK": "-1"}), ValueError, "RANK", "'-1'")
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_start_again_what_is_refused(tmp_path: Path) -> None:
+    command = (
+        "-m torch.distributed.run --nproc-per-node 2 --max-restarts 3 -m fastddim generate "
+        "--seeds 0-9 --out o --format gif"
+    )
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "kernels/torch-ext")])
+    run = subprocess.run(
+        [sys.executable, *command.split()],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode not in (0, 2)
+    assert run.stderr.count("fastddim: format must be one of npy, png, npz, got 'gif'") == 1
+    assert "exitcode" not in run.stderr  # torchrun has seen no process fail
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_ends_the_launcher(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr("time.sleep", done.append)
+    monkeypatch.setattr(os, "kill", lambda *process: done.append(process))
+    asked = ("generate", "--seeds", "0-9", "--out", "o")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main([*asked, "--shape", "x"]) == 2
+    assert done == [2, (os.getppid(), signal.SIGTERM), 30]
+    done.clear()
+    for name, value in zip(LAUNCHERS, (0, 2, 0), strict=True):
+        monkeypatch.setenv(name, str(value))
+    assert main([*asked, "--format", "gif"]) == 2
+    assert done == [0, (os.getppid(), signal.SIGTERM), 30]
+    assert capfd.readouterr().err.count("got 'gif'") == 1
+    # What may pass, such as a full disk, is worth another start.
+    done.clear()
+    error = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Folder, "begin", lambda *_: (_ for _ in ()).throw(error))
+    assert main(["generate", "--seeds", "0-9", *FEW, "--out", "o"]) == 2
+    assert done == []
 
 
 def test_workers_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -676,7 +1050,7 @@ FEW = ("--steps", "2", "--batch-size", "4", "--shard-size", "8", "--device", "cp
 def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     asked = ("generate", "--seeds", "0-9,20", *FEW, "--eta", "1", "--spacing", "quad")
     assert main([*asked, "--out", "out"]) == 0
-    assert capfd.readouterr() == ("out: 11 images\n", "")
+    assert capfd.readouterr() == ("out: 11 images\n", "0 of 11 images are there\n")
     made = Folder.read(Path("out"))
     ddim = DDIM(2, eta=1.0, spacing="quad")
     x = torch.cat(list(images.by_seed(ddim, embedded.load(), [*range(10), 20], embedded.SHAPE, 4)))
@@ -705,12 +1079,12 @@ def test_the_command_in_bfloat16() -> None:
     assert 0 < difference.max() <= 16
 
 
-def test_only_rank_0_speaks(
+def test_who_speaks_of_several_processes(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("mine.py").write_text("def model(): return lambda x, t: x / 2\n")
     asked = ("generate", "--seeds", "0-9", *FEW, "--model", "mine:model", "--shape", "1,2,2")
-    for rank, expected in ((0, ""), (1, "")):
+    for rank, expected in ((0, ""), (1, "out: 10 images\n")):  # the last one to end
         for name, value in zip(LAUNCHERS, (rank, 2, rank), strict=True):
             monkeypatch.setenv(name, str(value))
         assert main([*asked, "--out", "out"]) == 0
@@ -755,31 +1129,15 @@ def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "images/s" in terminal.getvalue()
 
 
-def test_a_line_a_minute_where_there_is_no_terminal(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter(range(0, 10_000, 25))
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    for quiet in (False, True):
-        with cli.bar_of_images(100, quiet) as there:
-            for n in (7, 7, 9, 11, 13, 15):
-                there(n)
-    said = capfd.readouterr().err.splitlines()
-    assert said == [
-        "9 of 100 images, 0.0 images/s, 0:37:55 left",
-        "15 of 100 images, 0.1 images/s, 0:22:08 left",
-    ]
-
-
 def test_threads_are_those_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
     before = torch.get_num_threads()
     try:
         assert main(["generate", "--seeds", "0-3", *FEW, "--out", "two", "--threads", "2"]) == 0
-        assert Folder.read(Path("two")).recipe["architecture"].endswith("threads: 2")
+        assert Folder.read(Path("two")).recipe["threads"] == 2
     finally:
         torch.set_num_threads(before)
     assert main(["generate", "--seeds", "0-3", *FEW, "--out", "no", "--threads", "0"]) == 2
-    assert "threads must be an integer ≥ 1, got 0" in capfd.readouterr().err
+    assert "threads must be an integer in [1, 1024], got 0" in capfd.readouterr().err
     assert not Path("no").exists()
 
 
@@ -791,7 +1149,8 @@ def test_evaluate_measures_garments(capfd: pytest.CaptureFixture[str]) -> None:
     x = images.from_uint8(pixels(Path("out")))
     expected = frechet_distance(real.critic.features(x), real.moments)
     assert capfd.readouterr() == (
-        f"FD-clf {expected:.4f} of 10 images; as many real garments {real.floor(10):.4f}\n", "",
+        f"FD-clf {expected:.4f} of 10 images; as many real garments {real.floor(10):.4f} "
+        f"± {real.spread(10):.4f}\n", "",
     )  # fmt: skip
     Path("out/00001.npy").write_bytes(b"")
     assert main(["evaluate", "out"]) == 2
@@ -805,7 +1164,7 @@ def test_evaluate_compares_nothing_else_with_garments(
     assert main(["evaluate", "out"]) == 2
     assert "FD-clf compares garments of 1x28x28, got images of 3x4x6" in capfd.readouterr().err
     assert main(["evaluate", "nothing"]) == 2
-    assert "nothing, which has no manifest.json" in capfd.readouterr().err
+    assert "nothing, which does not exist" in capfd.readouterr().err
 
 
 def test_fid_is_torch_fidelitys_or_nothing(

@@ -83,15 +83,25 @@ def test_timed_counts_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timed.summary(1).startswith("1 image in 8.0 s")
 
 
-def test_warm_up_takes_a_step_of_each_kind() -> None:
+def test_warm_up_takes_a_step_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
+    taken: list[float] = []
+    plain = DDIM.sample
+
+    def sample(self: DDIM, *arguments: Any, **rest: Any) -> Any:
+        taken.append(float(self.table[0, 5]))
+        return plain(self, *arguments, **rest)
+
+    monkeypatch.setattr(DDIM, "sample", sample)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         seen.append((*x.shape, int(t[0])))
         return x
 
     images.warm_up(DDIM(10, eta=1.0), model, SHAPE, 3, torch.device("cpu"))
-    assert seen == [(3, *SHAPE, 900), (3, *SHAPE, 0)]
+    assert seen == [(3, *SHAPE, 900)]  # the model is prepared by one call
+    assert taken[0] > 0
+    assert taken[1:] == [0.0]
 
 
 def test_every_grey_level_survives() -> None:
@@ -105,6 +115,19 @@ def test_to_uint8_rounds_clamps_and_draws_nan_black() -> None:
     odd = torch.tensor([float("nan"), float("inf"), -float("inf")])
     assert images.to_uint8(odd).tolist() == [0, 255, 0]
     assert images.to_uint8(x.bfloat16()).dtype == torch.uint8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_samples_that_are_not_finite_are_found(dtype: torch.dtype) -> None:
+    x = torch.zeros(7, *SHAPE, dtype=dtype)
+    for place, value in ((1, "nan"), (4, "inf"), (6, "-inf")):
+        x[place, 0, 3, place - 1] = float(value)
+    assert images.not_finite(x) == [1, 4, 6]
+    assert images.not_finite(x[:1]) == images.not_finite(x[:0]) == []
+    x[0] = torch.finfo(dtype).max
+    pictures, odd = images.drawn([x[:3], x[3:]])
+    assert odd == [1, 4, 6]
+    assert torch.equal(pictures, images.to_uint8(x))
 
 
 @pytest.mark.parametrize(
@@ -128,11 +151,12 @@ def test_png_holds_the_exact_pixels(tmp_path: Path, channels: int, mode: str) ->
     g = torch.Generator().manual_seed(0)
     x = torch.randint(256, (channels, 5, 9), generator=g, dtype=torch.uint8)
     path = tmp_path / "a.png"
-    images.save_png(x, path)
+    assert not images.save_png(x, path)
     with Image.open(path) as picture:
         assert (picture.format, picture.mode) == ("PNG", mode)
         pixels = torch.from_numpy(np.array(picture)).view(5, 9, channels)
     assert torch.equal(pixels.permute(2, 0, 1), x)
+    assert images.save_png(x, path)  # in place of another
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
@@ -307,7 +331,7 @@ def test_read_refuses_what_holds_no_such_images(tmp_path: Path) -> None:
     np.savez(tmp_path / "pickle.npz", np.array([print], object))
     npy = file("good.npy", (tmp_path / "one.npy").read_bytes())
     zipped = gzip.compress(idx(PIXELS))
-    wrong = "images must be a .npy or .npz of uint8"
+    wrong = "images must be a picture such as a .png, a .npy or .npz of uint8"
     for path, said in [
         (tmp_path / "float.npy", "got float64 (3, 4, 5) in"),
         (tmp_path / "one.npy", "got uint8 (4, 5) in"),
@@ -351,5 +375,5 @@ def test_read_refuses_another_size_or_count(tmp_path: Path) -> None:
         refused(
             lambda: images.read(path, (3, 4, 4)),  # noqa: B023
             ValueError,
-            "images must be as the model's, 4x4 with 3 channels, got 4x5 with 1 channel in",
+            "images must all be 4x4 with 3 channels, got 4x5 with 1 channel in",
         )

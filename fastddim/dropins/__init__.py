@@ -1,1 +1,21 @@
 """One file for each system replaced. They translate its names and its schedule, no more."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastddim.dropins import compvis as compvis
+    from fastddim.dropins import diffusers as diffusers
+    from fastddim.dropins import ermongroup as ermongroup
+    from fastddim.dropins import guided as guided
+
+__all__ = ("compvis", "diffusers", "ermongroup", "guided")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a drop-in when it is first used: diffusers takes seconds, and may be missing."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -13,7 +13,13 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import register_to_config
+
+try:
+    from diffusers.configuration_utils import register_to_config
+except ModuleNotFoundError as error:
+    from fastddim.extras import explained
+
+    raise explained(error) from None
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddim_inverse import (
     DDIMInverseScheduler,

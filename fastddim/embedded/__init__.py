@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastddim import weights
 from fastddim.embedded.model import SHAPE as SHAPE
 from fastddim.embedded.model import GarmentModel as GarmentModel
+from fastddim.extras import explained
 
 WEIGHTS = Path(__file__).with_name("garments.safetensors")
 
@@ -20,20 +20,26 @@ def load(path: Path | str = WEIGHTS) -> GarmentModel:
 
     Raises:
         FileNotFoundError, ValueError: ``path`` is missing, or not such a file.
+        ModuleNotFoundError: safetensors is missing; the extra ``cli`` has it.
+
+    >>> import torch
+    >>> load()(torch.zeros(1, 1, 28, 28), torch.tensor([999])).shape
+    torch.Size([1, 1, 28, 28])
     """
     path = Path(path)
-    tensors, metadata = weights.read(path)
+    try:
+        tensors, metadata = weights.read(path)
+    except ModuleNotFoundError as error:
+        raise explained(error) from None
     if "unet" not in metadata:
         raise ValueError(f"{path} is no file of garment weights: its metadata has no 'unet'")
     try:
         with torch.device("cpu"):
             model = GarmentModel(dict(json.loads(metadata["unet"])))
-    except ImportError:
-        raise
-    except Exception as error:  # whatever diffusers makes of a configuration that is none
+    except Exception as error:  # each way of being no configuration has its own
         raise ValueError(f"{path} describes no garment model: {error}") from None
-    config: Any = model.unet.config
-    if (channels := (config.in_channels, config.out_channels)) != (4, 4):
+    config = model.unet.config
+    if (channels := (config["in_channels"], config["out_channels"])) != (4, 4):
         raise ValueError(
             f"{path} must have 4 channels in and out, got {channels[0]} and {channels[1]}"
         )

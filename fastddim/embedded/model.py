@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastddim.embedded.unet import UNet
 from fastddim.schedule import NoiseSchedule
 
 SHAPE = (1, 28, 28)
@@ -40,15 +41,13 @@ class GarmentModel(nn.Module):
 
     def __init__(self, unet: dict[str, Any] | None = None) -> None:
         super().__init__()
-        from diffusers.models.unets.unet_2d import UNet2DModel
-
-        self.unet = cast(nn.Module, UNet2DModel(**(unet or UNET)))
+        self.unet = UNet(**(unet or UNET))
         alphas_cumprod = torch.from_numpy(NoiseSchedule.linear().alphas_cumprod.copy())
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
 
     def v(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's own prediction, v = √ᾱ_t·ε − √(1−ᾱ_t)·x0."""
-        return F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, 2), t, return_dict=False)[0], 2)
+        return F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, 2), t), 2)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         abar = self.alphas_cumprod[t.long()].view(-1, 1, 1, 1)

@@ -1,0 +1,55 @@
+"""The command that says what is installed and what runs: info."""
+
+import platform
+import sys
+from importlib import util
+
+from fastddim.cli import bars
+from fastddim.cli.options import Machine
+from fastddim.extras import EXTRAS
+
+STEPS = {
+    "triton": "a step is one Triton kernel",
+    "numba": "a step is one pass compiled by numba",
+    "torch": "a step is PyTorch's own operations",
+}
+
+
+def info(machine: Machine) -> None:
+    """Say what is installed, which devices there are, and what takes the steps on each.
+
+    For each extra of the package there is a line with what it adds, and with the command that
+    installs it where something of it is missing.
+
+    For example: fastddim info
+    """
+    with bars.spinner("looking", machine.quiet):
+        import torch
+
+        from fastddim import __version__, images, ops, provenance
+        from fastddim.cli.network import usable
+
+        chosen = usable(machine)
+        packages = ["torch", "triton", "numpy"]
+        packages += [name for modules, _ in EXTRAS.values() for name in modules.values() if name]
+        found = provenance.versions(*packages)
+        devices = [str(chosen)] if machine.device else images.devices()
+        backends = {device: ops.backend(device) for device in devices}
+    print(f"fastddim {__version__}, Python {platform.python_version()} on {sys.platform}")
+    print(", ".join(f"{name} {found[name]}" for name in packages if name in found))
+    for device in devices:
+        what = provenance.machine(torch.device(device))
+        print(f"{device}: {what}; {STEPS[backends[device]]}")
+    for extra, (modules, what) in EXTRAS.items():
+        missing = [
+            package
+            for module, package in modules.items()
+            if package and util.find_spec(module) is None
+        ]
+        if missing:
+            print(
+                f"fastddim[{extra}] would add {what} ({', '.join(missing)} missing): "
+                f"pip install 'fastddim[{extra}]'"
+            )
+        else:
+            print(f"fastddim[{extra}] is installed: {what}")

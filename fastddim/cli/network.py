@@ -1,0 +1,190 @@
+"""The model that was asked for, on its device, and what each call of it gets."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastddim import checkpoints, images
+from fastddim.check import whole
+from fastddim.cli.options import DTYPES, Machine, Network, parse_number, parse_shape
+from fastddim.predict import Model
+from fastddim.sampler import DDIM
+from fastddim.schedule import NoiseSchedule
+
+HIDDEN = ("transformers", "torchvision", "peft", "scipy", "accelerate")
+"""What diffusers imports where it is installed, and a U-Net does not use. Each takes long to
+import, and a torchvision that was built for another torch ends the import with an error."""
+
+VERBOSITY = "DIFFUSERS_VERBOSITY"
+
+SCHEDULES = {
+    "linear": NoiseSchedule.linear,
+    "scaled_linear": NoiseSchedule.scaled_linear,
+    "cosine": NoiseSchedule.cosine,
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model, where it is, and what it is told beside x and t.
+
+    Attributes:
+        loaded: the model and what is known of it, the command line's word before the files'.
+        device: where it is.
+        dtype: what it computes in; None is the state's float32.
+        label, guidance, no_class: the class to draw, w, and the class that stands for none.
+    """
+
+    loaded: checkpoints.Loaded
+    device: torch.device
+    dtype: torch.dtype | None
+    label: int | None
+    guidance: float | None
+    no_class: int | None
+
+    @property
+    def model(self) -> Model:
+        return self.loaded.model
+
+    @property
+    def shape(self) -> checkpoints.Shape:
+        return self.loaded.shape
+
+    def ddim(self, steps: int | None = None, **options: Any) -> DDIM:
+        return self.loaded.ddim(steps, **options)
+
+    def options(self, samples: int) -> dict[str, Any]:
+        """What ``DDIM.sample`` is told for so many samples; nothing for a plain model."""
+        options: dict[str, Any] = {} if self.dtype is None else {"dtype": self.dtype}
+        if self.label is not None:
+            options["cond"] = self.labels(self.label, samples)
+        if self.guidance is not None:
+            assert self.no_class is not None
+            options |= {
+                "uncond": self.labels(self.no_class, samples),
+                "guidance": self.guidance,
+            }
+        return options
+
+    def labels(self, label: int, samples: int) -> dict[str, torch.Tensor]:
+        """The keyword argument of a network that is told a class."""
+        return {"class_labels": torch.full((samples,), label, device=self.device)}
+
+
+def prepare(machine: Machine, network: Network, device: str | None = None) -> Asked:
+    """The model that was asked for. What it was taken for is said on stderr.
+
+    Args:
+        device: where ``machine`` names none.
+
+    Raises:
+        ValueError, OSError: one line naming the option, its value and what is allowed.
+    """
+    where = usable(machine, device)
+    shape = None if network.shape is None else parse_shape(network.shape)
+    if network.model is not None:
+        loaded = checkpoints.build(network.model, shape)
+    elif network.checkpoint is not None:
+        with lean_imports():
+            loaded = checkpoints.load(
+                network.checkpoint, config=network.config, shape=shape, ema=network.ema
+            )
+    else:
+        loaded = checkpoints.load(None, config=network.config, shape=shape)
+    loaded = overruled(loaded, network)
+    check_classes(loaded, network)
+    dtype = None if network.dtype == DTYPES[0] else getattr(torch, network.dtype)
+    if isinstance(loaded.model, nn.Module):
+        loaded.model.to(where, dtype)
+    if not machine.quiet and (network.checkpoint is not None or network.model is not None):
+        print(f"{loaded.description}\n{taken_for(loaded)}", file=sys.stderr)
+    no_class = loaded.null_class if network.no_class is None else network.no_class
+    guidance = None if network.guidance is None else parse_number("guidance", network.guidance)
+    return Asked(loaded, where, dtype, network.label, guidance, no_class)
+
+
+def usable(machine: Machine, device: str | None = None) -> torch.device:
+    """The device, with as many threads as were asked for."""
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    return images.usable_device(machine.device or device)
+
+
+def overruled(loaded: checkpoints.Loaded, network: Network) -> checkpoints.Loaded:
+    """``loaded`` with the schedule and the prediction that the command line names."""
+    if network.prediction is not None:
+        loaded = replace(loaded, prediction=network.prediction)
+    if network.schedule is None and network.levels is None:
+        return loaded
+    name = network.schedule or loaded.schedule.name.partition("(")[0]
+    known = name in SCHEDULES and SCHEDULES[name](len(loaded.schedule)).name == loaded.schedule.name
+    if network.schedule is None and not known:
+        raise ValueError(
+            f"train-steps must be given with schedule, got {network.levels} for a model on "
+            f"{loaded.schedule.name} noise"
+        )
+    levels = network.levels or len(loaded.schedule)
+    return replace(loaded, schedule=SCHEDULES[name](levels))
+
+
+def taken_for(loaded: checkpoints.Loaded) -> str:
+    """One line about what the steps rely on, which no error would tell if it were wrong."""
+    return (
+        f"it is taken to predict {loaded.prediction} on {loaded.schedule.name} noise, "
+        f"T = {len(loaded.schedule)} (--prediction, --schedule and --train-steps say otherwise)"
+    )
+
+
+def check_classes(loaded: checkpoints.Loaded, network: Network) -> None:
+    """Raises ``ValueError`` unless a class is given exactly to a network that is told one."""
+    if loaded.classes is None:
+        if network.label is not None:
+            raise ValueError(
+                f"class must be left out with a network that is told none, got {network.label} "
+                f"(a --model says that it is told one by returning a Loaded with classes)"
+            )
+        return
+    if network.label is None:
+        raise ValueError(
+            f"class must be an integer in [0, {loaded.classes - 1}] for a network of "
+            f"{loaded.classes} classes, got none: add --class"
+        )
+    whole("class", network.label, low=0, high=loaded.classes - 1)
+    if network.no_class is not None:
+        whole("no-class", network.no_class, low=0, high=loaded.classes - 1)
+    if network.guidance is not None and network.no_class is None and loaded.null_class is None:
+        raise ValueError(
+            f"no-class must be given with guidance, got none: the class in "
+            f"[0, {loaded.classes - 1}] that stands for none in this network"
+        )
+
+
+@contextmanager
+def lean_imports() -> Iterator[None]:
+    """Meanwhile diffusers finds none of ``HIDDEN``, and says no more than what is wrong.
+
+    What is imported already stays, and afterwards the rest can be imported as ever.
+    """
+    hidden = [name for name in HIDDEN if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: not to be found
+    given = os.environ.get(VERBOSITY)
+    os.environ.setdefault(VERBOSITY, "error")  # diffusers reads it once, when it is imported
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if given is None:
+            os.environ.pop(VERBOSITY, None)
+        for name in hidden:
+            if sys.modules.get(name) is None:
+                sys.modules.pop(name, None)

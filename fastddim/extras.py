@@ -1,0 +1,40 @@
+"""What each extra of the package adds, and the one line about what is missing without it."""
+
+from __future__ import annotations
+
+EXTRAS: dict[str, tuple[dict[str, str], str]] = {
+    "cli": (
+        {
+            "typer": "typer",
+            "click": "",
+            "rich": "rich",
+            "PIL": "pillow",
+            "safetensors": "safetensors",
+            "matplotlib": "matplotlib",
+            "diffusers": "diffusers",
+        },
+        "the command line, pictures, plots, and the weights and schedulers of diffusers",
+    ),
+    "cpu": ({"numba": "numba"}, "a step on a CPU as one fused pass, several times as fast"),
+    "fid": (
+        {"torch_fidelity": "torch-fidelity", "torchvision": ""},
+        "FID in fastddim evaluate",
+    ),
+}
+"""Of each extra: its modules and their packages, "" for what comes along; and what it is for."""
+
+
+def extra_of(module: str | None) -> str | None:
+    """The extra that a module comes with, if it comes with one."""
+    root = (module or "").partition(".")[0]
+    return next((extra for extra, (modules, _) in EXTRAS.items() if root in modules), None)
+
+
+def explained(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """``error`` with the command that installs what is missing, where an extra has it."""
+    extra = extra_of(error.name)
+    if extra is None:
+        return error
+    return ModuleNotFoundError(
+        f"{error.name} is missing; it comes with pip install 'fastddim[{extra}]'", name=error.name
+    )
