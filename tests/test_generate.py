@@ -611,14 +611,14 @@ def test_the_command_says_which_images_are_not_finite(
     assert "NaN" not in err
     assert main(["sample", *sample, "odd:other", "--out", "b.png"]) == 0
     assert capfd.readouterr().out.startswith("b.png (replaced): 10 images in")
-    asked = ("--steps", "2", "--batch-size", "4", "--device", "cpu", "--shape", "1,2,2")
-    asked += ("--model", "odd:factory", "--columns", "2", "--out", "c.png")
-    assert main(["sequence", *asked, "--seeds", f"{odd[0]},{odd[1]}"]) == 3
+    rows = ["--steps", "2", "--batch-size", "4", "--device", "cpu", "--shape", "1,2,2"]
+    rows += ["--model", "odd:factory", "--columns", "2", "--out", "c.png"]
+    assert main(["sequence", *rows, "--seeds", f"{odd[0]},{odd[1]}"]) == 3
     out, err = capfd.readouterr()
     assert out.startswith("c.png: x0 predicted")
     assert err.splitlines()[-1].endswith(f" {Seeds.of(odd[:2])}")
     good = next(i for i in range(10) if i not in odd)
-    assert main(["interpolate", *asked, "--seeds", f"{good},{odd[1]}"]) == 3
+    assert main(["interpolate", *rows, "--seeds", f"{good},{odd[1]}"]) == 3
     out, err = capfd.readouterr()
     assert out.startswith("c.png (replaced): 1 row of 2 images")
     assert "1 image holds NaN" in err
