@@ -300,7 +300,8 @@ def test_a_device_without_kernels_takes_its_steps_in_pytorch(
 
 def test_no_name_of_a_package_hides_one_of_its_modules() -> None:
     """``import a.b as m`` takes the package's attribute, so that it has to be the module."""
-    packages = {"fastddim", "fastddim.embedded", "fastddim.dropins", "fastddim_kernels"}
+    packages = {"fastddim", "fastddim.cli", "fastddim.embedded", "fastddim.dropins"}
+    packages |= {"fastddim_kernels"}
     for package in map(importlib.import_module, sorted(packages)):
         for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             if info.name == "fastddim.__main__":
