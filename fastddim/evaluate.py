@@ -22,10 +22,11 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
 
 class Garments(NamedTuple):
-    """FD-clf of drawn garments, and that of as many real ones."""
+    """FD-clf of drawn garments, and of as many real ones the mean and deviation over draws."""
 
     distance: float
     floor: float
+    spread: float
 
 
 def garments(given: Source | Folder) -> Garments:
@@ -50,7 +51,8 @@ def garments(given: Source | Folder) -> Garments:
     real = distance.load()
     parts = (images.from_uint8(source.part(k)) for k in range(len(source)))
     features = torch.cat([distance.features(real.critic, x) for x in parts])
-    return Garments(frechet_distance(features, real.moments), real.floor(len(features)))
+    n = len(features)
+    return Garments(frechet_distance(features, real.moments), real.floor(n), real.spread(n))
 
 
 def _source(given: Source | Folder) -> Source:

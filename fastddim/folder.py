@@ -454,9 +454,10 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        there = ". The shards that it has are whole" if (path / MANIFEST).is_file() else ""
         raise type(error)(
             f"out must be a folder that can be written to and has room, got {path}: "
-            f"{error.strerror or error}. The shards that it has are whole"
+            f"{error.strerror or error}{there}"
         ) from error
 
 

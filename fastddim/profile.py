@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -54,7 +55,9 @@ class Cell:
             what torch's allocator gave out, on a CPU measured in a run of its own. None where
             torch does not tell.
         distance: from the samples to the data. None where there is nobody to judge.
-        floor: what as many samples of a perfect model would score.
+        floor: what as many samples of a perfect model would score on average. It is no bound:
+            some draws of a perfect model score less.
+        spread: the standard deviation of that over draws.
     """
 
     steps: int
@@ -65,6 +68,7 @@ class Cell:
     memory_mb: float | None
     distance: float | None
     floor: float | None
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,14 @@ class Judge:
     Attributes:
         name: of the distance.
         distance: from samples (N, ...), on the CPU, to the data.
-        floor: the distance of N samples that a perfect model would draw.
+        floor: the mean distance of N samples that a perfect model would draw.
+        spread: the standard deviation of that distance over draws; None where it is not known.
     """
 
     name: str
     distance: Callable[[Tensor], float]
     floor: Callable[[int], float]
+    spread: Callable[[int], float] | None = None
 
 
 def garments() -> Judge:
@@ -87,7 +93,7 @@ def garments() -> Judge:
     from fastddim.embedded import distance
 
     real = distance.load()
-    return Judge("FD-clf", real.distance, real.floor)
+    return Judge("FD-clf", real.distance, real.floor, real.spread)
 
 
 def oracle() -> GaussianMixture:
@@ -102,18 +108,24 @@ def oracle() -> GaussianMixture:
 def mixture(data: GaussianMixture) -> Judge:
     """Fréchet distance of the samples themselves to the mean and covariance of ``data``.
 
-    These two are exact; the floor is the mean of 20 draws.
+    These two are exact; the floor and its spread are those of 20 draws.
     """
     exact = data.moments()
 
     def distance(x: Tensor) -> float:
         return frechet_distance(x.flatten(1), exact)
 
-    def floor(n: int) -> float:
+    @functools.cache
+    def draws(n: int) -> list[float]:
         generator = torch.Generator().manual_seed(0)
-        return statistics.fmean(distance(data.sample(n, generator)) for _ in range(20))
+        return [distance(data.sample(n, generator)) for _ in range(20)]
 
-    return Judge("FD", distance, floor)
+    return Judge(
+        "FD",
+        distance,
+        lambda n: statistics.fmean(draws(n)),
+        lambda n: statistics.stdev(draws(n)),
+    )
 
 
 def grid(
@@ -179,6 +191,7 @@ def cells(
     images.by_seed(DDIM(1), model, seeds, shape, size)  # refuses what is no seed
     where = images.usable_device(None if device is None else str(device))
     floor = None if judge is None else judge.floor(len(seeds))
+    spread = None if judge is None or judge.spread is None else judge.spread(len(seeds))
     timed = images.Timed(model, where)
     ticks = iter(wrapper(progress)(range(model_calls(ddims, len(seeds), size))))
 
@@ -211,6 +224,7 @@ def cells(
             memory_mb=None if memory is None else memory / 1e6,
             distance=None if judge is None else judge.distance(torch.cat(samples)),
             floor=floor,
+            spread=spread,
         )
 
     def results() -> Iterator[Cell]:
@@ -443,6 +457,7 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
     Without a distance there is the second panel alone.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     judged = settings["distance"] is not None
     figure = Figure(figsize=(10.5 if judged else 5.6, 4.4), layout="constrained", dpi=200)
@@ -453,11 +468,16 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
     if judged:
         axes = panels[0]
         names = [_line(axes, i, eta, row, "distance") for i, (eta, row) in enumerate(rows.items())]
-        floor = done[0].floor
+        floor, spread = done[0].floor, done[0].spread
         assert floor is not None  # as there is a distance
         axes.axhline(floor, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
+        what = f"as many real samples: {floor:.2g}"
+        if spread is not None:
+            axes.axhspan(max(floor - spread, floor / 10), floor + spread, color="#e6e6e6", zorder=0)
+            what += f" ± {spread:.1g}"
         _dress(axes, f"{settings['distance']} to the data (lower is better)", done, names)
-        _write(axes, min(cell.steps for cell in done), floor, f"real samples: {floor:.2g}", GREY)
+        axes.set_ylabel(settings["distance"])
+        _write(axes, min(cell.steps for cell in done), floor, what, GREY, (0, -12))
     axes = panels[-1]
     names = [_line(axes, i, eta, row, "update_ms") for i, (eta, row) in enumerate(rows.items())]
     for row in rows.values():
@@ -467,10 +487,20 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
     share = " to ".join(dict.fromkeys(f"{s:.2g}%" for s in (min(shares), max(shares))))
     size = settings["batch_size"]
     _dress(axes, f"ms per step of {size} samples: the update is {share} of it", done, names)
-    last = max(cell.steps for cell in done)
-    for name in ("model", "update"):
-        highest = max(getattr(cell, f"{name}_ms") for cell in done if cell.steps == last)
-        _write(axes, last, highest, name, GREY, ha="right")
+    axes.set_ylabel("milliseconds per step")
+    # No line comes close to them there, as it may to a word beside one.
+    marks = [
+        Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=1.2, label=name)
+        for name, colour, marker in (("model", GREY, "x"), ("update", COLOURS[0], MARKERS[0]))
+    ]
+    axes.legend(
+        handles=marks,
+        loc="lower center",
+        bbox_to_anchor=(0.5, -0.3),
+        ncols=2,
+        fontsize=9,
+        frameon=False,
+    )
     figure.supxlabel(f"seeds {settings['seeds']}, {settings['device']}", fontsize=8, color=GREY)
     with images.replacing(path) as file:
         figure.savefig(file, format="png")

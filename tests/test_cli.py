@@ -683,7 +683,7 @@ def test_no_option_has_the_name_of_its_metavar() -> None:
     [
         (("evaluate",), ["out", "--device", "nonsense"], "device must be one that torch can use"),
         (DRAWING, ["--device", "mps"], "can use here (cpu), got 'mps'"),
-        (DRAWING, ["--threads", "0"], "threads must be an integer ≥ 1, got 0"),
+        (DRAWING, ["--threads", "0"], "threads must be an integer in [1, 1024], got 0"),
         (DRAWING, ["--dtype", "float17"], "got 'float17'; did you mean float16?"),
         (DRAWING, ["--spacing", "unifrom"], "'unifrom'; did you mean uniform?"),
         (DRAWING, ["--spacing", "nothing like it"], "quad-ermongroup, got 'nothing like it'\n"),
@@ -691,7 +691,11 @@ def test_no_option_has_the_name_of_its_metavar() -> None:
         (DRAWING, ["--schedule", "cosine"], "schedule must be left out with the garment model"),
         (DRAWING, ["--prediction", "x0", "--model", "a:b"], "one of epsilon, v, sample, got 'x0'"),
         (DRAWING, ["--prediction", "v"], "prediction must be left out with the garment model"),
-        (DRAWING, ["--train-steps", "0", "--model", "a:b"], "train-steps must be an integer ≥ 1"),
+        (
+            DRAWING,
+            ["--train-steps", "0", "--model", "a:b"],
+            "train-steps must be an integer in [1, 1000000], got 0",
+        ),
         (DRAWING, ["--class", "3"], "class must be left out with the garment model, got 3"),
         (DRAWING, ["--class", "-1", "--model", "a:b"], "class must be an integer ≥ 0, got -1"),
         (DRAWING, ["--guidance", "2"], "guidance must be given with class, got 2 alone"),
@@ -699,8 +703,14 @@ def test_no_option_has_the_name_of_its_metavar() -> None:
         (
             DRAWING,
             ["--guidance", "much", "--class", "1", "--model", "a:b"],
-            "guidance must be a number, got 'much'",
+            "guidance must be a finite number, got 'much'",
         ),
+        (
+            DRAWING,
+            ["--guidance", "nan", "--class", "1", "--model", "a:b"],
+            "guidance must be a finite number, got 'nan'",
+        ),
+        (DRAWING, ["--threads", "99999999999999999999"], "threads must be an integer in [1, 1024]"),
         (("reconstruct",), ["--steps", "20,10,10"], "steps must differ from each other, got 10"),
         (("profile",), ["--eta", "0,,"], "eta must be such as 0 or 0,0.5,1,hat, got '0,,'"),
         (("sample",), ["--stesp", "3"], "--steps"),
@@ -1179,3 +1189,9 @@ def test_folders_and_pngs_that_do_not_fit_are_refused(refused: Callable[..., str
         assert said in refused("reconstruct", "--images", path, "--device", "cpu")
     said = refused("reconstruct", "--images", "few", "--count", "2", "--device", "cpu")
     assert "count must be an integer in [1, 1] for few, got 2" in said
+
+
+def test_a_folder_that_cannot_be_made_has_no_shards(refused: Callable[..., str]) -> None:
+    said = refused("generate", "--seeds", "0", "--device", "cpu", "--out", "/proc/q")
+    assert "can be written to and has room, got /proc/q" in said
+    assert "shards" not in said

@@ -1138,7 +1138,7 @@ def test_threads_are_those_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
     finally:
         torch.set_num_threads(before)
     assert main(["generate", "--seeds", "0-3", *FEW, "--out", "no", "--threads", "0"]) == 2
-    assert "threads must be an integer ≥ 1, got 0" in capfd.readouterr().err
+    assert "threads must be an integer in [1, 1024], got 0" in capfd.readouterr().err
     assert not Path("no").exists()
 
 
@@ -1150,7 +1150,8 @@ def test_evaluate_measures_garments(capfd: pytest.CaptureFixture[str]) -> None:
     x = images.from_uint8(pixels(Path("out")))
     expected = frechet_distance(real.critic.features(x), real.moments)
     assert capfd.readouterr() == (
-        f"FD-clf {expected:.4f} of 10 images; as many real garments {real.floor(10):.4f}\n", "",
+        f"FD-clf {expected:.4f} of 10 images; as many real garments {real.floor(10):.4f} "
+        f"± {real.spread(10):.4f}\n", "",
     )  # fmt: skip
     Path("out/00001.npy").write_bytes(b"")
     assert main(["evaluate", "out"]) == 2

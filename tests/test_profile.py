@@ -182,6 +182,9 @@ def test_the_mixtures_floor_is_what_its_own_draws_score() -> None:
     ]
     assert judge.floor(100) == pytest.approx(float(np.mean(draws)), rel=0.1)
     assert judge.floor(100) > 2 * judge.floor(400)
+    assert judge.spread is not None
+    assert judge.spread(100) == pytest.approx(float(np.std(draws, ddof=1)), rel=0.7)
+    assert min(draws) < judge.floor(100)  # it is no bound
 
 
 def test_fd_clf_is_the_distance_of_the_classifiers_features() -> None:
@@ -207,7 +210,15 @@ def test_the_floor_is_measured_on_images_that_are_not_the_references() -> None:
     order = torch.randperm(60, generator=torch.Generator().manual_seed(5))
     expected = frechet_distance(real[order[:20]], real[order[20:]])
     again = torch.Generator().manual_seed(5)
-    assert distance.measured_floor(real, 20, 1, again) == pytest.approx(expected)
+    assert distance.measured(real, 20, 1, again)[0] == pytest.approx(expected)
+    draws = []
+    again = torch.Generator().manual_seed(5)
+    for _ in range(50):
+        order = torch.randperm(60, generator=again)
+        draws.append(frechet_distance(real[order[:20]], real[order[20:]]))
+    again = torch.Generator().manual_seed(5)
+    found = distance.measured(real, 20, 50, again)
+    assert found == pytest.approx((np.mean(draws), np.std(draws)))
 
 
 def test_a_file_of_something_else_is_no_reference(tmp_path: Path) -> None:
@@ -251,7 +262,10 @@ def test_a_profile(capfd: pytest.CaptureFixture[str]) -> None:
         shown = line.split()
         assert shown[:2] == [str(c["steps"]), profile.label(c["eta"])]
         assert float(shown[2]) == pytest.approx(c["update_ms"], abs=1e-3)
-        assert shown[-2:] == [f"{c['distance']:.3f}", f"{c['floor']:.3f}"]
+        assert shown[-4:] == [
+            *(f"{c['distance']:.3f}", f"{c['floor']:.3f}"),
+            *("±", f"{c['spread']:.3f}"),
+        ]
     assert lines[-1] == f"profile: {', '.join(FILES)}"
     with Image.open("profile/profile.png") as picture:
         assert picture.width > 1500

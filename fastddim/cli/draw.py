@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from fastddim.cli.network import Asked
     from fastddim.sampler import DDIM
 
+MANY_CALLS = 20
+"""From here on the model is prepared by a call of its own, which no rate should hold."""
+
 # What imports torch is imported when a command runs, and not for its help.
 
 
@@ -56,6 +59,8 @@ def sample(
     noise = options.parse_eta(eta)
     options.check_common(batch_size, spacing)
     with bars.spinner("loading", machine.quiet):
+        import torch
+
         from fastddim import images, sheet
         from fastddim.cli.network import prepare
 
@@ -65,8 +70,11 @@ def sample(
         ddim = asked.ddim(steps, eta=noise, spacing=spacing)
         timed = images.Timed(asked.model, asked.device)
         told = asked.options(batch_size)
-        images.warm_up(ddim, timed, asked.shape, batch_size, asked.device, **told)
-    with bars.bar("sampling", calls(ddim, len(wanted), batch_size), machine.quiet) as progress:
+        total = calls(ddim, len(wanted), batch_size)
+        # One more call of the model would be a large part of the time of few.
+        first = timed if total >= MANY_CALLS else lambda x, t, **_: torch.zeros_like(x)
+        images.warm_up(ddim, first, asked.shape, batch_size, asked.device, **told)
+    with bars.bar("sampling", total, machine.quiet) as progress:
         timed.start()
         samples = images.by_seed(
             ddim,

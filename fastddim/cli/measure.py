@@ -242,8 +242,8 @@ def evaluate(
 
     Images of 1x28x28 are compared with garments: FD-clf is the Frechet distance of the features
     of a small classifier to those of the test set, and beside it stands what as many real images
-    score on average; some draws of them score less. Both ship. It is no FID and to be compared
-    with FD-clf alone.
+    score, as mean ± standard deviation over draws; some draws score less. Both ship. It is no
+    FID and to be compared with FD-clf alone.
 
     FID is computed by torch-fidelity (pip install 'fastddim[fid]'), with its weights. Compare it
     only between sets of one size: 50,000 images are the custom.
@@ -266,7 +266,10 @@ def evaluate(
             judged = judges.garments(made)
         most = distance.SIZES[-1]
         real = "as many" if made.count <= most else f"{most:,}"
-        print(f"FD-clf {judged.distance:.4f} of {n}; {real} real garments {judged.floor:.4f}")
+        print(
+            f"FD-clf {judged.distance:.4f} of {n}; {real} real garments {judged.floor:.4f} "
+            f"± {judged.spread:.4f}"
+        )
     if reference is not None:
         with bars.spinner("measuring FID", machine.quiet):
             found = judges.fid(made, reference, inception, where)
@@ -327,9 +330,9 @@ def profile(
 
     Images of 1x28x28 are compared with garments: FD-clf is the Frechet distance of the features
     of a small classifier, 64 of them, to those of the test set (it is no FID). It falls with the
-    number of images, so beside it stands what as many real images score on average: some draws
-    of real images score less, and so may a good model. Both ship, and no data set is needed.
-    Other images are not judged.
+    number of images, so beside it stands what as many real images score, as mean ± standard
+    deviation over draws: some draws of real images score less, and so may a good model. Both
+    ship, and no data set is needed. Other images are not judged.
 
     The default grid takes a quarter to half an hour on two CPU cores, with --oracle a minute or so.
     After Ctrl-C what is done is kept, and the same command goes on with the rest.
@@ -420,7 +423,10 @@ def print_cells(done: "list[Cell]", settings: "Settings") -> None:
     for cell in done:
         memory = "?" if cell.memory_mb is None else f"{cell.memory_mb:.1f}"
         times = f"{cell.update_ms:.3f}", f"{cell.model_ms:.2f}", f"{cell.images_per_second:.1f}"
-        quality = (f"{cell.distance:.3f}", f"{cell.floor:.3f}") if judged else ()
+        quality: tuple[str, ...] = ()
+        if judged:
+            spread = "" if cell.spread is None else f" ± {cell.spread:.3f}"
+            quality = f"{cell.distance:.3f}", f"{cell.floor:.3f}{spread}"
         rows.append((str(cell.steps), label(cell.eta), *times, memory, *quality))
     bars.print_table(
         f"Seeds {settings['seeds']}, {settings['spacing']} spacing, on {settings['device']}. "

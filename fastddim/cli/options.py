@@ -19,7 +19,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from fastddim.check import whole
+from fastddim.check import finite, whole
 
 MOST_IMAGES = 10_000
 """What one picture holds: beyond it nobody sees one, and a 256x256 grid outgrows memory."""
@@ -164,7 +164,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         if self.threads is not None:
-            whole("threads", self.threads, low=1)
+            whole("threads", self.threads, low=1, high=1024)
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ class Network:
         if self.schedule is not None:
             one_of("schedule", self.schedule, SCHEDULES)
         if self.levels is not None:
-            whole("train-steps", self.levels, low=1)
+            whole("train-steps", self.levels, low=1, high=1_000_000)
         if self.model is not None and (self.checkpoint is not None or self.config is not None):
             raise ValueError("model must be given without checkpoint and config")
         if self.ema is not None and self.checkpoint is None:
@@ -427,9 +427,9 @@ def parse_etas(text: str) -> list[Any]:
 
 def parse_number(name: str, text: str) -> float:
     try:
-        return float(text)
+        return finite(name, float(text))
     except ValueError:
-        raise ValueError(f"{name} must be a number, got {text!r}") from None
+        raise ValueError(f"{name} must be a finite number, got {text!r}") from None
 
 
 def parse_steps(text: str) -> list[int]:

@@ -4,13 +4,14 @@
 
 makes the file that ships, of the images of Debian's package ``dataset-fashion-mnist`` (or ``--data
 DIR`` with the same four files): the mean and the covariance of the features of the 10,000 test
-images, and the floor, what N real ones score. No image is needed to measure with it. It is a
-distance in these 64 features and no FID.
+images, and what N real ones score: the mean and the standard deviation over draws. No image is
+needed to measure with it. It is a distance in these 64 features and no FID.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from fastddim.quality import Moments, frechet_distance, moments
 FILE = Path(__file__).with_name("real.safetensors")
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 5000)
-"""The N whose floor is measured; at the last it is the distance of two halves of the test set."""
+"""The N of whose real images the score is measured; the last are two halves of the test set."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +36,38 @@ class Real:
     Attributes:
         critic: the classifier whose features are compared.
         moments: of the features of the test images, float64.
-        floors: the floor for each of ``SIZES``, float64.
+        floors: what so many real images score on average, for each of ``SIZES``, float64.
+        spreads: the standard deviation of that over draws of them, likewise.
     """
 
     critic: classifier.Classifier
     moments: Moments
     floors: Tensor
+    spreads: Tensor
 
     def distance(self, x: Tensor) -> float:
         """FD-clf of images (N, 1, 28, 28) in [-1, 1], N ≥ 2, as the 8-bit pictures they become.
 
-        It falls with N, which is why the floor is that of as many images.
+        It falls with N, which is why ``floor`` is that of as many images.
         """
         return frechet_distance(features(self.critic, x), self.moments)
 
     def floor(self, n: int) -> float:
-        """What a perfect model scores: the mean distance of ``n`` real images to the rest of them.
+        """What a perfect model scores on average: the distance of ``n`` real images to the rest.
 
+        It is no bound: about half of the draws of real images score less, see ``spread``.
         Interpolated between ``SIZES``, in logarithms; beyond 5,000, half the test set, it is that
         of 5,000.
         """
-        return float(np.exp(np.interp(np.log(n), np.log(SIZES), self.floors.log().numpy())))
+        return _between(n, self.floors)
+
+    def spread(self, n: int) -> float:
+        """By how much that differs from draw to draw: the standard deviation."""
+        return _between(n, self.spreads)
+
+
+def _between(n: int, values: Tensor) -> float:
+    return float(np.exp(np.interp(np.log(n), np.log(SIZES), values.log().numpy())))
 
 
 def load(path: Path = FILE) -> Real:
@@ -66,10 +78,13 @@ def load(path: Path = FILE) -> Real:
     """
     tensors, _ = weights.read(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if shapes != {"mean": (64,), "root": (64, 64), "floors": (len(SIZES),)}:
+    many = (len(SIZES),)
+    if shapes != {"mean": (64,), "root": (64, 64), "floors": many, "spreads": many}:
         raise ValueError(f"{path} holds no features of garments")
-    mean, root, floors = (tensors[name].double() for name in ("mean", "root", "floors"))
-    return Real(classifier.load(), Moments(mean, root), floors)
+    mean, root, floors, spreads = (
+        tensors[name].double() for name in ("mean", "root", "floors", "spreads")
+    )
+    return Real(classifier.load(), Moments(mean, root), floors, spreads)
 
 
 def features(critic: classifier.Classifier, x: Tensor) -> Tensor:
@@ -78,13 +93,13 @@ def features(critic: classifier.Classifier, x: Tensor) -> Tensor:
     return torch.cat([critic.features(part) for part in pictures.split(500)])
 
 
-def measured_floor(real: Tensor, n: int, draws: int, generator: torch.Generator) -> float:
-    """The mean FD-clf of ``n`` of the features ``real``, drawn at random, to the rest of them."""
-    total = 0.0
+def measured(real: Tensor, n: int, draws: int, generator: torch.Generator) -> tuple[float, float]:
+    """FD-clf of ``n`` of the features ``real``, drawn at random, to the rest: (mean, deviation)."""
+    found = []
     for _ in range(draws):
         order = torch.randperm(len(real), generator=generator)
-        total += frechet_distance(real[order[:n]], real[order[n:]])
-    return total / draws
+        found.append(frechet_distance(real[order[:n]], real[order[n:]]))
+    return statistics.fmean(found), statistics.pstdev(found)
 
 
 def main() -> None:
@@ -95,22 +110,28 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four idx files")
-    parser.add_argument("--draws", type=int, default=200, help="for each size of the floor")
+    parser.add_argument("--draws", type=int, default=200, help="for each number of images")
     parser.add_argument("--out", type=Path, default=FILE, help="the file to write")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     real = features(classifier.load(), read("t10k", args.data))
     generator = torch.Generator().manual_seed(0)
-    floors = [measured_floor(real, n, args.draws, generator) for n in SIZES]
+    scores = [measured(real, n, args.draws, generator) for n in SIZES]
+    floors, spreads = zip(*scores, strict=True)
     mean, root = moments(real)
-    tensors = {"mean": mean, "root": root, "floors": torch.tensor(floors)}
+    tensors = {
+        "mean": mean,
+        "root": root,
+        "floors": torch.tensor(floors),
+        "spreads": torch.tensor(spreads),
+    }
     command = f"python -m fastddim.embedded.distance --draws {args.draws}"
     save_file(
         {k: v.float().contiguous() for k, v in tensors.items()}, args.out, {"command": command}
     )
-    for n, floor in zip(SIZES, floors, strict=True):
-        print(f"{n:>6,} real images {floor:10.4f}")
+    for n, floor, spread in zip(SIZES, floors, spreads, strict=True):
+        print(f"{n:>6,} real images {floor:10.4f} ± {spread:.4f}")
 
 
 if __name__ == "__main__":
