@@ -626,6 +626,27 @@ def test_the_command_says_which_images_are_not_finite(
     assert err.splitlines()[-1].endswith(f" seed {odd[1]}")
 
 
+def test_evaluate_says_which_images_are_not_finite(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("half.py").write_text(
+        "import torch\n"
+        "def model(x, t):\n"
+        "    odd = (x.flatten(1)[:, 0] > 1).view(-1, 1, 1, 1) & (t == 500).view(-1, 1, 1, 1)\n"
+        "    return torch.where(odd, torch.inf, x / 2)\n"
+        "def factory(): return model\n"
+    )
+    x = initial_noise(torch.arange(10), (10, *embedded.SHAPE))
+    odd = [i for i in range(10) if x[i, 0, 0, 0] > 1]
+    assert odd
+    asked = ("--seeds", "0-9", *FEW, "--shape", "1,28,28", "--model", "half:factory")
+    assert main(["generate", *asked, "--out", "out"]) == 3
+    capfd.readouterr()
+    assert main(["evaluate", "out"]) == 3
+    said, err = capfd.readouterr()
+    assert said.startswith("FD-clf ")
+    assert "NaN or infinity" in err
+    assert err.endswith(f" {Seeds.of(odd)}\n")
+
+
 def test_a_full_disk_is_said_and_what_is_there_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
