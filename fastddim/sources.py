@@ -32,6 +32,7 @@ class Source:
         part_size: how many each part has; the last may have fewer.
         part: gives part k, uint8 (N, C, H, W).
         verify: reads every byte, where there are checksums.
+        not_finite: the seeds of generated images whose samples held NaN or infinity.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Source:
     part_size: int
     part: Callable[[int], Tensor]
     verify: Callable[[], None]
+    not_finite: Sequence[int] = ()
 
     def __len__(self) -> int:
         """How many parts there are."""
@@ -95,6 +97,7 @@ def of(folder: Folder) -> Source:
         folder.recipe["shard_size"],
         folder.pictures,
         folder.verify,
+        folder.not_finite,
     )
 
 

@@ -300,7 +300,8 @@ def test_a_device_without_kernels_takes_its_steps_in_pytorch(
 
 def test_no_name_of_a_package_hides_one_of_its_modules() -> None:
     """``import a.b as m`` takes the package's attribute, so that it has to be the module."""
-    packages = {"fastddim", "fastddim.embedded", "fastddim.dropins", "fastddim_kernels"}
+    packages = {"fastddim", "fastddim.cli", "fastddim.embedded", "fastddim.dropins"}
+    packages |= {"fastddim_kernels"}
     for package in map(importlib.import_module, sorted(packages)):
         for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             if info.name == "fastddim.__main__":
@@ -611,18 +612,39 @@ def test_the_command_says_which_images_are_not_finite(
     assert "NaN" not in err
     assert main(["sample", *sample, "odd:other", "--out", "b.png"]) == 0
     assert capfd.readouterr().out.startswith("b.png (replaced): 10 images in")
-    asked = ("--steps", "2", "--batch-size", "4", "--device", "cpu", "--shape", "1,2,2")
-    asked += ("--model", "odd:factory", "--columns", "2", "--out", "c.png")
-    assert main(["sequence", *asked, "--seeds", f"{odd[0]},{odd[1]}"]) == 3
+    rows = ["--steps", "2", "--batch-size", "4", "--device", "cpu", "--shape", "1,2,2"]
+    rows += ["--model", "odd:factory", "--columns", "2", "--out", "c.png"]
+    assert main(["sequence", *rows, "--seeds", f"{odd[0]},{odd[1]}"]) == 3
     out, err = capfd.readouterr()
     assert out.startswith("c.png: x0 predicted")
     assert err.splitlines()[-1].endswith(f" {Seeds.of(odd[:2])}")
     good = next(i for i in range(10) if i not in odd)
-    assert main(["interpolate", *asked, "--seeds", f"{good},{odd[1]}"]) == 3
+    assert main(["interpolate", *rows, "--seeds", f"{good},{odd[1]}"]) == 3
     out, err = capfd.readouterr()
     assert out.startswith("c.png (replaced): 1 row of 2 images")
     assert "1 image holds NaN" in err
     assert err.splitlines()[-1].endswith(f" seed {odd[1]}")
+
+
+def test_evaluate_says_which_images_are_not_finite(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("half.py").write_text(
+        "import torch\n"
+        "def model(x, t):\n"
+        "    odd = (x.flatten(1)[:, 0] > 1).view(-1, 1, 1, 1) & (t == 500).view(-1, 1, 1, 1)\n"
+        "    return torch.where(odd, torch.inf, x / 2)\n"
+        "def factory(): return model\n"
+    )
+    x = initial_noise(torch.arange(10), (10, *embedded.SHAPE))
+    odd = [i for i in range(10) if x[i, 0, 0, 0] > 1]
+    assert odd
+    asked = ("--seeds", "0-9", *FEW, "--shape", "1,28,28", "--model", "half:factory")
+    assert main(["generate", *asked, "--out", "out"]) == 3
+    capfd.readouterr()
+    assert main(["evaluate", "out"]) == 3
+    said, err = capfd.readouterr()
+    assert said.startswith("FD-clf ")
+    assert "NaN or infinity" in err
+    assert err.endswith(f" {Seeds.of(odd)}\n")
 
 
 def test_a_full_disk_is_said_and_what_is_there_is_whole(

@@ -41,7 +41,8 @@ def generate(
             "--out",
             "DIR",
             "The folder to fill, made if it does not exist. One that the same command has "
-            "begun goes on; one with another recipe is refused.",
+            "begun goes on, with more seeds after those it has too; one with another recipe is "
+            "refused.",
             show_default="needed",
         ),
     ] = None,
@@ -74,7 +75,7 @@ def generate(
             "--verify",
             "DIR",
             "Make nothing, but read every byte of DIR. The exit status is 0 only if all its "
-            "images are there, each once and as it was made.",
+            "images are there, each once and as it was made, and none holds NaN or infinity.",
         ),
     ] = None,
 ) -> None:
@@ -93,6 +94,9 @@ def generate(
     processes there were, which of them made it, or how often they were killed. The recipe has
     the kind of machine and on a CPU the number of threads (--threads), since networks round
     differently on another.
+
+    The exit status is 3 where images hold NaN or infinity, whose seeds are said and kept in the
+    manifest; under torchrun it is 0, which would start everything again otherwise.
 
     For example: fastddim generate --seeds 0-999 --steps 20 --out garments
     """

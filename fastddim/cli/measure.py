@@ -8,7 +8,7 @@ import typer
 
 from fastddim.check import whole
 from fastddim.cli import bars, options
-from fastddim.cli.draw import calls, recipe, written
+from fastddim.cli.draw import calls, recipe, say_not_finite, written
 from fastddim.cli.options import (
     MOST_IMAGES,
     BatchSize,
@@ -274,6 +274,7 @@ def evaluate(
         with bars.spinner("measuring FID", machine.quiet):
             found = judges.fid(made, reference, inception, where)
         print(f"FID {found:.4f} of {n} to {reference}")
+    say_not_finite(made.not_finite)
 
 
 def profile(
