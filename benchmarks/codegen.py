@@ -9,8 +9,8 @@ architecture; ``details.json``, how often each instruction stands in the code; a
 ``<variant>-<arch>.cubin`` beside its ``.ttir``, ``.ptx`` and ``.sass``.
 
 Accesses are counted as the machine code has them, the scalars of a block among the loads of 32
-bits: the row and its factors, guidance and thresholds, and the two words of the seed. For AMD, gfx942: vector
-registers, bytes of scratch, of LDS, and spilled registers for local; no budget.
+bits: the row and its factors, guidance and thresholds, and the two words of the seed. For AMD,
+gfx942: vector registers, bytes of scratch, of LDS, and spilled registers for local; no budget.
 """
 
 from __future__ import annotations
