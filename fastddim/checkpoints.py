@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastddim import embedded, unets, weights
 from fastddim.check import kind as type_of
 from fastddim.check import shown
+from fastddim.coefficients import Prediction
 from fastddim.predict import Model
 from fastddim.sampler import DDIM
 from fastddim.schedule import NoiseSchedule
@@ -45,7 +46,7 @@ class Loaded:
     model: Model
     shape: Shape
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule.linear)
-    prediction: str = "epsilon"
+    prediction: Prediction = "epsilon"
     description: str = ""
 
     def ddim(self, steps: int | None = None, **options: Any) -> DDIM:

@@ -226,7 +226,7 @@ def warm_up(
     The first call of a model and of each kind of step prepares and compiles: nothing a rate or
     a share of the time should hold.
     """
-    last = DDIM(steps=1, schedule=ddim.schedule, prediction=ddim.prediction)
+    last = DDIM(spacing=[0], schedule=ddim.schedule, prediction=ddim.prediction)
     for sampler in (ddim, last):
         sampler.sample(
             model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,8 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim.check import finite, kind, whole
-from fastddim.coefficients import PREDICTIONS, Eta, Float32, checked_eta, levels, make_table, pack
+from fastddim.check import SamplingWarning, finite, kind, whole
+from fastddim.coefficients import (
+    Eta,
+    Float32,
+    Prediction,
+    PredictionSynonym,
+    checked_eta,
+    checked_prediction,
+    levels,
+    make_table,
+    pack,
+)
 from fastddim.ops import ddim_step
 from fastddim.predict import Model, Predictor
 from fastddim.run import (
@@ -37,7 +48,7 @@ from fastddim.run import (
 )
 from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import Pair, Spacing, make_pairs
-from fastddim.trajectory import Recorder, Trajectory
+from fastddim.trajectory import Recorder, Trajectory, shape_of
 
 if TYPE_CHECKING:
     from typing import TypedDict
@@ -74,9 +85,13 @@ if TYPE_CHECKING:
 Callback: TypeAlias = Callable[["Step"], "Tensor | bool | None"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """What one step of the loop leaves behind.
+    """What one step of the loop leaves behind. Its ``repr`` prints the tensors' shapes.
+
+    ``x`` and ``x0`` are copies, and the caller's to keep and to write to: nothing that follows
+    writes to them, and what is written into them does not reach the loop. A callback changes the
+    course of the loop by the tensor that it returns.
 
     Attributes:
         index: the step's row in the table, 0 for the noisiest. ``sample(model, step.x,
@@ -93,10 +108,21 @@ class Step:
     x: Tensor
     x0: Tensor
 
+    def __repr__(self) -> str:
+        return (
+            f"Step(index={self.index}, t={self.t}, s={self.s}, x={shape_of(self.x)}, "
+            f"x0={shape_of(self.x0)})"
+        )
+
+
+FAR = 0.2
+"""√ᾱ of a first level from which on a sampler warns that noise is not what its model expects: the
+paper's own spacings stay below it from S = 3 on (0.105, linear β), and so does stable diffusion's
+(0.192 at S = 5)."""
+
 
 @functools.cache
 def _papers_schedule() -> NoiseSchedule:
-    # One object, since schedules are equal only to themselves: so DDIM(50) == DDIM(50).
     return NoiseSchedule.linear()
 
 
@@ -108,14 +134,17 @@ class DDIM:
         x_s = √ᾱ_s·x0 + c1·z + c2·ε(x_t, t),   c1 = σ_t,   c2 = √(1 − ᾱ_s − σ_t²)
 
     A bad value raises ``TypeError`` or ``ValueError`` here, naming the argument, the value and
-    what is allowed; none is left to be found out while sampling.
+    what is allowed; none is left to be found out while sampling. A named spacing whose first
+    level is far from noise gives a ``SamplingWarning`` with its √ᾱ. Samplers of equal arguments
+    are equal and have one hash, after ``pickle`` and ``deepcopy`` too.
 
     Args:
         steps: S, the number of steps; 50 where neither it nor a list of timesteps is given.
         eta: η ≥ 0 (0 is DDIM, 1 is DDPM on τ), or ``"hat"`` for the paper's σ̂.
         schedule: ᾱ; linear β with T = 1000 by default.
         spacing: how τ is chosen, or τ itself: see ``make_pairs``.
-        prediction: what the model returns: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0).
+        prediction: what the model returns: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0). Names
+            that other systems use, such as ``"v_prediction"`` and ``"x0"``, become one of these.
         clip: the predicted x0 is clamped to ±clip; None leaves it alone.
         final_alpha_cumprod: ᾱ_s of the step to s = −1. 1 is clean data; Stable Diffusion ends
             at ᾱ_0.
@@ -130,7 +159,7 @@ class DDIM:
     eta: Eta = 0.0
     schedule: NoiseSchedule = field(default_factory=_papers_schedule)
     spacing: Spacing = "uniform"
-    prediction: str = "epsilon"
+    prediction: Prediction | PredictionSynonym = "epsilon"
     clip: float | None = None
     final_alpha_cumprod: float = 1.0
     temperature: float = 1.0
@@ -140,12 +169,10 @@ class DDIM:
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, NoiseSchedule):
             raise TypeError(f"schedule must be a NoiseSchedule, got {kind(self.schedule)}")
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(
-                f"prediction must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}"
-            )
-        if self.clip is not None and finite("clip", self.clip) <= 0:
-            raise ValueError(f"clip must be > 0, got {self.clip:g}")
+        prediction = checked_prediction(self.prediction)
+        clip = None if self.clip is None else finite("clip", self.clip)
+        if clip is not None and clip <= 0:
+            raise ValueError(f"clip must be > 0, got {clip:g}")
         steps = 50 if self.steps is None else self.steps
         spacing = self.spacing
         pairs = make_pairs(spacing, steps, len(self.schedule))
@@ -156,8 +183,11 @@ class DDIM:
                     f"got {self.steps!r}"
                 )
             steps, spacing = len(pairs), pairs  # frozen, unlike the list it came from
+        else:
+            steps = whole("steps", steps, low=1)
+            _check_first_level(self.schedule, spacing, steps, pairs[0][0])
         noisiest, cleanest = self.schedule.alphas_cumprod[[pairs[0][0], pairs[-1][0]]]
-        if noisiest == 0 and self.prediction == "epsilon":
+        if noisiest == 0 and prediction == "epsilon":
             raise ValueError(
                 f"prediction must be v or sample where ᾱ is 0, as it is at t = {pairs[0][0]} of "
                 f"this schedule, got 'epsilon'"
@@ -175,6 +205,8 @@ class DDIM:
             "steps": steps,
             "spacing": spacing,
             "eta": checked_eta(self.eta),
+            "prediction": prediction,
+            "clip": clip,
             "final_alpha_cumprod": final,
             "temperature": temperature,
             "pairs": pairs,
@@ -182,6 +214,11 @@ class DDIM:
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # pickle and deepcopy copy an array without its write protection.
+        state["table"].setflags(write=False)
+        self.__dict__.update(state)
 
     @overload
     def sample(
@@ -698,6 +735,28 @@ class DDIM:
             state_dtype,
             self_condition is not None,
             wrapped,
+        )
+
+
+def _check_first_level(schedule: NoiseSchedule, spacing: str, steps: int, t: int) -> None:
+    """That a loop from noise begins where noise is.
+
+    A list of timesteps is not asked: it says itself where it begins, as image to image does.
+    """
+    last = len(schedule) - 1
+    if t == 0 < last:
+        raise ValueError(
+            f"steps must be 2 or more with spacing {spacing!r}, whose one step goes from t = 0, "
+            f"where noise stays noise (spacing 'trailing' has one from t = {last}), got {steps}"
+        )
+    signal, least = np.sqrt(schedule.alphas_cumprod[[t, last]])
+    if signal > max(FAR, 2 * least):
+        warnings.warn(
+            f"spacing {spacing!r} with {steps} steps begins at t = {t}, where the model expects "
+            f"{signal:.3g} (√ᾱ) of an image in x, and noise holds none: spacing 'trailing' begins "
+            f"at t = {last}, where it expects {least:.3g}",
+            SamplingWarning,
+            stacklevel=4,  # the line that calls DDIM(...), through __init__ and __post_init__
         )
 
 

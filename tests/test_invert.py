@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule
+from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.quality import Gaussian
 from tests.loops import column, drawn
 from tests.refusals import refused
@@ -21,7 +22,6 @@ ABAR = torch.from_numpy(LINEAR.alphas_cumprod.copy())
 GAUSSIAN = Gaussian(0.3, 0.5, LINEAR)
 OTHER = Gaussian(-0.4, 0.5, LINEAR)
 X0 = 0.3 + 0.5 * drawn(4, 2, 3)
-PREDICTIONS = ["epsilon", "v", "sample"]
 
 
 def model(x: Tensor, t: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def test_invert_is_its_equation(refine: int, until: int, final: float) -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("refine", [0, 2])
 def test_v_and_x0_models_are_inverted_as_the_eps_model_they_are(
-    prediction: str, refine: int
+    prediction: Prediction, refine: int
 ) -> None:
     tau = list(range(0, 700, 35))
     ddim = DDIM(spacing=tau, schedule=LINEAR, prediction=prediction)
@@ -110,7 +110,7 @@ def test_there_and_back_in_a_thousand_steps(refine: int) -> None:
 
 @pytest.mark.parametrize("prediction", ["v", "sample"])
 @pytest.mark.parametrize("refine", [0, pytest.param(3, marks=pytest.mark.slow)])
-def test_there_and_back_with_other_predictions(prediction: str, refine: int) -> None:
+def test_there_and_back_with_other_predictions(prediction: Prediction, refine: int) -> None:
     ddim, net = DDIM(1000, schedule=LINEAR, prediction=prediction), oracle(prediction)
     out = ddim.sample(net, ddim.invert(net, X0, refine=refine))
     assert mse(out, X0) < (1e-5 if refine == 0 else 1e-9)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule, Step, reference
+from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.ops import initial_noise
 from tests.refusals import refused
 
@@ -142,7 +145,7 @@ def test_v_and_x0_models_of_the_same_data_give_the_same_samples() -> None:
     common: dict[str, Any] = {"eta": 0.5, "schedule": LINEAR, "spacing": tau}
     outs = [
         DDIM(prediction=prediction, **common).sample(net, shape=SHAPE, seeds=SEEDS)
-        for prediction, net in (("epsilon", model), ("v", to_v), ("sample", to_x0))
+        for prediction, net in zip(PREDICTIONS, (model, to_v, to_x0), strict=True)
     ]
     # One model three times, up to twenty steps of float32 rounding.
     assert (outs[1] - outs[0]).abs().max() < 2e-4
@@ -520,6 +523,56 @@ def test_replace_makes_another_and_equality_is_that_of_the_arguments() -> None:
         dataclasses.replace(one, pairs=((5, -1),))
 
 
+@pytest.mark.parametrize("copied", [lambda d: pickle.loads(pickle.dumps(d)), copy.deepcopy])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"steps": np.int64(7), "eta": "hat", "clip": np.float32(1.5), "spacing": "quad"},
+        {"steps": torch.tensor(7), "clip": torch.tensor(0.5), "temperature": np.float64(0.5)},
+        {"spacing": [0, 10, 700], "schedule": NoiseSchedule.cosine(), "prediction": "x0"},
+    ],
+)
+def test_samplers_are_equal_by_value_after_pickle_and_deepcopy(
+    copied: Callable[[DDIM], DDIM], arguments: dict[str, Any]
+) -> None:
+    ddim = DDIM(**arguments)
+    other, again = copied(ddim), DDIM(**arguments)
+    assert ddim == other == again
+    assert hash(ddim) == hash(other) == hash(again)
+    assert repr(ddim) == repr(other)
+    assert len({ddim, other, again}) == 1
+    assert other.table.tobytes() == ddim.table.tobytes()
+    with pytest.raises(ValueError, match="read-only"):
+        other.table[0, 0] = 0
+
+
+def test_a_steps_repr_prints_shapes() -> None:
+    *_, step = DDIM(3).iterate(model, torch.zeros(2, 3, 4, dtype=torch.bfloat16))
+    assert repr(step) == "Step(index=2, t=0, s=-1, x=bfloat16 (2, 3, 4), x0=bfloat16 (2, 3, 4))"
+    assert step == step  # the fields' tensors would raise
+    assert step in [step]
+
+
+SYNONYMS: dict[Any, Prediction] = {
+    **dict.fromkeys(("epsilon", "eps", "noise", "pred_noise"), "epsilon"),
+    **dict.fromkeys(("v", "v_prediction", "pred_v"), "v"),
+    **dict.fromkeys(("sample", "x0", "x_0", "x_start", "pred_x0"), "sample"),
+}
+
+
+@pytest.mark.parametrize("name", SYNONYMS)
+def test_predictions_go_by_the_names_of_other_systems_too(name: Any) -> None:
+    ddim = DDIM(prediction=name)
+    assert ddim.prediction == SYNONYMS[name]
+    assert ddim == DDIM(prediction=SYNONYMS[name])
+
+
+@pytest.mark.parametrize("name", ["flow", "flow_prediction", "rectified_flow", "velocity"])
+def test_a_flows_velocity_is_refused_with_the_reason(name: Any) -> None:
+    refused(lambda: DDIM(prediction=name), ValueError, "prediction", name, "epsilon, v, sample")
+
+
 @pytest.mark.parametrize(
     ("error", "name", "arguments"),
     [
@@ -529,7 +582,7 @@ def test_replace_makes_another_and_equality_is_that_of_the_arguments() -> None:
         (ValueError, "steps", {"steps": 1001}),
         (TypeError, "schedule", {"schedule": [0.9, 0.5]}),
         (TypeError, "schedule", {"schedule": "linear"}),
-        (ValueError, "prediction", {"prediction": "x0"}),
+        (ValueError, "prediction", {"prediction": "score"}),
         (ValueError, "prediction", {"prediction": None}),
         (TypeError, "clip", {"clip": "1"}),
         (TypeError, "clip", {"clip": True}),
