@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastddim import noise as counter
 from fastddim.buffers import Spare
-from fastddim.check import finite, kind, whole
+from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import PREDICTIONS, Float32
 from fastddim.ops import OUTPUTS, STEP, ddim_step, initial_noise, input_like
-from fastddim.predict import Predictor
+from fastddim.predict import Model, Predictor, device_of
 from fastddim.timesteps import Pair
 
 Given: TypeAlias = Sequence[Tensor] | Tensor
@@ -468,6 +468,11 @@ def checked_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
 def checked_state(name: str, x: Any, device: torch.device | str | None) -> Tensor:
     """A state to begin with: (batch, ...), of a floating point type, free of gradients."""
     if not isinstance(x, Tensor):
+        if name == "x_T" and isinstance(x, Sequence) and all(isinstance(n, int) for n in x):
+            raise TypeError(
+                f"x_T must be a tensor, got {shown(x)}: to begin with noise, give "
+                f"shape={shown(tuple(x))}"
+            )
         raise TypeError(f"{name} must be a tensor, got {kind(x)}")
     if x.dim() < 2:
         raise ValueError(
@@ -491,6 +496,12 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     if len(size) < 2:
         raise ValueError(f"shape must be (batch, ...) with two dimensions or more, got {size}")
     return size
+
+
+def place_of(device: torch.device | str | None, model: Model) -> torch.device:
+    """Where to sample without an x_T: ``device``, the model's parameters' or torch's default."""
+    here = device_of(model) if device is None else None
+    return usable(device) if here is None else here
 
 
 def usable(device: torch.device | str | None) -> torch.device:

@@ -26,7 +26,7 @@ from fastddim.coefficients import (
     pack,
 )
 from fastddim.ops import ddim_step
-from fastddim.predict import Model, Predictor
+from fastddim.predict import Model, Predictor, warn_of_training
 from fastddim.run import (
     Given,
     Guidance,
@@ -42,8 +42,8 @@ from fastddim.run import (
     checked_shape,
     checked_state,
     checked_temperature,
+    place_of,
     rows_of,
-    usable,
     wrapper,
 )
 from fastddim.schedule import NoiseSchedule
@@ -276,7 +276,8 @@ class DDIM:
             model: called as ``model(x, t, **cond)`` without gradients, t being int64 of shape
                 (batch,). Returns a tensor of x's shape, or one with twice the channels (a learned
                 variance, which is not used), or a tuple or an object with ``.sample`` that holds
-                one.
+                one. A network in training mode whose dropout or batch norm is at work gets a
+                ``SamplingWarning``, once.
             x_T: where to begin, (batch, ...), float32, bfloat16 or float16; never written.
             shape: (batch, ...) to begin with noise, where x_T is not given.
             seeds: an integer in [0, 2⁶³) for each sample. What is drawn for a sample depends on
@@ -285,13 +286,17 @@ class DDIM:
                 z for each step that adds noise.
             noise: or z itself: for each row a float32 tensor of x_T's shape. With none of the
                 three, seeds come from torch's default generator, as ``torch.manual_seed`` sets it.
-            device: where to sample; x_T's by default, else torch's default device.
+            device: where to sample. x_T's by default; without an x_T that of the model's
+                parameters where it has any (a network, its method, or a partial of one), else
+                torch's default device.
             dtype: what x is cast to for the model; x_T's by default. The state stays float32.
+                A network with bfloat16 parameters needs ``dtype=torch.bfloat16`` or ``autocast``.
             autocast: ``torch.autocast`` around the model: its dtype, or True for the device's own.
             cond: keyword arguments for the model.
             uncond: those that stand in their place without the condition. What has a row for
                 each sample is stacked once, uncond before cond, and the model is called with
-                twice the batch; the rest is the same for both.
+                twice the batch; the rest is the same for both. One that leaves all of ``cond``
+                as it is is refused.
             guidance: w of classifier-free guidance, u + w·(c − u) (Ho and Salimans 2022; they
                 write 1 + w): a number, (batch,) for each sample, (rows, 1) for each step, (rows,
                 batch) for both, or a function of t that gives one of the first two. In a row
@@ -558,7 +563,7 @@ class DDIM:
                 **given,
             )
 
-        size, where = checked_shape(shape), usable(device)
+        size, where = checked_shape(shape), place_of(device, model)
         whole("start", start, low=0, high=len(self.pairs) - 1)
         t = tuple(t for t, _ in self.pairs)
         return Captured(prepare, self._loop, size, where, start, t, cond, uncond, guidance)
@@ -700,7 +705,7 @@ class DDIM:
         elif x_T is not None:
             checked_state(name, x_T, device)
         size = checked_shape(shape) if x_T is None else tuple(x_T.shape)
-        where = usable(device) if x_T is None else x_T.device
+        where = place_of(device, model) if x_T is None else x_T.device
         check_not_capturing(where)
         state_dtype = torch.float32 if x_T is None else x_T.dtype
         model_dtype = checked_dtype(dtype) or state_dtype
@@ -712,6 +717,7 @@ class DDIM:
         )
         if plan.shift is not None and not np.isfinite(plan.shift).all():
             raise ValueError("cond_fn cannot be used where ᾱ is 0, as it is in this schedule")
+        warn_of_training(model, 3)
         wrapped = wrapper(progress)
         source = Noise.of(size, where, len(plan.table), seeds, generator, noise)
         x = source.initial() if x_T is None else x_T.to(torch.float32)
