@@ -14,7 +14,7 @@ from torch import Tensor
 from fastddim import noise as counter
 from fastddim.buffers import Spare
 from fastddim.check import finite, kind, shown, whole
-from fastddim.coefficients import PREDICTIONS, Float32
+from fastddim.coefficients import PREDICTIONS, Float32, Prediction
 from fastddim.ops import OUTPUTS, STEP, ddim_step, initial_noise, input_like
 from fastddim.predict import Model, Predictor, device_of
 from fastddim.timesteps import Pair
@@ -45,6 +45,8 @@ class Row(NamedTuple):
     noisy: bool
     following: tuple[int, bool] | None
     """How many times the batch the next row's input holds, and whether the step is to write it."""
+    by_x0: bool = False
+    """Backwards: whether the model's x0 stays and ε follows from x_s, and not the other way."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,8 @@ class Run:
         table: the coefficients.
         rows: the steps to take, in order.
         prediction, clip: as the step's op takes them.
-        as_eps: for a loop that runs backwards, the table by which the step's op turns what the
-            model says into ε, guidance included; None forwards.
+        heard: for a loop that runs backwards, the table by which the step's op turns what the
+            model says into ε, or into x0 in rows ``by_x0``, guidance included; None forwards.
         guidance: w, float32 (rows of the table, batch), or None.
         noise: where z comes from.
         known: what is known of the image, for inpainting.
@@ -182,9 +184,9 @@ class Run:
     predictor: Predictor
     table: Tensor
     rows: list[Row]
-    prediction: str
+    prediction: Prediction
     clip: float | None
-    as_eps: Tensor | None
+    heard: Tensor | None
     guidance: Tensor | None
     noise: Noise
     known: Known | None
@@ -253,15 +255,16 @@ class Run:
             self.inputs[len(x_in) // max(len(x), 1) or 1].keep(x_in)
         return output
 
-    def eps(self, y: Tensor, row: Row) -> Tensor:
-        """ε at y, whatever the model returns: the step to 0·x0 + 1·ε."""
+    def eps_or_x0(self, y: Tensor, row: Row) -> Tensor:
+        """ε at y, whatever the model returns: the step to 0·x0 + 1·ε. In a row ``by_x0``, x0."""
         output = self.predict(y, row)
-        if self.as_eps is None or (self.prediction == "epsilon" and row.guidance is None):
+        as_is = self.prediction == self._backwards(row) and row.guidance is None
+        if self.heard is None or as_is:
             return output
         eps, _ = ddim_step(
             y,
             output,
-            self.as_eps,
+            self.heard,
             row.rows,
             guidance=row.guidance,
             prediction=self.prediction,
@@ -269,11 +272,16 @@ class Run:
         )
         return eps
 
+    @staticmethod
+    def _backwards(row: Row) -> Prediction:
+        """What a step up is given."""
+        return "sample" if row.by_x0 else "epsilon"
+
     def step(self, x: Tensor, output: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
         """(x_s, x0) and, in the same pass over memory, the model's next input."""
         seeds, z = self.noise.step(row)
         into = self._next_input(x, row)
-        backwards = self.as_eps is not None
+        backwards = self.heard is not None
         x_s, x0 = self.states.take(), None
         if x_s is None:
             x_s = torch.empty_like(x)
@@ -290,7 +298,7 @@ class Run:
             z,
             None if backwards else row.guidance,
             None,
-            PREDICTIONS.index("epsilon" if backwards else self.prediction),
+            PREDICTIONS.index(self._backwards(row) if backwards else self.prediction),
             True,
             self.clip,
             False,
@@ -349,7 +357,8 @@ class Plan:
     """What a sampler decides before it has seen a tensor: its table, and the order of its rows.
 
     ``levels`` are those the model is told and ``pairs`` the (from, to) of each row, by the table's
-    rows; ``shift`` is the factor of cond_fn's gradient, likewise, where there is one.
+    rows; ``shift`` is the factor of cond_fn's gradient, likewise, where there is one. ``heard``
+    and ``by_x0`` are those of a loop that runs backwards.
     """
 
     table: Float32
@@ -357,9 +366,10 @@ class Plan:
     levels: tuple[int, ...]
     pairs: tuple[Pair, ...]
     shift: Float32 | None
-    prediction: str
+    prediction: Prediction
     clip: float | None
-    as_eps: Float32 | None = None
+    heard: Float32 | None = None
+    by_x0: tuple[bool, ...] = ()
 
 
 def rows_of(
@@ -395,6 +405,7 @@ def rows_of(
                 None
                 if copies is None
                 else (copies, writable and not inpainted and (cast or copies == 2)),
+                bool(plan.by_x0) and plan.by_x0[i],
             )
         )
     return rows

@@ -463,6 +463,12 @@ class DDIM:
         solves again; what the iteration settles on is what ``sample`` takes back to x_s. The
         model is told the level it goes to, as data themselves have none.
 
+        Where x_t holds next to nothing of the data (ᾱ_t = 0, or √ᾱ_t·√(1−ᾱ_s) below a tenth of
+        √ᾱ_s·√(1−ᾱ_t)) ε is almost x_t itself, and that iteration stands still. There x0 is asked
+        for and ε follows, which is the same equation solved for its other unknown:
+
+            x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·(x_s − √ᾱ_s·x0)/√(1−ᾱ_s),   x0 = x0(x_s, t)
+
         Args:
             x0: clean data, (batch, ...), float32, bfloat16 or float16; never written.
             until: the row to stop before: the result is x at that row's t, and ``sample(model,
@@ -475,7 +481,8 @@ class DDIM:
             x at the level of row ``until``, in x0's dtype.
 
         Raises:
-            TypeError, ValueError: as ``sample`` does; η must be 0, and clip None.
+            TypeError, ValueError: as ``sample`` does; η must be 0, clip None, and no step may
+                lead from ᾱ = 0 to clean data, of which x_T is no function.
         """
         refine = whole("refine", refine, low=0)
         run = self._prepare(
@@ -598,9 +605,9 @@ class DDIM:
         x = run.begin()
         for row in run.progress(run.rows):  # τ_1 → τ_S
             with _no_grad():
-                y, x0 = run.step(x, run.eps(x, row), row)
+                y, x0 = run.step(x, run.eps_or_x0(x, row), row)
                 for _ in range(refine):
-                    y, x0 = run.step(x, run.eps(y, row), row)
+                    y, x0 = run.step(x, run.eps_or_x0(y, row), row)
             x = y
             del y
             yield row, x, x0
@@ -625,13 +632,18 @@ class DDIM:
                     break
         return _reached(x).to(run.dtype)
 
+    @property
+    def _prediction(self) -> Prediction:
+        """``prediction``, which has been a synonym at construction only."""
+        return checked_prediction(self.prediction)
+
     def _plan(self, start: int, shifted: bool) -> Plan:
         """The table's rows from ``start`` on; ``shifted`` by a cond_fn or not."""
         first = whole("start", start, low=0, high=len(self.pairs) - 1)
         order = range(first, len(self.pairs))
         t = tuple(t for t, _ in self.pairs)
         shift = self._shift() if shifted else None
-        return Plan(self.table, order, t, self.pairs, shift, self.prediction, self.clip, None)
+        return Plan(self.table, order, t, self.pairs, shift, self._prediction, self.clip)
 
     def _reverse_plan(self, until: int | None, shifted: bool) -> Plan:
         """The same rows, each from its s to its t, from the last to ``until``."""
@@ -646,7 +658,16 @@ class DDIM:
             )
         last = whole("until", 0 if until is None else until, low=0, high=len(self.pairs) - 1)
         up = tuple((s, t) for t, s in self.pairs)
-        abar, _ = levels(self.schedule, self.pairs, self.final_alpha_cumprod)
+        abar, abar_s = levels(self.schedule, self.pairs, self.final_alpha_cumprod)
+        if ((abar == 0) & (abar_s == 1))[last:].any():
+            raise ValueError(
+                "the way up cannot lead from clean data to ᾱ = 0 in one step, since x_T is no "
+                "function of them: take more steps"
+            )
+        # Of its error in y the one iteration keeps (b_t·a_s − a_t·b_s)/(b_t·a_s) as ∂x0/∂y tends
+        # to 0, and of data with unit variance the other keeps (b_t·a_s − a_t·b_s)·a_t/b_s.
+        a, b, a_s, b_s = (np.sqrt(n) for n in (abar, 1 - abar, abar_s, 1 - abar_s))
+        by_x0 = (a * b_s < 0.1 * a_s * b) & (a * a_s < b * b_s)
         zeros = np.zeros_like(abar)
         return Plan(
             make_table(self.schedule, up, 0.0, self.final_alpha_cumprod),
@@ -654,9 +675,10 @@ class DDIM:
             tuple(t for t, _ in self.pairs),
             up,
             self._shift() if shifted else None,
-            self.prediction,
+            self._prediction,
             None,
-            pack(abar, zeros, zeros, np.ones_like(abar)),
+            pack(abar, np.where(by_x0, 1.0, 0.0), zeros, np.where(by_x0, 0.0, 1.0)),
+            tuple(by_x0.tolist()),
         )
 
     def _shift(self) -> Float32:
@@ -665,7 +687,7 @@ class DDIM:
         b = np.sqrt(1 - abar)
         with np.errstate(divide="ignore"):  # refused where it is asked for
             factors = {"epsilon": -b, "v": -b / np.sqrt(abar), "sample": b**2 / np.sqrt(abar)}
-        return factors[self.prediction].astype(np.float32)
+        return factors[self._prediction].astype(np.float32)
 
     def _forward_table(self) -> Float32:
         """From clean data to each row's t, and last to the final s (itself where that is −1)."""
@@ -695,8 +717,8 @@ class DDIM:
         progress: Progress = False,
     ) -> Run:
         """Every argument checked and on the device, and the x to begin at."""
-        name = "x_T" if plan.as_eps is None else "x0"
-        if plan.as_eps is not None:
+        name = "x_T" if plan.heard is None else "x0"
+        if plan.heard is not None:
             x_T = checked_state(name, x_T, device)
         elif (x_T is None) == (shape is None):
             raise ValueError(f"give x_T or shape, got {'neither' if x_T is None else 'both'}")
@@ -734,7 +756,7 @@ class DDIM:
             rows_of(plan, predictor, scales, inpainted is not None),
             plan.prediction,
             plan.clip,
-            None if plan.as_eps is None else torch.tensor(plan.as_eps, device=where),
+            None if plan.heard is None else torch.tensor(plan.heard, device=where),
             scales,
             source,
             inpainted,
