@@ -137,27 +137,34 @@ class Predictor:
         if self.self_condition is not None:
             before = torch.zeros_like(x_in) if x0 is None else self.input(x0, twice)
             keywords = {**keywords, self.self_condition: before}
-        if self.autocast is not None:
-            with torch.autocast(self.device.type, dtype=self.autocast):
-                return unpacked(self.model(x_in, t, **keywords), x_in)
+        before_call = version(x_in)
         try:
-            return unpacked(self.model(x_in, t, **keywords), x_in)
+            if self.autocast is None:
+                output = self.model(x_in, t, **keywords)
+            else:
+                with torch.autocast(self.device.type, dtype=self.autocast):
+                    output = self.model(x_in, t, **keywords)
         except RuntimeError as error:
             # Asked only now, since many networks cast what they are given themselves.
             own = weights_dtype(self.model)
-            if own in (None, x_in.dtype) or "type" not in str(error):
+            at_odds = self.autocast is None and own not in (None, x_in.dtype)
+            if not at_odds or "type" not in str(error):
                 raise
             raise ValueError(
                 f"dtype must be {own}, which the model's parameters are, got {x_in.dtype}: pass "
                 f"dtype={own} or autocast=True"
             ) from error
+        check_unwritten("model", x_in, before_call)
+        return unpacked(output, x_in)
 
     def shifted(self, output: Tensor, x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
         """``output`` moved along the classifier's gradient at x, both halves alike."""
         assert self.cond_fn is not None
         if not len(x):
             return output
+        before_call = version(x)
         gradient = self.cond_fn(x, t, **self.cond)
+        check_unwritten("cond_fn", x, before_call)
         if not isinstance(gradient, Tensor) or gradient.shape != x.shape:
             got = tuple(gradient.shape) if isinstance(gradient, Tensor) else kind(gradient)
             raise ValueError(
@@ -165,6 +172,20 @@ class Predictor:
             )
         halves = output[:, : x.shape[1]].float().unflatten(0, (len(output) // len(x), len(x)))
         return torch.addcmul(halves, gradient.detach().float(), shift).flatten(0, 1)
+
+
+def version(x: Tensor) -> int:
+    """How often PyTorch has written to x; inference mode does not count."""
+    return 0 if x.is_inference() else x._version
+
+
+def check_unwritten(name: str, x: Tensor, before: int) -> None:
+    """That a function left x alone. It is the loop's state, or a copy of it: by dtype, so that
+    what the function wrote would count in one dtype and not in another."""
+    if version(x) != before:
+        raise ValueError(
+            f"{name} must not write into x, which the step reads after it: let it clone x first"
+        )
 
 
 def network(model: Model) -> nn.Module | None:

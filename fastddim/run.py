@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastddim import noise as counter
-from fastddim.buffers import Spare
+from fastddim.buffers import Spare, fitting
 from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import PREDICTIONS, Float32, Prediction
 from fastddim.ops import OUTPUTS, STEP, ddim_step, initial_noise, input_like
@@ -176,6 +176,7 @@ class Run:
         known: what is known of the image, for inpainting.
         dtype: of the result.
         wants_x0: whether each step is to give x0.
+        reads_x0: whether anything but the caller reads it after the step.
         progress: what the rows are wrapped in.
     """
 
@@ -193,11 +194,14 @@ class Run:
     dtype: torch.dtype
     wants_x0: bool
     progress: Callable[[Iterable[Any]], Iterable[Any]]
+    reads_x0: bool = False
     states: Spare = field(default_factory=Spare)
     inputs: dict[int, Spare] = field(default_factory=lambda: {1: Spare(), 2: Spare()})
     x0s: Spare = field(default_factory=Spare)
     held: list[Tensor] = field(default_factory=list)
     """What a graph of this run reads beside what the run names: the model's weights."""
+    copies: Spare = field(default_factory=Spare)
+    """Of states, for the caller."""
     instead: Tensor | None = None
     """What a callback has put in x's place."""
     _made: Tensor | None = None
@@ -313,6 +317,19 @@ class Run:
         self._made, self._input = x_s, into
         self._x0 = x0 if self.predictor.self_condition is not None else None
         return x_s, x0
+
+    def copy(self, x: Tensor) -> Tensor:
+        """x for the caller, who may write to it: in the result's dtype and never the loop's own."""
+        if x.dtype != self.dtype:
+            return x.to(self.dtype)
+        own = fitting(self.copies.take(), x)
+        own = torch.empty_like(x) if own is None else own
+        own.copy_(x)
+        self.copies.keep(own)
+        return own.detach()  # whatever the caller asks of it, requires_grad say, ``own`` is not it
+
+    def copy_of_x0(self, x0: Tensor) -> Tensor:
+        return x0.to(self.dtype, copy=self.reads_x0)
 
     def _next_input(self, x: Tensor, row: Row) -> Tensor | None:
         """Where the step is to write what the model is given next, if that is not x_s itself."""

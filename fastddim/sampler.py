@@ -313,8 +313,9 @@ class DDIM:
                 (stream 2 of the seeds).
             batch_size: how many samples the model gets at once. The last batch is padded with its
                 last sample, so that the model always sees full ones; no sample depends on it.
-            callback: called with the ``Step`` after each. A tensor it returns takes x's place;
-                True ends the loop there, and what is returned is x at that level.
+            callback: called with the ``Step`` after each, whose tensors are copies: what it
+                writes into them changes nothing. A tensor it returns takes x's place, ``step.x``
+                included; True ends the loop there, and what is returned is x at that level.
             trajectory: ``"x"``, ``"x0"`` or both, kept along the way.
             every: k, to keep each k-th state, and always the last.
             offload: whether they are kept on the host instead, copied while the loop goes on.
@@ -356,7 +357,9 @@ class DDIM:
             order = [row.number for row in run.rows]
             size, where = run.noise.size, run.noise.device
             path = Recorder(trajectory, every, offload, order, self.pairs, size, run.dtype, where)
-        run.wants_x0 |= callback is not None or (path is not None and path.wants("x0"))
+        kept = path is not None and path.wants("x0")
+        run.wants_x0 |= callback is not None or kept
+        run.reads_x0 |= kept
         with run.predictor.one_cast():
             if batches is None:
                 out = self._sampled(run, path, callback)
@@ -396,7 +399,9 @@ class DDIM:
         """``sample``, or with ``reverse`` ``invert``, one step at a time, with each step's x0.
 
         The arguments, checked before the first step is asked for, are those of the two. The
-        tensors of a step are the caller's to keep: nothing that follows writes to them.
+        tensors of a step are copies, and the caller's to keep and to write to: nothing that
+        follows writes to them, and nothing that is written into them steers the loop, in any
+        dtype. ``sample(callback=...)`` is the loop that can be steered.
         """
         if not reverse:
             if until is not None or refine:
@@ -763,6 +768,7 @@ class DDIM:
             state_dtype,
             self_condition is not None,
             wrapped,
+            self_condition is not None,
         )
 
 
@@ -829,7 +835,7 @@ def _batches(
 def _step(run: Run, row: Row, x: Tensor, x0: Tensor | None) -> Step:
     assert x0 is not None
     t, s = row.pair
-    return Step(row.number, t, s, x.to(run.dtype), x0.to(run.dtype))
+    return Step(row.number, t, s, run.copy(x), run.copy_of_x0(x0))
 
 
 def _steps(run: Run, states: Iterator[tuple[Row, Tensor, Tensor | None]]) -> Iterator[Step]:
