@@ -138,7 +138,7 @@ def test_operations_are_shared_out_while_that_pays(
     monkeypatch.setattr("fastddim.cpu.time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr("torch.get_num_threads", lambda: 3)
     n, sizes = 10 * PART, list[int]()
-    for _, _, first, count in _blocks(1, n, False, False):
+    for _, _, first, count in _blocks(1, n, False):
         assert first == sum(sizes)
         sizes.append(count)
         now += count * (1.0 if count == BLOCK else 1.1 if busy else 0.9)
