@@ -55,9 +55,9 @@ def ddim_step(
     if x.numel() == 0:
         return
     batch, n = x.shape[0], x.numel() // x.shape[0]
-    if guidance is not None:
+    if guidance is not None and n < SMALL:
         guidance = _one_if_equal(guidance)
-    by_sample = (
+    by_sample = batch > 1 and (
         threshold is not None
         or (guidance is not None and guidance.stride(0) != 0)
         or rows.stride(0) != 0
@@ -90,8 +90,8 @@ def ddim_step(
     if seeds is not None and not x.is_contiguous():
         noise, seeds = _noise(x, seeds, rows), None
 
-    by_sample = by_sample or guidance is not None
-    whole = by_sample or seeds is not None or _apart(output, x)
+    guided_or_bounded = guidance is not None or threshold is not None
+    whole = by_sample or guided_or_bounded or seeds is not None or _apart(output, x)
     room = min(_together(), x.numel())
     scratch = _scratch(5 * room)
     if room == x.numel() and not whole:
@@ -113,19 +113,23 @@ def ddim_step(
             scaled,
         )
         return
-    stride = output.stride(0) if whole and len(output) > 1 else n
+    stride = output.stride(0) if whole and output.shape[0] > 1 else n
     for sample, samples, first, count in _blocks(batch, n, whole):
         start, group = sample * n + first, slice(sample, sample + samples)
-        x0_block, term, scaled, guided, bound = (
-            scratch.as_strided((samples, count), (count, 1), k * room) for k in range(5)
-        )
+
+        def own(k: int, size: tuple[int, int] = (samples, count)) -> Tensor:
+            return scratch.as_strided(size, (size[1], 1), k * room)
+
+        term = scaled = own(0)
+        if noise is not None or seeds is not None:
+            scaled = own(1)
         said = _block(output, sample * stride + first, samples, count, stride).float()
         if guidance is not None:
             of_cond = (batch + sample) * stride + first
             cond = _block(output, of_cond, samples, count, stride).float()
             each = batch > 1 and guidance.stride(0) != 0
             w = guidance[group, None] if each else guidance[0]
-            said = torch.sub(cond, said, out=guided).mul_(w).add_(said)
+            said = torch.sub(cond, said, out=own(2)).mul_(w).add_(said)
         z = None if noise is None else _block(noise, start, samples, count, n)
         if seeds is not None:
             z = scaled
@@ -145,10 +149,10 @@ def ddim_step(
             prediction,
             noise_first,
             clip,
-            None if threshold is None else bound.copy_(threshold[group, None]),
+            None if threshold is None else own(3).copy_(threshold[group, None]),
             rederive,
             _block(out, start, samples, count, n),
-            x0_block if x0 is None else _block(x0, start, samples, count, n),
+            own(4) if x0 is None else _block(x0, start, samples, count, n),
             term,
             scaled,
         )
@@ -156,10 +160,11 @@ def ddim_step(
 
 def _one_if_equal(numbers: Tensor) -> Tensor:
     """One for each sample, with a stride of 0 where they are equal: for all samples at once."""
-    if numbers.stride(0) == 0 or len(numbers) == 1:
+    count = numbers.shape[0]
+    if numbers.stride(0) == 0 or count == 1:
         return numbers
     low, high = torch.aminmax(numbers)
-    return numbers[:1].expand(len(numbers)) if low == high else numbers
+    return numbers[:1].expand(count) if low == high else numbers
 
 
 def _noise(x: Tensor, seeds: Tensor, rows: Tensor) -> Tensor:
@@ -174,11 +179,11 @@ def _factors(table: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
 
     A column multiplied into a block of samples gives each what its own number would.
     """
-    if rows.stride(0) == 0 or len(rows) == 1:
+    if rows.stride(0) == 0 or rows.shape[0] == 1:
         lowest = highest = int(rows[0])
     else:
         lowest, highest = (int(row) for row in torch.aminmax(rows))
-    if lowest < 0 or highest >= len(table):
+    if lowest < 0 or highest >= table.shape[0]:
         raise ValueError(f"rows must lie in [0, {len(table)}), got {lowest} to {highest}")
     if lowest == highest:
         return table[lowest].unbind()

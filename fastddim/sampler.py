@@ -280,8 +280,13 @@ class DDIM:
                 ``SamplingWarning``, once.
             x_T: where to begin, (batch, ...), float32, bfloat16 or float16; never written.
             shape: (batch, ...) to begin with noise, where x_T is not given.
-            seeds: an integer in [0, 2⁶³) for each sample. What is drawn for a sample depends on
-                its seed alone: not on its batch or the device.
+            seeds: an integer in [0, 2⁶³) for each sample. What is drawn for a sample is a
+                function of its seed, the row and the element, whatever batch it is in: the same
+                bits on one backend, and from one backend to another (a CPU with numba, without
+                it, a GPU) the same normals but for the rounding of ln, sin and cos, some 1e-5.
+                So the sampler gives a seed the same bits in any batch, if the model does: networks
+                whose kernels round by batch size give it the same image to about 1e-6, and
+                ``batch_size`` mends that.
             generator: or torch's own stream, a generator of the sampling device: x_T first, then
                 z for each step that adds noise.
             noise: or z itself: for each row a float32 tensor of x_T's shape. With none of the
@@ -311,8 +316,11 @@ class DDIM:
             known, mask: inpainting: an image of x_T's shape and a mask in [0, 1] that broadcasts
                 to it. Where the mask is 1 each state is the image, noised to the state's level
                 (stream 2 of the seeds).
-            batch_size: how many samples the model gets at once. The last batch is padded with its
-                last sample, so that the model always sees full ones; no sample depends on it.
+            batch_size: how many samples the model gets at once (twice as many with guidance).
+                The last batch is padded with its last sample, so that each call of the model has
+                this very shape, however many samples are asked for. A sample's bits are then the
+                same wherever its seed stands among the seeds, if the model's answer for a row
+                depends on that row and the shape alone. Another ``batch_size`` may round otherwise.
             callback: called with the ``Step`` after each, whose tensors are copies: what it
                 writes into them changes nothing. A tensor it returns takes x's place, ``step.x``
                 included; True ends the loop there, and what is returned is x at that level.

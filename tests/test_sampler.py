@@ -21,7 +21,7 @@ from fastddim.check import SamplingWarning
 from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.ops import initial_noise
 from fastddim.predict import device_of
-from fastddim.run import place_of
+from fastddim.run import Noise, checked_seeds, place_of
 from tests.refusals import refused
 
 LINEAR = NoiseSchedule.linear()
@@ -702,6 +702,41 @@ def test_what_a_model_must_not_return_is_refused(
     error: type[Exception], said: tuple[str, ...], output: Callable[[Tensor], Any]
 ) -> None:
     refused(lambda: DDIM(5).sample(lambda x, t: output(x), X), error, *said)
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        list(range(5, 8)),
+        (5, 6, 7),
+        range(5, 8),
+        np.arange(5, 8),
+        np.arange(5, 8, dtype=np.int32),
+        torch.arange(5, 8),
+        [np.int64(5), 6, torch.tensor(7)],
+    ],
+)
+def test_seeds_of_any_kind_are_these_numbers_and_a_copy(seeds: Any) -> None:
+    found = checked_seeds(seeds, 3)
+    assert (found.dtype, found.tolist()) == (torch.int64, [5, 6, 7])
+    found.zero_()
+    assert int(seeds[0]) == 5
+
+
+def test_many_seeds_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastddim.run.whole", unused)
+    for seeds in (range(3), [0, 1, 2], torch.arange(3), None):
+        assert len(_noise_of(seeds)) == 3
+
+
+def _noise_of(seeds: Any) -> Tensor:
+    found = Noise.of((3, 2), torch.device("cpu"), 1, seeds, None, None).seeds
+    assert found is not None
+    return found
+
+
+def unused(*_: Any, **__: Any) -> Any:
+    raise AssertionError("nothing may be called")
 
 
 # --- What the model is, found out from the model ------------------------------------------------
