@@ -54,16 +54,13 @@ def ddim_step(
     """
     if x.numel() == 0:
         return
-    batch, n = x.shape[0], x.numel() // x.shape[0]
-    if guidance is not None and n < SMALL:
+    batch = x.shape[0]
+    n = x.numel() // batch
+    small = n < SMALL and batch > 1
+    if small and guidance is not None:
         guidance = _one_if_equal(guidance)
-    by_sample = batch > 1 and (
-        threshold is not None
-        or (guidance is not None and guidance.stride(0) != 0)
-        or rows.stride(0) != 0
-    )
     fused = _fused()
-    if fused and by_sample and n < SMALL:
+    if fused and small and _by_sample(rows, guidance, threshold):
         if seeds is not None:
             noise, seeds = _noise(x, seeds, rows), None
     elif fused:
@@ -90,8 +87,8 @@ def ddim_step(
     if seeds is not None and not x.is_contiguous():
         noise, seeds = _noise(x, seeds, rows), None
 
-    guided_or_bounded = guidance is not None or threshold is not None
-    whole = by_sample or guided_or_bounded or seeds is not None or _apart(output, x)
+    apart = guidance is not None or _by_sample(rows, guidance, threshold) or _apart(output, x)
+    whole = apart or seeds is not None
     room = min(_together(), x.numel())
     scratch = _scratch(5 * room)
     if room == x.numel() and not whole:
@@ -156,6 +153,12 @@ def ddim_step(
             term,
             scaled,
         )
+
+
+def _by_sample(rows: Tensor, guidance: Tensor | None, threshold: Tensor | None) -> bool:
+    """Whether samples may have numbers of their own."""
+    of_guidance = guidance is not None and guidance.stride(0) != 0
+    return threshold is not None or of_guidance or (rows.stride(0) != 0 and len(rows) > 1)
 
 
 def _one_if_equal(numbers: Tensor) -> Tensor:

@@ -135,9 +135,10 @@ class Predictor:
         twice = x_in.shape[0] != self.batch
         keywords = self.both if twice else self.cond
         if self.self_condition is not None:
-            before = torch.zeros_like(x_in) if x0 is None else self.input(x0, twice)
-            keywords = {**keywords, self.self_condition: before}
-        before_call = version(x_in)
+            last = torch.zeros_like(x_in) if x0 is None else self.input(x0, twice)
+            keywords = {**keywords, self.self_condition: last}
+        counted = not x_in.is_inference()  # inference mode does not count what is written
+        before = x_in._version if counted else 0
         try:
             if self.autocast is None:
                 output = self.model(x_in, t, **keywords)
@@ -154,7 +155,8 @@ class Predictor:
                 f"dtype must be {own}, which the model's parameters are, got {x_in.dtype}: pass "
                 f"dtype={own} or autocast=True"
             ) from error
-        check_unwritten("model", x_in, before_call)
+        if counted and x_in._version != before:
+            raise written("model")
         return unpacked(output, x_in)
 
     def shifted(self, output: Tensor, x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
@@ -162,9 +164,10 @@ class Predictor:
         assert self.cond_fn is not None
         if not len(x):
             return output
-        before_call = version(x)
+        before = 0 if x.is_inference() else x._version
         gradient = self.cond_fn(x, t, **self.cond)
-        check_unwritten("cond_fn", x, before_call)
+        if before != (0 if x.is_inference() else x._version):
+            raise written("cond_fn")
         if not isinstance(gradient, Tensor) or gradient.shape != x.shape:
             got = tuple(gradient.shape) if isinstance(gradient, Tensor) else kind(gradient)
             raise ValueError(
@@ -174,18 +177,12 @@ class Predictor:
         return torch.addcmul(halves, gradient.detach().float(), shift).flatten(0, 1)
 
 
-def version(x: Tensor) -> int:
-    """How often PyTorch has written to x; inference mode does not count."""
-    return 0 if x.is_inference() else x._version
-
-
-def check_unwritten(name: str, x: Tensor, before: int) -> None:
-    """That a function left x alone. It is the loop's state, or a copy of it: by dtype, so that
-    what the function wrote would count in one dtype and not in another."""
-    if version(x) != before:
-        raise ValueError(
-            f"{name} must not write into x, which the step reads after it: let it clone x first"
-        )
+def written(name: str) -> ValueError:
+    """What is said of a function that has written into its x. It is the loop's state, or a copy of
+    it: by dtype, so that what was written would count in one dtype and not in another."""
+    return ValueError(
+        f"{name} must not write into x, which the step reads after it: let it clone x first"
+    )
 
 
 def network(model: Model) -> nn.Module | None:

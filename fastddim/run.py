@@ -23,6 +23,8 @@ Given: TypeAlias = Sequence[Tensor] | Tensor
 Guidance: TypeAlias = (
     float | Sequence[float] | Sequence[Sequence[float]] | Tensor | Callable[[int], Any]
 )
+FRESH = 1 << 15
+"""Elements below which fresh memory costs a CPU no more than finding some that nobody holds."""
 Progress: TypeAlias = bool | Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -322,6 +324,8 @@ class Run:
         """x for the caller, who may write to it: in the result's dtype and never the loop's own."""
         if x.dtype != self.dtype:
             return x.to(self.dtype)
+        if not x.is_cpu or x.numel() < FRESH:
+            return x.clone()
         own = fitting(self.copies.take(), x)
         own = torch.empty_like(x) if own is None else own
         own.copy_(x)
