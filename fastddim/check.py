@@ -7,6 +7,10 @@ import operator
 from typing import Any
 
 
+class SamplingWarning(UserWarning):
+    """What a sampler was asked for can be done, and is most likely not what was meant."""
+
+
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     """``value`` as an int in [low, high]; a bool or a float is no whole number."""
     allowed = f"an integer ≥ {low}" if high is None else f"an integer in [{low}, {high}]"

@@ -21,7 +21,7 @@ from torch import nn
 
 from fastddim import embedded, statedicts, trained, unets, weights
 from fastddim.check import kind as type_of
-from fastddim.coefficients import PREDICTIONS
+from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.predict import Model
 from fastddim.sampler import DDIM
 from fastddim.schedule import NoiseSchedule
@@ -49,7 +49,7 @@ class Loaded:
     model: Model
     shape: Shape
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule.linear)
-    prediction: str = "epsilon"
+    prediction: Prediction = "epsilon"
     description: str = ""
     classes: int | None = None
     null_class: int | None = None

@@ -16,8 +16,26 @@ from fastddim.timesteps import Pair
 Float32: TypeAlias = npt.NDArray[np.float32]
 Eta: TypeAlias = float | Literal["hat"]
 
-PREDICTIONS = ("epsilon", "v", "sample")
+Prediction: TypeAlias = Literal["epsilon", "v", "sample"]
+
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "sample")
 """What a model may return. The position is the number by which the step's op knows it."""
+
+PredictionSynonym: TypeAlias = Literal[
+    "eps", "noise", "pred_noise", "v_prediction", "pred_v", "x0", "x_0", "x_start", "pred_x0"
+]
+_SYNONYMS: dict[str, Prediction] = {
+    "eps": "epsilon",
+    "noise": "epsilon",
+    "pred_noise": "epsilon",
+    "v_prediction": "v",
+    "pred_v": "v",
+    "x0": "sample",
+    "x_0": "sample",
+    "x_start": "sample",
+    "pred_x0": "sample",
+}
+"""The names that CompVis, diffusers, guided-diffusion and denoising_diffusion_pytorch use."""
 
 COLUMNS = (
     "sqrt_abar_t",  # √ᾱ_t
@@ -122,6 +140,25 @@ def checked_factors(factors: Callable[[float], tuple[Any, Any]], eta: float, ste
             f"negative), got {eta:g}"
         )
     return c1, c2
+
+
+def checked_prediction(prediction: Any) -> Prediction:
+    """One of ``PREDICTIONS``, from its own name or a synonym."""
+    if isinstance(prediction, str):
+        found = _SYNONYMS.get(prediction, prediction)
+        for name in PREDICTIONS:
+            if name == found:
+                return name
+        if "flow" in prediction.lower() or prediction.lower() == "velocity":
+            raise ValueError(
+                f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}: the "
+                f"velocity of a flow ε − x0 belongs to the path (1 − σ, σ) and not to ᾱ; v is "
+                f"√ᾱ·ε − √(1−ᾱ)·x0"
+            )
+    raise ValueError(
+        f"prediction must be one of {', '.join(PREDICTIONS)} (sample is x0), got "
+        f"{shown(prediction)}"
+    )
 
 
 def checked_eta(eta: Any) -> Eta:

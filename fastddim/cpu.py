@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from fastddim import noise as counter
+from fastddim.coefficients import COLUMNS
+
+_C1 = COLUMNS.index("c1")
 
 # What stays in a core's cache, and just below the 32,768 elements that PyTorch hands to OpenMP. A
 # multiple of 16, torch.randn's own stride, and so of four, the elements of one Philox call.
@@ -22,6 +25,10 @@ BLOCK = 32752
 # What an operation does at a time for each thread it is shared out to: so much that neither
 # Python nor the barrier at its end counts, and little enough to be in the cache for the next one.
 PART = 4 * BLOCK
+
+# Of samples smaller than this the fused pass takes longer, one after the other, than PyTorch's
+# operations take over many at once: 70 ns for each, where a sample has numbers of its own.
+SMALL = 64
 
 
 def ddim_step(
@@ -47,8 +54,16 @@ def ddim_step(
     """
     if x.numel() == 0:
         return
+    batch = x.shape[0]
+    n = x.numel() // batch
+    small = n < SMALL and batch > 1
+    if small and guidance is not None:
+        guidance = _one_if_equal(guidance)
     fused = _fused()
-    if fused:
+    if fused and small and _by_sample(rows, guidance, threshold):
+        if seeds is not None:
+            noise, seeds = _noise(x, seeds, rows), None
+    elif fused:
         fused.step(
             x,
             output,
@@ -66,30 +81,23 @@ def ddim_step(
             x0,
         )
         return
-    batch, n = x.shape[0], x.numel() // x.shape[0]
-    row_of = rows.tolist()
-    if min(row_of) < 0 or max(row_of) >= len(table):
-        raise ValueError(f"rows must lie in [0, {len(table)}), got {min(row_of)} to {max(row_of)}")
-    factors = {row: table[row].unbind() for row in set(row_of)}
-    if seeds is not None and not table[row_of, 5].any():
+    factors = _factors(table, rows)
+    if seeds is not None and not factors[_C1].any():
         seeds = None  # the last step adds no noise: do not compute any
     if seeds is not None and not x.is_contiguous():
-        # Noise belongs to the logical element, wherever memory keeps it.
-        logical = torch.empty(x.shape, dtype=torch.float32, device="cpu")
-        normal_(logical, seeds, rows, counter.STEP)
-        noise, seeds = torch.empty_like(x).copy_(logical), None
+        noise, seeds = _noise(x, seeds, rows), None
 
-    apart = guidance is not None or threshold is not None or _apart(output, x)
-    alone = apart or len(factors) > 1
-    room = min(_most(), x.numel())
-    scratch = _scratch(4 * room)
-    if room == x.numel() and not alone and seeds is None:
+    apart = guidance is not None or _by_sample(rows, guidance, threshold) or _apart(output, x)
+    whole = apart or seeds is not None
+    room = min(_together(), x.numel())
+    scratch = _scratch(5 * room)
+    if room == x.numel() and not whole:
         shape, strides = x.shape, x.stride()
         term, scaled, x0_like = (scratch.as_strided(shape, strides, k * room) for k in range(3))
         _step(
             x,
             output.float(),
-            factors[row_of[0]],
+            factors,
             noise,
             prediction,
             noise_first,
@@ -102,23 +110,25 @@ def ddim_step(
             scaled,
         )
         return
-    stride = output.stride(0) if apart and len(output) > 1 else n
-    flat_x, flat_out = _flat(x), _flat(out)
-    flat_noise = None if noise is None else _flat(noise)
-    flat_x0 = None if x0 is None else _flat(x0)
-    for sample, samples, first, count in _blocks(batch, n, alone, seeds is not None):
-        start = sample * n + first
-        part = slice(start, start + samples * count)
-        x0_block, term, scaled, guided = (
-            _stretch(scratch, k * room, samples * count) for k in range(4)
-        )
-        said = _stretch(output, sample * stride + first, samples * count).float()
+    stride = output.stride(0) if whole and output.shape[0] > 1 else n
+    for sample, samples, first, count in _blocks(batch, n, whole):
+        start, group = sample * n + first, slice(sample, sample + samples)
+
+        def own(k: int, size: tuple[int, int] = (samples, count)) -> Tensor:
+            return scratch.as_strided(size, (size[1], 1), k * room)
+
+        term = scaled = own(0)
+        if noise is not None or seeds is not None:
+            scaled = own(1)
+        said = _block(output, sample * stride + first, samples, count, stride).float()
         if guidance is not None:
-            cond = _stretch(output, (batch + sample) * stride + first, count).float()
-            said = torch.sub(cond, said, out=guided).mul_(guidance[sample]).add_(said)
-        z = None if flat_noise is None else flat_noise[part]
+            of_cond = (batch + sample) * stride + first
+            cond = _block(output, of_cond, samples, count, stride).float()
+            each = batch > 1 and guidance.stride(0) != 0
+            w = guidance[group, None] if each else guidance[0]
+            said = torch.sub(cond, said, out=own(2)).mul_(w).add_(said)
+        z = None if noise is None else _block(noise, start, samples, count, n)
         if seeds is not None:
-            group = slice(sample, sample + samples)
             z = scaled
             counter.normals(
                 seeds[group].numpy(),
@@ -126,23 +136,61 @@ def ddim_step(
                 count,
                 counter.STEP,
                 first=first,
-                out=z.view(samples, count).numpy(),
+                out=z.numpy(),
             )
         _step(
-            flat_x[part],
+            _block(x, start, samples, count, n),
             said,
-            factors[row_of[sample]],
+            tuple(f[group] for f in factors) if factors[0].dim() else factors,
             z,
             prediction,
             noise_first,
             clip,
-            None if threshold is None else threshold[sample],
+            None if threshold is None else own(3).copy_(threshold[group, None]),
             rederive,
-            flat_out[part],
-            x0_block if flat_x0 is None else flat_x0[part],
+            _block(out, start, samples, count, n),
+            own(4) if x0 is None else _block(x0, start, samples, count, n),
             term,
             scaled,
         )
+
+
+def _by_sample(rows: Tensor, guidance: Tensor | None, threshold: Tensor | None) -> bool:
+    """Whether samples may have numbers of their own."""
+    of_guidance = guidance is not None and guidance.stride(0) != 0
+    return threshold is not None or of_guidance or (rows.stride(0) != 0 and len(rows) > 1)
+
+
+def _one_if_equal(numbers: Tensor) -> Tensor:
+    """One for each sample, with a stride of 0 where they are equal: for all samples at once."""
+    count = numbers.shape[0]
+    if numbers.stride(0) == 0 or count == 1:
+        return numbers
+    low, high = torch.aminmax(numbers)
+    return numbers[:1].expand(count) if low == high else numbers
+
+
+def _noise(x: Tensor, seeds: Tensor, rows: Tensor) -> Tensor:
+    """Counter noise laid out as x: it belongs to the logical element, wherever memory keeps it."""
+    logical = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    normal_(logical, seeds, rows, counter.STEP)
+    return logical if x.is_contiguous() else torch.empty_like(x).copy_(logical)
+
+
+def _factors(table: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """The table's columns: of shape () where all samples are on one row, else (batch, 1).
+
+    A column multiplied into a block of samples gives each what its own number would.
+    """
+    if rows.stride(0) == 0 or rows.shape[0] == 1:
+        lowest = highest = int(rows[0])
+    else:
+        lowest, highest = (int(row) for row in torch.aminmax(rows))
+    if lowest < 0 or highest >= table.shape[0]:
+        raise ValueError(f"rows must lie in [0, {len(table)}), got {lowest} to {highest}")
+    if lowest == highest:
+        return table[lowest].unbind()
+    return torch.embedding(table, rows).unsqueeze(-1).unbind(1)
 
 
 def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
@@ -185,7 +233,10 @@ def _step(
     term: Tensor,
     scaled: Tensor,
 ) -> None:
-    """``reference.ddim_step`` in place. Never add_(alpha=), which is a fused multiply-add."""
+    """``reference.ddim_step`` in place, of factors and thresholds that are one number or a column.
+
+    Never add_(alpha=), which is a fused multiply-add.
+    """
     a_t, _, b_t, _, a_s, c1, c2 = row
     eps = output
     if prediction == 0:
@@ -222,6 +273,11 @@ def _step(
 def _most() -> int:
     """How many elements an operation gets at the most: in a forked child what one thread takes."""
     return BLOCK if _is_forked else PART * torch.get_num_threads()
+
+
+def _together() -> int:
+    """How many elements are one block if there are no more."""
+    return BLOCK if _is_forked else 2 * _most()
 
 
 def forked() -> bool:
@@ -263,23 +319,23 @@ def _scratch(count: int) -> Tensor:
     return room
 
 
-def _blocks(
-    batch: int, n: int, alone: bool, counter_noise: bool
-) -> Iterator[tuple[int, int, int, int]]:
-    """Blocks as (sample, samples, first element, elements of each): whole samples or one's part.
+def _blocks(batch: int, n: int, whole: bool) -> Iterator[tuple[int, int, int, int]]:
+    """Blocks as (sample, samples, first element, elements of each).
 
-    ``alone``: no block holds two samples. Else, without counter noise, all is one sample.
+    ``whole``: a block holds whole samples, as many small ones as there is room for, or a part of
+    one. Else all is one sample.
 
     The first block is for one thread and says what an element costs it. Those after it are shared
     out for as long as that is cheaper: a barrier waits for every thread, and on a busy machine
     one of them waits for a core, which takes a hundred times as long as its part of the work.
+    What is no more than two shared blocks is one: to begin a block takes some 20 µs.
     """
-    if not alone and not counter_noise:
+    if not whole:
         batch, n = 1, batch * n
-    size, cost = BLOCK, 0.0
+    size, cost = BLOCK if batch * n > _together() else _together(), 0.0
     sample = first = 0
     while sample < batch:
-        together = 1 if alone or first else max(1, size // n)
+        together = 1 if first else max(1, size // n)
         samples, count = min(together, batch - sample), min(size, n - first)
         began = time.perf_counter()
         yield sample, samples, first, count
@@ -298,11 +354,6 @@ def _apart(output: Tensor, x: Tensor) -> bool:
     return len(x) > 1 and output.stride(0) != x.stride(0)
 
 
-def _stretch(tensor: Tensor, first: int, count: int) -> Tensor:
-    """So many elements of a tensor's memory."""
-    return tensor.as_strided((count,), (1,), tensor.storage_offset() + first)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """A dense tensor's memory as one vector, whatever the order of its dimensions."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+def _block(tensor: Tensor, first: int, samples: int, count: int, stride: int) -> Tensor:
+    """``count`` elements of each of some samples, ``stride`` apart in a tensor's memory."""
+    return tensor.as_strided((samples, count), (stride, 1), tensor.storage_offset() + first)

@@ -257,7 +257,7 @@ def warm_up(
             outputs.append(model(x, t, **cond))
         return outputs[0]
 
-    last = DDIM(steps=1, spacing="trailing", schedule=ddim.schedule, prediction=ddim.prediction)
+    last = DDIM(spacing=[0], schedule=ddim.schedule, prediction=ddim.prediction)
     for sampler in (ddim, last):
         sampler.sample(
             asked_once,

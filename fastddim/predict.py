@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,9 +13,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastddim.check import kind
+from fastddim.check import SamplingWarning, kind
 from fastddim.ops import OUTPUTS
 
 Model: TypeAlias = Callable[..., Any]
@@ -77,6 +81,12 @@ class Predictor:
         if self_condition in cond:
             raise ValueError(f"cond must not hold {self_condition!r}, which is self_condition's")
         both = {} if uncond is None else stacked(uncond, cond, batch)
+        if uncond is not None and not differs(uncond, cond):
+            raise ValueError(
+                f"uncond must hold what stands in the condition's place, such as the embedding of "
+                f"an empty prompt: {list(uncond) or 'an empty mapping'} leaves all of cond as it "
+                f"is, and guidance between the model and itself changes nothing"
+            )
         return cls(
             model,
             batch,
@@ -125,19 +135,39 @@ class Predictor:
         twice = x_in.shape[0] != self.batch
         keywords = self.both if twice else self.cond
         if self.self_condition is not None:
-            before = torch.zeros_like(x_in) if x0 is None else self.input(x0, twice)
-            keywords = {**keywords, self.self_condition: before}
-        if self.autocast is None:
-            return unpacked(self.model(x_in, t, **keywords), x_in)
-        with torch.autocast(self.device.type, dtype=self.autocast):
-            return unpacked(self.model(x_in, t, **keywords), x_in)
+            last = torch.zeros_like(x_in) if x0 is None else self.input(x0, twice)
+            keywords = {**keywords, self.self_condition: last}
+        counted = not x_in.is_inference()  # inference mode does not count what is written
+        before = x_in._version if counted else 0
+        try:
+            if self.autocast is None:
+                output = self.model(x_in, t, **keywords)
+            else:
+                with torch.autocast(self.device.type, dtype=self.autocast):
+                    output = self.model(x_in, t, **keywords)
+        except RuntimeError as error:
+            # Asked only now, since many networks cast what they are given themselves.
+            own = weights_dtype(self.model)
+            at_odds = self.autocast is None and own not in (None, x_in.dtype)
+            if not at_odds or "type" not in str(error):
+                raise
+            raise ValueError(
+                f"dtype must be {own}, which the model's parameters are, got {x_in.dtype}: pass "
+                f"dtype={own} or autocast=True"
+            ) from error
+        if counted and x_in._version != before:
+            raise written("model")
+        return unpacked(output, x_in)
 
     def shifted(self, output: Tensor, x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
         """``output`` moved along the classifier's gradient at x, both halves alike."""
         assert self.cond_fn is not None
         if not len(x):
             return output
+        before = 0 if x.is_inference() else x._version
         gradient = self.cond_fn(x, t, **self.cond)
+        if before != (0 if x.is_inference() else x._version):
+            raise written("cond_fn")
         if not isinstance(gradient, Tensor) or gradient.shape != x.shape:
             got = tuple(gradient.shape) if isinstance(gradient, Tensor) else kind(gradient)
             raise ValueError(
@@ -145,6 +175,70 @@ class Predictor:
             )
         halves = output[:, : x.shape[1]].float().unflatten(0, (len(output) // len(x), len(x)))
         return torch.addcmul(halves, gradient.detach().float(), shift).flatten(0, 1)
+
+
+def written(name: str) -> ValueError:
+    """What is said of a function that has written into its x. It is the loop's state, or a copy of
+    it: by dtype, so that what was written would count in one dtype and not in another."""
+    return ValueError(
+        f"{name} must not write into x, which the step reads after it: let it clone x first"
+    )
+
+
+def network(model: Model) -> nn.Module | None:
+    """The network that is called, where it can be seen: of a method or a partial, whose it is."""
+    while isinstance(model, functools.partial):
+        model = model.func
+    owner = getattr(model, "__self__", model)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def device_of(model: Model) -> torch.device | None:
+    """Where the model's first parameter or buffer is, if it has one."""
+    net = network(model)
+    if net is None:
+        return None
+    first = next(itertools.chain(net.parameters(), net.buffers()), None)
+    return None if first is None else first.device
+
+
+def weights_dtype(model: Model) -> torch.dtype | None:
+    """The one floating point type of the model's parameters, None without them or of several."""
+    net = network(model)
+    found = {p.dtype for p in net.parameters() if p.is_floating_point()} if net else set()
+    return found.pop() if len(found) == 1 else None
+
+
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def warn_of_training(model: Model, stacklevel: int) -> None:
+    """Warns, once for each network, of one in training mode in which that mode changes results."""
+    net = network(model)
+    if net is None or not net.training or net in _warned:
+        return
+    _warned.add(net)
+    active = next((name for m in net.modules() if (name := _training_changes(m))), None)
+    if active is not None:
+        warnings.warn(
+            f"model is in training mode, and its {active} makes samples of other random numbers "
+            f"or of each other: call model.eval() before sampling",
+            SamplingWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _training_changes(module: nn.Module) -> str | None:
+    """The name of what this module does otherwise in training mode, which it is in, or None."""
+    if not module.training:
+        return None
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return type(module).__name__ if module.p > 0 else None
+    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
+        return type(module).__name__ if module.track_running_stats else None
+    # Attention and recurrent layers, torch's and others', hold theirs as a number.
+    rate = getattr(module, "dropout", None)
+    return f"dropout of {rate:g}" if isinstance(rate, float) and rate > 0 else None
 
 
 def unpacked(output: Any, x_in: Tensor) -> Tensor:
@@ -155,19 +249,22 @@ def unpacked(output: Any, x_in: Tensor) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor):
         raise TypeError(f"model must return a tensor, got {kind(output)}")
-    if output.dtype not in OUTPUTS:
-        raise TypeError(f"model must return float32, bfloat16 or float16, got {output.dtype}")
-    if output.device != x_in.device:
-        raise ValueError(f"model must return a tensor on {x_in.device}, got {output.device}")
-    if output.shape == x_in.shape:
-        return output
+    tensor: Tensor = output
+    if tensor.dtype not in OUTPUTS:
+        if tensor.dtype != torch.float64 or x_in.dtype != torch.float64:
+            raise TypeError(f"model must return float32, bfloat16 or float16, got {tensor.dtype}")
+        tensor = tensor.float()  # float64 was asked for; the step's arithmetic is float32
+    if tensor.device != x_in.device:
+        raise ValueError(f"model must return a tensor on {x_in.device}, got {tensor.device}")
+    if tensor.shape == x_in.shape:
+        return tensor
     with_variance = x_in.dim() > 2 and (x_in.shape[0], 2 * x_in.shape[1], *x_in.shape[2:])
-    if output.shape != with_variance:
+    if tensor.shape != with_variance:
         raise ValueError(
             f"model must return a tensor of x's shape, {tuple(x_in.shape)}, or one with twice the "
-            f"channels (a learned variance), got {tuple(output.shape)}"
+            f"channels (a learned variance), got {tuple(tensor.shape)}"
         )
-    return output
+    return tensor
 
 
 def stacked(uncond: Cond, cond: Cond, batch: int, samples: Tensor | None = None) -> dict[str, Any]:
@@ -224,6 +321,20 @@ def stack(name: str, u: Any, c: Any, batch: int, samples: Tensor | None = None) 
 def same(a: Any, b: Any) -> bool:
     """Whether two values that are no tensors are one, or equal; arrays are in each element."""
     return a is b or (type(a) is type(b) and np.array_equal(a, b))
+
+
+def differs(u: Any, c: Any) -> bool:
+    """Whether anything of ``uncond`` is not what ``cond`` holds: another tensor, whatever is in it.
+
+    Values that are no tensors are equal, or have been refused.
+    """
+    if isinstance(u, Tensor):
+        return u is not c
+    if isinstance(u, Mapping):
+        return any(differs(value, c[key]) for key, value in u.items())
+    if isinstance(u, (list, tuple)):
+        return any(differs(a, b) for a, b in zip(u, c, strict=True))
+    return False
 
 
 def _taken(value: Any, samples: Tensor, batch: int) -> Any:

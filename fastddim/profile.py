@@ -131,7 +131,7 @@ def mixture(data: GaussianMixture) -> Judge:
 def grid(
     steps: Sequence[int],
     etas: Sequence[Eta],
-    spacing: Spacing = "uniform",
+    spacing: Spacing | str = "uniform",
     make: Callable[..., DDIM] = DDIM,
 ) -> list[DDIM]:
     """The samplers of a grid, row by row: each number of steps with each η.
@@ -149,7 +149,7 @@ def grid(
     return [_sampler(make, S, eta, spacing) for S, eta in itertools.product(steps, etas)]
 
 
-def _sampler(make: Callable[..., DDIM], steps: int, eta: Eta, spacing: Spacing) -> DDIM:
+def _sampler(make: Callable[..., DDIM], steps: int, eta: Eta, spacing: Spacing | str) -> DDIM:
     try:
         return make(steps, eta=eta, spacing=spacing)
     except ValueError as error:

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from fastddim import noise as counter
-from fastddim.buffers import Spare
-from fastddim.check import finite, kind, whole
-from fastddim.coefficients import PREDICTIONS, Float32
+from fastddim.buffers import Spare, fitting
+from fastddim.check import finite, kind, shown, whole
+from fastddim.coefficients import PREDICTIONS, Float32, Prediction
 from fastddim.ops import OUTPUTS, STEP, ddim_step, initial_noise, input_like
-from fastddim.predict import Predictor
+from fastddim.predict import Model, Predictor, device_of
 from fastddim.timesteps import Pair
 
 Given: TypeAlias = Sequence[Tensor] | Tensor
 Guidance: TypeAlias = (
     float | Sequence[float] | Sequence[Sequence[float]] | Tensor | Callable[[int], Any]
 )
+FRESH = 1 << 15
+"""Elements below which fresh memory costs a CPU no more than finding some that nobody holds."""
 Progress: TypeAlias = bool | Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -45,6 +47,8 @@ class Row(NamedTuple):
     noisy: bool
     following: tuple[int, bool] | None
     """How many times the batch the next row's input holds, and whether the step is to write it."""
+    by_x0: bool = False
+    """Backwards: whether the model's x0 stays and ε follows from x_s, and not the other way."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ class Noise:
         elif generator is not None:
             _check_generator(generator, device)
         else:
-            keys = drawn_seeds(size[0]) if seeds is None else seeds
-            return cls(size, device, checked_seeds(keys, size[0]).to(device))
+            keys = drawn_seeds(size[0]) if seeds is None else checked_seeds(seeds, size[0])
+            return cls(size, device, keys.to(device))
         return cls(size, device, None, generator, given)
 
     def part(self, samples: Tensor) -> Noise:
@@ -167,13 +171,14 @@ class Run:
         table: the coefficients.
         rows: the steps to take, in order.
         prediction, clip: as the step's op takes them.
-        as_eps: for a loop that runs backwards, the table by which the step's op turns what the
-            model says into ε, guidance included; None forwards.
+        heard: for a loop that runs backwards, the table by which the step's op turns what the
+            model says into ε, or into x0 in rows ``by_x0``, guidance included; None forwards.
         guidance: w, float32 (rows of the table, batch), or None.
         noise: where z comes from.
         known: what is known of the image, for inpainting.
         dtype: of the result.
         wants_x0: whether each step is to give x0.
+        reads_x0: whether anything but the caller reads it after the step.
         progress: what the rows are wrapped in.
     """
 
@@ -182,20 +187,23 @@ class Run:
     predictor: Predictor
     table: Tensor
     rows: list[Row]
-    prediction: str
+    prediction: Prediction
     clip: float | None
-    as_eps: Tensor | None
+    heard: Tensor | None
     guidance: Tensor | None
     noise: Noise
     known: Known | None
     dtype: torch.dtype
     wants_x0: bool
     progress: Callable[[Iterable[Any]], Iterable[Any]]
+    reads_x0: bool = False
     states: Spare = field(default_factory=Spare)
     inputs: dict[int, Spare] = field(default_factory=lambda: {1: Spare(), 2: Spare()})
     x0s: Spare = field(default_factory=Spare)
     held: list[Tensor] = field(default_factory=list)
     """What a graph of this run reads beside what the run names: the model's weights."""
+    copies: Spare = field(default_factory=Spare)
+    """Of states, for the caller."""
     instead: Tensor | None = None
     """What a callback has put in x's place."""
     _made: Tensor | None = None
@@ -253,15 +261,16 @@ class Run:
             self.inputs[len(x_in) // max(len(x), 1) or 1].keep(x_in)
         return output
 
-    def eps(self, y: Tensor, row: Row) -> Tensor:
-        """ε at y, whatever the model returns: the step to 0·x0 + 1·ε."""
+    def eps_or_x0(self, y: Tensor, row: Row) -> Tensor:
+        """ε at y, whatever the model returns: the step to 0·x0 + 1·ε. In a row ``by_x0``, x0."""
         output = self.predict(y, row)
-        if self.as_eps is None or (self.prediction == "epsilon" and row.guidance is None):
+        as_is = self.prediction == self._backwards(row) and row.guidance is None
+        if self.heard is None or as_is:
             return output
         eps, _ = ddim_step(
             y,
             output,
-            self.as_eps,
+            self.heard,
             row.rows,
             guidance=row.guidance,
             prediction=self.prediction,
@@ -269,11 +278,16 @@ class Run:
         )
         return eps
 
+    @staticmethod
+    def _backwards(row: Row) -> Prediction:
+        """What a step up is given."""
+        return "sample" if row.by_x0 else "epsilon"
+
     def step(self, x: Tensor, output: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
         """(x_s, x0) and, in the same pass over memory, the model's next input."""
         seeds, z = self.noise.step(row)
         into = self._next_input(x, row)
-        backwards = self.as_eps is not None
+        backwards = self.heard is not None
         x_s, x0 = self.states.take(), None
         if x_s is None:
             x_s = torch.empty_like(x)
@@ -290,7 +304,7 @@ class Run:
             z,
             None if backwards else row.guidance,
             None,
-            PREDICTIONS.index("epsilon" if backwards else self.prediction),
+            PREDICTIONS.index(self._backwards(row) if backwards else self.prediction),
             True,
             self.clip,
             False,
@@ -305,6 +319,21 @@ class Run:
         self._made, self._input = x_s, into
         self._x0 = x0 if self.predictor.self_condition is not None else None
         return x_s, x0
+
+    def copy(self, x: Tensor) -> Tensor:
+        """x for the caller, who may write to it: in the result's dtype and never the loop's own."""
+        if x.dtype != self.dtype:
+            return x.to(self.dtype)
+        if not x.is_cpu or x.numel() < FRESH:
+            return x.clone()
+        own = fitting(self.copies.take(), x)
+        own = torch.empty_like(x) if own is None else own
+        own.copy_(x)
+        self.copies.keep(own)
+        return own.detach()  # whatever the caller asks of it, requires_grad say, ``own`` is not it
+
+    def copy_of_x0(self, x0: Tensor) -> Tensor:
+        return x0.to(self.dtype, copy=self.reads_x0)
 
     def _next_input(self, x: Tensor, row: Row) -> Tensor | None:
         """Where the step is to write what the model is given next, if that is not x_s itself."""
@@ -349,7 +378,8 @@ class Plan:
     """What a sampler decides before it has seen a tensor: its table, and the order of its rows.
 
     ``levels`` are those the model is told and ``pairs`` the (from, to) of each row, by the table's
-    rows; ``shift`` is the factor of cond_fn's gradient, likewise, where there is one.
+    rows; ``shift`` is the factor of cond_fn's gradient, likewise, where there is one. ``heard``
+    and ``by_x0`` are those of a loop that runs backwards.
     """
 
     table: Float32
@@ -357,9 +387,10 @@ class Plan:
     levels: tuple[int, ...]
     pairs: tuple[Pair, ...]
     shift: Float32 | None
-    prediction: str
+    prediction: Prediction
     clip: float | None
-    as_eps: Float32 | None = None
+    heard: Float32 | None = None
+    by_x0: tuple[bool, ...] = ()
 
 
 def rows_of(
@@ -395,6 +426,7 @@ def rows_of(
                 None
                 if copies is None
                 else (copies, writable and not inpainted and (cast or copies == 2)),
+                bool(plan.by_x0) and plan.by_x0[i],
             )
         )
     return rows
@@ -436,8 +468,8 @@ def checked_guidance(
 
 
 def _numbers(name: str, value: Any) -> npt.NDArray[np.float64]:
-    if isinstance(value, Tensor):
-        value = value.tolist()
+    if isinstance(value, Tensor) and not value.is_complex():
+        value = value.detach().cpu().double().numpy()
     if value is None or isinstance(value, (bool, str, bytes)):
         raise TypeError(f"{name} must be a number or numbers, got {value!r}")
     try:
@@ -456,6 +488,8 @@ def drawn_seeds(batch: int) -> Tensor:
 
 def checked_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
     """``seeds`` as int64 (batch,)."""
+    if (fast := _int64(seeds)) is not None and fast.shape == (batch,) and (fast >= 0).all():
+        return torch.from_numpy(fast)
     values: Any = seeds.tolist() if isinstance(seeds, (Tensor, np.ndarray)) else seeds
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"seeds must be a sequence of integers, got {kind(seeds)}")
@@ -465,9 +499,30 @@ def checked_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
     return torch.tensor(checked, dtype=torch.int64, device="cpu")
 
 
+def _int64(numbers: Any) -> npt.NDArray[np.int64] | None:
+    """A copy of what is plainly int64 numbers, all at once: 100,000 one by one take 0.1 s."""
+    if isinstance(numbers, range):
+        numbers = np.arange(numbers.start, numbers.stop, numbers.step)
+    elif isinstance(numbers, Tensor) and numbers.dtype == torch.int64:
+        numbers = numbers.detach().cpu().numpy()
+    elif isinstance(numbers, (list, tuple)) and set(map(type, numbers)) == {int}:
+        try:
+            numbers = np.array(numbers, dtype=np.int64)
+        except OverflowError:
+            return None
+    if not isinstance(numbers, np.ndarray) or numbers.dtype != np.int64:
+        return None
+    return numbers.copy()
+
+
 def checked_state(name: str, x: Any, device: torch.device | str | None) -> Tensor:
     """A state to begin with: (batch, ...), of a floating point type, free of gradients."""
     if not isinstance(x, Tensor):
+        if name == "x_T" and isinstance(x, Sequence) and all(isinstance(n, int) for n in x):
+            raise TypeError(
+                f"x_T must be a tensor, got {shown(x)}: to begin with noise, give "
+                f"shape={shown(tuple(x))}"
+            )
         raise TypeError(f"{name} must be a tensor, got {kind(x)}")
     if x.dim() < 2:
         raise ValueError(
@@ -491,6 +546,12 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     if len(size) < 2:
         raise ValueError(f"shape must be (batch, ...) with two dimensions or more, got {size}")
     return size
+
+
+def place_of(device: torch.device | str | None, model: Model) -> torch.device:
+    """Where to sample without an x_T: ``device``, the model's parameters' or torch's default."""
+    here = device_of(model) if device is None else None
+    return usable(device) if here is None else here
 
 
 def usable(device: torch.device | str | None) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,10 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim.check import finite, kind, whole
-from fastddim.coefficients import PREDICTIONS, Eta, Float32, checked_eta, levels, make_table, pack
+from fastddim.check import SamplingWarning, finite, kind, whole
+from fastddim.coefficients import (
+    Eta,
+    Float32,
+    Prediction,
+    PredictionSynonym,
+    checked_eta,
+    checked_prediction,
+    levels,
+    make_table,
+    pack,
+)
 from fastddim.ops import ddim_step
-from fastddim.predict import Model, Predictor
+from fastddim.predict import Model, Predictor, warn_of_training
 from fastddim.run import (
     Given,
     Guidance,
@@ -31,13 +42,13 @@ from fastddim.run import (
     checked_shape,
     checked_state,
     checked_temperature,
+    place_of,
     rows_of,
-    usable,
     wrapper,
 )
 from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import Pair, Spacing, make_pairs
-from fastddim.trajectory import Recorder, Trajectory
+from fastddim.trajectory import Recorder, Trajectory, shape_of
 
 if TYPE_CHECKING:
     from typing import TypedDict
@@ -74,9 +85,13 @@ if TYPE_CHECKING:
 Callback: TypeAlias = Callable[["Step"], "Tensor | bool | None"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """What one step of the loop leaves behind.
+    """What one step of the loop leaves behind. Its ``repr`` prints the tensors' shapes.
+
+    ``x`` and ``x0`` are copies, and the caller's to keep and to write to: nothing that follows
+    writes to them, and what is written into them does not reach the loop. A callback changes the
+    course of the loop by the tensor that it returns.
 
     Attributes:
         index: the step's row in the table, 0 for the noisiest. ``sample(model, step.x,
@@ -93,10 +108,21 @@ class Step:
     x: Tensor
     x0: Tensor
 
+    def __repr__(self) -> str:
+        return (
+            f"Step(index={self.index}, t={self.t}, s={self.s}, x={shape_of(self.x)}, "
+            f"x0={shape_of(self.x0)})"
+        )
+
+
+FAR = 0.2
+"""√ᾱ of a first level from which on a sampler warns that noise is not what its model expects: the
+paper's own spacings stay below it from S = 3 on (0.105, linear β), and so does stable diffusion's
+(0.192 at S = 5)."""
+
 
 @functools.cache
 def _papers_schedule() -> NoiseSchedule:
-    # One object, since schedules are equal only to themselves: so DDIM(50) == DDIM(50).
     return NoiseSchedule.linear()
 
 
@@ -108,14 +134,17 @@ class DDIM:
         x_s = √ᾱ_s·x0 + c1·z + c2·ε(x_t, t),   c1 = σ_t,   c2 = √(1 − ᾱ_s − σ_t²)
 
     A bad value raises ``TypeError`` or ``ValueError`` here, naming the argument, the value and
-    what is allowed; none is left to be found out while sampling.
+    what is allowed; none is left to be found out while sampling. A named spacing whose first
+    level is far from noise gives a ``SamplingWarning`` with its √ᾱ. Samplers of equal arguments
+    are equal and have one hash, after ``pickle`` and ``deepcopy`` too.
 
     Args:
         steps: S, the number of steps; 50 where neither it nor a list of timesteps is given.
         eta: η ≥ 0 (0 is DDIM, 1 is DDPM on τ), or ``"hat"`` for the paper's σ̂.
         schedule: ᾱ; linear β with T = 1000 by default.
         spacing: how τ is chosen, or τ itself: see ``make_pairs``.
-        prediction: what the model returns: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0).
+        prediction: what the model returns: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0). Names
+            that other systems use, such as ``"v_prediction"`` and ``"x0"``, become one of these.
         clip: the predicted x0 is clamped to ±clip; None leaves it alone.
         final_alpha_cumprod: ᾱ_s of the step to s = −1. 1 is clean data; Stable Diffusion ends
             at ᾱ_0.
@@ -130,7 +159,7 @@ class DDIM:
     eta: Eta = 0.0
     schedule: NoiseSchedule = field(default_factory=_papers_schedule)
     spacing: Spacing = "uniform"
-    prediction: str = "epsilon"
+    prediction: Prediction | PredictionSynonym = "epsilon"
     clip: float | None = None
     final_alpha_cumprod: float = 1.0
     temperature: float = 1.0
@@ -140,12 +169,10 @@ class DDIM:
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, NoiseSchedule):
             raise TypeError(f"schedule must be a NoiseSchedule, got {kind(self.schedule)}")
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(
-                f"prediction must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}"
-            )
-        if self.clip is not None and finite("clip", self.clip) <= 0:
-            raise ValueError(f"clip must be > 0, got {self.clip:g}")
+        prediction = checked_prediction(self.prediction)
+        clip = None if self.clip is None else finite("clip", self.clip)
+        if clip is not None and clip <= 0:
+            raise ValueError(f"clip must be > 0, got {clip:g}")
         steps = 50 if self.steps is None else self.steps
         spacing = self.spacing
         pairs = make_pairs(spacing, steps, len(self.schedule))
@@ -156,8 +183,11 @@ class DDIM:
                     f"got {self.steps!r}"
                 )
             steps, spacing = len(pairs), pairs  # frozen, unlike the list it came from
+        else:
+            steps = whole("steps", steps, low=1)
+            _check_first_level(self.schedule, spacing, steps, pairs[0][0])
         noisiest, cleanest = self.schedule.alphas_cumprod[[pairs[0][0], pairs[-1][0]]]
-        if noisiest == 0 and self.prediction == "epsilon":
+        if noisiest == 0 and prediction == "epsilon":
             raise ValueError(
                 f"prediction must be v or sample where ᾱ is 0, as it is at t = {pairs[0][0]} of "
                 f"this schedule, got 'epsilon'"
@@ -175,6 +205,8 @@ class DDIM:
             "steps": steps,
             "spacing": spacing,
             "eta": checked_eta(self.eta),
+            "prediction": prediction,
+            "clip": clip,
             "final_alpha_cumprod": final,
             "temperature": temperature,
             "pairs": pairs,
@@ -182,6 +214,11 @@ class DDIM:
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # pickle and deepcopy copy an array without its write protection.
+        state["table"].setflags(write=False)
+        self.__dict__.update(state)
 
     @overload
     def sample(
@@ -239,22 +276,32 @@ class DDIM:
             model: called as ``model(x, t, **cond)`` without gradients, t being int64 of shape
                 (batch,). Returns a tensor of x's shape, or one with twice the channels (a learned
                 variance, which is not used), or a tuple or an object with ``.sample`` that holds
-                one.
+                one. A network in training mode whose dropout or batch norm is at work gets a
+                ``SamplingWarning``, once.
             x_T: where to begin, (batch, ...), float32, bfloat16 or float16; never written.
             shape: (batch, ...) to begin with noise, where x_T is not given.
-            seeds: an integer in [0, 2⁶³) for each sample. What is drawn for a sample depends on
-                its seed alone: not on its batch or the device.
+            seeds: an integer in [0, 2⁶³) for each sample. What is drawn for a sample is a
+                function of its seed, the row and the element, whatever batch it is in: the same
+                bits on one backend, and from one backend to another (a CPU with numba, without
+                it, a GPU) the same normals but for the rounding of ln, sin and cos, some 1e-5.
+                So the sampler gives a seed the same bits in any batch, if the model does: networks
+                whose kernels round by batch size give it the same image to about 1e-6, and
+                ``batch_size`` mends that.
             generator: or torch's own stream, a generator of the sampling device: x_T first, then
                 z for each step that adds noise.
             noise: or z itself: for each row a float32 tensor of x_T's shape. With none of the
                 three, seeds come from torch's default generator, as ``torch.manual_seed`` sets it.
-            device: where to sample; x_T's by default, else torch's default device.
+            device: where to sample. x_T's by default; without an x_T that of the model's
+                parameters where it has any (a network, its method, or a partial of one), else
+                torch's default device.
             dtype: what x is cast to for the model; x_T's by default. The state stays float32.
+                A network with bfloat16 parameters needs ``dtype=torch.bfloat16`` or ``autocast``.
             autocast: ``torch.autocast`` around the model: its dtype, or True for the device's own.
             cond: keyword arguments for the model.
             uncond: those that stand in their place without the condition. What has a row for
                 each sample is stacked once, uncond before cond, and the model is called with
-                twice the batch; the rest is the same for both.
+                twice the batch; the rest is the same for both. One that leaves all of ``cond``
+                as it is is refused.
             guidance: w of classifier-free guidance, u + w·(c − u) (Ho and Salimans 2022; they
                 write 1 + w): a number, (batch,) for each sample, (rows, 1) for each step, (rows,
                 batch) for both, or a function of t that gives one of the first two. In a row
@@ -269,10 +316,14 @@ class DDIM:
             known, mask: inpainting: an image of x_T's shape and a mask in [0, 1] that broadcasts
                 to it. Where the mask is 1 each state is the image, noised to the state's level
                 (stream 2 of the seeds).
-            batch_size: how many samples the model gets at once. The last batch is padded with its
-                last sample, so that the model always sees full ones; no sample depends on it.
-            callback: called with the ``Step`` after each. A tensor it returns takes x's place;
-                True ends the loop there, and what is returned is x at that level.
+            batch_size: how many samples the model gets at once (twice as many with guidance).
+                The last batch is padded with its last sample, so that each call of the model has
+                this very shape, however many samples are asked for. A sample's bits are then the
+                same wherever its seed stands among the seeds, if the model's answer for a row
+                depends on that row and the shape alone. Another ``batch_size`` may round otherwise.
+            callback: called with the ``Step`` after each, whose tensors are copies: what it
+                writes into them changes nothing. A tensor it returns takes x's place, ``step.x``
+                included; True ends the loop there, and what is returned is x at that level.
             trajectory: ``"x"``, ``"x0"`` or both, kept along the way.
             every: k, to keep each k-th state, and always the last.
             offload: whether they are kept on the host instead, copied while the loop goes on.
@@ -314,7 +365,9 @@ class DDIM:
             order = [row.number for row in run.rows]
             size, where = run.noise.size, run.noise.device
             path = Recorder(trajectory, every, offload, order, self.pairs, size, run.dtype, where)
-        run.wants_x0 |= callback is not None or (path is not None and path.wants("x0"))
+        kept = path is not None and path.wants("x0")
+        run.wants_x0 |= callback is not None or kept
+        run.reads_x0 |= kept
         with run.predictor.one_cast():
             if batches is None:
                 out = self._sampled(run, path, callback)
@@ -354,7 +407,9 @@ class DDIM:
         """``sample``, or with ``reverse`` ``invert``, one step at a time, with each step's x0.
 
         The arguments, checked before the first step is asked for, are those of the two. The
-        tensors of a step are the caller's to keep: nothing that follows writes to them.
+        tensors of a step are copies, and the caller's to keep and to write to: nothing that
+        follows writes to them, and nothing that is written into them steers the loop, in any
+        dtype. ``sample(callback=...)`` is the loop that can be steered.
         """
         if not reverse:
             if until is not None or refine:
@@ -421,6 +476,12 @@ class DDIM:
         solves again; what the iteration settles on is what ``sample`` takes back to x_s. The
         model is told the level it goes to, as data themselves have none.
 
+        Where x_t holds next to nothing of the data (ᾱ_t = 0, or √ᾱ_t·√(1−ᾱ_s) below a tenth of
+        √ᾱ_s·√(1−ᾱ_t)) ε is almost x_t itself, and that iteration stands still. There x0 is asked
+        for and ε follows, which is the same equation solved for its other unknown:
+
+            x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·(x_s − √ᾱ_s·x0)/√(1−ᾱ_s),   x0 = x0(x_s, t)
+
         Args:
             x0: clean data, (batch, ...), float32, bfloat16 or float16; never written.
             until: the row to stop before: the result is x at that row's t, and ``sample(model,
@@ -433,7 +494,8 @@ class DDIM:
             x at the level of row ``until``, in x0's dtype.
 
         Raises:
-            TypeError, ValueError: as ``sample`` does; η must be 0, and clip None.
+            TypeError, ValueError: as ``sample`` does; η must be 0, clip None, and no step may
+                lead from ᾱ = 0 to clean data, of which x_T is no function.
         """
         refine = whole("refine", refine, low=0)
         run = self._prepare(
@@ -521,7 +583,7 @@ class DDIM:
                 **given,
             )
 
-        size, where = checked_shape(shape), usable(device)
+        size, where = checked_shape(shape), place_of(device, model)
         whole("start", start, low=0, high=len(self.pairs) - 1)
         t = tuple(t for t, _ in self.pairs)
         return Captured(prepare, self._loop, size, where, start, t, cond, uncond, guidance)
@@ -556,9 +618,9 @@ class DDIM:
         x = run.begin()
         for row in run.progress(run.rows):  # τ_1 → τ_S
             with _no_grad():
-                y, x0 = run.step(x, run.eps(x, row), row)
+                y, x0 = run.step(x, run.eps_or_x0(x, row), row)
                 for _ in range(refine):
-                    y, x0 = run.step(x, run.eps(y, row), row)
+                    y, x0 = run.step(x, run.eps_or_x0(y, row), row)
             x = y
             del y
             yield row, x, x0
@@ -583,13 +645,18 @@ class DDIM:
                     break
         return _reached(x).to(run.dtype)
 
+    @property
+    def _prediction(self) -> Prediction:
+        """``prediction``, which has been a synonym at construction only."""
+        return checked_prediction(self.prediction)
+
     def _plan(self, start: int, shifted: bool) -> Plan:
         """The table's rows from ``start`` on; ``shifted`` by a cond_fn or not."""
         first = whole("start", start, low=0, high=len(self.pairs) - 1)
         order = range(first, len(self.pairs))
         t = tuple(t for t, _ in self.pairs)
         shift = self._shift() if shifted else None
-        return Plan(self.table, order, t, self.pairs, shift, self.prediction, self.clip, None)
+        return Plan(self.table, order, t, self.pairs, shift, self._prediction, self.clip)
 
     def _reverse_plan(self, until: int | None, shifted: bool) -> Plan:
         """The same rows, each from its s to its t, from the last to ``until``."""
@@ -604,7 +671,16 @@ class DDIM:
             )
         last = whole("until", 0 if until is None else until, low=0, high=len(self.pairs) - 1)
         up = tuple((s, t) for t, s in self.pairs)
-        abar, _ = levels(self.schedule, self.pairs, self.final_alpha_cumprod)
+        abar, abar_s = levels(self.schedule, self.pairs, self.final_alpha_cumprod)
+        if ((abar == 0) & (abar_s == 1))[last:].any():
+            raise ValueError(
+                "the way up cannot lead from clean data to ᾱ = 0 in one step, since x_T is no "
+                "function of them: take more steps"
+            )
+        # Of its error in y the one iteration keeps (b_t·a_s − a_t·b_s)/(b_t·a_s) as ∂x0/∂y tends
+        # to 0, and of data with unit variance the other keeps (b_t·a_s − a_t·b_s)·a_t/b_s.
+        a, b, a_s, b_s = (np.sqrt(n) for n in (abar, 1 - abar, abar_s, 1 - abar_s))
+        by_x0 = (a * b_s < 0.1 * a_s * b) & (a * a_s < b * b_s)
         zeros = np.zeros_like(abar)
         return Plan(
             make_table(self.schedule, up, 0.0, self.final_alpha_cumprod),
@@ -612,9 +688,10 @@ class DDIM:
             tuple(t for t, _ in self.pairs),
             up,
             self._shift() if shifted else None,
-            self.prediction,
+            self._prediction,
             None,
-            pack(abar, zeros, zeros, np.ones_like(abar)),
+            pack(abar, np.where(by_x0, 1.0, 0.0), zeros, np.where(by_x0, 0.0, 1.0)),
+            tuple(by_x0.tolist()),
         )
 
     def _shift(self) -> Float32:
@@ -623,7 +700,7 @@ class DDIM:
         b = np.sqrt(1 - abar)
         with np.errstate(divide="ignore"):  # refused where it is asked for
             factors = {"epsilon": -b, "v": -b / np.sqrt(abar), "sample": b**2 / np.sqrt(abar)}
-        return factors[self.prediction].astype(np.float32)
+        return factors[self._prediction].astype(np.float32)
 
     def _forward_table(self) -> Float32:
         """From clean data to each row's t, and last to the final s (itself where that is −1)."""
@@ -653,8 +730,8 @@ class DDIM:
         progress: Progress = False,
     ) -> Run:
         """Every argument checked and on the device, and the x to begin at."""
-        name = "x_T" if plan.as_eps is None else "x0"
-        if plan.as_eps is not None:
+        name = "x_T" if plan.heard is None else "x0"
+        if plan.heard is not None:
             x_T = checked_state(name, x_T, device)
         elif (x_T is None) == (shape is None):
             raise ValueError(f"give x_T or shape, got {'neither' if x_T is None else 'both'}")
@@ -663,7 +740,7 @@ class DDIM:
         elif x_T is not None:
             checked_state(name, x_T, device)
         size = checked_shape(shape) if x_T is None else tuple(x_T.shape)
-        where = usable(device) if x_T is None else x_T.device
+        where = place_of(device, model) if x_T is None else x_T.device
         check_not_capturing(where)
         state_dtype = torch.float32 if x_T is None else x_T.dtype
         model_dtype = checked_dtype(dtype) or state_dtype
@@ -675,6 +752,7 @@ class DDIM:
         )
         if plan.shift is not None and not np.isfinite(plan.shift).all():
             raise ValueError("cond_fn cannot be used where ᾱ is 0, as it is in this schedule")
+        warn_of_training(model, 3)
         wrapped = wrapper(progress)
         source = Noise.of(size, where, len(plan.table), seeds, generator, noise)
         x = source.initial() if x_T is None else x_T.to(torch.float32)
@@ -691,13 +769,36 @@ class DDIM:
             rows_of(plan, predictor, scales, inpainted is not None),
             plan.prediction,
             plan.clip,
-            None if plan.as_eps is None else torch.tensor(plan.as_eps, device=where),
+            None if plan.heard is None else torch.tensor(plan.heard, device=where),
             scales,
             source,
             inpainted,
             state_dtype,
             self_condition is not None,
             wrapped,
+            self_condition is not None,
+        )
+
+
+def _check_first_level(schedule: NoiseSchedule, spacing: str, steps: int, t: int) -> None:
+    """That a loop from noise begins where noise is.
+
+    A list of timesteps is not asked: it says itself where it begins, as image to image does.
+    """
+    last = len(schedule) - 1
+    if t == 0 < last:
+        raise ValueError(
+            f"steps must be 2 or more with spacing {spacing!r}, whose one step goes from t = 0, "
+            f"where noise stays noise (spacing 'trailing' has one from t = {last}), got {steps}"
+        )
+    signal, least = np.sqrt(schedule.alphas_cumprod[[t, last]])
+    if signal > max(FAR, 2 * least):
+        warnings.warn(
+            f"spacing {spacing!r} with {steps} steps begins at t = {t}, where the model expects "
+            f"{signal:.3g} (√ᾱ) of an image in x, and noise holds none: spacing 'trailing' begins "
+            f"at t = {last}, where it expects {least:.3g}",
+            SamplingWarning,
+            stacklevel=4,  # the line that calls DDIM(...), through __init__ and __post_init__
         )
 
 
@@ -742,7 +843,7 @@ def _batches(
 def _step(run: Run, row: Row, x: Tensor, x0: Tensor | None) -> Step:
     assert x0 is not None
     t, s = row.pair
-    return Step(row.number, t, s, x.to(run.dtype), x0.to(run.dtype))
+    return Step(row.number, t, s, run.copy(x), run.copy_of_x0(x0))
 
 
 def _steps(run: Run, states: Iterator[tuple[Row, Tensor, Tensor | None]]) -> Iterator[Step]:

@@ -20,6 +20,7 @@ class NoiseSchedule:
 
     Ho et al. 2020, section 2 (they count t from 1; here, as in code, from 0). Build one with
     ``linear``, ``scaled_linear``, ``cosine``, ``from_betas`` or ``from_alphas_cumprod``.
+    Two schedules are equal, and have one hash, where every ᾱ_t is equal; names do not count.
 
     Attributes:
         alphas_cumprod: ᾱ, float64 of shape (T,), strictly decreasing, in (0, 1); the last may
@@ -45,8 +46,22 @@ class NoiseSchedule:
                 f"alphas_cumprod must strictly decrease, got {abar[t]:g} at {t} "
                 f"and {abar[t + 1]:g} at {t + 1}"
             )
+        abar[abar == 0] = 0.0  # −0 is equal to 0, and the hash reads bytes
         abar.setflags(write=False)
         object.__setattr__(self, "alphas_cumprod", abar)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NoiseSchedule):
+            return NotImplemented
+        return np.array_equal(self.alphas_cumprod, other.alphas_cumprod)
+
+    def __hash__(self) -> int:
+        return hash(self.alphas_cumprod.tobytes())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # pickle and deepcopy copy an array without its write protection.
+        state["alphas_cumprod"].setflags(write=False)
+        self.__dict__.update(state)
 
     def __len__(self) -> int:
         """T, the number of noise levels."""

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from fastddim.check import whole
 
 Pair: TypeAlias = tuple[int, int]
-Spacing: TypeAlias = str | Sequence[int] | Sequence[Pair]
+SpacingName: TypeAlias = Literal[
+    "uniform",
+    "quad",
+    "leading",
+    "trailing",
+    "linspace",
+    "uniform-ermongroup",
+    "quad-ermongroup",
+]
+Spacing: TypeAlias = SpacingName | Sequence[int] | Sequence[Pair]
 
 
-def make_pairs(spacing: Spacing, steps: int, T: int) -> tuple[Pair, ...]:
+def make_pairs(spacing: Spacing | str, steps: int, T: int) -> tuple[Pair, ...]:
     """The (t, s) pairs of τ: each step goes from level t to level s, the last to s = −1 (data).
 
     Args:
@@ -24,7 +33,8 @@ def make_pairs(spacing: Spacing, steps: int, T: int) -> tuple[Pair, ...]:
             - ``"uniform"``: ⌊i·T/S⌋ (Song et al. 2021, appendix D.2, "linear").
             - ``"quad"``: max(i, ⌊c·i²⌋) up to 0.8·T (the same, "quadratic").
             - ``"leading"``: i·⌊T/S⌋; ``"trailing"``: round(T − i·T/S) − 1; ``"linspace"``:
-              rounded, from 0 to T−1 (Lin et al. 2024, table 2).
+              rounded, from 0 to T−1 (Lin et al. 2024, table 2). Of S = 1 each of these five
+              takes the step from T−1, where noise is; i = 0 alone would be the step from t = 0.
             - ``"uniform-ermongroup"``, ``"quad-ermongroup"``: as the authors' code has them.
               The first strides by ⌊T/S⌋ and so may take more than S steps (334 for 300 of
               1000); the second repeats truncated values from S = 30 on, each repetition a model
@@ -41,6 +51,7 @@ def make_pairs(spacing: Spacing, steps: int, T: int) -> tuple[Pair, ...]:
         raise ValueError(
             f"spacing must be one of {', '.join(_SPACINGS)}, a list of timesteps or a list of "
             f"(t, s) pairs, got {spacing!r}"
+            + (f" (here {_OTHER_NAMES[spacing]})" if spacing in _OTHER_NAMES else "")
         )
     return chain(_SPACINGS[spacing](whole("steps", steps, low=1, high=T), T))
 
@@ -51,16 +62,16 @@ def chain(tau: Sequence[int]) -> tuple[Pair, ...]:
 
 
 def uniform(S: int, T: int) -> list[int]:
-    return [i * T // S for i in range(S)]
+    return [i * T // S for i in range(S)] if S > 1 else [T - 1]
 
 
 def quad(S: int, T: int) -> list[int]:
     # Truncation alone repeats small values; max(i, ·) is the least that keeps S distinct steps.
-    return [max(i, t) for i, t in enumerate(quad_ermongroup(S, T))]
+    return [max(i, t) for i, t in enumerate(quad_ermongroup(S, T))] if S > 1 else [T - 1]
 
 
 def leading(S: int, T: int) -> list[int]:
-    return [i * (T // S) for i in range(S)]
+    return [i * (T // S) for i in range(S)] if S > 1 else [T - 1]
 
 
 def trailing(S: int, T: int) -> list[int]:
@@ -79,7 +90,7 @@ def quad_ermongroup(S: int, T: int) -> list[int]:
     return [int(t) for t in np.linspace(0, np.sqrt(T * 0.8), S) ** 2]
 
 
-_SPACINGS = {
+_SPACINGS: dict[str, Callable[[int, int], list[int]]] = {
     "uniform": uniform,
     "quad": quad,
     "leading": leading,
@@ -88,8 +99,11 @@ _SPACINGS = {
     "uniform-ermongroup": uniform_ermongroup,
     "quad-ermongroup": quad_ermongroup,
 }
-SPACINGS = tuple(_SPACINGS)
+SPACINGS: tuple[SpacingName, ...] = get_args(SpacingName)
 """The names ``make_pairs`` knows."""
+
+_OTHER_NAMES = {"linear": "uniform", "quadratic": "quad"}
+"""What the paper's appendix calls two of them."""
 
 
 def _explicit(spacing: Any, T: int) -> tuple[Pair, ...]:

@@ -18,9 +18,9 @@ NAMES = ("x", "x0")
 _log = logging.getLogger("fastddim")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectory:
-    """What a sampler passed through.
+    """What a sampler passed through. Its ``repr`` prints the tensors' dtypes and shapes.
 
     Attributes:
         index: the rows after which states were kept.
@@ -33,6 +33,20 @@ class Trajectory:
     pairs: tuple[Pair, ...]
     x: Tensor | None
     x0: Tensor | None
+
+    def __repr__(self) -> str:
+        return (
+            f"Trajectory(index={self.index}, pairs={self.pairs}, x={shape_of(self.x)}, "
+            f"x0={shape_of(self.x0)})"
+        )
+
+
+def shape_of(x: Tensor | None) -> str:
+    """``float32 (4, 3, 32, 32)`` for a tensor; a device that is not the CPU follows."""
+    if x is None:
+        return "None"
+    where = "" if x.device.type == "cpu" else f" on {x.device}"
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{where}"
 
 
 class Recorder:

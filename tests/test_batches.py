@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule
-from tests.loops import conditioned, drawn
+from tests.loops import column, conditioned, drawn
 from tests.refusals import refused
 
 LINEAR = NoiseSchedule.linear()
@@ -159,6 +159,36 @@ def test_nested_conditions_are_split_too() -> None:
     }
     ddim = DDIM(4, eta=1.0)
     assert torch.equal(ddim.sample(net, batch_size=3, **common), ddim.sample(net, **common))
+
+
+def rounding(x: Tensor, t: Tensor) -> Tensor:
+    """As many networks do, rounds otherwise in a batch of another size."""
+    n = len(x)
+    return 0.8 * ((x / (n + 0.1)) * (n + 0.1)).clamp(-1.5, 1.5) + 1e-3 * column(t % 97, x)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_seeds_image_is_the_same_in_any_batch_as_far_as_the_model_lets_it(eta: float) -> None:
+    ddim = DDIM(50, eta=eta, schedule=LINEAR)
+    seeds, some = [*range(9), *SEEDS], [5, 2**62, 2**33]
+    at = [seeds.index(seed) for seed in some]
+
+    def sampled(net: Any, of: list[int], size: int | None) -> Tensor:
+        return ddim.sample(net, shape=(len(of), *SHAPE[1:]), seeds=of, batch_size=size)
+
+    # The sampler's own arithmetic adds nothing.
+    for size in (None, 1, 4):
+        assert torch.equal(sampled(loose, seeds, size)[at], sampled(loose, some, size))
+    assert torch.equal(sampled(loose, seeds, None), sampled(loose, seeds, 4))
+    # A network that rounds by batch size: another rounding in another batch ...
+    alone, together = sampled(rounding, some, None), sampled(rounding, seeds, None)[at]
+    assert not torch.equal(alone, together)
+    assert float((alone - together).abs().max()) < 2e-5
+    # ... and none where all batches are of one size, whatever else is asked for and in what order.
+    for size in (1, 4, 20):
+        full = sampled(rounding, seeds, size)[at]
+        assert torch.equal(full, sampled(rounding, some, size))
+        assert torch.equal(full, sampled(rounding, some[::-1], size).flip(0))
 
 
 def test_without_a_source_of_noise_there_is_one_draw_for_all() -> None:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule, make_pairs, make_table, reference
-from fastddim.coefficients import COLUMNS
+from fastddim.coefficients import COLUMNS, Prediction
+from fastddim.timesteps import SpacingName
 from tests.refusals import refused
 
 LINEAR = NoiseSchedule.linear()
@@ -206,7 +207,7 @@ SCHEDULES = [LINEAR, NoiseSchedule.scaled_linear(), NoiseSchedule.cosine(100)]
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(SPACINGS), st.integers(2, 100), st.sampled_from(SCHEDULES))
 def test_the_largest_eta_named_is_accepted_and_no_larger_one(
-    spacing: str, S: int, schedule: NoiseSchedule
+    spacing: SpacingName, S: int, schedule: NoiseSchedule
 ) -> None:
     pairs = make_pairs(spacing, S, len(schedule))
     assume(any(t > s >= 0 for t, s in pairs))
@@ -252,7 +253,7 @@ def test_pairs_that_are_no_levels_are_refused(pairs: Any) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["v", "sample"])
-def test_zero_terminal_snr_is_finite_for_v_and_sample(prediction: str) -> None:
+def test_zero_terminal_snr_is_finite_for_v_and_sample(prediction: Prediction) -> None:
     schedule = NoiseSchedule.from_alphas_cumprod(np.linspace(0.99, 0.0, 100))
     ddim = DDIM(5, eta=1.0, schedule=schedule, spacing="trailing", prediction=prediction)
     assert ddim.pairs[0][0] == 99

@@ -138,7 +138,7 @@ def test_operations_are_shared_out_while_that_pays(
     monkeypatch.setattr("fastddim.cpu.time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr("torch.get_num_threads", lambda: 3)
     n, sizes = 10 * PART, list[int]()
-    for _, _, first, count in _blocks(1, n, False, False):
+    for _, _, first, count in _blocks(1, n, False):
         assert first == sum(sizes)
         sizes.append(count)
         now += count * (1.0 if count == BLOCK else 1.1 if busy else 0.9)
@@ -190,6 +190,73 @@ def test_blocks_cross_samples_and_samples_cross_blocks(
     assert_same_step(x, output, rows, clip=1.0)
     assert_same_step(x, output, rows, noise=z)
     assert_same_step(x, output, rows, torch.arange(shape[0]) + 2**32 - 2, prediction="v")
+
+
+OWN_FACTORS = [(3000, 2), (4096, 8), (70, 63), (70, 64), (5, BLOCK + 3), (3, 2 * PART + 1)]
+BOUNDS: list[dict[str, Any]] = [{}, {"threshold": ()}, {"threshold": (), "rederive": True}]
+
+
+@pytest.mark.parametrize("shape", OWN_FACTORS)
+@pytest.mark.parametrize("together", [True, False], ids=["one block", "blocks"])
+@pytest.mark.parametrize("equal", [False, True])
+def test_samples_with_factors_of_their_own_equal_the_reference(
+    shape: tuple[int, int], together: bool, equal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not together:
+        monkeypatch.setattr("fastddim.cpu._most", lambda: BLOCK)
+        monkeypatch.setattr("fastddim.cpu._together", lambda: BLOCK)
+    batch, each = shape[0], (shape[0], 1)
+    x, output, z = (randn(*shape, seed=i) for i in range(3))
+    both = randn(2 * batch, shape[1], seed=3)
+    w = torch.full((batch,), 7.5) if equal else 4 * randn(batch, seed=4)
+    s = 1 + randn(batch, seed=5).abs()
+    rows = (torch.arange(batch) * 7 % 49).to(torch.int32)
+    seeds = torch.arange(batch) + 2**32 - 2
+    counted = torch.empty(shape)
+    cpu.normal_(counted, seeds, rows, STEP)
+    noises: list[tuple[Any, Any, Any, Any]] = [
+        (20, None, z, z),
+        (rows, None, None, None),
+        (rows, seeds, None, counted),
+    ]
+    for prediction, (on, of, noise, drawn) in itertools.product(PREDICTIONS, noises):
+        for said, bounds in itertools.product((output, both, both.half()), BOUNDS):
+            ours: dict[str, Any] = {"prediction": prediction, **bounds}
+            if "threshold" in bounds:
+                ours["threshold"] = s
+            if said is not output:
+                ours["guidance"] = w
+            theirs = {k: v.view(each) if isinstance(v, Tensor) else v for k, v in ours.items()}
+            expected = by_reference(x, said, on, noise=drawn, **theirs)
+            found = fastddim.ddim_step(x, said, TABLE, on, of, noise=noise, **ours)
+            assert found[1] is not None
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("given", ["guidance", "threshold", "rows", "seeds"])
+def test_small_samples_go_together_however_many_there_are(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks: list[int] = []
+    block = cpu._step
+
+    def counting(*arguments: Any) -> None:
+        blocks.append(len(arguments[0]))
+        block(*arguments)
+
+    monkeypatch.setattr(cpu, "_step", counting)
+    batch = 50_000
+    x, output = randn(batch, 2), randn(2 * batch if given == "guidance" else batch, 2)
+    rows: Tensor | int = 3
+    if given == "rows":
+        rows = (torch.arange(batch) % 5).to(torch.int32)
+    own: dict[str, Any] = {}
+    if given in ("guidance", "threshold"):
+        own = {given: 1 + randn(batch).abs()}
+    seeds = torch.arange(batch) if given == "seeds" else None
+    fastddim.ddim_step(x, output, TABLE, rows, seeds, **own)
+    assert len(blocks) < 5  # of the fused pass, which here is left to seeds alone, none
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0,), (3, 0), (1,), (4,), (2, 1, 1, 1, 1, 5)])

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule, make_pairs
+from fastddim.coefficients import Prediction, PredictionSynonym
 from fastddim.dropins.diffusers import (
     FastDDIMInverseScheduler,
     FastDDIMParallelScheduler,
@@ -26,6 +27,7 @@ from fastddim.dropins.diffusers import (
 )
 from fastddim.ops import initial_noise
 from fastddim.quality import Gaussian
+from fastddim.timesteps import SpacingName
 from tests.refusals import refused
 
 diffusers: Any = importlib.import_module("diffusers")  # without its types
@@ -355,7 +357,9 @@ def test_strict_does_so_for_every_number_of_steps(spacing: str, offset: int) -> 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("steps", [1, 10, 50, 61])
-def test_strict_is_the_native_sampler(spacing: str, prediction: str, steps: int) -> None:
+def test_strict_is_the_native_sampler(
+    spacing: SpacingName, prediction: Prediction | PredictionSynonym, steps: int
+) -> None:
     config: Config = {
         "prediction_type": prediction,
         "timestep_spacing": spacing,
@@ -369,7 +373,7 @@ def test_strict_is_the_native_sampler(spacing: str, prediction: str, steps: int)
         steps,
         schedule=schedule,
         spacing=spacing,
-        prediction={"v_prediction": "v"}.get(prediction, prediction),
+        prediction=prediction,
         clip=0.8 if steps == 50 else None,
         final_alpha_cumprod=1.0 if steps != 10 else float(schedule.alphas_cumprod[0]),
     )
@@ -391,7 +395,7 @@ def test_strict_is_the_native_sampler(spacing: str, prediction: str, steps: int)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_strict_inversion_is_the_native_one_and_mirrors_sampling(spacing: str) -> None:
+def test_strict_inversion_is_the_native_one_and_mirrors_sampling(spacing: SpacingName) -> None:
     config: Config = {"timestep_spacing": spacing, "clip_sample": False, "strict": True}
     inverse: Any = FastDDIMInverseScheduler(**config)
     inverse.set_timesteps(61)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule
+from fastddim.coefficients import Prediction
 from tests.apart import apart
 from tests.loops import conditioned, drawn
 from tests.refusals import refused
@@ -293,7 +294,9 @@ def test_a_model_that_keeps_its_input_and_returns_it(way: str) -> None:
 
 @pytest.mark.parametrize("prediction", ["v", "sample"])
 @pytest.mark.parametrize("steps", [7, 102])
-def test_other_predictions_and_learned_variances(way: str, prediction: str, steps: int) -> None:
+def test_other_predictions_and_learned_variances(
+    way: str, prediction: Prediction, steps: int
+) -> None:
     ddim = DDIM(steps, eta=0.5, schedule=LINEAR, prediction=prediction, clip=1.0, temperature=0.5)
 
     def learned(x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor]:

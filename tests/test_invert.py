@@ -7,11 +7,13 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule
+from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.quality import Gaussian
 from tests.loops import column, drawn
 from tests.refusals import refused
@@ -21,7 +23,6 @@ ABAR = torch.from_numpy(LINEAR.alphas_cumprod.copy())
 GAUSSIAN = Gaussian(0.3, 0.5, LINEAR)
 OTHER = Gaussian(-0.4, 0.5, LINEAR)
 X0 = 0.3 + 0.5 * drawn(4, 2, 3)
-PREDICTIONS = ["epsilon", "v", "sample"]
 
 
 def model(x: Tensor, t: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def test_invert_is_its_equation(refine: int, until: int, final: float) -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("refine", [0, 2])
 def test_v_and_x0_models_are_inverted_as_the_eps_model_they_are(
-    prediction: str, refine: int
+    prediction: Prediction, refine: int
 ) -> None:
     tau = list(range(0, 700, 35))
     ddim = DDIM(spacing=tau, schedule=LINEAR, prediction=prediction)
@@ -110,7 +111,7 @@ def test_there_and_back_in_a_thousand_steps(refine: int) -> None:
 
 @pytest.mark.parametrize("prediction", ["v", "sample"])
 @pytest.mark.parametrize("refine", [0, pytest.param(3, marks=pytest.mark.slow)])
-def test_there_and_back_with_other_predictions(prediction: str, refine: int) -> None:
+def test_there_and_back_with_other_predictions(prediction: Prediction, refine: int) -> None:
     ddim, net = DDIM(1000, schedule=LINEAR, prediction=prediction), oracle(prediction)
     out = ddim.sample(net, ddim.invert(net, X0, refine=refine))
     assert mse(out, X0) < (1e-5 if refine == 0 else 1e-9)
@@ -330,3 +331,97 @@ def test_noise_and_clamps_cannot_be_run_backwards(run: Callable[[DDIM], Any]) ->
     refused(lambda: run(DDIM(10, eta="hat")), ValueError, "eta", "hat")
     refused(lambda: run(DDIM(10, eta=0.5, temperature=0.0)), ValueError, "eta", "0.5")
     refused(lambda: run(DDIM(10, clip=1.0)), ValueError, "clip", "None", "1")
+
+
+# --- Levels where next to nothing is left of the data -------------------------------------------
+
+
+def zero_terminal() -> NoiseSchedule:
+    """Linear β, its √ᾱ shifted so that the last is 0 (Lin et al. 2024, algorithm 1)."""
+    root = np.sqrt(LINEAR.alphas_cumprod)
+    return NoiseSchedule.from_alphas_cumprod(
+        ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    )
+
+
+def exact(ddim: DDIM, mean: float = 0.3, std: float = 0.5) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a model of N(mean, std²) says in float64, where ᾱ is 0 as well."""
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        abar = column(torch.from_numpy(ddim.schedule.alphas_cumprod.copy())[t], x.double())
+        a, b = abar.sqrt(), (1 - abar).sqrt()
+        x0 = mean + a * std**2 / (abar * std**2 + b**2) * (x.double() - a * mean)
+        eps = (x.double() - a * x0) / b
+        return {"epsilon": eps, "v": a * eps - b * x0, "sample": x0}[ddim.prediction].float()
+
+    return net
+
+
+def exact_noise(ddim: DDIM, x0: Tensor, mean: float = 0.3, std: float = 0.5) -> Tensor:
+    """x_T of x0: each of the sampler's steps is linear in x there, x_s = A·x_t + B, in float64."""
+    x = x0.double()
+    for t, s in reversed(ddim.pairs):
+        abar = float(ddim.schedule.alphas_cumprod[t])
+        abar_s = float(ddim.schedule.alphas_cumprod[s]) if s >= 0 else ddim.final_alpha_cumprod
+        a, b = math.sqrt(abar), math.sqrt(1 - abar)
+        slope = a * std**2 / (abar * std**2 + b**2)  # of x0, whose value at a·mean is the mean
+        A = math.sqrt(abar_s) * slope + math.sqrt(1 - abar_s) * (1 - a * slope) / b
+        x = a * mean + (x - math.sqrt(abar_s) * mean) / A
+    return x
+
+
+NOISY: dict[str, tuple[NoiseSchedule, int, int]] = {
+    "zero": (zero_terminal(), 10, 40),
+    "zero of 4": (zero_terminal(), 4, 200),  # nearer to the data so few steps converge slowly
+    "cosine": (NoiseSchedule.cosine(), 10, 40),  # √ᾱ_T = 5e-5
+    "cosine of 100": (NoiseSchedule.cosine(100), 10, 40),
+}
+
+
+@pytest.mark.parametrize("how", NOISY)
+@pytest.mark.parametrize("prediction", ["v", "sample"])
+def test_refining_converges_where_nothing_is_left_of_the_data(
+    how: str, prediction: Prediction
+) -> None:
+    schedule, S, refine = NOISY[how]
+    ddim = DDIM(S, schedule=schedule, prediction=prediction, spacing="trailing")
+    x0 = 0.3 + 0.5 * drawn(64, 8)
+    z = ddim.invert(exact(ddim), x0, refine=refine)
+    assert float((z - exact_noise(ddim, x0)).abs().max()) < 2e-5
+    assert float((ddim.sample(exact(ddim), z) - x0).abs().max()) < 2e-5
+    *_, last = ddim.iterate(exact(ddim), x0, reverse=True, refine=refine)
+    assert torch.equal(last.x, z)
+    assert float((last.x0 - exact_x0(ddim, z)).abs().max()) < 1e-5
+
+
+def exact_x0(ddim: DDIM, x: Tensor) -> Tensor:
+    t = torch.full((len(x),), ddim.pairs[0][0])
+    as_sample = DDIM(1, schedule=ddim.schedule, prediction="sample")
+    return exact(as_sample)(x, t)
+
+
+def test_epsilon_models_converge_there_too() -> None:
+    ddim = DDIM(10, schedule=NoiseSchedule.cosine(100), spacing="trailing")
+    x0 = 0.3 + 0.5 * drawn(64, 8)
+    z = ddim.invert(exact(ddim), x0, refine=40)
+    # x0 = (x − √(1−ᾱ)·ε)/√ᾱ divides a rounding of 1e-7 by √ᾱ_T = 5e-4, there and back.
+    assert float((z - exact_noise(ddim, x0)).abs().max()) < 1e-3
+    assert float((ddim.sample(exact(ddim), z) - x0).abs().max()) < 1e-3
+
+
+def test_guidance_is_mixed_there_as_it_is_in_sample() -> None:
+    ddim = DDIM(10, schedule=zero_terminal(), prediction="v", spacing="trailing")
+
+    def net(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return exact(ddim)(x, t) * (1 + 0.1 * c) + 0.2 * torch.tanh(x + c)
+
+    given: dict[str, Any] = {"cond": {"c": drawn(16, 1)}, "uncond": {"c": drawn(16, 1, seed=2)}}
+    given["guidance"] = 1.5
+    x0 = 0.3 + 0.5 * drawn(16, 8)
+    back = ddim.sample(net, ddim.invert(net, x0, refine=60, **given), **given)
+    assert float((back - x0).abs().max()) < 1e-4
+
+
+def test_one_step_from_data_to_nothing_is_refused() -> None:
+    ddim = DDIM(1, schedule=zero_terminal(), prediction="v")
+    refused(lambda: ddim.invert(exact(ddim), X0), ValueError, "the way up", "ᾱ = 0", "more steps")

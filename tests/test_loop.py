@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastddim import DDIM
+from fastddim import DDIM, Step
 from tests.loops import Dispatched, by_hand, conditioned, counter_noise, drawn, last
+from tests.refusals import refused
 from tests.waiting import allow_waiting, forbid_waiting, no_waiting
 
 STEP = "fastddim.ddim_step.default"
@@ -122,10 +125,10 @@ def test_one_operation_from_any_start_and_with_iterate(device: str, eta: float) 
     watch = Watch(free)
     with watch.mode:
         kept = list(ddim.iterate(watch, shape=SHAPE, seeds=SEEDS, device=device))
-    # What iterate's caller keeps is replaced by fresh memory, which its step makes itself.
+    # What iterate yields is a copy, which the caller may write to.
     assert len(kept) == 10
     for between in watch.between:
-        assert worked(between) == [STEP]
+        assert worked(between) == [STEP, "aten.clone.default"]
 
 
 @pytest.mark.gpu
@@ -286,6 +289,84 @@ def test_what_a_model_keeps_of_inputs_made_for_it_never_changes(
     )
     assert len(kept) == 12 * (2 if self_condition is None else 3)
     assert all(bytes_of(held) == was for held, was in kept)
+
+
+EDITS: dict[str, Callable[[Tensor], Any]] = {
+    "in place": lambda x: x.fill_(7.0),
+    "data": lambda x: x.data.mul_(-2.0),
+    "bytes": lambda x: np.copyto(x.view(torch.uint8).numpy(), 0x40),
+    "requires_grad": lambda x: x.requires_grad_(),
+    "resized": lambda x: x.resize_(0),
+}
+HOW: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "half": {"x_T": drawn(*SHAPE).to(torch.bfloat16)},
+    "bf16": {"dtype": torch.bfloat16},
+    "guidance": guided("cpu", 2.0),
+    "guidance, bf16": guided("cpu", 2.0, dtype=torch.bfloat16),
+    "guidance of some rows": guided("cpu", lambda t: 3.0 if 300 < t < 700 else 1.0),
+    "self": {"self_condition": "before"},
+    "self, bf16": {"self_condition": "before", "dtype": torch.bfloat16},
+    "known": {"known": drawn(*SHAPE, seed=4), "mask": torch.ones(1, 1, 5, 1)},
+}
+
+
+def from_there(x: Tensor, t: Tensor, c: Any = 0.0, before: Tensor | None = None) -> Tensor:
+    output: Tensor = free(x, t) + 0.1 * c
+    return output if before is None else output + 0.1 * before
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("large", [False, True])
+def test_what_is_written_into_a_step_never_steers_the_loop(
+    how: str, edit: str, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:  # enough for copies to be made in memory that an earlier one had
+        monkeypatch.setattr("fastddim.run.FRESH", 0)
+    ddim = DDIM(10, eta=1.0)
+    given: dict[str, Any] = {"x_T": drawn(*SHAPE), "seeds": SEEDS, **HOW[how]}
+    names = ("x", "x0")
+    out, path = ddim.sample(from_there, trajectory=names, **given)
+
+    def edited(step: Step) -> None:
+        EDITS[edit](step.x)
+        EDITS[edit](step.x0)
+
+    again, kept = ddim.sample(from_there, trajectory=names, callback=edited, **given)
+    assert torch.equal(again, out)
+    for name in names:
+        assert torch.equal(getattr(kept, name), getattr(path, name))
+    seen: list[Step] = []
+    for step in ddim.iterate(from_there, **given):
+        x, x0 = step.x.clone(), step.x0.clone()
+        edited(step)
+        seen.append(replace(step, x=x, x0=x0))
+    for name in names:
+        states = torch.stack([getattr(step, name) for step in seen])
+        assert torch.equal(states, getattr(path, name))
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_is_written_into_a_step_never_steers_a_loop_that_runs_backwards(edit: str) -> None:
+    ddim, x = DDIM(10), drawn(*SHAPE)
+    for step in ddim.iterate(free, x, reverse=True, refine=1):
+        last = step.x.clone()
+        EDITS[edit](step.x)
+        EDITS[edit](step.x0)
+    assert torch.equal(last, ddim.invert(free, x, refine=1))
+
+
+@pytest.mark.parametrize("how", ["plain", "half", "bf16", "guidance"])
+@pytest.mark.parametrize("writer", ["model", "cond_fn"])
+def test_a_function_that_writes_into_its_x_is_refused_in_every_dtype(how: str, writer: str) -> None:
+    def writing(x: Tensor, t: Tensor, c: Any = 0.0) -> Tensor:
+        return from_there(x.mul_(0.5), t, c)
+
+    given: dict[str, Any] = {"x_T": drawn(*SHAPE), "seeds": SEEDS, **HOW[how]}
+    net = writing if writer == "model" else from_there
+    more: dict[str, Any] = {} if writer == "model" else {"cond_fn": writing}
+    refused(lambda: DDIM(10).sample(net, **given, **more), ValueError, writer, "clone")
 
 
 @pytest.mark.parametrize("how", ["guidance", "bf16", "self", "known", "reverse", "half", "cond_fn"])

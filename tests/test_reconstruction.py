@@ -13,6 +13,7 @@ from torch import Tensor
 from fastddim import DDIM, NoiseSchedule
 from fastddim.quality import Gaussian
 from fastddim.reconstruction import Reconstruction, errors, model_calls
+from fastddim.timesteps import SpacingName
 from tests.refusals import refused
 
 MEAN, STD = 0.3, 0.4
@@ -44,7 +45,7 @@ def rest(abar: float) -> float:
 
 
 @pytest.mark.parametrize("spacing", ["uniform", "quad", "trailing"])
-def test_the_error_is_the_one_that_follows_by_hand(spacing: str) -> None:
+def test_the_error_is_the_one_that_follows_by_hand(spacing: SpacingName) -> None:
     ddims = [DDIM(S, spacing=spacing) for S in (5, 20, 40)]
     rows = list(errors(ddims, ORACLE, X0, batch_size=2))
     assert [row.ddim for row in rows] == ddims

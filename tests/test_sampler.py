@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +17,11 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule, Step, reference
+from fastddim.check import SamplingWarning
+from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.ops import initial_noise
+from fastddim.predict import device_of
+from fastddim.run import Noise, checked_seeds, place_of
 from tests.refusals import refused
 
 LINEAR = NoiseSchedule.linear()
@@ -142,7 +149,7 @@ def test_v_and_x0_models_of_the_same_data_give_the_same_samples() -> None:
     common: dict[str, Any] = {"eta": 0.5, "schedule": LINEAR, "spacing": tau}
     outs = [
         DDIM(prediction=prediction, **common).sample(net, shape=SHAPE, seeds=SEEDS)
-        for prediction, net in (("epsilon", model), ("v", to_v), ("sample", to_x0))
+        for prediction, net in zip(PREDICTIONS, (model, to_v, to_x0), strict=True)
     ]
     # One model three times, up to twenty steps of float32 rounding.
     assert (outs[1] - outs[0]).abs().max() < 2e-4
@@ -520,6 +527,56 @@ def test_replace_makes_another_and_equality_is_that_of_the_arguments() -> None:
         dataclasses.replace(one, pairs=((5, -1),))
 
 
+@pytest.mark.parametrize("copied", [lambda d: pickle.loads(pickle.dumps(d)), copy.deepcopy])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"steps": np.int64(7), "eta": "hat", "clip": np.float32(1.5), "spacing": "quad"},
+        {"steps": torch.tensor(7), "clip": torch.tensor(0.5), "temperature": np.float64(0.5)},
+        {"spacing": [0, 10, 700], "schedule": NoiseSchedule.cosine(), "prediction": "x0"},
+    ],
+)
+def test_samplers_are_equal_by_value_after_pickle_and_deepcopy(
+    copied: Callable[[DDIM], DDIM], arguments: dict[str, Any]
+) -> None:
+    ddim = DDIM(**arguments)
+    other, again = copied(ddim), DDIM(**arguments)
+    assert ddim == other == again
+    assert hash(ddim) == hash(other) == hash(again)
+    assert repr(ddim) == repr(other)
+    assert len({ddim, other, again}) == 1
+    assert other.table.tobytes() == ddim.table.tobytes()
+    with pytest.raises(ValueError, match="read-only"):
+        other.table[0, 0] = 0
+
+
+def test_a_steps_repr_prints_shapes() -> None:
+    *_, step = DDIM(3).iterate(model, torch.zeros(2, 3, 4, dtype=torch.bfloat16))
+    assert repr(step) == "Step(index=2, t=0, s=-1, x=bfloat16 (2, 3, 4), x0=bfloat16 (2, 3, 4))"
+    assert step == step  # the fields' tensors would raise
+    assert step in [step]
+
+
+SYNONYMS: dict[Any, Prediction] = {
+    **dict.fromkeys(("epsilon", "eps", "noise", "pred_noise"), "epsilon"),
+    **dict.fromkeys(("v", "v_prediction", "pred_v"), "v"),
+    **dict.fromkeys(("sample", "x0", "x_0", "x_start", "pred_x0"), "sample"),
+}
+
+
+@pytest.mark.parametrize("name", SYNONYMS)
+def test_predictions_go_by_the_names_of_other_systems_too(name: Any) -> None:
+    ddim = DDIM(prediction=name)
+    assert ddim.prediction == SYNONYMS[name]
+    assert ddim == DDIM(prediction=SYNONYMS[name])
+
+
+@pytest.mark.parametrize("name", ["flow", "flow_prediction", "rectified_flow", "velocity"])
+def test_a_flows_velocity_is_refused_with_the_reason(name: Any) -> None:
+    refused(lambda: DDIM(prediction=name), ValueError, "prediction", name, "epsilon, v, sample")
+
+
 @pytest.mark.parametrize(
     ("error", "name", "arguments"),
     [
@@ -529,7 +586,7 @@ def test_replace_makes_another_and_equality_is_that_of_the_arguments() -> None:
         (ValueError, "steps", {"steps": 1001}),
         (TypeError, "schedule", {"schedule": [0.9, 0.5]}),
         (TypeError, "schedule", {"schedule": "linear"}),
-        (ValueError, "prediction", {"prediction": "x0"}),
+        (ValueError, "prediction", {"prediction": "score"}),
         (ValueError, "prediction", {"prediction": None}),
         (TypeError, "clip", {"clip": "1"}),
         (TypeError, "clip", {"clip": True}),
@@ -645,6 +702,176 @@ def test_what_a_model_must_not_return_is_refused(
     error: type[Exception], said: tuple[str, ...], output: Callable[[Tensor], Any]
 ) -> None:
     refused(lambda: DDIM(5).sample(lambda x, t: output(x), X), error, *said)
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        list(range(5, 8)),
+        (5, 6, 7),
+        range(5, 8),
+        np.arange(5, 8),
+        np.arange(5, 8, dtype=np.int32),
+        torch.arange(5, 8),
+        [np.int64(5), 6, torch.tensor(7)],
+    ],
+)
+def test_seeds_of_any_kind_are_these_numbers_and_a_copy(seeds: Any) -> None:
+    found = checked_seeds(seeds, 3)
+    assert (found.dtype, found.tolist()) == (torch.int64, [5, 6, 7])
+    found.zero_()
+    assert int(seeds[0]) == 5
+
+
+def test_many_seeds_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastddim.run.whole", unused)
+    for seeds in (range(3), [0, 1, 2], torch.arange(3), None):
+        assert len(_noise_of(seeds)) == 3
+
+
+def _noise_of(seeds: Any) -> Tensor:
+    found = Noise.of((3, 2), torch.device("cpu"), 1, seeds, None, None).seeds
+    assert found is not None
+    return found
+
+
+def unused(*_: Any, **__: Any) -> Any:
+    raise AssertionError("nothing may be called")
+
+
+# --- What the model is, found out from the model ------------------------------------------------
+
+
+class Net(torch.nn.Module):
+    def __init__(self, *layers: torch.nn.Module) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 3), *layers)
+
+    def forward(self, x: Tensor, t: Tensor, scale: float = 1.0) -> Tensor:
+        out: Tensor = scale * self.layers(x)
+        return out
+
+
+CALLED: list[Callable[[Net], Any]] = [
+    lambda net: net,
+    lambda net: net.forward,
+    lambda net: functools.partial(net, scale=2.0),
+    lambda net: functools.partial(functools.partial(net.forward), scale=2.0),
+]
+
+
+@pytest.mark.parametrize("called", CALLED)
+@pytest.mark.parametrize("buffers", [False, True])
+def test_noise_is_made_where_the_models_parameters_are(
+    called: Callable[[Net], Any], buffers: bool
+) -> None:
+    net: Any = Net().eval()
+    if buffers:
+        net = torch.nn.Module()
+        net.register_buffer("here", torch.zeros(1))
+        net.forward = lambda x, t: net.here * x
+    with torch.device("meta"):  # the default device, where no noise is drawn
+        out = DDIM(3).sample(net if buffers else called(net), shape=(2, 3), seeds=[0, 1])
+        nowhere = DDIM(3).sample(model, shape=(2, 3), seeds=[0, 1])
+    assert out.device.type == "cpu"
+    assert nowhere.device.type == "meta"
+
+
+def test_a_device_that_is_given_is_taken_whatever_the_models_is() -> None:
+    net = Net().to("meta")
+    assert device_of(net) == torch.device("meta")
+    assert place_of("cpu", net) == torch.device("cpu")
+    assert place_of(None, net) == torch.device("meta")
+    assert place_of(None, lambda x, t: net(x, t)) == torch.device("cpu")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_network_that_is_there_gets_noise_there() -> None:
+    net = Net().eval().cuda()
+    out = DDIM(3).sample(net, shape=(2, 3), seeds=[0, 1])
+    assert out.is_cuda
+    assert torch.equal(out, DDIM(3).sample(net, shape=(2, 3), seeds=[0, 1], device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Linear(3, 3), torch.nn.Conv1d(3, 3, 1), torch.nn.LayerNorm(3)]
+)
+def test_a_network_of_another_dtype_is_told_which(
+    dtype: torch.dtype, layer: torch.nn.Module
+) -> None:
+    net = Net().to(dtype)
+    net.layers = torch.nn.Sequential(layer.to(dtype))
+    call = functools.partial(DDIM(3).sample, net, shape=(2, 3, 3), seeds=[0, 1])
+    said = (f"got {torch.float32}", f"dtype={dtype}", "autocast")
+    refused(call, ValueError, "dtype", *said)
+    assert call(dtype=dtype).isfinite().all()
+
+
+def test_a_network_that_casts_its_own_input_is_no_fault() -> None:
+    net = Net().to(torch.bfloat16).eval()
+    out = DDIM(3).sample(lambda x, t: net(x.bfloat16(), t), shape=(2, 3), seeds=[0, 1])
+    net.register_forward_pre_hook(lambda m, a: (a[0].bfloat16(), a[1]))
+    assert torch.equal(out, DDIM(3).sample(net, shape=(2, 3), seeds=[0, 1]))
+
+
+def test_errors_of_the_model_itself_are_its_own() -> None:
+    class Failing(Net):
+        def forward(self, x: Tensor, t: Tensor, scale: float = 1.0) -> Tensor:
+            raise RuntimeError("of another type")
+
+    with pytest.raises(RuntimeError, match="of another type"):
+        DDIM(3).sample(Failing(), torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        DDIM(3).sample(Net(), torch.zeros(2, 4))
+
+
+def test_a_float64_model_is_asked_in_float64_and_its_answer_rounded_once() -> None:
+    seen: list[torch.dtype] = []
+
+    def exact(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x.dtype)
+        return 0.3 * torch.sin(x)
+
+    x = drawn(*SHAPE)
+    out = DDIM(5).sample(exact, x, dtype=torch.float64)
+    assert seen == [torch.float64] * 5
+    assert torch.equal(out, DDIM(5).sample(lambda x, t: exact(x.double(), t).float(), x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"),
+    [
+        (torch.nn.Dropout(0.1), "Dropout"),
+        (torch.nn.BatchNorm1d(3), "BatchNorm1d"),
+        (torch.nn.TransformerEncoderLayer(3, 1, 4, 0.2), "dropout of 0.2"),
+    ],
+)
+def test_a_network_in_training_mode_is_warned_of_once(layer: torch.nn.Module, named: str) -> None:
+    net, ddim, x = Net(layer), DDIM(3), torch.zeros(2, 3)
+    with pytest.warns(SamplingWarning) as caught:
+        ddim.sample(net, x)
+    [warning] = caught
+    assert named in str(warning.message)
+    assert "model.eval()" in str(warning.message)
+    assert warning.filename == __file__
+    ddim.sample(net, x)
+    list(ddim.iterate(net.forward, x))
+
+
+@pytest.mark.parametrize(
+    "layer", [torch.nn.ReLU(), torch.nn.Dropout(0.0), torch.nn.GroupNorm(1, 3)]
+)
+def test_training_mode_that_changes_nothing_is_not_warned_of(layer: torch.nn.Module) -> None:
+    DDIM(3).sample(Net(layer), torch.zeros(2, 3))
+    DDIM(3).sample(Net(torch.nn.Dropout(0.5)).eval(), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), [2, 3], torch.Size([2, 3])])
+@pytest.mark.parametrize("run", ["sample", "iterate"])
+def test_a_shape_in_the_place_of_x_T_is_told_its_name(run: str, shape: Any) -> None:
+    call = lambda: getattr(DDIM(3), run)(model, shape)  # noqa: E731
+    refused(call, TypeError, "x_T", f"shape={tuple(shape)}")
 
 
 @pytest.mark.gpu

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
@@ -134,6 +136,31 @@ def test_a_schedule_is_its_own_and_read_only() -> None:
         schedule.alphas_cumprod[0] = 0.5
     with pytest.raises(FrozenInstanceError):
         schedule.name = "other"  # type: ignore[misc]
+
+
+def test_schedules_are_equal_by_their_levels_whatever_made_them() -> None:
+    one, other = NoiseSchedule.linear(50), NoiseSchedule.linear(50)
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one == NoiseSchedule.from_alphas_cumprod(one.alphas_cumprod)
+    zeros = [NoiseSchedule.from_alphas_cumprod([0.5, zero]) for zero in (0.0, -0.0)]
+    assert zeros[0] == zeros[1]
+    assert len({*zeros, one, other}) == 2
+    assert one != NoiseSchedule.linear(51)
+    assert one != NoiseSchedule.linear(50, beta_end=0.03)
+    assert one != one.alphas_cumprod.tolist()
+
+
+@pytest.mark.parametrize("copied", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy])
+def test_a_copy_of_a_schedule_is_equal_and_read_only(copied: Any) -> None:
+    schedule = NoiseSchedule.cosine(20)
+    other = copied(schedule)
+    assert other is not schedule
+    assert other == schedule
+    assert hash(other) == hash(schedule)
+    assert repr(other) == repr(schedule)
+    with pytest.raises(ValueError, match="read-only"):
+        other.alphas_cumprod[0] = 0.5
 
 
 def test_terminal_snr_may_be_zero() -> None:

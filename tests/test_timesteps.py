@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from fastddim import DDIM, NoiseSchedule, make_pairs
+from fastddim.check import SamplingWarning
+from fastddim.quality import Gaussian
+from fastddim.timesteps import SpacingName
 from tests.refusals import refused
 
-STRICT = ("uniform", "quad", "leading", "trailing", "linspace")
+STRICT: tuple[SpacingName, ...] = ("uniform", "quad", "leading", "trailing", "linspace")
 ERMONGROUP = ("uniform-ermongroup", "quad-ermongroup")
 
 
@@ -25,15 +29,15 @@ def tau(spacing: Any, S: int, T: int) -> list[int]:
 @pytest.mark.parametrize(
     ("spacing", "S", "T", "expected"),
     [
-        ("uniform", 1, 1000, [0]),
+        ("uniform", 1, 1000, [999]),
         ("uniform", 7, 100, [0, 14, 28, 42, 57, 71, 85]),
         ("uniform", 10, 1000, [0, 100, 200, 300, 400, 500, 600, 700, 800, 900]),
         ("uniform", 50, 1000, list(range(0, 1000, 20))),
-        ("quad", 1, 1000, [0]),
+        ("quad", 1, 1000, [999]),
         ("quad", 7, 100, [0, 2, 8, 20, 35, 55, 80]),
         ("quad", 10, 1000, [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]),
         ("quad", 12, 12, list(range(12))),
-        ("leading", 1, 1000, [0]),
+        ("leading", 1, 1000, [999]),
         ("leading", 7, 100, [0, 14, 28, 42, 56, 70, 84]),
         ("leading", 10, 1000, [0, 100, 200, 300, 400, 500, 600, 700, 800, 900]),
         ("trailing", 1, 1000, [999]),
@@ -120,7 +124,7 @@ def diffusers_tau(spacing: Any, S: int, T: int) -> list[int]:
     return timesteps[::-1]
 
 
-@pytest.mark.parametrize("S", [1, 2, 7, 10, 30, 50, 99, 250, 333, 1000])
+@pytest.mark.parametrize("S", [2, 7, 10, 30, 50, 99, 250, 333, 1000])
 def test_leading_is_that_of_diffusers(S: int) -> None:
     assert tau("leading", S, 1000) == diffusers_tau("leading", S, 1000)
 
@@ -261,3 +265,76 @@ def test_a_list_given_is_the_samplers_own() -> None:
 def test_levels_are_those_of_the_schedule() -> None:
     assert DDIM(steps=5, schedule=NoiseSchedule.linear(100)).pairs == make_pairs("uniform", 5, 100)
     refused(lambda: DDIM(steps=101, schedule=NoiseSchedule.linear(100)), ValueError, "steps")
+
+
+# --- A loop that starts from noise starts where noise is ---------------------------------------
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "quad", "leading", "trailing", "linspace"])
+def test_one_step_from_noise_draws_the_data(spacing: SpacingName) -> None:
+    # x0 ~ N(0.3, 0.5²): the x0 predicted at √ᾱ = 0.006 is the mean; noise stays N(0, 1) at t = 0.
+    ddim, gaussian = DDIM(1, spacing=spacing), Gaussian(0.3, 0.5)
+    assert ddim.pairs == ((999, -1),)
+    x = ddim.sample(lambda x, t: gaussian(x.double(), t).float(), shape=(64, 8), seeds=range(64))
+    assert float((x - 0.3).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("spacing", ["uniform-ermongroup", "quad-ermongroup"])
+def test_one_step_of_the_authors_spacings_is_refused(spacing: SpacingName) -> None:
+    assert make_pairs(spacing, 1, 1000) == ((0, -1),)  # as their code has it
+    refused(lambda: DDIM(1, spacing=spacing), ValueError, "steps", spacing, "t = 0", "'trailing'")
+    assert DDIM(1, spacing=spacing, schedule=NoiseSchedule.linear(1)).pairs == ((0, -1),)
+
+
+FAR_FROM_NOISE: list[tuple[SpacingName, int, NoiseSchedule, str]] = [
+    ("uniform", 2, NoiseSchedule.linear(), "0.279"),
+    ("leading", 2, NoiseSchedule.linear(), "0.279"),
+    ("leading", 501, NoiseSchedule.linear(), "0.279"),  # ⌊1000/501⌋ = 1: from t = 500
+    ("uniform-ermongroup", 2, NoiseSchedule.linear(), "0.279"),
+    ("uniform", 4, NoiseSchedule.scaled_linear(), "0.237"),
+    ("uniform", 5, NoiseSchedule.cosine(100), "0.292"),
+    ("quad", 50, NoiseSchedule.cosine(), "0.305"),
+    ("quad-ermongroup", 50, NoiseSchedule.cosine(), "0.305"),
+]
+
+
+@pytest.mark.parametrize(("spacing", "S", "schedule", "signal"), FAR_FROM_NOISE)
+def test_a_first_level_far_from_noise_is_warned_of_once(
+    spacing: SpacingName, S: int, schedule: NoiseSchedule, signal: str
+) -> None:
+    with pytest.warns(SamplingWarning) as caught:
+        ddim = DDIM(S, spacing=spacing, schedule=schedule)
+    [warning] = caught
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ddim.sample(lambda x, t: 0 * x, shape=(1, 2), seeds=[0])
+    first = ddim.pairs[0][0]
+    assert float(np.sqrt(schedule.alphas_cumprod[first])) == pytest.approx(float(signal), abs=5e-4)
+    for said in (signal, "√ᾱ", f"t = {first}", "'trailing'", f"t = {len(schedule) - 1}"):
+        assert said in str(warning.message)
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("spacing", "S", "schedule"),
+    [
+        *[(spacing, S, NoiseSchedule.linear()) for spacing in STRICT for S in (3, 10, 50, 1000)],
+        *[("uniform", S, NoiseSchedule.cosine(100)) for S in (8, 10, 16)],
+        *[("leading", S, NoiseSchedule.scaled_linear()) for S in (5, 20, 50)],
+        *[(s, S, NoiseSchedule.cosine()) for s in ("trailing", "linspace") for S in (1, 2, 5)],
+        # Its noisiest level is √ᾱ = 0.6: whatever the spacing is, noise is not what it expects.
+        *[("uniform", S, NoiseSchedule.linear(100)) for S in (1, 2, 10)],
+        # A list says itself where it begins.
+        ([0, 100, 200], None, NoiseSchedule.linear()),
+        ([(300, 10), (10, -1)], None, NoiseSchedule.linear()),
+    ],
+)
+def test_what_people_use_is_not_warned_of(spacing: Any, S: Any, schedule: NoiseSchedule) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DDIM(S, spacing=spacing, schedule=schedule)
+
+
+@pytest.mark.parametrize(("paper", "ours"), [("linear", "uniform"), ("quadratic", "quad")])
+def test_the_papers_own_names_are_answered_with_ours(paper: Any, ours: str) -> None:
+    refused(lambda: DDIM(spacing=paper), ValueError, "spacing", repr(paper), f"(here {ours})")

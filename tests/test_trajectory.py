@@ -41,6 +41,13 @@ def test_what_is_kept_is_what_was_asked_for(names: Any, offload: bool, steps: li
         assert torch.equal(kept, torch.stack([getattr(step, name) for step in steps]))
 
 
+def test_its_repr_prints_shapes() -> None:
+    _, path = DDPM.sample(conditioned, trajectory="x0", every=5, **COMMON)
+    pairs = "((500, 400), (0, -1))"
+    assert repr(path) == f"Trajectory(index=(4, 9), pairs={pairs}, x=None, x0=float32 (2, 3, 2, 4))"
+    assert path == path  # the fields' tensors would raise
+
+
 @pytest.mark.parametrize(
     ("every", "start", "index"),
     [
