@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -161,13 +161,24 @@ def unpacked(output: Any, x_in: Tensor) -> Tensor:
         raise ValueError(f"model must return a tensor on {x_in.device}, got {output.device}")
     if output.shape == x_in.shape:
         return output
-    with_variance = x_in.dim() > 2 and (x_in.shape[0], 2 * x_in.shape[1], *x_in.shape[2:])
-    if output.shape != with_variance:
-        raise ValueError(
-            f"model must return a tensor of x's shape, {tuple(x_in.shape)}, or one with twice the "
-            f"channels (a learned variance), got {tuple(output.shape)}"
-        )
+    allowed, described = shapes(x_in.shape)
+    if output.shape not in allowed:
+        raise ValueError(f"model must return a tensor of {described}, got {tuple(output.shape)}")
     return output
+
+
+def shapes(x_in: Sequence[int]) -> tuple[list[tuple[int, ...]], str]:
+    """What a model may return for an input of this shape, and how to say so.
+
+    A learned variance follows in as many channels again. Where a sample is a vector, (batch, n),
+    there are no channels, and twice as many numbers are an error.
+    """
+    same = tuple(x_in)
+    described = f"x's shape, {same}"
+    if len(same) < 3:
+        return [same], f"{described} (samples of one dimension have no channels for a variance)"
+    both = [same, (same[0], 2 * same[1], *same[2:])]
+    return both, f"{described}, or one with twice the channels (a learned variance)"
 
 
 def stacked(uncond: Cond, cond: Cond, batch: int, samples: Tensor | None = None) -> dict[str, Any]:

@@ -513,8 +513,10 @@ class _Fast:
                 + (f"{tuple(noise.shape)} on {noise.device}" if is_one else kind(noise))
             )
         if torch.is_grad_enabled():
-            for name in ("alphas_cumprod", self._ends):
-                if getattr(getattr(self, name), "requires_grad", False):
+            ends = self._ends, self._end()
+            abar = "alphas_cumprod", self.alphas_cumprod
+            for name, value in (abar, ends, ("variance_noise", noise), ("eta", eta)):
+                if isinstance(value, Tensor) and value.requires_grad:
                     raise ValueError(
                         f"{name} requires grad, which strict does not carry: detach it"
                     )
@@ -531,7 +533,10 @@ class _Fast:
         if eta and noise is None and seeds is None:
             noise = self._drawn(x, generator)
         if seeds is not None and seeds.device != sample.device:
-            seeds = self._seeds = sent(seeds, sample.device)
+            moved = sent(seeds, sample.device)
+            if self._seeds is seeds:  # and no other thread has put in others
+                self._seeds = moved
+            seeds = moved
         if tables.to_eps is not None:
             output, _ = ddim_step(
                 x,
