@@ -172,7 +172,7 @@ def test_the_loops_of_other_systems_refuse_too() -> None:
     )
     sampler = compvis.DDIMSampler(model)
     sampler.make_schedule(10)
-    diffusion = guided.Diffusion(1000, "ddim25")
+    diffusion = guided.Diffusion(1000, "ddim20")
     loops: list[Callable[[Tensor], Any]] = [
         lambda x: ermongroup.generalized_steps(x, range(0, 1000, 100), net, betas)[0][-1],
         lambda x: ermongroup.ddpm_steps(x, range(0, 1000, 100), net, betas)[0][-1],

@@ -357,7 +357,11 @@ class _Fast:
             if (
                 before == settings
                 and abar_before.unchanged(abar)
-                and (end_before == end if type(end) is float else end_before.unchanged(end))
+                and (
+                    end_before.unchanged(end)
+                    if type(end_before) is _Source
+                    else not isinstance(end, Tensor) and end_before == end
+                )
             ):
                 return cast(Tables, found)
         if len(tables) >= 16:
@@ -397,11 +401,12 @@ class _Fast:
         Read from ``alphas_cumprod``. Where that is what ``betas`` give, which float32 has rounded
         at each of its products, they are multiplied again in float64.
         """
-        abar, betas, end = self._abar(), self.betas, float(self._end())
+        abar, betas, end = self._abar(), self.betas, self._end()
         if abar.is_meta:  # made under torch.device("meta")
             with _CPU:
                 again = type(self).from_config(self.config)
-            abar, betas, end = again.alphas_cumprod, again.betas, float(again._end())
+            abar, betas, end = again.alphas_cumprod, again.betas, again._end()
+        end = float(end)
         given = abar.detach().cpu()
         found = given.double().numpy().copy()
         if betas.shape == given.shape:
