@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -640,3 +643,61 @@ def test_on_a_gpu_the_sampler_is_where_its_model_is(eta: float) -> None:
     if eta == 0:
         on_cpu, _ = DDIMSampler(Model()).sample(50, 2, (4, 8, 8), C, x_T=X)
         assert (sample.cpu() - on_cpu).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("given", [True, False], ids=["x_T", "drawn"])
+def test_another_default_dtype_is_that_of_the_draws_alone(
+    dtype: torch.dtype, eta: float, given: bool
+) -> None:
+    """Noise is drawn as the original draws it; the factors and the state stay float32."""
+    model = Model()
+    sampler = DDIMSampler(model)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(5)
+        x_T = X if given else None
+        found, kept = sampler.sample(10, 2, X.shape[1:], C, eta=eta, x_T=x_T)
+        end = torch.get_rng_state()
+        torch.manual_seed(5)
+        x = X if given else torch.randn(X.shape)
+        noises = [torch.randn(X.shape).float() for _ in sampler.ddim_timesteps]
+        assert torch.equal(end, torch.get_rng_state())
+    finally:
+        torch.set_default_dtype(before)
+    x = x.float()
+    assert torch.equal(kept["x_inter"][0].float(), x)
+    for index, z in zip(reversed(range(10)), noises, strict=True):
+        t = torch.full((2,), int(sampler.ddim_timesteps[index]))
+        row = sampler._made().table[index]
+        x, _ = reference.ddim_step(x, model.apply_model(x, t, C), row, z, noise_first=False)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, x)
+
+
+def test_what_a_model_returns_is_called_the_models() -> None:
+    sampler, x = DDIMSampler(Model()), X.flatten(1)
+    cases: list[tuple[Tensor, Tensor, str]] = [
+        (x, torch.cat([x, x], 1), "x's shape, (2, 256) (samples of one dimension have no channels"),
+        (X, X[:, :3], "x's shape, (2, 4, 8, 8), or one with twice the channels"),
+    ]
+    for given, output, said in cases:
+        sampler.model.apply_model = Mock(return_value=output)
+        refused(
+            partial(sampler.sample, 10, 2, given.shape[1:], x_T=given),
+            ValueError,
+            "model.apply_model must return a tensor of",
+            said,
+            str(tuple(output.shape)),
+        )
+
+
+def test_a_sampler_can_be_copied_in_use() -> None:
+    sampler = made(20)
+    again = copy.deepcopy(sampler)
+    t = torch.full((2,), 501)
+    for _ in range(2):
+        a, b = (s.p_sample_ddim(X, C, t, 10)[0] for s in (sampler, again))
+        assert torch.equal(a, b)

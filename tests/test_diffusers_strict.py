@@ -640,7 +640,7 @@ def test_a_repeated_timestep_that_is_no_element_of_the_list_is_refused() -> None
     scheduler, x = strict(10), randn(2, 4)
     scheduler.timesteps = torch.tensor([980, 500, 500, 0])
     for t in (500, torch.tensor(500), scheduler.timesteps.clone()[1]):
-        refused(lambda t=t: scheduler.step(x, t, x), ValueError, "timestep must be an element", "2")
+        refused(partial(scheduler.step, x, t, x), ValueError, "timestep must be an element", "2")
     assert scheduler.step(x, 980, x).prev_sample.isfinite().all()
     scheduler.timesteps = torch.tensor([980, 300, 600, 0])
     call = partial(scheduler.step, x, 300, x, eta=0.5)
@@ -661,9 +661,8 @@ def test_a_repeated_timestep_that_is_no_element_of_the_list_is_refused() -> None
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_strict_inversion_is_the_native_one_for_every_prediction(prediction: str) -> None:
-    inverse: Any = FastDDIMInverseScheduler(
-        clip_sample=False, strict=True, prediction_type=prediction
-    )
+    make: Any = FastDDIMInverseScheduler
+    inverse = make(clip_sample=False, strict=True, prediction_type=prediction)
     inverse.set_timesteps(50)
     schedule = schedule_of(inverse)
     exact = Gaussian(MEAN, STD, schedule)
@@ -693,7 +692,8 @@ def test_levels_that_users_set_are_read() -> None:
 
     def expected(a_t: float, a_s: float) -> Tensor:
         x0 = (x.double() - (1 - a_t) ** 0.5 * output.double()) / a_t**0.5
-        return a_s**0.5 * x0 + (1 - a_s) ** 0.5 * output.double()
+        x_s: Tensor = a_s**0.5 * x0 + (1 - a_s) ** 0.5 * output.double()
+        return x_s
 
     def assert_steps(scheduler: Any, t: int, a_t: float, a_s: float) -> None:
         found = scheduler.step(output, t, x).prev_sample.double()
@@ -724,7 +724,7 @@ def test_levels_that_users_set_are_read() -> None:
     for name, bad in (("final", 0.0), ("final", 1.5), ("final", math.nan), ("initial", -1.0)):
         s = inverse if name == "initial" else scheduler
         setattr(s, f"{name}_alpha_cumprod", bad)
-        refused(lambda s=s: s.step(output, 0, x), ValueError, f"{name}_alpha_cumprod", "(0, 1]")
+        refused(partial(s.step, output, 0, x), ValueError, f"{name}_alpha_cumprod", "(0, 1]")
     scheduler.final_alpha_cumprod = 1.0
     scheduler.alphas_cumprod[3] = math.nan
     refused(lambda: scheduler.step(output, 900, x), ValueError, "alphas_cumprod", "nan")
@@ -758,7 +758,7 @@ def test_a_default_device_changes_no_strict_step(which: str) -> None:
         scheduler.set_timesteps(10)
         found = [s.step(output, 900, x).prev_sample for s in (scheduler, plain)]
     finally:
-        torch.set_default_device(None)  # type: ignore[no-untyped-call]
+        torch.set_default_device(None)
     expected = plain.step(output, 900, x).prev_sample
     assert all(torch.equal(x_s, expected) for x_s in found)
 
@@ -847,13 +847,13 @@ def test_subclasses_are_compatible_with_what_they_replace() -> None:
         (DDIMParallelScheduler, FastDDIMParallelScheduler),
         (DDIMInverseScheduler, FastDDIMInverseScheduler),
     ):
-        made: Any = mine(strict=True)  # type: ignore[operator]
+        made: Any = mine(strict=True)
         assert {own, mine, *own().compatibles} == set(made.compatibles)
         # As diffusers' own test of compatibles has it.
         for other in made.compatibles:
             if "dummy" in other.__module__:  # what it needs is not installed
                 continue
-            again = mine.from_config(other.from_config(made.config).config)  # type: ignore[attr-defined]
+            again: Any = mine.from_config(other.from_config(made.config).config)
             assert type(again) is mine
             assert again.config.strict is True
             assert again.config.num_train_timesteps == made.config.num_train_timesteps
