@@ -248,7 +248,9 @@ def _ddim_step(
             into,
             x0_into,
         )
-        if next_into is not None:
+        if next_into is not None and next_into.shape[0] == x.shape[0]:
+            next_into.copy_(into)
+        elif next_into is not None:
             for half in next_into.chunk(len(next_into) // max(len(x), 1) or 1):
                 half.copy_(into)
     if not as_is:
