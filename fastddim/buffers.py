@@ -13,35 +13,56 @@ import torch
 from torch import Tensor
 
 
+class _Box(list[Tensor]):
+    """A tensor that a step wrote, and how it was then."""
+
+    __slots__ = ("address", "shape", "stride")
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__((tensor,))
+        self.address, self.shape, self.stride = tensor.data_ptr(), tensor.shape, tensor.stride()
+
+    def is_as_it_was(self) -> bool:
+        """Whether no caller has done anything to the object that would come back with it."""
+        tensor = self[0]
+        return (
+            not tensor.requires_grad
+            and tensor.grad is None
+            and not tensor.__dict__
+            and not weakref.getweakrefcount(tensor)
+            and tensor.data_ptr() == self.address  # else: tensor.data = ...
+            and tensor.shape == self.shape  # else: tensor.squeeze_()
+            and tensor.stride() == self.stride
+        )
+
+
 class Spare:
-    """Memory of one kind, kept for a later step to write if nobody else holds it by then.
+    """Tensors of one kind, kept for a later step to write if nobody else holds them by then.
 
     Fresh memory costs a CPU more than the step itself (page faults: 120 ms against 51 ms for
     50 MB). The caching allocator of a GPU gives it back for nothing, in stream order: there,
     nothing is kept.
     Only what a loop has made itself may be kept: the memory of a caller's tensor may be somebody's
-    (a numpy array's, say) without a reference that could be counted.
-    The box holds an alias that nobody has seen, never the tensor that a caller was given: what the
-    caller did to that object (requires_grad, attributes, weak references, ``.data =``) ends with
-    it. A ``Spare`` belongs to one thread.
+    (a numpy array's, say) without a reference that could be counted. A tensor that a caller was
+    given and has changed (requires_grad, attributes, weak references, its shape, ``.data =``) is
+    not used again. A ``Spare`` belongs to one thread.
     """
 
     def __init__(self, *fresh: Tensor) -> None:
-        self._boxes: deque[list[Tensor]] = deque(([tensor] for tensor in fresh), maxlen=2)
+        self._boxes: deque[_Box] = deque(map(_Box, fresh), maxlen=2)
 
     def keep(self, tensor: Tensor) -> None:
-        """Notes the memory of ``tensor``, which the caller has made and no longer changes."""
+        """Notes a tensor that a step has just written."""
         if tensor.is_cpu:
-            self._boxes.append([tensor.detach()])
+            self._boxes.append(_Box(tensor))
 
     def take(self) -> Tensor | None:
-        """A tensor whose memory its box alone holds, the one kept first, or None."""
+        """One that its box alone holds, the one kept first, or None."""
         for i, box in enumerate(self._boxes):
-            storage = box[0].untyped_storage()
             # Another process may read what is in shared memory, and is not counted.
-            if _holders(storage) == _ALONE and not storage.is_shared():
+            if _holders(box) == _ALONE and not box[0].untyped_storage().is_shared():
                 del self._boxes[i]
-                return box[0]
+                return box[0] if box.is_as_it_was() else None
         return None
 
 
@@ -99,12 +120,16 @@ class Shadows:
         if found is None or found.half() is not x:
             return x.float()
         state = found.state
-        same_memory = x.data_ptr() == found.address and x.stride() == state.stride()
-        if not same_memory or x.shape != state.shape:  # x.data = ..., x.resize_(), x.t_()
+        if x.shape != state.shape or x.device != state.device:  # x.resize_(), x.data = ...
             return x.float()
         # Half precision arithmetic costs a CPU more than the whole step, comparing bytes does not.
         # A GPU is not asked, as the answer would have to be waited for: it makes three more passes.
-        if found.view is not None and found.view.tobytes() == found.written:
+        if (
+            found.view is not None
+            and x.data_ptr() == found.address
+            and x.stride() == state.stride()
+            and found.view.tobytes() == found.written
+        ):
             return state
         return torch.where(state.to(x.dtype) == x, state, x)
 
@@ -122,16 +147,15 @@ def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
     return tensor if fits else None
 
 
-def _holders(storage: torch.UntypedStorage) -> tuple[int, int]:
-    """Who holds a storage: Python names, and C++ references (tensors, views)."""
-    return sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
+def _holders(box: list[Tensor]) -> tuple[int, int, int, int]:
+    """Who holds box[0]: Python names, C++ references, and the same two of its storage (views)."""
+    storage = box[0].untyped_storage()
+    return (
+        sys.getrefcount(box[0]),
+        box[0]._use_count(),  # type: ignore[attr-defined]
+        sys.getrefcount(storage),
+        torch._C._storage_Use_Count(storage._cdata),
+    )
 
 
-def _alone() -> tuple[int, int]:
-    """The same of memory that one tensor holds."""
-    tensor = torch.empty(1, device="cpu")
-    storage = tensor.untyped_storage()
-    return _holders(storage)
-
-
-_ALONE = _alone()
+_ALONE = _holders([torch.empty(1, device="cpu")])

@@ -76,7 +76,7 @@ def ddim_step(
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
     if not torch.compiler.is_compiling() and transformed():
         given = {"x": x, "output": output, "table": table, "rows": rows, "seeds": seeds}
-        _check_untransformed(
+        _check_constants(
             **given, noise=noise, guidance=guidance, threshold=threshold, out=out, x0_out=x0_out
         )
     _check_tensor("x", x, x, (_STATE,))
@@ -146,6 +146,15 @@ def transformed() -> bool:
     need to: it traces the op as it is.
     """
     return _interpreter() is not None or forward_ad._current_level >= 0
+
+
+def check_untransformed(name: str) -> None:
+    """For what carries no derivatives at all: ``name`` is called outside of any transform."""
+    if not torch.compiler.is_compiling() and transformed():
+        raise ValueError(
+            f"{name} must not run inside torch.func's transforms or forward-mode differentiation: "
+            f"it carries no derivatives"
+        )
 
 
 _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 its types do not name it
@@ -386,7 +395,7 @@ def _check_tensor(
         )
 
 
-def _check_untransformed(**given: object) -> None:
+def _check_constants(**given: object) -> None:
     """That none of the tensors carries a forward derivative or is one of ``torch.func``'s."""
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):

@@ -645,6 +645,9 @@ def test_a_repeated_timestep_that_is_no_element_of_the_list_is_refused() -> None
     scheduler.timesteps = torch.tensor([980, 300, 600, 0])
     call = partial(scheduler.step, x, 300, x, eta=0.5)
     refused(call, ValueError, "eta must be 0 for a step towards noise")
+    for wrong_kind in ([980, 0], torch.tensor([[980, 0]])):
+        scheduler.timesteps = wrong_kind
+        refused(lambda: scheduler.step(x, 980, x), TypeError, "timesteps must be a tensor of one")
     for t in (-1, 1000):
         scheduler.timesteps = torch.tensor([980, t])
         refused(lambda: scheduler.step(x, 980, x), ValueError, "timesteps must lie in [0, 999]")

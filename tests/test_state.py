@@ -235,6 +235,17 @@ def test_two_half_precision_trajectories_are_float32_both() -> None:
     assert max(map(far, xs, truths)) < 0.003
 
 
+def test_a_state_survives_that_its_tensor_is_moved_to_shared_memory() -> None:
+    scheduler = FAST(strict=True)
+    scheduler.set_timesteps(10)
+    x = scheduler.step(randn(2, 4096), 900, randn(2, 4096, seed=1).bfloat16()).prev_sample
+    first = scheduler.step(randn(2, 4096, seed=2), 800, x).prev_sample
+    x.share_memory_()
+    assert torch.equal(scheduler.step(randn(2, 4096, seed=2), 800, x).prev_sample, first)
+    rounded = scheduler.step(randn(2, 4096, seed=2), 800, x.clone()).prev_sample
+    assert not torch.equal(rounded, first)
+
+
 def test_a_step_from_one_tensor_is_the_same_however_often_it_is_taken() -> None:
     scheduler = FAST(strict=True)
     scheduler.set_timesteps(10)
@@ -247,6 +258,7 @@ EDITS: dict[str, Callable[[Tensor], Any]] = {
     "in place": lambda x: x[:, 0].fill_(0.25),
     "data": lambda x: x.data[:, 0].fill_(0.25),
     "numpy": lambda x: x.view(torch.int16).numpy()[:, 0].fill(0x3E80),
+    "other memory": lambda x: x[:, 0].fill_(0.25).share_memory_(),
     "other data": lambda x: setattr(x, "data", x.clone().index_fill_(1, torch.tensor(0), 0.25)),
 }
 
@@ -312,7 +324,7 @@ def test_timesteps_written_where_no_version_is_counted_are_seen() -> None:
 
 
 def test_what_a_caller_did_to_a_tensor_ends_with_it() -> None:
-    """Memory is used again, the object is not: nothing that clings to it comes back."""
+    """What clings to the object does not come back with its memory."""
     scheduler = FAST()
     scheduler.set_timesteps(20)
     x, refs = randn(4, 3, 64, 64), []
@@ -327,19 +339,33 @@ def test_what_a_caller_did_to_a_tensor_ends_with_it() -> None:
         found.requires_grad_().sum().backward()
         x = found.detach().clone()
         del found
+    scheduler.set_timesteps(20)  # which frees what the steps kept
     assert all(ref() is None for ref in refs)
 
 
-def test_spare_memory_of_a_tensor_given_other_data_is_its_own() -> None:
-    spare, array = Spare(), np.ones(8, np.float32)
-    tensor = torch.zeros(8)
-    spare.keep(tensor)
-    tensor.data = torch.from_numpy(array)  # the tensor's memory is the caller's now
-    del tensor
-    taken = spare.take()
-    assert taken is not None
-    taken.fill_(5.0)
-    assert (array == 1).all()
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "data": lambda x: setattr(x, "data", torch.from_numpy(np.ones((1, 8), np.float32))),
+    "grad": lambda x: x.requires_grad_(),
+    "a gradient": lambda x: setattr(x, "grad", torch.ones(1, 8)),
+    "attribute": lambda x: setattr(x, "mine", 3),
+    "shape": lambda x: x.squeeze_(),
+    "strides": lambda x: x.t_(),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_tensor_that_was_changed_is_not_used_again(how: str) -> None:
+    spare, first = Spare(), torch.zeros(1, 8)
+    spare.keep(first)
+    address = first.data_ptr()
+    del first
+    second = spare.take()
+    assert second is not None
+    assert second.data_ptr() == address  # as nobody has changed it
+    spare.keep(second)
+    CHANGES[how](second)
+    del second
+    assert spare.take() is None
 
 
 def test_a_shadow_lives_as_long_as_its_tensor() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastddim.buffers import Own, fitting
 from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import checked_factors
-from fastddim.ops import OUTPUTS, ddim_step, transformed
+from fastddim.ops import OUTPUTS, check_untransformed, ddim_step
 from fastddim.predict import shapes, stack
 from fastddim.stream import passed_over
 
@@ -117,11 +117,7 @@ class DDIMSampler:
                 timesteps run past T − 1, the nearest S that work; where the original would give
                 NaN for a large η, the largest that works.
         """
-        if transformed():
-            raise ValueError(
-                "make_schedule and sample must be called outside of torch.func's transforms and "
-                "forward-mode differentiation: they carry no derivatives"
-            )
+        check_untransformed("make_schedule")
         T, eta = self.ddpm_num_timesteps, finite("ddim_eta", ddim_eta)
         if eta < 0:
             raise ValueError(f"ddim_eta must be ≥ 0, got {eta:g}")

@@ -37,7 +37,14 @@ from fastddim.buffers import Own, Shadows, fitting
 from fastddim.check import kind, whole
 from fastddim.coefficients import PREDICTIONS, make_table, pack
 from fastddim.dropins._shared import stream_of
-from fastddim.ops import OUTPUTS, STEP, ddim_step, initial_noise, transformed
+from fastddim.ops import (
+    OUTPUTS,
+    STEP,
+    check_untransformed,
+    ddim_step,
+    initial_noise,
+    transformed,
+)
 from fastddim.run import checked_seeds
 from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import Pair, make_pairs
@@ -277,6 +284,9 @@ class _Fast:
         read, timesteps = self._read, self.timesteps
         if read is not None and read.source.unchanged(timesteps):
             return cast(_Chosen, read)
+        if not isinstance(timesteps, Tensor) or timesteps.dim() != 1:
+            got = tuple(timesteps.shape) if isinstance(timesteps, Tensor) else kind(timesteps)
+            raise TypeError(f"timesteps must be a tensor of one dimension, got {got}")
         source, levels = _Source(timesteps), [int(t) for t in timesteps.tolist()]
         times = Counter(levels)
         place = {t: i for i, t in enumerate(levels) if times[t] == 1}
@@ -484,11 +494,7 @@ class _Fast:
         """(x_s, x0) in sample's dtype; the state stays float32 from one step to the next."""
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step: no timesteps are chosen")
-        if transformed():
-            raise ValueError(
-                "sample must not be differentiated forwards or transformed by torch.func where "
-                "strict is on: its step carries no derivatives"
-            )
+        check_untransformed("step with strict=True")
         for name, tensor in (("model_output", output), ("sample", sample)):
             if not isinstance(tensor, Tensor) or tensor.dtype not in OUTPUTS:
                 got = tensor.dtype if isinstance(tensor, Tensor) else kind(tensor)

@@ -22,7 +22,7 @@ from fastddim.buffers import Spare, fitting
 from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import checked_factors
 from fastddim.dropins._shared import stream_of
-from fastddim.ops import OUTPUTS, ddim_step, transformed
+from fastddim.ops import OUTPUTS, check_untransformed, ddim_step
 from fastddim.schedule import Float64, NoiseSchedule, guided_diffusions
 from fastddim.stream import passed_over
 from fastddim.transfer import sent
@@ -478,11 +478,7 @@ def _check_state(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {str(x.dtype)[6:]}")
     if x.requires_grad:
         raise ValueError(f"{name} requires grad, which sampling does not carry: pass x.detach()")
-    if transformed():
-        raise ValueError(
-            f"{name} must be stepped outside of torch.func's transforms and forward-mode "
-            f"differentiation: sampling carries no derivatives"
-        )
+    check_untransformed(f"{name}: the step")
 
 
 def _checked(name: str, output: Any, shape: Sequence[int]) -> Tensor:
