@@ -27,8 +27,8 @@ class _Box(list[Tensor]):
         tensor = self[0]
         return (
             not tensor.requires_grad
-            and tensor.grad is None
             and not tensor.__dict__
+            and tensor.grad is None
             and not weakref.getweakrefcount(tensor)
             and tensor.data_ptr() == self.address  # else: tensor.data = ...
             and tensor.shape == self.shape  # else: tensor.squeeze_()
@@ -141,7 +141,7 @@ def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
         and tensor.shape == x.shape
         and tensor.stride() == x.stride()
         and tensor.dtype == x.dtype
-        and tensor.device == x.device
+        and ((tensor.is_cpu and x.is_cpu) or tensor.device == x.device)
         and tensor.is_inference() == torch.is_inference_mode_enabled()
     )
     return tensor if fits else None

@@ -295,7 +295,8 @@ class _Fast:
 
     def _forget_after(self: Any, row: int | Tensor | None) -> None:
         """Keeps no memory beyond the last of the chosen timesteps."""
-        if self._read is not None and isinstance(row, int) and [row] == self._read.levels[-1:]:
+        read = self._read
+        if read is not None and type(row) is int and read.levels and row == read.levels[-1]:
             self._own.clear()
 
     def _row(self: Any, timestep: Any) -> int | Tensor | None:
@@ -359,7 +360,7 @@ class _Fast:
         if tables is None:
             tables = self.__dict__.setdefault("_tables", {})
         # Another stream would have to wait for the one that makes them.
-        key = (key, device, stream_of(device))
+        key = (key, device, 0 if device.type == "cpu" else stream_of(device))
         held = tables.get(key)
         abar, end = made_from
         if held is not None:
