@@ -8,32 +8,10 @@ import threading
 import weakref
 from collections import deque
 from typing import Any, NamedTuple
+from weakref import getweakrefcount
 
 import torch
 from torch import Tensor
-
-
-class _Box(list[Tensor]):
-    """A tensor that a step wrote, and how it was then."""
-
-    __slots__ = ("address", "shape", "stride")
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__((tensor,))
-        self.address, self.shape, self.stride = tensor.data_ptr(), tensor.shape, tensor.stride()
-
-    def is_as_it_was(self) -> bool:
-        """Whether no caller has done anything to the object that would come back with it."""
-        tensor = self[0]
-        return (
-            not tensor.requires_grad
-            and not tensor.__dict__
-            and tensor.grad is None
-            and not weakref.getweakrefcount(tensor)
-            and tensor.data_ptr() == self.address  # else: tensor.data = ...
-            and tensor.shape == self.shape  # else: tensor.squeeze_()
-            and tensor.stride() == self.stride
-        )
 
 
 class Spare:
@@ -44,25 +22,28 @@ class Spare:
     nothing is kept.
     Only what a loop has made itself may be kept: the memory of a caller's tensor may be somebody's
     (a numpy array's, say) without a reference that could be counted. A tensor that a caller was
-    given and has changed (requires_grad, attributes, weak references, its shape, ``.data =``) is
-    not used again. A ``Spare`` belongs to one thread.
+    given and has marked (requires_grad, attributes, weak references) is not used again.
+    A ``Spare`` belongs to one thread.
     """
 
     def __init__(self, *fresh: Tensor) -> None:
-        self._boxes: deque[_Box] = deque(map(_Box, fresh), maxlen=2)
+        self._boxes: deque[list[Tensor]] = deque(([tensor] for tensor in fresh), maxlen=2)
 
     def keep(self, tensor: Tensor) -> None:
         """Notes a tensor that a step has just written."""
         if tensor.is_cpu:
-            self._boxes.append(_Box(tensor))
+            self._boxes.append([tensor])
 
     def take(self) -> Tensor | None:
         """One that its box alone holds, the one kept first, or None."""
         for i, box in enumerate(self._boxes):
+            storage = box[0].untyped_storage()
             # Another process may read what is in shared memory, and is not counted.
-            if _holders(box) == _ALONE and not box[0].untyped_storage().is_shared():
+            if _holders(box, storage) == _ALONE and not storage.is_shared():
                 del self._boxes[i]
-                return box[0] if box.is_as_it_was() else None
+                tensor = box[0]
+                marked = tensor.requires_grad or tensor.__dict__ or getweakrefcount(tensor)
+                return None if marked else tensor
         return None
 
 
@@ -147,9 +128,8 @@ def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
     return tensor if fits else None
 
 
-def _holders(box: list[Tensor]) -> tuple[int, int, int, int]:
+def _holders(box: list[Tensor], storage: torch.UntypedStorage) -> tuple[int, int, int, int]:
     """Who holds box[0]: Python names, C++ references, and the same two of its storage (views)."""
-    storage = box[0].untyped_storage()
     return (
         sys.getrefcount(box[0]),
         box[0]._use_count(),  # type: ignore[attr-defined]
@@ -158,4 +138,11 @@ def _holders(box: list[Tensor]) -> tuple[int, int, int, int]:
     )
 
 
-_ALONE = _holders([torch.empty(1, device="cpu")])
+def _alone() -> tuple[int, int, int, int]:
+    """The same where one box alone holds a tensor, asked as ``Spare.take`` asks."""
+    box = [torch.empty(1, device="cpu")]
+    storage = box[0].untyped_storage()
+    return _holders(box, storage)
+
+
+_ALONE = _alone()

@@ -552,6 +552,8 @@ def _state(name: str, x: Any) -> Tensor:
 
 def _check_output(output: Any, x: Tensor, guided: bool) -> None:
     """That what the model returned has x's shape, with guidance of twice the batch."""
+    if not guided and isinstance(output, Tensor) and output.shape == x.shape:
+        return  # as nearly always
     want = ((2 if guided else 1) * x.shape[0], *x.shape[1:])
     if isinstance(output, Tensor) and output.shape != want:
         allowed, described = shapes(want)
