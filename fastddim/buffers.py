@@ -1,9 +1,14 @@
-"""Memory that a later step may write again: the states and inputs that nobody holds any more."""
+"""State between steps: memory that a later step may write again, and float32 states beside the
+half precision tensors they were rounded to."""
 
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
 from collections import deque
+from typing import Any, NamedTuple
+from weakref import getweakrefcount
 
 import torch
 from torch import Tensor
@@ -16,24 +21,98 @@ class Spare:
     50 MB). The caching allocator of a GPU gives it back for nothing, in stream order: there,
     nothing is kept.
     Only what a loop has made itself may be kept: the memory of a caller's tensor may be somebody's
-    (a numpy array's, say) without a reference that could be counted.
+    (a numpy array's, say) without a reference that could be counted. A tensor that a caller was
+    given and has marked (requires_grad, attributes, weak references) is not used again.
+    A ``Spare`` belongs to one thread.
     """
 
     def __init__(self, *fresh: Tensor) -> None:
         self._boxes: deque[list[Tensor]] = deque(([tensor] for tensor in fresh), maxlen=2)
 
     def keep(self, tensor: Tensor) -> None:
+        """Notes a tensor that a step has just written."""
         if tensor.is_cpu:
             self._boxes.append([tensor])
 
     def take(self) -> Tensor | None:
         """One that its box alone holds, the one kept first, or None."""
         for i, box in enumerate(self._boxes):
+            storage = box[0].untyped_storage()
             # Another process may read what is in shared memory, and is not counted.
-            if _holders(box) == _ALONE and not box[0].untyped_storage().is_shared():
+            if _holders(box, storage) == _ALONE and not storage.is_shared():
                 del self._boxes[i]
-                return box[0]
+                tensor = box[0]
+                marked = tensor.requires_grad or tensor.__dict__ or getweakrefcount(tensor)
+                return None if marked else tensor
         return None
+
+
+class Own(threading.local):
+    """What a drop-in keeps between two steps of one thread. No other thread sees it."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Frees the memory, after the last step of a trajectory."""
+        self.states, self.x0s = Spare(), Spare()
+        self.noise: Tensor | None = None
+        """Memory for the next normals."""
+
+
+class _Shadow(NamedTuple):
+    half: weakref.ref[Tensor]
+    state: Tensor
+    address: int
+    view: Any
+    """On a CPU the memory of ``half``, as NumPy sees it, and the bytes that a step wrote there."""
+    written: bytes
+
+
+class Shadows:
+    """The float32 states of half precision tensors, each for as long as its tensor lives.
+
+    The state belongs to the tensor object, as an attribute would, but does not go into copies and
+    files of the tensor. So no thread and no other trajectory can take it, and a step from the same
+    tensor gives the same result whatever was stepped in between.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, _Shadow] = {}
+
+    def put(self, half: Tensor, state: Tensor) -> None:
+        """Notes that ``half`` is ``state`` rounded."""
+        key, kept = id(half), self._kept
+        # The callback runs before the tensor's id can be another's.
+        ref = weakref.ref(half, lambda _: kept.pop(key, None))
+        view, written = None, b""
+        if half.is_cpu:
+            view = half.detach().view(torch.int16).numpy()
+            written = view.tobytes()
+        kept[key] = _Shadow(ref, state, half.data_ptr(), view, written)
+
+    def state_of(self, x: Tensor) -> Tensor:
+        """x in float32: the state it was rounded to, but x itself where x was written since.
+
+        The values decide, not the version counter, which does not count ``x.data[...] = 0`` and
+        ``x.numpy()[...] = 0``.
+        """
+        found = self._kept.get(id(x))
+        if found is None or found.half() is not x:
+            return x.float()
+        state = found.state
+        if x.shape != state.shape or x.device != state.device:  # x.resize_(), x.data = ...
+            return x.float()
+        # Half precision arithmetic costs a CPU more than the whole step, comparing bytes does not.
+        # A GPU is not asked, as the answer would have to be waited for: it makes three more passes.
+        if (
+            found.view is not None
+            and x.data_ptr() == found.address
+            and x.stride() == state.stride()
+            and found.view.tobytes() == found.written
+        ):
+            return state
+        return torch.where(state.to(x.dtype) == x, state, x)
 
 
 def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
@@ -43,15 +122,14 @@ def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
         and tensor.shape == x.shape
         and tensor.stride() == x.stride()
         and tensor.dtype == x.dtype
-        and tensor.device == x.device
+        and ((tensor.is_cpu and x.is_cpu) or tensor.device == x.device)
         and tensor.is_inference() == torch.is_inference_mode_enabled()
     )
     return tensor if fits else None
 
 
-def _holders(box: list[Tensor]) -> tuple[int, int, int, int]:
+def _holders(box: list[Tensor], storage: torch.UntypedStorage) -> tuple[int, int, int, int]:
     """Who holds box[0]: Python names, C++ references, and the same two of its storage (views)."""
-    storage = box[0].untyped_storage()
     return (
         sys.getrefcount(box[0]),
         box[0]._use_count(),  # type: ignore[attr-defined]
@@ -60,4 +138,11 @@ def _holders(box: list[Tensor]) -> tuple[int, int, int, int]:
     )
 
 
-_ALONE = _holders([torch.empty(1, device="cpu")])
+def _alone() -> tuple[int, int, int, int]:
+    """The same where one box alone holds a tensor, asked as ``Spare.take`` asks."""
+    box = [torch.empty(1, device="cpu")]
+    storage = box[0].untyped_storage()
+    return _holders(box, storage)
+
+
+_ALONE = _alone()

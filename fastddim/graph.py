@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -58,12 +59,14 @@ class Captured:
     Where there are no CUDA graphs (a CPU, say) a call runs the loop itself, in the same way, so
     that a program runs anywhere.
 
-    Calls write the same memory: on more than one CUDA stream, each must wait for the one before.
+    Calls write the same memory. Threads may share a captured loop: their calls take turns, and what
+    a call leaves out is what the last call gave, in whichever thread. On more than one CUDA stream,
+    each must still wait for the one before.
 
     Raises:
         TypeError, ValueError: as ``DDIM.sample`` does, in ``capture`` and in each call.
         RuntimeError: the model cannot be captured, and the message says why; or another graph is
-            being captured.
+            being captured; or the loop is called by the model that it runs.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Captured:
         guidance: Guidance | None,
     ) -> None:
         self._size, self._start, self._levels = size, start, levels
+        self._turn, self._runs_in = threading.Lock(), 0
         with _lasting():
             self._x_T = torch.zeros(size, dtype=torch.float32, device=device)
             # Copies: what a call writes here must not be seen in the caller's own tensors.
@@ -123,6 +127,26 @@ class Captured:
         Returns:
             ``out``, or a new tensor, float32.
         """
+        thread = threading.get_ident()
+        if self._runs_in == thread:
+            raise RuntimeError("a captured loop must not be called by the model that it runs")
+        with self._turn:
+            self._runs_in = thread
+            try:
+                return self._called(seeds, x_T, cond, uncond, guidance, out)
+            finally:
+                self._runs_in = 0
+
+    def _called(
+        self,
+        seeds: Sequence[int] | Tensor | None,
+        x_T: Tensor | None,
+        cond: Mapping[str, Any] | None,
+        uncond: Mapping[str, Any] | None,
+        guidance: Guidance | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        """One replay, while no other thread makes one."""
         device = self._x_T.device
         check_not_capturing(device)
         if x_T is not None:

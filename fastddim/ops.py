@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastddim import cpu, reference
 from fastddim import noise as counter
@@ -72,6 +74,11 @@ def ddim_step(
     """
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    if not torch.compiler.is_compiling() and transformed():
+        given = {"x": x, "output": output, "table": table, "rows": rows, "seeds": seeds}
+        _check_constants(
+            **given, noise=noise, guidance=guidance, threshold=threshold, out=out, x0_out=x0_out
+        )
     _check_tensor("x", x, x, (_STATE,))
     if x.dim() == 0:
         raise ValueError("x must have shape (batch, ...), got ()")
@@ -129,6 +136,29 @@ def ddim_step(
         next_input,
     )
     return out, x0
+
+
+def transformed() -> bool:
+    """Whether this call is differentiated forwards or transformed by ``torch.func``.
+
+    The op has no rule for either: its results would be constants, and memory that is kept for a
+    later step would belong to the transform. torch.compile cannot trace the question, and has no
+    need to: it traces the op as it is.
+    """
+    return _interpreter() is not None or forward_ad._current_level >= 0
+
+
+def check_untransformed(name: str) -> None:
+    """For what carries no derivatives at all: ``name`` is called outside of any transform."""
+    if not torch.compiler.is_compiling() and transformed():
+        raise ValueError(
+            f"{name} must not run inside torch.func's transforms or forward-mode differentiation: "
+            f"it carries no derivatives"
+        )
+
+
+_functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 its types do not name it
+_interpreter: Callable[[], Any] = _functorch.peek_interpreter_stack
 
 
 def initial_noise(
@@ -227,7 +257,9 @@ def _ddim_step(
             into,
             x0_into,
         )
-        if next_into is not None:
+        if next_into is not None and next_into.shape[0] == x.shape[0]:
+            next_into.copy_(into)
+        elif next_into is not None:
             for half in next_into.chunk(len(next_into) // max(len(x), 1) or 1):
                 half.copy_(into)
     if not as_is:
@@ -372,6 +404,19 @@ def _check_tensor(
         raise ValueError(
             f"{name} requires grad, which the step does not carry: detach it or use torch.no_grad()"
         )
+
+
+def _check_constants(**given: object) -> None:
+    """That none of the tensors carries a forward derivative or is one of ``torch.func``'s."""
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        wrapped = _functorch.is_functorch_wrapped_tensor(tensor)
+        if wrapped or forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(
+                f"{name} is transformed by torch.func or carries a forward derivative, which the "
+                f"step does not: take it out of the transform"
+            )
 
 
 def _given_or_made(name: str, tensor: Tensor | None, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -258,13 +258,24 @@ def unpacked(output: Any, x_in: Tensor) -> Tensor:
         raise ValueError(f"model must return a tensor on {x_in.device}, got {tensor.device}")
     if tensor.shape == x_in.shape:
         return tensor
-    with_variance = x_in.dim() > 2 and (x_in.shape[0], 2 * x_in.shape[1], *x_in.shape[2:])
-    if tensor.shape != with_variance:
-        raise ValueError(
-            f"model must return a tensor of x's shape, {tuple(x_in.shape)}, or one with twice the "
-            f"channels (a learned variance), got {tuple(tensor.shape)}"
-        )
+    allowed, described = shapes(x_in.shape)
+    if tensor.shape not in allowed:
+        raise ValueError(f"model must return a tensor of {described}, got {tuple(tensor.shape)}")
     return tensor
+
+
+def shapes(x_in: Sequence[int]) -> tuple[list[tuple[int, ...]], str]:
+    """What a model may return for an input of this shape, and how to say so.
+
+    A learned variance follows in as many channels again. Where a sample is a vector, (batch, n),
+    there are no channels, and twice as many numbers are an error.
+    """
+    same = tuple(x_in)
+    described = f"x's shape, {same}"
+    if len(same) < 3:
+        return [same], f"{described} (samples of one dimension have no channels for a variance)"
+    both = [same, (same[0], 2 * same[1], *same[2:])]
+    return both, f"{described}, or one with twice the channels (a learned variance)"
 
 
 def stacked(uncond: Cond, cond: Cond, batch: int, samples: Tensor | None = None) -> dict[str, Any]:

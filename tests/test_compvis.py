@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -140,8 +143,7 @@ def test_the_factors_are_those_of_numpy_and_pytorch_together(
     full = [torch.stack([torch.full((), v) for v in each]) for each in columns]
     at, at_prev, sigma, b_t = full
     c2 = (1.0 - at_prev - sigma**2).sqrt()
-    table = sampler._table
-    assert table is not None
+    table = sampler._made().table
     expected = torch.stack([at.sqrt(), b_t, at_prev.sqrt(), sigma, c2], dim=1)
     assert torch.equal(table[:, [0, 2, 4, 5, 6]], expected)
     assert np.array_equal(sampler.ddim_timesteps, steps)
@@ -192,8 +194,7 @@ def test_the_largest_eta_named_works_and_no_larger_one() -> None:
     with pytest.raises(ValueError, match="eta must be at most") as caught:
         made(50, ddim_eta=1e3)
     most = float(str(caught.value).split("at most ")[1].split(" ")[0])
-    table = made(50, ddim_eta=most)._table
-    assert table is not None
+    table = made(50, ddim_eta=most)._made().table
     assert table.isfinite().all()
     refused(lambda: made(50, ddim_eta=(round(most * 1e6) + 1) / 1e6), ValueError, "eta")
 
@@ -218,10 +219,9 @@ def eager(
     states: list[Tensor] = []
     x0s: list[Tensor] = []
     prediction = {"eps": "epsilon", "v": "v"}[model.parameterization]
-    assert sampler._table is not None
     for index in reversed(range(len(sampler.ddim_timesteps))):
         t = torch.full((len(x),), int(sampler.ddim_timesteps[index]))
-        row = sampler._table[index]
+        row = sampler._made().table[index]
         if uc is None or scale == 1:
             out = model.apply_model(x, t, c)
         else:
@@ -365,8 +365,7 @@ def test_guidance_of_a_model_that_returns_half_precision_is_float32(dtype: torch
     u, c = sampler.model.apply_model(
         torch.cat([X, X]), torch.cat([t, t]), torch.cat([UC, C])
     ).chunk(2)
-    assert sampler._table is not None
-    row = sampler._table[10]
+    row = sampler._made().table[10]
     own, _ = reference.ddim_step(X, u + theirs["scale"] * (c - u), row)
     oracle, _ = reference.ddim_step(
         X.double(), torch.cat([u, c]).double(), row.double(), guidance=torch.tensor(7.5)
@@ -644,3 +643,61 @@ def test_on_a_gpu_the_sampler_is_where_its_model_is(eta: float) -> None:
     if eta == 0:
         on_cpu, _ = DDIMSampler(Model()).sample(50, 2, (4, 8, 8), C, x_T=X)
         assert (sample.cpu() - on_cpu).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("given", [True, False], ids=["x_T", "drawn"])
+def test_another_default_dtype_is_that_of_the_draws_alone(
+    dtype: torch.dtype, eta: float, given: bool
+) -> None:
+    """Noise is drawn as the original draws it; the factors and the state stay float32."""
+    model = Model()
+    sampler = DDIMSampler(model)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(5)
+        x_T = X if given else None
+        found, kept = sampler.sample(10, 2, X.shape[1:], C, eta=eta, x_T=x_T)
+        end = torch.get_rng_state()
+        torch.manual_seed(5)
+        x = X if given else torch.randn(X.shape)
+        noises = [torch.randn(X.shape).float() for _ in sampler.ddim_timesteps]
+        assert torch.equal(end, torch.get_rng_state())
+    finally:
+        torch.set_default_dtype(before)
+    x = x.float()
+    assert torch.equal(kept["x_inter"][0].float(), x)
+    for index, z in zip(reversed(range(10)), noises, strict=True):
+        t = torch.full((2,), int(sampler.ddim_timesteps[index]))
+        row = sampler._made().table[index]
+        x, _ = reference.ddim_step(x, model.apply_model(x, t, C), row, z, noise_first=False)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, x)
+
+
+def test_what_a_model_returns_is_called_the_models() -> None:
+    sampler, x = DDIMSampler(Model()), X.flatten(1)
+    cases: list[tuple[Tensor, Tensor, str]] = [
+        (x, torch.cat([x, x], 1), "x's shape, (2, 256) (samples of one dimension have no channels"),
+        (X, X[:, :3], "x's shape, (2, 4, 8, 8), or one with twice the channels"),
+    ]
+    for given, output, said in cases:
+        sampler.model.apply_model = Mock(return_value=output)
+        refused(
+            partial(sampler.sample, 10, 2, given.shape[1:], x_T=given),
+            ValueError,
+            "model.apply_model must return a tensor of",
+            said,
+            str(tuple(output.shape)),
+        )
+
+
+def test_a_sampler_can_be_copied_in_use() -> None:
+    sampler = made(20)
+    again = copy.deepcopy(sampler)
+    t = torch.full((2,), 501)
+    for _ in range(2):
+        a, b = (s.p_sample_ddim(X, C, t, 10)[0] for s in (sampler, again))
+        assert torch.equal(a, b)

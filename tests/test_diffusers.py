@@ -754,9 +754,8 @@ def test_memory_nobody_holds_is_written_again() -> None:
         x = scheduler.step(model(x, t), t, x).prev_sample
         addresses.append(x.data_ptr())
     assert len(set(addresses[2:])) <= 3
-    assert scheduler._spare is not None
-    scheduler.step(x, scheduler.timesteps[-1], x)
-    assert scheduler._spare is None
+    x = scheduler.step(x, scheduler.timesteps[-1], x).prev_sample.clone()
+    assert scheduler._own.states.take() is scheduler._own.x0s.take() is None
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -856,6 +855,36 @@ def test_strict_is_a_bool() -> None:
     for which in PAIRS:
         with pytest.raises(TypeError, match="strict must be True or False"):
             PAIRS[which][1](strict="yes")
+
+
+@pytest.mark.parametrize("final", [0.9, np.float32(0.9), torch.tensor(0.9).double(), 1])
+@pytest.mark.parametrize("which", PAIRS)
+def test_an_end_that_is_no_float32_tensor_is_the_originals(which: str, final: Any) -> None:
+    original, fast = both({}, 10, which)
+    end = "initial_alpha_cumprod" if which == "inverse" else "final_alpha_cumprod"
+    for scheduler in (original, fast):
+        setattr(scheduler, end, final)
+    assert_same_loops(original, fast, randn(*SHAPE))
+
+
+@pytest.mark.parametrize("which", ["plain", "parallel"])
+def test_methods_that_the_originals_step_calls_may_be_replaced(which: str) -> None:
+    """By a subclass: its step is then the original's own, which calls them."""
+
+    class Larger:
+        def _get_variance(self: Any, timestep: int, prev_timestep: int) -> Tensor:
+            variance: Tensor = PAIRS[which][0]._get_variance(self, timestep, prev_timestep)
+            return 0.5 * variance
+
+    class Bounded:
+        def _threshold_sample(self: Any, sample: Tensor) -> Tensor:
+            return sample.clamp(-0.3, 0.3)
+
+    for mixed, config in ((Larger, {}), (Bounded, {"thresholding": True})):
+        original, fast = (type("Mixed", (mixed, cls), {})(**config) for cls in PAIRS[which])
+        for scheduler in (original, fast):
+            scheduler.set_timesteps(10)
+        assert_same_loops(original, fast, randn(*SHAPE), eta=0.7, seed=3)
 
 
 # --- On a GPU ---------------------------------------------------------------------------------

@@ -7,22 +7,47 @@ It knows their model by what it has, and imports nothing of theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.buffers import Spare, fitting
+from fastddim.buffers import Own, fitting
 from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import checked_factors
-from fastddim.ops import OUTPUTS, ddim_step
-from fastddim.predict import stack
+from fastddim.ops import OUTPUTS, check_untransformed, ddim_step
+from fastddim.predict import shapes, stack
 from fastddim.stream import passed_over
 
 PREDICTIONS = {"eps": "epsilon", "v": "v"}
+
+
+class _Schedule(NamedTuple):
+    """What ``make_schedule`` chose; a loop that has begun keeps to its own."""
+
+    steps: npt.NDArray[np.int64]
+    eta: float
+    table: Tensor
+    rows: Tensor
+    to_halves: Tensor
+    """The step in two halves, for what may come between them: to (ε, x0), and from (x0, ε) on,
+    with noise that has its factor already."""
+    from_halves: Tensor
+    forward: Tensor
+
+
+class _Own(Own):
+    """What the sampler keeps for one thread."""
+
+    made: _Schedule | None = None
+    """The schedule that this thread made last."""
+    running: _Schedule | None = None
+    """That of the loop that runs in this thread."""
 
 
 class DDIMSampler:
@@ -30,7 +55,8 @@ class DDIMSampler:
 
     On whatever device the model is. Nothing is printed and there is no progress bar: ``callback``
     is called after each step. What a call returned is written again by a later step once nobody
-    holds it.
+    holds it. Threads may share a sampler: ``sample`` goes by the schedule that it made itself,
+    everything else by the one that was made last, by whichever thread.
 
     Args:
         model: a LatentDiffusion, or what has its ``num_timesteps``, ``alphas_cumprod`` and
@@ -58,8 +84,19 @@ class DDIMSampler:
                 f"output the original reads as ε"
             )
         self._prediction = PREDICTIONS[parameterization]
-        self._table: Tensor | None = None
-        self._spare = Spare(), Spare()
+        self._schedule: _Schedule | None = None
+        self._own_memory: _Own | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies of a sampler have memory of their own."""
+        return self.__dict__ | {"_own_memory": None}
+
+    @property
+    def _own(self) -> _Own:
+        if self._own_memory is None:
+            with _making:
+                self._own_memory = self._own_memory or _Own()
+        return self._own_memory
 
     def make_schedule(
         self,
@@ -80,6 +117,7 @@ class DDIMSampler:
                 timesteps run past T − 1, the nearest S that work; where the original would give
                 NaN for a large η, the largest that works.
         """
+        check_untransformed("make_schedule")
         T, eta = self.ddpm_num_timesteps, finite("ddim_eta", ddim_eta)
         if eta < 0:
             raise ValueError(f"ddim_eta must be ≥ 0, got {eta:g}")
@@ -113,18 +151,20 @@ class DDIMSampler:
         c1, c2 = checked_factors(factors, eta, f"these {len(steps)} steps")
         a_t, b_t, a_s = at.sqrt(), float32(one_minus), at_prev.sqrt()
         zero, one = torch.zeros_like(at), torch.ones_like(at)
-        self._forward = _packed(one, zero, a_t, zero, b_t)
+        forward = _packed(one, zero, a_t, zero, b_t)
         if self._prediction == "v":
             levels = torch.from_numpy(steps).to(device)
             a_t = float32(self.model.sqrt_alphas_cumprod)[levels]
             b_t = float32(self.model.sqrt_one_minus_alphas_cumprod)[levels]
-        self._table = _packed(a_t, b_t, a_s, c1, c2)
-        # The step in two halves, for what may come between them: to (ε, x0), and from (x0, ε) on,
-        # with noise that has its factor already.
-        self._to_halves = _packed(a_t, b_t, zero, zero, one)
-        self._from_halves = _packed(one, zero, a_s, one, c2)
-        self._rows = torch.arange(len(steps), dtype=torch.int32, device=device)
-        self._eta = eta
+        self._own.made = self._schedule = _Schedule(
+            steps,
+            eta,
+            _packed(a_t, b_t, a_s, c1, c2),
+            torch.arange(len(steps), dtype=torch.int32, device=device),
+            _packed(a_t, b_t, zero, zero, one),
+            _packed(one, zero, a_s, one, c2),
+            forward,
+        )
         self.ddim_timesteps = steps
         self.ddim_alphas, self.ddim_alphas_prev = alphas.to(device), alphas_prev
         self.ddim_sigmas = eta * sigmas
@@ -195,23 +235,24 @@ class DDIMSampler:
         batch = whole("batch_size", batch_size, low=1)
         size = (batch, *(whole(f"shape[{i}]", n, low=1) for i, n in enumerate(shape)))
         self.make_schedule(S, ddim_eta=eta, verbose=verbose)
-        return self.ddim_sampling(
-            conditioning,
-            size,
-            x_T=x_T,
-            callback=callback,
-            quantize_denoised=quantize_x0,
-            mask=mask,
-            x0=x0,
-            img_callback=img_callback,
-            log_every_t=log_every_t,
-            temperature=temperature,
-            noise_dropout=noise_dropout,
-            score_corrector=score_corrector,
-            corrector_kwargs=corrector_kwargs,
-            unconditional_guidance_scale=unconditional_guidance_scale,
-            unconditional_conditioning=unconditional_conditioning,
-        )
+        with self._running(self._own.made):
+            return self.ddim_sampling(
+                conditioning,
+                size,
+                x_T=x_T,
+                callback=callback,
+                quantize_denoised=quantize_x0,
+                mask=mask,
+                x0=x0,
+                img_callback=img_callback,
+                log_every_t=log_every_t,
+                temperature=temperature,
+                noise_dropout=noise_dropout,
+                score_corrector=score_corrector,
+                corrector_kwargs=corrector_kwargs,
+                unconditional_guidance_scale=unconditional_guidance_scale,
+                unconditional_conditioning=unconditional_conditioning,
+            )
 
     @torch.no_grad()
     def ddim_sampling(
@@ -238,7 +279,7 @@ class DDIMSampler:
 
         ``timesteps``: about so many of the first ones, one fewer, as the original counts.
         """
-        table = self._made()
+        schedule = self._made()
         given = {
             "quantize_denoised": quantize_denoised,
             "temperature": temperature,
@@ -253,29 +294,30 @@ class DDIMSampler:
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable, got {kind(function)}")
         every = whole("log_every_t", log_every_t, low=1)
-        x = torch.randn(tuple(shape), device=table.device) if x_T is None else _state("x_T", x_T)
+        device = schedule.table.device
+        x = _randn(tuple(shape), device) if x_T is None else _state("x_T", x_T)
         if x.shape != tuple(shape):
             raise ValueError(f"x_T must have shape {tuple(shape)}, got {tuple(x.shape)}")
         if mask is not None:
             _check_mask(mask, x0, x)
-        steps = self.ddim_timesteps
+        steps = schedule.steps
         if timesteps is not None:
             share = min(whole("timesteps", timesteps, low=1) / len(steps), 1)
             steps = steps[: int(share * len(steps)) - 1]
         kept = {"x_inter": [x], "pred_x0": [x]}
-        for i, index in enumerate(reversed(range(len(steps)))):
-            t = torch.full((len(x),), int(steps[index]), device=x.device)
-            if mask is not None:
-                x = self.model.q_sample(x0, t) * mask + (1.0 - mask) * x
-            x, pred_x0 = self.p_sample_ddim(x, cond, t, index, **given)
-            if callback is not None:
-                callback(i)
-            if img_callback is not None:
-                img_callback(pred_x0, i)
-            if index % every == 0 or i == 0:
-                kept["x_inter"].append(x)
-                kept["pred_x0"].append(pred_x0)
-        self._spare = Spare(), Spare()
+        with self._running(schedule):
+            for i, index in enumerate(reversed(range(len(steps)))):
+                t = torch.full((len(x),), int(steps[index]), device=x.device)
+                if mask is not None:
+                    x = self.model.q_sample(x0, t) * mask + (1.0 - mask) * x
+                x, pred_x0 = self.p_sample_ddim(x, cond, t, index, **given)
+                if callback is not None:
+                    callback(i)
+                if img_callback is not None:
+                    img_callback(pred_x0, i)
+                if index % every == 0 or i == 0:
+                    kept["x_inter"].append(x)
+                    kept["pred_x0"].append(pred_x0)
         return x, kept
 
     @torch.no_grad()
@@ -307,9 +349,10 @@ class DDIMSampler:
 
         All other arguments are those of ``sample``.
         """
-        table = self._made()
+        schedule = self._made()
+        table = schedule.table
         self._checked_step(temperature, noise_dropout, score_corrector, use_original_steps)
-        row = self._rows[whole("index", index, low=0, high=len(table) - 1)]
+        row = schedule.rows[whole("index", index, low=0, high=len(table) - 1)]
         w: float | None = finite("unconditional_guidance_scale", unconditional_guidance_scale)
         _state("x", x)
         if unconditional_conditioning is None or w == 1:
@@ -320,34 +363,35 @@ class DDIMSampler:
         x_t, x = x, x.float()
 
         def step(x: Tensor, output: Tensor, table: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+            _check_output(output, x, given.get("guidance") is not None)
             x_s, x0 = ddim_step(x, output, table, row, noise_first=False, **given)
             assert x0 is not None
             return x_s, x0
 
         if score_corrector is not None:
-            eps, _ = step(x, output, self._to_halves, guidance=w)
+            eps, _ = step(x, output, schedule.to_halves, guidance=w)
             keywords = corrector_kwargs or {}
             output = score_corrector.modify_score(self.model, eps, x_t, t, c, **keywords)
             w = None
         asked = {"guidance": w, "prediction": self._prediction}
-        states, x0s = self._spare
-        out, x0_out = fitting(states.take(), x), fitting(x0s.take(), x)
-        scaled = noise_dropout > 0 or (self._eta > 0 and temperature != 1)
+        own = self._own
+        out, x0_out = fitting(own.states.take(), x), fitting(own.x0s.take(), x)
+        scaled = noise_dropout > 0 or (schedule.eta > 0 and temperature != 1)
         if not scaled and not quantize_denoised:
-            z = self._drawn(x, repeat_noise)
+            z = _drawn(x, repeat_noise, schedule.eta > 0)
             x_s, x0 = step(x, output, table, noise=z, out=out, x0_out=x0_out, **asked)
-            x0s.keep(x0)
+            own.x0s.keep(x0)
         else:
-            eps, x0 = step(x, output, self._to_halves, **asked)
+            eps, x0 = step(x, output, schedule.to_halves, **asked)
             if quantize_denoised:
                 x0, *_ = self.model.first_stage_model.quantize(x0)
-            z = self._drawn(x, repeat_noise, always=scaled)
+            z = _drawn(x, repeat_noise, schedule.eta > 0 or scaled)
             if z is not None:
                 z.mul_(table[index, 5]).mul_(temperature)
                 if noise_dropout > 0:
                     z = torch.nn.functional.dropout(z, noise_dropout)
-            x_s, _ = step(x0, eps, self._from_halves, noise=z, out=out)
-        states.keep(x_s)
+            x_s, _ = step(x0, eps, schedule.from_halves, noise=z, out=out)
+        own.states.keep(x_s)
         return x_s, x0
 
     @torch.no_grad()
@@ -362,7 +406,7 @@ class DDIMSampler:
 
         ``use_original_steps``: t are the model's own timesteps. ``noise``: ε, of x0's shape.
         """
-        table = self._made()
+        schedule = self._made()
         _state("x0", x0)
         if use_original_steps:
             abar = self.model.alphas_cumprod.detach().cpu()
@@ -370,7 +414,7 @@ class DDIMSampler:
             zero, one = torch.zeros_like(a), torch.ones_like(a)
             table = _packed(one, zero, a, zero, b).to(x0.device, torch.float32)
         else:
-            table = self._forward
+            table = schedule.forward
         if not isinstance(t, Tensor) or t.shape != x0.shape[:1] or t.is_floating_point():
             got = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else kind(t)
             raise ValueError(f"t must be integers of shape ({len(x0)},), an index each, got {got}")
@@ -399,29 +443,41 @@ class DDIMSampler:
         callback: Callable[[int], object] | None = None,
     ) -> Tensor:
         """The last ``t_start`` steps of the schedule, from ``x_latent`` to data."""
-        self._made()
+        schedule = self._made()
         self._checked_step(1.0, 0.0, None, use_original_steps)
         x = _state("x_latent", x_latent)
-        steps = self.ddim_timesteps[: whole("t_start", t_start, low=0)]
-        for i, index in enumerate(reversed(range(len(steps)))):
-            t = torch.full((len(x),), int(steps[index]), device=x.device)
-            x, _ = self.p_sample_ddim(
-                x,
-                cond,
-                t,
-                index,
-                unconditional_guidance_scale=unconditional_guidance_scale,
-                unconditional_conditioning=unconditional_conditioning,
-            )
-            if callback is not None:
-                callback(i)
-        self._spare = Spare(), Spare()
+        steps = schedule.steps[: whole("t_start", t_start, low=0)]
+        with self._running(schedule):
+            for i, index in enumerate(reversed(range(len(steps)))):
+                t = torch.full((len(x),), int(steps[index]), device=x.device)
+                x, _ = self.p_sample_ddim(
+                    x,
+                    cond,
+                    t,
+                    index,
+                    unconditional_guidance_scale=unconditional_guidance_scale,
+                    unconditional_conditioning=unconditional_conditioning,
+                )
+                if callback is not None:
+                    callback(i)
         return x
 
-    def _made(self) -> Tensor:
-        if self._table is None:
+    def _made(self) -> _Schedule:
+        schedule = self._own.running or self._schedule
+        if schedule is None:
             raise ValueError("call make_schedule first: no timesteps are chosen")
-        return self._table
+        return schedule
+
+    @contextmanager
+    def _running(self, schedule: _Schedule | None) -> Iterator[None]:
+        """Within, this thread's steps are those of ``schedule``. Its buffers go at the end."""
+        own = self._own
+        before, own.running = own.running, schedule
+        try:
+            yield
+        finally:
+            own.running = before
+            own.clear()
 
     def _checked_step(
         self, temperature: float, noise_dropout: float, score_corrector: Any, original: bool
@@ -437,13 +493,28 @@ class DDIMSampler:
         if score_corrector is not None and self._prediction != "epsilon":
             raise ValueError("score_corrector must be None for a v model, as in the original")
 
-    def _drawn(self, x: Tensor, repeat: bool, always: bool = False) -> Tensor | None:
-        """z, or None with the generator moved as if it were drawn, at η = 0."""
-        z = torch.empty((1 if repeat else len(x), *x.shape[1:]), device=x.device)
-        if self._eta == 0 and not always:
-            passed_over(z)()
-            return None
-        return z.normal_().repeat(len(x), *[1] * (x.dim() - 1)) if repeat else z.normal_()
+
+_making = threading.Lock()
+"""Held while a sampler gets its memory, of which two threads must not make one each."""
+
+
+def _randn(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Drawn in torch's default dtype, as the original does; float64 is rounded to float32."""
+    x = torch.randn(shape, device=device)
+    return x if x.dtype in OUTPUTS else x.float()
+
+
+def _drawn(x: Tensor, repeat: bool, noisy: bool) -> Tensor | None:
+    """z, drawn in torch's default dtype, as the original does, in float32.
+
+    None, with the generator moved as if it were drawn, where it has no effect.
+    """
+    z = torch.empty((1 if repeat else len(x), *x.shape[1:]), device=x.device)
+    if not noisy:
+        passed_over(z)()
+        return None
+    z = z.normal_().float()
+    return z.repeat(len(x), *[1] * (x.dim() - 1)) if repeat else z
 
 
 def _timesteps(S: int, discretize: str, T: int) -> npt.NDArray[np.int64]:
@@ -477,6 +548,19 @@ def _state(name: str, x: Any) -> Tensor:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else kind(x)
         raise TypeError(f"{name} must be float32, bfloat16 or float16 (batch, ...), got {got}")
     return x
+
+
+def _check_output(output: Any, x: Tensor, guided: bool) -> None:
+    """That what the model returned has x's shape, with guidance of twice the batch."""
+    if not guided and isinstance(output, Tensor) and output.shape == x.shape:
+        return  # as nearly always
+    want = ((2 if guided else 1) * x.shape[0], *x.shape[1:])
+    if isinstance(output, Tensor) and output.shape != want:
+        allowed, described = shapes(want)
+        if output.shape not in allowed:
+            raise ValueError(
+                f"model.apply_model must return a tensor of {described}, got {tuple(output.shape)}"
+            )
 
 
 def _check_mask(mask: Any, x0: Any, x: Tensor) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor
 from fastddim.buffers import Spare, fitting
 from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import checked_factors
-from fastddim.ops import OUTPUTS, ddim_step
+from fastddim.dropins._shared import stream_of
+from fastddim.ops import OUTPUTS, check_untransformed, ddim_step
 from fastddim.schedule import Float64, NoiseSchedule, guided_diffusions
 from fastddim.stream import passed_over
 from fastddim.transfer import sent
@@ -299,7 +300,7 @@ class _Step:
         self.count = len(schedule)
         self.rows = torch.arange(self.count, dtype=torch.int32, device=device)
         abar = schedule.alphas_cumprod.tobytes()
-        self.scale, self.shift, *tables = _tables(abar, self.eta, device, _stream(device))
+        self.scale, self.shift, *tables = _tables(abar, self.eta, device, stream_of(device))
         self.table, self.only_x0, self.only_eps = tables
         seen = getattr(diffusion, "timestep_map", range(self.count))
         self.seen = sent(torch.from_numpy(np.array(seen, dtype=np.int64)), device)
@@ -415,11 +416,6 @@ def _tables(
     return on_device(np.sqrt(1.0 / abar)), (1 - at).sqrt(), *tables
 
 
-def _stream(device: torch.device) -> int:
-    """The stream that is current there; 0 where there are none."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
 def _respaced(respacing: str | Sequence[int] | None, T: int) -> list[int]:
     """The timesteps of T to keep, rising, as the original chooses them."""
     allowed = 'timestep_respacing must be "ddimN", counts as "10,15,20", or ""'
@@ -482,6 +478,7 @@ def _check_state(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {str(x.dtype)[6:]}")
     if x.requires_grad:
         raise ValueError(f"{name} requires grad, which sampling does not carry: pass x.detach()")
+    check_untransformed(f"{name}: the step")
 
 
 def _checked(name: str, output: Any, shape: Sequence[int]) -> Tensor:
