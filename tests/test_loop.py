@@ -350,6 +350,7 @@ def test_what_is_written_into_a_step_never_steers_the_loop(
 @pytest.mark.parametrize("edit", EDITS)
 def test_what_is_written_into_a_step_never_steers_a_loop_that_runs_backwards(edit: str) -> None:
     ddim, x = DDIM(10), drawn(*SHAPE)
+    last = x
     for step in ddim.iterate(free, x, reverse=True, refine=1):
         last = step.x.clone()
         EDITS[edit](step.x)
