@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastddim import dropins as dropins
     from fastddim import embedded as embedded
     from fastddim import profile as profile
+    from fastddim.check import SamplingWarning as SamplingWarning
     from fastddim.coefficients import make_table as make_table
     from fastddim.dropins.ermongroup import generalized_steps as generalized_steps
     from fastddim.generate import generate as generate
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = (
     "DDIM",
     "NoiseSchedule",
+    "SamplingWarning",
     "Step",
     "Trajectory",
     "checkpoints",
@@ -57,6 +59,7 @@ __all__ = (
 _FROM = {
     "DDIM": "sampler",
     "NoiseSchedule": "schedule",
+    "SamplingWarning": "check",
     "Step": "sampler",
     "Trajectory": "trajectory",
     "ddim_step": "ops",

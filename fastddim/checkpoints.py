@@ -21,7 +21,7 @@ from torch import nn
 
 from fastddim import embedded, statedicts, trained, unets, weights
 from fastddim.check import kind as type_of
-from fastddim.coefficients import PREDICTIONS, Prediction
+from fastddim.coefficients import Prediction, checked_prediction
 from fastddim.predict import Model
 from fastddim.sampler import DDIM
 from fastddim.schedule import NoiseSchedule
@@ -136,8 +136,7 @@ def load(
     size = None if shape is None else _checked_shape(shape)
     if config is not None and config not in CONFIGS and not Path(config).is_file():
         raise ValueError(f"config must be one of {', '.join(CONFIGS)}, or a file, got {config!r}")
-    if prediction not in (None, *PREDICTIONS):
-        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    prediction = None if prediction is None else checked_prediction(prediction)
     if schedule is not None and not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule must be a NoiseSchedule, got {type_of(schedule)}")
     if path is None:
@@ -176,7 +175,7 @@ def _told(loaded: Loaded, schedule: NoiseSchedule | None, prediction: str | None
     return replace(
         loaded,
         schedule=schedule or loaded.schedule,
-        prediction=prediction or loaded.prediction,
+        prediction=checked_prediction(prediction or loaded.prediction),
         description=", ".join(filter(None, (loaded.description, *given))),
     )
 
@@ -380,7 +379,7 @@ def _diffusers(file: File, config: str | None, shape: Shape | None) -> Loaded:
         loaded,
         classes=model.config.num_class_embeds,
         schedule=how.schedule,
-        prediction=how.prediction,
+        prediction=checked_prediction(how.prediction),
         clip=how.clip,
         description=f"{loaded.description}, {said}",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from torch.autograd import forward_ad
 
 from fastddim import cpu, reference
 from fastddim import noise as counter
-from fastddim.check import finite, whole
+from fastddim.check import SamplingWarning, finite, whole
 from fastddim.coefficients import COLUMNS, PREDICTIONS
 
 _STATE = torch.float32
@@ -314,7 +315,7 @@ def _normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
     elif out.device.type == "cpu":
         cpu.normal_(out, seeds, rows, stream)
     else:
-        on_cpu = torch.empty(out.shape, dtype=_STATE)
+        on_cpu = torch.empty(out.shape, dtype=_STATE, device="cpu")
         cpu.normal_(on_cpu, seeds.cpu(), rows.cpu(), stream)
         out.copy_(on_cpu)
     _written(out)
@@ -333,10 +334,27 @@ def _kernels(device: str) -> ModuleType | None:
     if device != "cuda":
         return None
     try:
+        import triton
+
         import fastddim_kernels
     except ImportError:
         return None
+    _warn_where_steps_are_rounded_otherwise(triton.__version__)
     return fastddim_kernels
+
+
+def _warn_where_steps_are_rounded_otherwise(triton: str) -> None:
+    """Of Blackwell GPUs under Triton 3.6: ptxas 12.9 fuses packed multiplies and adds there."""
+    old = tuple(int(part) for part in triton.split(".")[:2]) < (3, 7)
+    if old and any(
+        torch.cuda.get_device_capability(i)[0] >= 10 for i in range(torch.cuda.device_count())
+    ):
+        warnings.warn(
+            f"Triton {triton} fuses multiplies and adds on a Blackwell GPU, so that steps may "
+            f"differ from eager PyTorch in the last bit: Triton 3.7 or later does not",
+            SamplingWarning,
+            stacklevel=2,
+        )
 
 
 def backend(device: torch.device | str) -> str:

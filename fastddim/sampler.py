@@ -25,7 +25,7 @@ from fastddim.coefficients import (
     make_table,
     pack,
 )
-from fastddim.ops import ddim_step
+from fastddim.ops import check_untransformed, ddim_step
 from fastddim.predict import Model, Predictor, warn_of_training
 from fastddim.run import (
     Given,
@@ -742,6 +742,7 @@ class DDIM:
         size = checked_shape(shape) if x_T is None else tuple(x_T.shape)
         where = place_of(device, model) if x_T is None else x_T.device
         check_not_capturing(where)
+        check_untransformed("sampling")
         state_dtype = torch.float32 if x_T is None else x_T.dtype
         model_dtype = checked_dtype(dtype) or state_dtype
         w = checked_guidance(guidance, uncond, size[0], plan.levels)

@@ -192,3 +192,23 @@ def test_the_loops_of_other_systems_refuse_too() -> None:
         with pytest.raises(ValueError, match=r"torch.func|requires grad"):
             torch.func.jvp(loop, (X,), (TANGENT,))
         assert loop(X).isfinite().all()
+
+
+@pytest.mark.parametrize("way", ["jvp", "vmap", "dual level"])
+def test_sampling_refuses_transforms_before_the_model_is_asked(way: str) -> None:
+    asked: list[int] = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(1)
+        return x.tanh()
+
+    def sampled(x: Tensor) -> Tensor:
+        return DDIM(4).sample(model, x)
+
+    ways: dict[str, Callable[[], object]] = {
+        "jvp": lambda: torch.func.jvp(sampled, (X,), (TANGENT,)),
+        "vmap": lambda: torch.func.vmap(sampled)(torch.stack([X, X])),
+        "dual level": lambda: forwards(sampled, X),
+    }
+    refused(ways[way], ValueError, "sampling", "torch.func")
+    assert not asked

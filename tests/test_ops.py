@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -446,3 +447,19 @@ def test_the_op_runs_where_inference_mode_is_on() -> None:
     expected = fastddim.ddim_step(x, output, TABLE, 0, torch.arange(2))[0]
     with torch.inference_mode():
         assert torch.equal(fastddim.ddim_step(x, output, TABLE, 0, torch.arange(2))[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("triton", "major", "warned"), [("3.6.0", 10, True), ("3.6.0", 9, False), ("3.7.1", 10, False)]
+)
+def test_an_inexact_step_on_blackwell_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, triton: str, major: int, warned: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (major if i else 8, 0))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        ops._warn_where_steps_are_rounded_otherwise(triton)
+    assert [str(w.message).partition(",")[0] for w in found] == (
+        ["Triton 3.6.0 fuses multiplies and adds on a Blackwell GPU"] if warned else []
+    )

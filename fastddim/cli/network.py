@@ -16,6 +16,7 @@ from torch import nn
 from fastddim import checkpoints, images
 from fastddim.check import whole
 from fastddim.cli.options import DTYPES, Machine, Network, parse_number, parse_shape
+from fastddim.coefficients import checked_prediction
 from fastddim.predict import Model
 from fastddim.sampler import DDIM
 from fastddim.schedule import NoiseSchedule
@@ -122,7 +123,7 @@ def usable(machine: Machine, device: str | None = None) -> torch.device:
 def overruled(loaded: checkpoints.Loaded, network: Network) -> checkpoints.Loaded:
     """``loaded`` with the schedule and the prediction that the command line names."""
     if network.prediction is not None:
-        loaded = replace(loaded, prediction=network.prediction)
+        loaded = replace(loaded, prediction=checked_prediction(network.prediction))
     if network.schedule is None and network.levels is None:
         return loaded
     name = network.schedule or loaded.schedule.name.partition("(")[0]
