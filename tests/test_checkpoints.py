@@ -417,7 +417,7 @@ def test_without_a_scheduler_the_assumption_is_said_and_can_be_replaced(folder: 
     ermongroup = checkpoints.load(ERMONGROUP, shape=(3, 16, 16), prediction="sample")
     assert (ermongroup.prediction, ermongroup.schedule.name) == ("sample", "linear(0.0001, 0.02)")
     assert checkpoints.load(schedule=cosine).schedule is cosine
-    assert "prediction must be one of epsilon, v, sample, got 'x'" in refusal(
+    assert "prediction must be one of epsilon, v, sample (sample is x0), got 'x'" in refusal(
         folder, prediction="x"
     )
     assert "schedule must be a NoiseSchedule, got str" in refusal(

@@ -673,7 +673,7 @@ def test_strict_inversion_is_the_native_one_for_every_prediction(prediction: str
     inverse.set_timesteps(50)
     schedule = schedule_of(inverse)
     exact = Gaussian(MEAN, STD, schedule)
-    name: Any = prediction  # "v_prediction" is a synonym there
+    name: Any = {"v_prediction": "v"}.get(prediction, prediction)
     native = DDIM(50, schedule=schedule, spacing="leading", prediction=name)
     abar = torch.tensor(schedule.alphas_cumprod)
 
