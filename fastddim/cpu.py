@@ -57,13 +57,13 @@ def ddim_step(
     batch = x.shape[0]
     n = x.numel() // batch
     small = n < SMALL and batch > 1
-    if small and guidance is not None:
-        guidance = _one_if_equal(guidance)
     fused = _fused()
-    if fused and small and _by_sample(rows, guidance, threshold):
-        if seeds is not None:
-            noise, seeds = _noise(x, seeds, rows), None
-    elif fused:
+    if small and guidance is not None and (not fused or _rows_differ(rows)):
+        guidance = _one_if_equal(guidance)
+    if fused and small and seeds is not None and _by_sample(rows, guidance, threshold):
+        noise, seeds = _noise(x, seeds, rows), None
+    # Rows that differ are all that the fused pass takes sample by sample, however small they are.
+    if fused and not (small and _rows_differ(rows)):
         fused.step(
             x,
             output,
@@ -158,7 +158,12 @@ def ddim_step(
 def _by_sample(rows: Tensor, guidance: Tensor | None, threshold: Tensor | None) -> bool:
     """Whether samples may have numbers of their own."""
     of_guidance = guidance is not None and guidance.stride(0) != 0
-    return threshold is not None or of_guidance or (rows.stride(0) != 0 and len(rows) > 1)
+    return threshold is not None or of_guidance or _rows_differ(rows)
+
+
+def _rows_differ(rows: Tensor) -> bool:
+    """Whether samples may be on rows of their own."""
+    return rows.stride(0) != 0 and len(rows) > 1
 
 
 def _one_if_equal(numbers: Tensor) -> Tensor:

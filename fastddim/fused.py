@@ -286,6 +286,25 @@ def _guide(count, u, c, w, into):
 
 
 @_part
+def _guide_each(count, u, c, w, into):
+    """``_guide`` where each element has its own w."""
+    for i in range(count):
+        into[i] = u[i] + w[i] * (c[i] - u[i])
+
+
+@_part
+def _repeat(values, stride, n, start, count, into):
+    """into[i] is the value of the sample, of n elements, that element ``start + i`` belongs to."""
+    sample, i = start // n, 0
+    stop = min((sample + 1) * n - start, count)
+    while i < count:
+        value = values[sample * stride]
+        for k in range(i, stop):
+            into[k] = value
+        i, sample, stop = stop, sample + 1, min(stop + n, count)
+
+
+@_part
 def _predict(count, prediction, x, e, a_t, b_t, x0, eps):
     """x0 and ε; of an epsilon model, whose output ε is, x0 alone."""
     if prediction == 0:
@@ -315,6 +334,15 @@ def _clamp(count, x0, bound):
         value = x0[i]
         value = -bound if value < -bound else value
         x0[i] = bound if value > bound else value
+
+
+@_part
+def _bound_each(count, x0, s):
+    """x0 within ±s and divided by s, each element having its own s."""
+    for i in range(count):
+        value, bound = x0[i], s[i]
+        value = -bound if value < -bound else value
+        x0[i] = (bound if value > bound else value) / bound
 
 
 @_part
@@ -368,19 +396,20 @@ def _steps(address, thread):
     total = batch * n
     conditional = call.output + batch * call.output_stride * (4 if call.dtype == 0 else 2)
     counted = call.seeds != 0 and (call.row_stride != 0 or table[7 * rows[0] + 5] != 0)
-    if (
-        call.row_stride == 0
-        and call.guidance_stride == 0
-        and call.threshold_stride == 0
-        and call.output_stride == n
-        and not counted
-    ):
-        n = total  # nothing belongs to one sample: all of them are one
+    # Weights and thresholds of small samples are spread over the elements, once a chunk: a pass over
+    # each sample by itself would cost more than its few elements.
+    each, spread = n, (call.guidance_stride != 0 or call.threshold_stride != 0) and n < CHUNK
+    alone = call.guidance_stride == 0 and call.threshold_stride == 0
+    if call.row_stride == 0 and call.output_stride == n and not counted and (alone or spread):
+        n = total  # the samples are on one row, and one after the other: all of them are one
+    else:
+        spread = False
 
     kept_x0 = call.clips or call.rederive or call.x0 != 0 or call.threshold != 0
     plain = call.prediction == 0 and not kept_x0 and call.noise == 0
     x0_own, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     u_own, c_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    own = np.empty(CHUNK if spread else 1, np.float32)
     z_own, plane = np.empty(4 * ROOM + 2 * channels, np.float32), np.empty(4 * ROOM, np.float32)
     pairs, words = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.uint32)
     while True:
@@ -401,7 +430,11 @@ def _steps(address, thread):
             e = _widened(call.output, call.dtype, where, count, u_own)
             if call.guidance:
                 c = _widened(conditional, call.dtype, where, count, c_own)
-                _guide(count, e, c, guidance[sample * call.guidance_stride], u_own)
+                if spread and call.guidance_stride != 0:
+                    _repeat(guidance, call.guidance_stride, each, start, count, own)
+                    _guide_each(count, e, c, own, u_own)
+                else:
+                    _guide(count, e, c, guidance[sample * call.guidance_stride], u_own)
                 e = u_own
             if plain and (c1 == 0 or not counted):
                 _epsilon_step(count, x, e, a_t, b_t, a_s, c2, out)
@@ -412,7 +445,10 @@ def _steps(address, thread):
                 eps = e
             if call.clips:
                 _clamp(count, x0, np.float32(call.clip))
-            if call.threshold:
+            if call.threshold and spread and call.threshold_stride != 0:
+                _repeat(threshold, call.threshold_stride, each, start, count, own)
+                _bound_each(count, x0, own)
+            elif call.threshold:
                 s = threshold[sample * call.threshold_stride]
                 _clamp(count, x0, s)
                 for i in range(count):

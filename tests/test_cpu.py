@@ -256,7 +256,7 @@ def test_small_samples_go_together_however_many_there_are(
         own = {given: 1 + randn(batch).abs()}
     seeds = torch.arange(batch) if given == "seeds" else None
     fastddim.ddim_step(x, output, TABLE, rows, seeds, **own)
-    assert len(blocks) < 5  # of the fused pass, which here is left to seeds alone, none
+    assert len(blocks) < 5  # of the fused pass, which here is left to all but rows, none
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0,), (3, 0), (1,), (4,), (2, 1, 1, 1, 1, 5)])
