@@ -396,8 +396,8 @@ def _steps(address, thread):
     total = batch * n
     conditional = call.output + batch * call.output_stride * (4 if call.dtype == 0 else 2)
     counted = call.seeds != 0 and (call.row_stride != 0 or table[7 * rows[0] + 5] != 0)
-    # Weights and thresholds of small samples are spread over the elements, once a chunk: a pass over
-    # each sample by itself would cost more than its few elements.
+    # Weights and thresholds of small samples are spread over the elements, once a chunk: a pass
+    # over each sample by itself would cost more than its few elements.
     each, spread = n, (call.guidance_stride != 0 or call.threshold_stride != 0) and n < CHUNK
     alone = call.guidance_stride == 0 and call.threshold_stride == 0
     if call.row_stride == 0 and call.output_stride == n and not counted and (alone or spread):
