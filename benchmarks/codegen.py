@@ -96,8 +96,8 @@ class Compiler:
             threads = options["num_warps"] * self.kernel.metadata.target.warp_size
             block = options.get("BLOCK_SIZE")
             if block is None:
-                of = (options[name] for name in ("CHANNELS", "OUTPUT_PIXEL", "FOURS"))
-                width = block_channels(options["CHANNELS"], layout_of(*of))
+                channels = options["CHANNELS"]
+                width = block_channels(channels, layout_of(channels, options["FOURS"]))
                 block = options["QUADS"] * options["PARTS"] * 4 * width
             self.elements = block // threads
 

@@ -93,6 +93,9 @@ VARIANTS = {
     "guidance philox bf16 clip next": Variant(
         noise="philox", dtype=BF16, guidance=True, clip=1.0, next_inputs=2
     ),
+    "guidance philox bf16 last next": Variant(
+        noise="philox", dtype=BF16, guidance=True, channels_last=True, next_inputs=2
+    ),
     "guidance philox threshold": Variant(noise="philox", guidance=True, threshold=True),
 }
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
 from fastddim import embedded, statedicts, trained, unets, weights
@@ -361,7 +360,7 @@ def _diffusers(file: File, config: str | None, shape: Shape | None) -> Loaded:
 
     try:
         # Not from_config, which passes over what it does not know and builds another model.
-        with torch.device("cpu"):
+        with unets.BUILT_ON:
             model: Any = UNet2DModel(**known)
     except Exception as error:  # whatever diffusers makes of a configuration that is none
         raise ValueError(f"{source} builds no UNet2DModel: {error}") from None

@@ -311,7 +311,7 @@ def _reference_step(
 def _normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
     kernels = _kernels(out.device.type)
     if kernels:
-        kernels.normal_(out, seeds, rows, stream)
+        kernels.normal_(out, seeds.contiguous(), rows, stream)
     elif out.device.type == "cpu":
         cpu.normal_(out, seeds, rows, stream)
     else:

@@ -17,6 +17,9 @@ from fastddim.schedule import NoiseSchedule, guided_diffusions
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 
+BUILT_ON = torch.device("cpu")
+"""Networks are built there, whatever the default device is, and their weights filled in."""
+
 
 class Layout(NamedTuple):
     """What the two systems' networks differ in among themselves, finest level first."""
@@ -275,7 +278,8 @@ def guided(tensors: Tensors, layout: Layout, source: Path, flags: Flags) -> nn.M
     )
     if width != layout.channels[0]:  # the 512 model's finest level is half as wide
         model.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
-        model.time_embedding = TimestepEmbedding(width, 4 * width)
+        with BUILT_ON:
+            model.time_embedding = TimestepEmbedding(width, 4 * width)
     for module in model.modules():
         # A configuration knows one number of channels a head, where the original may have one
         # number of heads.
@@ -332,7 +336,7 @@ def _built(layout: Layout, source: Path, *, resnet: bool = False, **rest: Any) -
 
     sampling = "resnet" if resnet else "conv"
     try:
-        with torch.device("cpu"):
+        with BUILT_ON:
             model: nn.Module = UNet2DModel(
                 block_out_channels=layout.channels,
                 layers_per_block=layout.layers,

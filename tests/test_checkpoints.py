@@ -23,7 +23,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastddim import DDIM, NoiseSchedule, checkpoints, embedded
+from fastddim import DDIM, NoiseSchedule, checkpoints, embedded, unets
 from fastddim.__main__ import main
 from tests import networks
 from tests.networks import Guided
@@ -976,7 +976,8 @@ PUBLISHED = {
 
 def on_meta(path: Path, **options: Any) -> checkpoints.Loaded:
     """What becomes of the weights of the largest networks takes memory and no part in this."""
-    with torch.device("meta"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unets, "BUILT_ON", torch.device("meta"))
         return checkpoints.load(path, **options)
 
 

@@ -454,6 +454,7 @@ ASKED = {
     0.93: (
         *("epsilon last philox", "epsilon last philox rgb", "epsilon last philox odd"),
         *("epsilon mixed bf16", "epsilon mixed rgb", "epsilon philox last mixed rgb"),
+        "guidance philox bf16 last next",
     ),
     0.90: ("learned last", "learned last rgb"),
 }

@@ -310,6 +310,67 @@ def test_a_divisors_magic_is_always_a_word_of_32_bits() -> None:
         assert 0 <= shift <= 31
 
 
+def test_mixed_layouts_need_samples_of_one_stretch() -> None:
+    # The batch is innermost in memory, and the output lies otherwise.
+    x = torch.randn(3, 2).t().unsqueeze(1)
+    output = torch.randn(3, 4)[:, :2].t().unsqueeze(1)
+    with pytest.raises(ValueError, match=r"^x must hold each sample in one stretch where output"):
+        fastddim_kernels.ddim_step(x, output, TABLE, on_row(7, 2), torch.empty_like(x))
+
+
+def test_an_output_is_read_where_it_lies_only_as_one_layout_or_with_a_variance() -> None:
+    # Any other distance of two pixels would be a kernel of its own, and might leave 32 bits.
+    last = torch.randn(2, 4, 6, 12)
+    assert [
+        fastddim_kernels.pixel_spacing(t)
+        for t in (
+            torch.empty(2, 3, 4, 6),
+            last[..., :3].movedim(-1, 1).contiguous(memory_format=torch.channels_last),
+            last[..., :6].movedim(-1, 1)[:, :3],
+            last.movedim(-1, 1)[:, :6],
+            torch.empty(6, 3, 4).permute(1, 2, 0),
+            torch.empty(2, 3, 1, 1).expand(2, 3, 4, 6),
+        )
+    ] == [1, 3, None, 12, None, None]
+
+
+@pytest.mark.parametrize("size", [2**31 - 4, 2**31 - 1])
+def test_channels_of_almost_two_to_the_31_pixels_are_not_left_out(size: int) -> None:
+    # The second channel begins inside a four; of its pixels one block alone is launched.
+    x = torch.zeros(64)
+    out = torch.full((64,), float("nan"))
+    kernel: Any = ddim_step_kernel
+    kernel[(1,)](
+        *(x, x, None, out, None, None, TABLE, on_row(5, 1), None, None, None, None),
+        *(size, 1, None, 1, 0, None, None, None, None),
+        COLUMNS=7,
+        PREDICTION=2,
+        NOISE_FIRST=True,
+        REDERIVE=False,
+        NEXT_TWICE=False,
+        CHANNELS=2,
+        X_PIXEL=2,
+        OUTPUT_PIXEL=2,
+        FOURS=False,
+        EVEN=False,
+        PORTABLE=True,
+        QUADS=4,
+        PARTS=1,
+    )
+    written = ~out.isnan()
+    assert written[0:32:2].all()
+    assert written[1 : 2 * (16 - (size & 3)) : 2].all()
+
+
+def test_a_sample_whose_fours_pass_32_bits_is_refused() -> None:
+    x = torch.empty(1, 4, 2**16, 2**16, device="meta").contiguous(memory_format=torch.channels_last)
+    table, rows = TABLE.to("meta"), on_row(0, 1).to("meta")
+    with pytest.raises(ValueError, match=r"^x must hold fewer than 2³⁴ elements a sample"):
+        fastddim_kernels.ddim_step(
+            x, x, table, rows, x, seeds=torch.empty(1, dtype=torch.int64, device="meta")
+        )
+
+
 @pytest.mark.parametrize("vector", [True, False])
 def test_offsets_pass_two_to_the_thirty_first(tmp_path: Path, vector: bool) -> None:
     # Three samples of 2³⁰ elements, the last of which begins at 2³¹; holes of a sparse file
@@ -640,6 +701,7 @@ def test_the_launcher_asks_for_samples_that_are_one_stretch(reason: str) -> None
         ("out", torch.empty(2, 8)[:, ::2]),
         ("out", torch.empty(2, 4, dtype=torch.half)),
         ("seeds", torch.arange(3)),
+        ("seeds", torch.arange(4)[::2]),
         ("rows", torch.zeros(2, dtype=torch.int64)),
     ],
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastddim
 import fastddim_kernels
-from fastddim import DDIM
+from fastddim import DDIM, ops
 from fastddim.noise import FORWARD, INITIAL, STEP, _box_muller, normals, philox4x32
 from fastddim.ops import initial_noise
 from fastddim_kernels.noise import key_of, philox_normal4
@@ -370,3 +370,13 @@ def test_a_hundred_million_normals_are_normal() -> None:
         beyond += int((np.abs(z) > 5).sum())
     assert abs(fourth - 3) < SIGMAS * math.sqrt(96 / (n * count))
     assert abs(beyond - n * count * p) < SIGMAS * math.sqrt(n * count * p)
+
+
+@pytest.mark.parametrize("seeds", [torch.arange(8)[::2], torch.tensor([5]).expand(4)])
+@pytest.mark.parametrize("path", ["kernel", "cpu"])
+def test_seeds_may_lie_anywhere(seeds: Tensor, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "kernel":
+        monkeypatch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
+    x = initial_noise(seeds, (4, 6))
+    assert torch.equal(x, initial_noise(seeds.clone(memory_format=torch.contiguous_format), (4, 6)))
+    assert_same_normals(x.numpy(), normals(seeds.numpy(), np.zeros(4, np.int32), 6, INITIAL))

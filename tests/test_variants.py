@@ -218,8 +218,8 @@ def assert_launch_equals_eager(
     """One launch of programs of so many fours. Returns what there was several of."""
     several: set[str] = set()
 
-    def recorded(g: Any, noisy: bool) -> tuple[int, int]:
-        quads, parts = block(g, noisy)
+    def recorded(g: Any, **kind: bool) -> tuple[int, int]:
+        quads, parts = block(g, **kind)
         if parts > 1:
             several.add("parts")
         if g.fours > quads * parts:

@@ -27,10 +27,12 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 # fewer elements are better spread over the multiprocessors.
 _LARGE = 1 << 20
 _INTERPRETED_FOURS = 4096
-# Of a tile's four parts ptxas would make one long order in up to 90 registers, and fewer than eight
-# programs would fit on a multiprocessor. Elsewhere it takes fewer by itself than with a limit.
-# AMD's compiler does not know the option.
+# Of a tile's four parts ptxas would make one long order in 90 registers and more, and fewer than
+# eight programs would fit on a multiprocessor. Elsewhere it takes fewer by itself than with a
+# limit. AMD's compiler does not know the option.
 _TILE_REGISTERS = 64
+# Of pixels that are channels last, the fours of a sample are counted in 32 bits.
+_FEWER_ELEMENTS = 1 << 34
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,9 +60,9 @@ def ddim_step(
         x: x_t, float32, dense, of shape (batch, ...).
         output: what the model returned, float32, bfloat16 or float16, of x's shape; with
             ``guidance`` (2·batch, ...), first without and then with the condition. Samples lie as
-            x's do, or x and they are contiguous and channels last, in any combination. Samples,
-            and pixels that are channels last, may be any number of elements apart, so that the
-            first half of the channels of a learned variance is a view.
+            x's do, or x and they are contiguous and channels last, in any combination. They may be
+            any number of elements apart, and pixels that are channels last may hold twice x's
+            channels, so that the first half of the channels of a learned variance is a view.
         table: (steps, 7) float32: √ᾱ_t, 1/√ᾱ_t, √(1−ᾱ_t), 1/√(1−ᾱ_t), √ᾱ_s, c1, c2.
         rows: (batch,) int32 in [0, steps), stride 0 where all samples are on the same row.
         out, x0: float32, with the shape and strides of x.
@@ -88,7 +90,8 @@ def ddim_step(
     g = _geometry(x, output, rows, seeds, guidance, threshold, twice)
     if x.numel() == 0:
         return
-    quads, parts = _block(g, noisy=seeds is not None)
+    light = prediction == 0 and guidance is None and threshold is None and next_input is None
+    quads, parts = _block(g, noisy=seeds is not None, light=light)
     blocks = -(-g.fours // (quads * parts))
     unit = 4 if g.in_fours else 1
     if threshold is not None:
@@ -150,7 +153,7 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
     """Fills ``out``, contiguous float32 (batch, ...), with counter noise; seeds, rows: (batch,)."""
     if out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(f"out must be contiguous float32, got {_describe(out)}")
-    _check_vector("seeds", seeds, torch.int64, out)
+    _check_seeds(seeds, out)
     _check_vector("rows", rows, torch.int32, out)
     if out.numel() == 0:
         return
@@ -184,9 +187,9 @@ def _device(x: Tensor) -> AbstractContextManager[object]:
 
 
 @functools.cache
-def _form(channels: int, output_pixel: int, fours: bool) -> tuple[int, int]:
+def _form(channels: int, fours: bool) -> tuple[int, int]:
     """(layout, channels of a program) by the kernel's own functions, which take 5 µs a call."""
-    layout = int(layout_of(channels, output_pixel, fours))
+    layout = int(layout_of(channels, fours))
     return layout, int(block_channels(channels, layout))
 
 
@@ -213,12 +216,12 @@ class _Geometry:
 
     @functools.cached_property
     def layout(self) -> int:
-        return _form(self.channels, self.output_pixel, self.in_fours)[0]
+        return _form(self.channels, self.in_fours)[0]
 
     @functools.cached_property
     def width(self) -> int:
         """Channels that a program takes."""
-        return _form(self.channels, self.output_pixel, self.in_fours)[1]
+        return _form(self.channels, self.in_fours)[1]
 
     @property
     def groups(self) -> int:
@@ -257,28 +260,39 @@ def _geometry(
         "there is a threshold": threshold is not None,
         "the samples of output are apart": batch > 1 and output_stride != x.stride(0),
     }
-    stacked = {"guidance stacks output": guidance is not None, "next_input is stacked": twice}
+    alike = _inner_strides(output) == _inner_strides(x)
+    stacked = {
+        "guidance stacks output": guidance is not None,
+        "next_input is stacked": twice,
+        "output lies otherwise than x": not alike,
+    }
     reasons = [reason for reason, holds in (by_sample | stacked).items() if holds]
     if reasons and batch > 1 and x.numel() and x.stride(0) != n:
         raise ValueError(
             f"x must hold each sample in one stretch where {reasons[0]}, got {_describe(x)}"
         )
-    alike = _inner_strides(output) == _inner_strides(x)
     if alike and (seeds is None or x.is_contiguous()):
         if any(by_sample.values()):
             return _Geometry(batch, n, output_stride)
-        return _Geometry(1, x.numel(), output_stride * batch)
+        # One sample of all: from its output to that of the condition, where there is one.
+        return _Geometry(1, x.numel(), x.numel() if guidance is None else output_stride * batch)
     x_pixel, output_pixel = pixel_spacing(x), pixel_spacing(output)
     if x_pixel is None or output_pixel is None:
         name, tensor = ("x", x) if x_pixel is None else ("output", output)
         raise ValueError(f"{name} must be contiguous or channels last, got {_describe(tensor)}")
+    if seeds is not None and n >= _FEWER_ELEMENTS:
+        raise ValueError(
+            f"x must hold fewer than 2³⁴ elements a sample where pixels are channels last, noise "
+            f"being drawn from seeds, got {_describe(x)}"
+        )
     return _Geometry(batch, n, output_stride, x.shape[1], x_pixel, output_pixel)
 
 
 def pixel_spacing(tensor: Tensor) -> int | None:
     """From one pixel of a sample to the next, in elements; 1 where channel follows channel.
 
-    None where the elements of a sample lie in any other order.
+    None where the elements of a sample lie in any other order. A pixel holds its channels, or
+    twice as many: a learned variance follows.
     """
     if tensor.dim() < 2:
         return 1
@@ -295,23 +309,26 @@ def pixel_spacing(tensor: Tensor) -> int | None:
     spacing = next(
         (s for s, n in zip(strides[:0:-1], pixels[::-1], strict=True) if n > 1), channels
     )
-    return spacing if lie(1, spacing) and (spacing != 1 or channels == 1) else None
+    return spacing if lie(1, spacing) and spacing in (channels, 2 * channels) else None
 
 
-def _block(g: _Geometry, noisy: bool) -> tuple[int, int]:
+def _block(g: _Geometry, noisy: bool, light: bool) -> tuple[int, int]:
     """(quads, parts): a program takes so many parts of so many fours, of each of its channels.
 
-    The interpreter pays for each program alone.
+    ``light``: an ε model's step without guidance, a threshold or the next input. The interpreter
+    pays for each program alone.
     """
     # A four for each lane (AMD's wavefronts have 64), or lanes would exchange what they hold.
     lanes = 256 if _portable() else 128
     if g.layout == _TILE:
         # As a share of a copy's speed on an H200, four channels with noise, 2048 elements a part:
         # 0.944 with four parts a program, 0.905 with two, 0.932 with one; 4096 elements are slower.
-        # More channels, or an output that is turned too, leave no registers for four parts.
-        mixed = (g.x_pixel == 1) != (g.output_pixel == 1)
-        quads = (512 if noisy and not mixed else 256) // g.width
-        parts = 4 if noisy and not mixed and g.width == 4 else 1
+        # What more a step does, more channels, or an output that is turned as well, leave no
+        # registers for four parts: they would spill.
+        alike = g.x_pixel == g.output_pixel
+        turned = (g.x_pixel == 1) != (g.output_pixel == 1)
+        quads = (512 if noisy and not turned else 256) // g.width
+        parts = 4 if noisy and alike and light and g.width == 4 else 1
     elif g.layout == _FEW:
         # Three channels with noise: 0.948 with one part, 0.919 with two, 0.679 with four.
         quads, parts = lanes, 1
@@ -373,9 +390,7 @@ def _check_coefficients(
         raise ValueError(f"table must be float32 on {x.device}, got {_describe(table)}")
     _check_vector("rows", rows, torch.int32, x)
     if seeds is not None:
-        _check_vector("seeds", seeds, torch.int64, x)
-        if seeds.stride(0) != 1 and len(seeds) > 1:
-            raise ValueError(f"seeds must be contiguous, got {_describe(seeds)}")
+        _check_seeds(seeds, x)
     if guidance is not None:
         _check_vector("guidance", guidance, torch.float32, x)
     if threshold is not None:
@@ -395,6 +410,12 @@ def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, x: Tensor) -> N
             f"{name} must be {dtype} of shape ({x.shape[0]},) on {x.device}, "
             f"got {_describe(tensor)}"
         )
+
+
+def _check_seeds(seeds: Tensor, x: Tensor) -> None:
+    _check_vector("seeds", seeds, torch.int64, x)
+    if seeds.stride(0) != 1 and len(seeds) > 1:
+        raise ValueError(f"seeds must be contiguous, got {_describe(seeds)}")
 
 
 def _inner_strides(tensor: Tensor) -> list[int]:

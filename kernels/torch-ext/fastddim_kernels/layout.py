@@ -30,15 +30,15 @@ FAR = tl.constexpr(1 << 30)
 
 
 @triton.constexpr_function
-def layout_of(channels, output_pixel, fours):
-    """Which of the four layouts serves; ``output_pixel``: from one pixel of the output to the next.
+def layout_of(channels, fours):
+    """Which of the four layouts serves.
 
     ``channels`` = 0: state and output both lie in the order of the elements. ``fours``: the pixels
     of a channel, and the output's samples, are multiples of four elements.
     """
     if channels == 0:
         return IN_ORDER.value
-    if fours and channels < 4 and output_pixel in (1, channels, 2 * channels):
+    if fours and channels < 4:
         return FEW.value
     return TILE.value if fours and channels % 4 == 0 else SCATTERED.value
 
@@ -71,7 +71,7 @@ def left_of(size, first):
     if size.dtype == tl.int64:
         return tl.minimum(size - first, FAR).to(tl.int32)
     else:  # noqa: RET505  (without it Triton compiles on)
-        return size - first.to(tl.int32)
+        return tl.minimum(size - first.to(tl.int32), FAR)
 
 
 @triton.jit

@@ -197,7 +197,7 @@ def ddim_step_kernel(
     X_PIXEL and OUTPUT_PIXEL elements apart, 1 where channel follows channel (``layout``). EVEN:
     the blocks of a sample are full, and nothing is masked.
     """
-    LAYOUT: tl.constexpr = layout_of(CHANNELS, OUTPUT_PIXEL, FOURS)
+    LAYOUT: tl.constexpr = layout_of(CHANNELS, FOURS)
     WIDTH: tl.constexpr = block_channels(CHANNELS, LAYOUT)
     C: tl.constexpr = CHANNELS if CHANNELS > 0 else 1
     UNIT: tl.constexpr = 4 if FOURS else 1
