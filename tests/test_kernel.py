@@ -36,6 +36,12 @@ DRAWN: dict[str, Any] = {
 }
 
 
+def choices(**made: Any) -> dict[str, Any]:
+    """What the launcher decides at compile time, for a launch by hand of one part a program."""
+    fixed = {"COLUMNS": 7, "NOISE_FIRST": True, "REDERIVE": False, "EVEN": False}
+    return fixed | {"PORTABLE": True, "PARTS": 1} | made
+
+
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -343,19 +349,15 @@ def test_channels_of_almost_two_to_the_31_pixels_are_not_left_out(size: int) -> 
     kernel[(1,)](
         *(x, x, None, out, None, None, TABLE, on_row(5, 1), None, None, None, None),
         *(size, 1, None, 1, 0, None, None, None, None),
-        COLUMNS=7,
-        PREDICTION=2,
-        NOISE_FIRST=True,
-        REDERIVE=False,
-        NEXT_TWICE=False,
-        CHANNELS=2,
-        X_PIXEL=2,
-        OUTPUT_PIXEL=2,
-        FOURS=False,
-        EVEN=False,
-        PORTABLE=True,
-        QUADS=4,
-        PARTS=1,
+        **choices(
+            PREDICTION=2,
+            NEXT_TWICE=False,
+            CHANNELS=2,
+            X_PIXEL=2,
+            OUTPUT_PIXEL=2,
+            FOURS=False,
+            QUADS=4,
+        ),
     )
     written = ~out.isnan()
     assert written[0:32:2].all()
@@ -384,19 +386,15 @@ def test_offsets_pass_two_to_the_thirty_first(tmp_path: Path, vector: bool) -> N
     kernel[(3,)](
         *(big, big, None, big, None, None, TABLE, on_row(5, 3), None, None, None, None),
         *(n // unit, 3, -1, *launch.divisor(1), n // unit, None, None, None),
-        COLUMNS=7,
-        PREDICTION=2,
-        NOISE_FIRST=True,
-        REDERIVE=False,
-        NEXT_TWICE=False,
-        CHANNELS=0,
-        X_PIXEL=1,
-        OUTPUT_PIXEL=1,
-        FOURS=vector,
-        EVEN=False,
-        PORTABLE=True,
-        QUADS=block // 4,
-        PARTS=1,
+        **choices(
+            PREDICTION=2,
+            NEXT_TWICE=False,
+            CHANNELS=0,
+            X_PIXEL=1,
+            OUTPUT_PIXEL=1,
+            FOURS=vector,
+            QUADS=block // 4,
+        ),
     )
     expected = by_reference(x, x, on_row(5, 3), "sample")[0]
     assert torch.equal(samples[:, :block], expected)
@@ -422,19 +420,15 @@ def test_second_halves_pass_two_to_the_thirty_first(tmp_path: Path) -> None:
     kernel[(2,)](
         *(x, output, None, x, None, next_input, TABLE, on_row(5, 2), None, torch.tensor(7.5)),
         *(None, None, n // 4, 2, -1, *launch.divisor(1), n // 4, None, None, None),
-        COLUMNS=7,
-        PREDICTION=0,
-        NOISE_FIRST=True,
-        REDERIVE=False,
-        NEXT_TWICE=True,
-        CHANNELS=0,
-        X_PIXEL=1,
-        OUTPUT_PIXEL=1,
-        FOURS=True,
-        EVEN=False,
-        PORTABLE=True,
-        QUADS=block // 4,
-        PARTS=1,
+        **choices(
+            PREDICTION=0,
+            NEXT_TWICE=True,
+            CHANNELS=0,
+            X_PIXEL=1,
+            OUTPUT_PIXEL=1,
+            FOURS=True,
+            QUADS=block // 4,
+        ),
     )
     assert torch.equal(x[:, :block], expected)
     assert torch.equal(next_input[:, :block], torch.cat([expected, expected]).half())
