@@ -24,15 +24,17 @@ if TYPE_CHECKING:
     from fastddim import dropins as dropins
     from fastddim import embedded as embedded
     from fastddim import profile as profile
+    from fastddim.backends import using as using
     from fastddim.check import SamplingWarning as SamplingWarning
     from fastddim.coefficients import make_table as make_table
     from fastddim.dropins.ermongroup import generalized_steps as generalized_steps
     from fastddim.generate import generate as generate
     from fastddim.latents import slerp as slerp
-    from fastddim.ops import ddim_step as ddim_step
     from fastddim.sampler import DDIM as DDIM
     from fastddim.sampler import Step as Step
     from fastddim.schedule import NoiseSchedule as NoiseSchedule
+    from fastddim.step import bind as bind
+    from fastddim.step import ddim_step as ddim_step
     from fastddim.timesteps import make_pairs as make_pairs
     from fastddim.trajectory import Trajectory as Trajectory
 
@@ -44,6 +46,7 @@ __all__ = (
     "SamplingWarning",
     "Step",
     "Trajectory",
+    "bind",
     "checkpoints",
     "ddim_step",
     "dropins",
@@ -54,6 +57,7 @@ __all__ = (
     "make_table",
     "profile",
     "slerp",
+    "using",
 )
 
 _FROM = {
@@ -62,11 +66,13 @@ _FROM = {
     "SamplingWarning": "check",
     "Step": "sampler",
     "Trajectory": "trajectory",
-    "ddim_step": "ops",
+    "bind": "step",
+    "ddim_step": "step",
     "generalized_steps": "dropins.ermongroup",
     "make_pairs": "timesteps",
     "make_table": "coefficients",
     "slerp": "latents",
+    "using": "backends",
 }
 """The modules of the names that are no modules themselves.
 

@@ -20,14 +20,16 @@ from typing import Any
 
 import numba
 import numpy as np
+import numpy.typing as npt
 import torch
 from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from fastddim import cpu
+from fastddim import blocked, layout
 from fastddim import noise as counter
+from fastddim.backends import Backend, Fixed, Launch
 
 if numba.config.DISABLE_JIT:
     raise ImportError("numba is told not to compile (NUMBA_DISABLE_JIT)")
@@ -38,6 +40,9 @@ ROOM = CHUNK // 4 + 1
 """Quads that a chunk may touch: one more than it holds, where it begins inside one."""
 TASK = 16 * CHUNK
 """Elements a thread takes at a time: one whose core is busy with something else takes fewer."""
+SMALL = 64
+"""Elements of a sample below which a sample's own row costs more here, where samples on rows of
+their own are taken one by one (70 ns each), than in PyTorch's operations over many at once."""
 SHARED, NOISY_SHARED = 32 * TASK, 4 * TASK
 """Elements from which on PyTorch's threads share a pass, without counter noise and with it: tenths
 of a millisecond of work, many times what it takes them to begin and to end together."""
@@ -50,13 +55,13 @@ _part: Callable[..., Any] = numba.njit(
 """For what is compiled as part of its caller, when that is not read from the cache."""
 
 
-def _c_function(function: Callable[[int], None]) -> Any:
-    """``void function(void *)``, which a thread of any kind may call: compiled now, or read from
+def _c_function(function: Callable[[int], int]) -> Any:
+    """``int64_t function(void *)``, which a thread of any kind may call: compiled now, or read from
     the cache where there is a folder to keep one in."""
     try:
-        compiled = numba.cfunc("void(int64)", cache=True, error_model="numpy")(function)
+        compiled = numba.cfunc("int64(int64)", cache=True, error_model="numpy")(function)
     except (RuntimeError, OSError):  # neither this folder nor the user's can be written to
-        compiled = numba.cfunc("void(int64)", error_model="numpy")(function)
+        compiled = numba.cfunc("int64(int64)", error_model="numpy")(function)
     return compiled
 
 
@@ -73,10 +78,14 @@ def _pointer(dtype: Any) -> Any:
     return pointer
 
 
-# A call's arguments, as the threads that share it find them: addresses, of which 0 stands for
-# None, sizes and flags, as the callers below name them; then the addresses of C functions.
-_GIVEN = (
+# A call's arguments, as the threads that share it find them. First those that each step brings:
+# addresses, of which 0 stands for None, and how the call went. Then those that a launch is bound
+# to: sizes and flags, as the callers below name them, and the addresses of C functions.
+_BROUGHT = (
     *("x", "output", "table", "rows", "seeds", "noise", "guidance", "threshold", "out", "x0"),
+    *("outcome", "taken"),
+)
+_BOUND = (
     *("batch", "n", "channels", "steps", "dtype", "prediction", "noise_first", "rederive"),
     *("output_stride", "row_stride", "guidance_stride", "threshold_stride", "stream", "clips"),
     "fills",
@@ -84,24 +93,26 @@ _GIVEN = (
 _FUNCTIONS = ("omp_get_thread_num", "fegetenv", "fesetenv")
 _CALL = np.dtype(
     [
-        *((name, np.int64) for name in (*_GIVEN, "threads", *_FUNCTIONS, "outcome")),
+        *((name, np.int64) for name in (*_BROUGHT, *_BOUND, "threads", *_FUNCTIONS)),
         ("clip", np.float64),
         ("modes", np.int64, (8,)),  # the caller's; room for any C library's fenv_t
     ]
 )
-_PACKED = struct.Struct(f"={len(_GIVEN) + len(_FUNCTIONS) + 2}qd")
+_bring = struct.Struct(f"={len(_BROUGHT)}q").pack_into
+_bind = struct.Struct(f"={len(_BOUND) + 1 + len(_FUNCTIONS)}qd").pack_into
 # Then, for each thread, on cache lines of its own: how many tasks of its share have been taken, and
 # its modes.
 _OWN, _OWN_MODES = 128, 64
-_UNDONE, _DONE, _REFUSED = -1, 0, 1
+# No function that has failed returns the number of one that is done.
+_UNDONE, _DONE, _REFUSED = -1, 0x600D, 1
 _INT64 = struct.Struct("=q")
 
 _float32, _uint16 = _pointer(types.float32), _pointer(types.uint16)
 _int32, _int64 = _pointer(types.int32), _pointer(types.int64)
 _call = _pointer(numba.from_dtype(_CALL))
-_OUTCOME, _MODES = (
+_OUTCOME, _TAKEN, _FIRST_BOUND, _MODES = (
     _CALL.fields[name][1]  # type: ignore[index]
-    for name in ("outcome", "modes")
+    for name in ("outcome", "taken", "batch", "modes")
 )
 _SIZE = _CALL.itemsize
 
@@ -368,7 +379,7 @@ def _taken(address, thread, total):
     """
     call = carray(_call(address), (1,))[0]
     if call.threads == 1:
-        return (total if _next(address + _SIZE) else 0), total
+        return (total if _next(address + _TAKEN) else 0), total
     tasks = (total + TASK - 1) // TASK
     for k in range(call.threads):
         share = (thread + k) % call.threads
@@ -528,6 +539,7 @@ def _take_part(address):
         call.outcome = _DONE
     if call.threads > 1:
         _call_with(call.fesetenv, own)
+    return call.outcome
 
 
 _take_it_all = _take_part.ctypes
@@ -568,99 +580,181 @@ _NO_FUNCTIONS = (0,) * len(_FUNCTIONS)
 # --- From tensors to addresses -----------------------------------------------------------------
 
 
-def step(
+class _Calls:
+    """Calls of the C function that differ in what each brings and are alike in what is bound.
+
+    A call's memory is used again. A step takes it for as long as it runs, so that other threads
+    find none, or another's.
+    """
+
+    def __init__(self, bound: tuple[int, ...], clip: float | None, many: bool) -> None:
+        self._bound, self._clip, self._many = bound, clip, many
+        self._spare: list[tuple[Any, int]] = []
+
+    def __call__(self, *brought: int) -> None:
+        """Runs one. ``brought`` are the addresses of ``_BROUGHT``.
+
+        Raises:
+            ValueError: a row is not in the table. Nothing is written.
+        """
+        if self._many and not blocked.forked() and torch.get_num_threads() > 1 and _team:
+            call = self._new(torch.get_num_threads(), _team.functions)
+            _bring(call, 0, *brought, _UNDONE, 0)
+            _team.run(_take_part, call, torch.get_num_threads())
+            (outcome,) = _INT64.unpack_from(call, _OUTCOME)
+        else:
+            try:
+                own = self._spare.pop()
+            except IndexError:
+                call = self._new(1, _NO_FUNCTIONS)
+                own = call, ctypes.addressof(call)
+            _bring(own[0], 0, *brought, _UNDONE, 0)
+            outcome = _take_it_all(own[1])
+            self._spare.append(own)
+        if outcome != _DONE:
+            if outcome == _REFUSED:
+                raise ValueError("rows must lie in the table")
+            raise MemoryError("there is no memory for the step's own chunks")
+
+    def _new(self, threads: int, functions: tuple[int, ...]) -> Any:
+        call = (ctypes.c_char * (_SIZE + _OWN * threads))()
+        _bind(call, _FIRST_BOUND, *self._bound, threads, *functions, self._clip or 0.0)
+        return call
+
+
+def bind(
+    fixed: Fixed,
     x: Tensor,
     output: Tensor,
     table: Tensor,
-    rows: Tensor,
+    row: int | Tensor,
     seeds: Tensor | None,
     noise: Tensor | None,
     guidance: Tensor | None,
     threshold: Tensor | None,
-    prediction: int,
-    noise_first: bool,
-    clip: float | None,
-    rederive: bool,
     out: Tensor,
     x0: Tensor | None,
-) -> None:
-    """x_s into ``out`` and, if given, x0 into ``x0``: ``reference.ddim_step`` in one pass.
+    next_input: Tensor | None,
+) -> Launch:
+    """See ``backends.Backend``. The step, ``reference.ddim_step`` in one pass:
 
-        output = u + w·(c − u)                              with guidance w
-        x0     = clamp(x0, −clip, clip)                     or clamp(x0, −s, s)/s
-        ε      = (x − √ᾱ_t·x0)/√(1−ᾱ_t)                     again, if asked to rederive it
-        x_s    = √ᾱ_s·x0 + c1·z + c2·ε
-
-    Args:
-        x, noise, out, x0: float32 of shape (batch, ...), dense, of one layout.
-        output: what the model returned, float32, bfloat16 or float16. A sample of it is laid out
-            as one of x's; from sample to sample may be any stride. With guidance it is
-            (2·batch, ...), all u before all c.
-        table, rows: float32 (steps, 7) and int32 (batch,), of any stride.
-        seeds: int64 (batch,): counter noise, for the elements' row-major indices.
-        guidance, threshold: w and s, float32 (batch,), of any stride.
-        prediction: 0 epsilon, 1 v, 2 sample.
-        noise_first: whether c1·z is added before c2·ε or after it.
-        clip: or None; not both of it and ``threshold``.
+    output = u + w·(c − u)                              with guidance w
+    x0     = clamp(x0, −clip, clip)                     or clamp(x0, −s, s)/s
+    ε      = (x − √ᾱ_t·x0)/√(1−ᾱ_t)                     again, if asked to rederive it
+    x_s    = √ᾱ_s·x0 + c1·z + c2·ε
     """
-    total = x.numel()
-    if total == 0:
-        return
-    batch = x.shape[0]
+    batch, total = x.shape[0], x.numel()
     n = total // batch
-    apart = batch == 1 or x.stride(0) == n
+    row_stride = 0 if isinstance(row, int) or batch == 1 else row.stride(0)
+    small = n < SMALL and batch > 1
     channels = 1
     if seeds is not None and not x.is_contiguous():
-        few = apart and x.dim() > 2 and x.shape[1] <= CHUNK // 16
+        few = layout.apart(x) and x.dim() > 2 and x.shape[1] <= CHUNK // 16
         channels = x.shape[1] if few and x[0].movedim(0, -1).is_contiguous() else 0
-    if channels == 0:
-        # Noise belongs to the logical element, wherever memory keeps it.
-        assert seeds is not None
-        logical = torch.empty_like(x, memory_format=torch.contiguous_format)
-        normal_(logical, seeds, rows, counter.STEP)
-        noise, seeds = torch.empty_like(x).copy_(logical), None
-    row_stride = 0 if batch == 1 else rows.stride(0)
+    # Noise belongs to the logical element, wherever memory keeps it, and to a sample.
+    ahead = seeds is not None and (
+        channels == 0 or (small and blocked.by_sample(row, guidance, threshold))
+    )
+    if ahead or (small and row_stride):
+        rest = blocked.bind if small and row_stride else bind
+        return _drawn_ahead(
+            rest, fixed, x, output, table, row, seeds, noise, guidance, threshold, out, x0,
+            next_input,
+        )  # fmt: skip
     guidance_stride = 0 if batch == 1 or guidance is None else guidance.stride(0)
     threshold_stride = 0 if batch == 1 or threshold is None else threshold.stride(0)
-    if not apart and (row_stride or threshold_stride or guidance is not None):
+    if not layout.apart(x) and (row_stride or threshold_stride or guidance is not None):
         raise ValueError("samples that are on rows of their own must lie one after another")
-    table = table.contiguous()
-    seeds = None if seeds is None else seeds.contiguous()
-    many = NOISY_SHARED if seeds is not None else SHARED
-    # In _GIVEN's order.
-    failed = _run(
-        total >= many,
-        x.data_ptr(),
-        output.data_ptr(),
-        table.data_ptr(),
-        rows.data_ptr(),
-        _address(seeds),
-        _address(noise),
-        _address(guidance),
-        _address(threshold),
-        out.data_ptr(),
-        _address(x0),
+    steps = table.shape[0]
+    # In _BOUND's order.
+    bound = (
         batch,
         n,
         channels,
-        table.shape[0],
+        steps,
         _DTYPES.index(output.dtype),
-        prediction,
-        noise_first,
-        rederive,
-        output.stride(0) if apart and output.shape[0] > 1 else n,
+        fixed.prediction,
+        fixed.noise_first,
+        fixed.rederive,
+        output.stride(0) if layout.apart(x) and output.shape[0] > 1 else n,
         row_stride,
         guidance_stride,
         threshold_stride,
         counter.STEP,
-        clip is not None,
+        fixed.clip is not None,
         False,
-        clip=clip,
     )
-    if failed:
-        raise ValueError(
-            f"rows must lie in [0, {len(table)}), got {int(rows.min())} to {int(rows.max())}"
-        )
+    run = _Calls(bound, fixed.clip, total >= (NOISY_SHARED if seeds is not None else SHARED))
+    rows = _counting(steps)
+
+    def launch(
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        row: int | Tensor,
+        seeds: Tensor | None,
+        noise: Tensor | None,
+        guidance: Tensor | None,
+        threshold: Tensor | None,
+        out: Tensor,
+        x0: Tensor | None,
+        next_input: Tensor | None,
+    ) -> None:
+        if row.__class__ is not int:
+            at = row.data_ptr()  # type: ignore[union-attr]
+        elif 0 <= row < steps:  # type: ignore[operator]
+            at = rows + 4 * row  # type: ignore[operator]
+        else:
+            raise ValueError(f"rows must lie in [0, {steps}), got {row}")
+        try:
+            run(
+                x.data_ptr(),
+                output.data_ptr(),
+                table.data_ptr(),
+                at,
+                0 if seeds is None else seeds.data_ptr(),
+                0 if noise is None else noise.data_ptr(),
+                0 if guidance is None else guidance.data_ptr(),
+                0 if threshold is None else threshold.data_ptr(),
+                out.data_ptr(),
+                0 if x0 is None else x0.data_ptr(),
+            )
+        except ValueError:
+            low, high = (int(each) for each in torch.aminmax(blocked.rows_of(row, 1)))
+            raise ValueError(f"rows must lie in [0, {steps}), got {low} to {high}") from None
+        if next_input is not None:
+            layout.write_next(next_input, out)
+
+    return launch
+
+
+def _drawn_ahead(bind: Callable[..., Launch], fixed: Fixed, *first: Any) -> Launch:
+    """The launch that ``bind`` gives, told the noise itself where it would be told seeds."""
+
+    def told(
+        x: Tensor, output: Tensor, table: Tensor, row: int | Tensor, seeds: Tensor | None,
+        noise: Tensor | None, *rest: Any,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        if seeds is not None:
+            noise = blocked.drawn(x, seeds, row, normal_)
+        return x, output, table, row, None, noise, *rest
+
+    inner = bind(fixed, *told(*first))
+
+    def launch(*given: Any) -> None:
+        inner(*told(*given))
+
+    return launch
+
+
+_counted: list[npt.NDArray[np.int32]] = []
+
+
+def _counting(count: int) -> int:
+    """The address of 0, 1, 2, ... as int32, ``count`` of them and more, kept for good."""
+    if not _counted or len(_counted[-1]) < count:
+        _counted.append(np.arange(max(count, 1024), dtype=np.int32))
+    return int(_counted[-1].ctypes.data)
 
 
 def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
@@ -670,37 +764,15 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         return
     batch = out.shape[0]
     seeds = seeds.contiguous()
-    given = dict.fromkeys(_GIVEN, 0) | {
-        "rows": rows.data_ptr(),
-        "seeds": seeds.data_ptr(),
-        "out": out.data_ptr(),
+    bound = dict.fromkeys(_BOUND, 0) | {
         "batch": batch,
         "n": total // batch,
         "row_stride": 0 if batch == 1 else rows.stride(0),
         "stream": stream,
         "fills": True,
     }
-    _run(total >= NOISY_SHARED, *given.values())
+    run = _Calls(tuple(bound.values()), None, total >= NOISY_SHARED)
+    run(0, 0, 0, rows.data_ptr(), seeds.data_ptr(), 0, 0, 0, out.data_ptr(), 0)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _run(many: bool, *given: int, clip: float | None = None) -> bool:
-    """Runs a call on PyTorch's threads, or on this one alone unless there is much to do.
-
-    Whether it failed. ``given`` are the words of ``_GIVEN``.
-    """
-    team = _team if many and not cpu.forked() and torch.get_num_threads() > 1 else None
-    threads, functions = (torch.get_num_threads(), team.functions) if team else (1, _NO_FUNCTIONS)
-    call = (ctypes.c_char * (_SIZE + _OWN * threads))()
-    _PACKED.pack_into(call, 0, *given, threads, *functions, _UNDONE, clip or 0.0)
-    if team:
-        team.run(_take_part, call, threads)
-    else:
-        _take_it_all(ctypes.addressof(call))
-    (outcome,) = _INT64.unpack_from(call, _OUTCOME)
-    if outcome == _UNDONE:
-        raise MemoryError("there is no memory for the step's own chunks")
-    return bool(outcome)
+BACKEND = Backend("numba", bind, normal_)

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastddim import images, ops, provenance
+from fastddim import backends, images, provenance
 from fastddim.check import kind, whole
 from fastddim.folder import FORMATS, Folder, Seeds, holding
 from fastddim.launch import PARENT
@@ -346,7 +346,7 @@ def _recipe(
 
     keys = Seeds.of(seeds)
     device = torch.device(options.get("device") or torch.get_default_device())
-    backend = ops.backend(device)
+    backend = backends.backend(device).name
     packages = {"torch", "numpy", backend, *(("pillow",) if format == "png" else ())}
     if isinstance(model, nn.Module):
         packages |= provenance.packages(model) - {"fastddim"}

@@ -18,7 +18,8 @@ from torch import Tensor
 from fastddim.buffers import Spare
 from fastddim.check import kind, shown
 from fastddim.held import weights_of
-from fastddim.ops import initial_noise, input_like
+from fastddim.layout import input_like
+from fastddim.op import initial_noise
 from fastddim.predict import same, stacked
 from fastddim.run import (
     Guidance,

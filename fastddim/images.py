@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastddim.check import whole
 from fastddim.latents import slerp
-from fastddim.ops import initial_noise
+from fastddim.op import initial_noise
 from fastddim.predict import Model
 from fastddim.run import Progress, usable
 from fastddim.sampler import DDIM

@@ -15,8 +15,11 @@ from fastddim import noise as counter
 from fastddim.buffers import Spare, fitting
 from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import PREDICTIONS, Float32, Prediction
-from fastddim.ops import OUTPUTS, STEP, ddim_step, initial_noise, input_like
+from fastddim.layout import input_like
+from fastddim.op import OP as STEP
+from fastddim.op import initial_noise
 from fastddim.predict import Model, Predictor, device_of
+from fastddim.step import OUTPUTS, ddim_step
 from fastddim.timesteps import Pair
 
 Given: TypeAlias = Sequence[Tensor] | Tensor

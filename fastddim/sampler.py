@@ -25,7 +25,6 @@ from fastddim.coefficients import (
     make_table,
     pack,
 )
-from fastddim.ops import check_untransformed, ddim_step
 from fastddim.predict import Model, Predictor, warn_of_training
 from fastddim.run import (
     Given,
@@ -47,6 +46,7 @@ from fastddim.run import (
     wrapper,
 )
 from fastddim.schedule import NoiseSchedule
+from fastddim.step import check_untransformed, ddim_step
 from fastddim.timesteps import Pair, Spacing, make_pairs
 from fastddim.trajectory import Recorder, Trajectory, shape_of
 

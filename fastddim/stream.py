@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastddim.cpu import BLOCK
+from fastddim.blocked import BLOCK
 
 
 def normals(x: Tensor) -> Callable[[], Tensor]:

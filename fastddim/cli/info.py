@@ -26,7 +26,7 @@ def info(machine: Machine) -> None:
     with bars.spinner("looking", machine.quiet):
         import torch
 
-        from fastddim import __version__, images, ops, provenance
+        from fastddim import __version__, backends, images, provenance
         from fastddim.cli.network import usable
 
         chosen = usable(machine)
@@ -34,12 +34,12 @@ def info(machine: Machine) -> None:
         packages += [name for modules, _ in EXTRAS.values() for name in modules.values() if name]
         found = provenance.versions(*packages)
         devices = [str(chosen)] if machine.device else images.devices()
-        backends = {device: ops.backend(device) for device in devices}
+        takes = {device: backends.backend(device).name for device in devices}
     print(f"fastddim {__version__}, Python {platform.python_version()} on {sys.platform}")
     print(", ".join(f"{name} {found[name]}" for name in packages if name in found))
     for device in devices:
         what = provenance.machine(torch.device(device))
-        print(f"{device}: {what}; {STEPS[backends[device]]}")
+        print(f"{device}: {what}; {STEPS[takes[device]]}")
     for extra, (modules, what) in EXTRAS.items():
         missing = [
             package

@@ -20,8 +20,8 @@ from torch import Tensor
 from fastddim.buffers import Own, fitting
 from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import checked_factors
-from fastddim.ops import OUTPUTS, check_untransformed, ddim_step
 from fastddim.predict import shapes, stack
+from fastddim.step import OUTPUTS, check_untransformed, ddim_step
 from fastddim.stream import passed_over
 
 PREDICTIONS = {"eps": "epsilon", "v": "v"}

@@ -43,16 +43,11 @@ from fastddim.buffers import Own, Shadows, fitting
 from fastddim.check import kind, whole
 from fastddim.coefficients import PREDICTIONS, make_table, pack
 from fastddim.dropins._shared import stream_of
-from fastddim.ops import (
-    OUTPUTS,
-    STEP,
-    check_untransformed,
-    ddim_step,
-    initial_noise,
-    transformed,
-)
+from fastddim.op import OP as STEP
+from fastddim.op import initial_noise
 from fastddim.run import checked_seeds
 from fastddim.schedule import NoiseSchedule
+from fastddim.step import OUTPUTS, check_untransformed, ddim_step, transformed
 from fastddim.timesteps import Pair, make_pairs
 from fastddim.transfer import sent, sent_pinned
 

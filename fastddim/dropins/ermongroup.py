@@ -13,7 +13,7 @@ from fastddim import reference
 from fastddim.buffers import Spare
 from fastddim.check import finite, whole
 from fastddim.coefficients import checked_factors
-from fastddim.ops import ddim_step
+from fastddim.step import ddim_step
 from fastddim.stream import normals, passed_over
 
 Step: TypeAlias = tuple[Tensor, Tensor | None]

@@ -22,8 +22,8 @@ from fastddim.buffers import Spare, fitting
 from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import checked_factors
 from fastddim.dropins._shared import stream_of
-from fastddim.ops import OUTPUTS, check_untransformed, ddim_step
 from fastddim.schedule import Float64, NoiseSchedule, guided_diffusions
+from fastddim.step import OUTPUTS, check_untransformed, ddim_step
 from fastddim.stream import passed_over
 from fastddim.transfer import sent
 

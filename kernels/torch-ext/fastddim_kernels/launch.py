@@ -10,6 +10,7 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -80,6 +81,165 @@ def ddim_step(
     Where anything belongs to a sample (rows, seeds, guidance that differ, a threshold), the batch
     must be x's outermost dimension in memory. With seeds x must be contiguous or channels last.
     """
+    grid, scalars, options = _choices(
+        x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input,
+        prediction, noise_first, clip, rederive,
+    )  # fmt: skip
+    if x.numel() == 0:
+        return
+    s, rcp_s = _with_reciprocal(threshold)
+    with _device(x):
+        ddim_step_kernel[grid](
+            x, output, noise, out, x0, next_input, table, rows, seeds, guidance, s, rcp_s,
+            *scalars, **options,
+        )  # fmt: skip
+
+
+def bind(
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    rows: Tensor | int,
+    out: Tensor,
+    x0: Tensor | None = None,
+    next_input: Tensor | None = None,
+    *,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    guidance: Tensor | None = None,
+    threshold: Tensor | None = None,
+    prediction: int = 0,
+    noise_first: bool = True,
+    clip: float | None = None,
+    rederive: bool = False,
+) -> BoundStep:
+    """``ddim_step`` for many steps: the checks, the choices and the compilation once.
+
+    The arguments are those of a first step, which is not taken. ``rows`` may be the number of the
+    row that all samples are on. See ``BoundStep``.
+    """
+    numbers = None
+    if not isinstance(rows, Tensor):
+        # The kernel reads a number too from the GPU, so that a graph may hold the launch.
+        numbers = torch.arange(len(table), dtype=torch.int32, device=x.device)
+        rows = numbers[:1].expand(len(x))
+    grid, scalars, options = _choices(
+        x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input,
+        prediction, noise_first, clip, rederive,
+    )  # fmt: skip
+    compiled = None
+    if _launches_directly() and x.is_cuda and x.numel():
+        s, rcp_s = _with_reciprocal(threshold)
+        with _device(x):
+            compiled = ddim_step_kernel.warmup(
+                x, output, noise, out, x0, next_input, table, rows, seeds, guidance, s, rcp_s,
+                *scalars, grid=grid, **options,
+            )  # fmt: skip
+    return BoundStep(x, numbers, grid, scalars, options, compiled)
+
+
+class BoundStep:
+    """A step whose kernel is compiled, for tensors that lie as those it was bound to.
+
+    Nothing is looked at but the alignment of addresses, so that a launch costs the host about as
+    much as one of PyTorch's operations. A compiled kernel takes an address in a tensor's place;
+    launching it so, past Triton's dispatch, is known to work with Triton 3.6 and 3.7. With other
+    versions, under the interpreter, on another device than the current one, and for addresses that
+    are no multiples of 16 each launch goes through Triton's dispatch.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        numbers: Tensor | None,
+        grid: tuple[int],
+        scalars: tuple[Any, ...],
+        options: dict[str, Any],
+        compiled: Any,
+    ) -> None:
+        self._grid, self._scalars, self._options = grid, scalars, options
+        self._device = x.device.index
+        self._numbers = numbers
+        self._steps, self._zero = (0, 0) if numbers is None else (len(numbers), numbers.data_ptr())
+        self._run = None
+        if compiled is not None:
+            with _device(x):  # where the machine code is loaded
+                self._run = compiled.run
+            self._launch_of = compiled.function, compiled.packed_metadata, None, None, None
+            # Triton passes compile-time arguments too, in the order of the parameters.
+            parameters = [p.name for p in ddim_step_kernel.params if p.is_constexpr]
+            self._rest = *scalars, *(options[name] for name in parameters)
+
+    def __call__(
+        self,
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        rows: Tensor | int,
+        seeds: Tensor | None,
+        noise: Tensor | None,
+        guidance: Tensor | None,
+        threshold: Tensor | None,
+        out: Tensor,
+        x0: Tensor | None,
+        next_input: Tensor | None,
+    ) -> None:
+        """``ddim_step`` of tensors alike; ``rows`` is a number if it was one when it was bound."""
+        s = rcp_s = None
+        if threshold is not None:
+            s, rcp_s = _with_reciprocal(threshold)
+        if self._numbers is not None and not 0 <= rows < self._steps:
+            raise ValueError(f"rows must lie in [0, {self._steps}), got {rows}")
+        if self._run is not None:
+            x_at, output_at, out_at = x.data_ptr(), output.data_ptr(), out.data_ptr()
+            noise_at = x0_at = next_at = None
+            low = x_at | output_at | out_at
+            if noise is not None:
+                low |= (noise_at := noise.data_ptr())
+            if x0 is not None:
+                low |= (x0_at := x0.data_ptr())
+            if next_input is not None:
+                low |= (next_at := next_input.data_ptr())
+            # What was compiled for aligned memory reads 16 bytes at a time.
+            if not low & 15 and _current_device() == self._device and not _hooked():
+                self._run(
+                    self._grid[0], 1, 1, _stream(self._device), *self._launch_of,
+                    x_at, output_at, noise_at, out_at, x0_at, next_at, table.data_ptr(),
+                    rows.data_ptr() if self._numbers is None else self._zero + 4 * rows,
+                    seeds if seeds is None else seeds.data_ptr(),
+                    guidance if guidance is None else guidance.data_ptr(),
+                    s, rcp_s, *self._rest,
+                )  # fmt: skip
+                return
+        if not self._options:
+            return  # there are no elements
+        if self._numbers is not None:
+            rows = self._numbers[rows:]
+        with _device(x):
+            ddim_step_kernel[self._grid](
+                x, output, noise, out, x0, next_input, table, rows, seeds, guidance, s, rcp_s,
+                *self._scalars, **self._options,
+            )  # fmt: skip
+
+
+def _choices(
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
+    out: Tensor,
+    x0: Tensor | None,
+    next_input: Tensor | None,
+    prediction: int,
+    noise_first: bool,
+    clip: float | None,
+    rederive: bool,
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """(grid, scalars, options) of a launch: the arguments after the pointers, and by name."""
     _check_state(x, out, x0, noise, next_input)
     _check_coefficients(x, table, rows, seeds, guidance, threshold)
     if seeds is not None and noise is not None:
@@ -89,53 +249,62 @@ def ddim_step(
     twice = next_input is not None and len(next_input) > len(x)
     g = _geometry(x, output, rows, seeds, guidance, threshold, twice)
     if x.numel() == 0:
-        return
+        return (0,), (), {}
     light = prediction == 0 and guidance is None and threshold is None and next_input is None
     quads, parts = _block(g, noisy=seeds is not None, light=light)
     blocks = -(-g.fours // (quads * parts))
     unit = 4 if g.in_fours else 1
-    if threshold is not None:
-        threshold = threshold.contiguous()
-    with _device(x):
-        ddim_step_kernel[(g.samples * blocks * g.groups,)](
-            x,
-            output,
-            noise,
-            out,
-            x0,
-            next_input,
-            table,
-            rows,
-            seeds,
-            guidance,
-            threshold,
-            None if threshold is None else threshold.reciprocal(),
-            g.run // unit,
-            g.samples,
-            None if g.samples == 1 else -blocks,
-            *divisor(blocks),
-            None if g.output_stride == g.n else g.output_stride // unit,
-            None if g.samples == 1 else rows.stride(0) or None,
-            None if guidance is None or g.samples == 1 else guidance.stride(0) or None,
-            clip,
-            COLUMNS=COLUMNS,
-            PREDICTION=prediction,
-            NOISE_FIRST=noise_first,
-            REDERIVE=rederive,
-            NEXT_TWICE=twice,
-            CHANNELS=g.channels,
-            X_PIXEL=g.x_pixel,
-            OUTPUT_PIXEL=g.output_pixel,
-            FOURS=g.in_fours,
-            EVEN=g.in_fours and g.fours % (quads * parts) == 0,
-            PORTABLE=_portable(),
-            QUADS=quads,
-            PARTS=parts,
-            num_warps=4,
-            # Contracted multiply-adds would differ from eager PyTorch in the last bit.
-            enable_fp_fusion=False,
-            **({"maxnreg": _TILE_REGISTERS} if g.layout == _TILE and not _portable() else {}),
-        )
+    scalars = (
+        g.run // unit,
+        g.samples,
+        None if g.samples == 1 else -blocks,
+        *divisor(blocks),
+        None if g.output_stride == g.n else g.output_stride // unit,
+        None if g.samples == 1 else rows.stride(0) or None,
+        None if guidance is None or g.samples == 1 else guidance.stride(0) or None,
+        clip,
+    )
+    options = {
+        "COLUMNS": COLUMNS,
+        "PREDICTION": prediction,
+        "NOISE_FIRST": noise_first,
+        "REDERIVE": rederive,
+        "NEXT_TWICE": twice,
+        "CHANNELS": g.channels,
+        "X_PIXEL": g.x_pixel,
+        "OUTPUT_PIXEL": g.output_pixel,
+        "FOURS": g.in_fours,
+        "EVEN": g.in_fours and g.fours % (quads * parts) == 0,
+        "PORTABLE": _portable(),
+        "QUADS": quads,
+        "PARTS": parts,
+        "num_warps": 4,
+        # Contracted multiply-adds would differ from eager PyTorch in the last bit.
+        "enable_fp_fusion": False,
+    }
+    if g.layout == _TILE and not _portable():
+        options["maxnreg"] = _TILE_REGISTERS
+    return (g.samples * blocks * g.groups,), scalars, options
+
+
+def _with_reciprocal(threshold: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if threshold is None:
+        return None, None
+    return threshold.contiguous(), threshold.contiguous().reciprocal()
+
+
+def _launches_directly() -> bool:
+    """Whether this Triton's compiled kernels are known to take addresses."""
+    return not _portable() and triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+
+
+_hooks: Any = triton.knobs.runtime
+
+
+def _hooked() -> bool:
+    """Whether somebody, a profiler say, is to be told of each launch, as Triton's dispatch does."""
+    enter = _hooks.launch_enter_hook
+    return enter is not None and bool(enter.calls)
 
 
 def divisor(d: int) -> tuple[int, int]:
@@ -175,6 +344,11 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
             num_warps=4,
             enable_fp_fusion=False,
         )
+
+
+# Asked at each launch, hence without the looking around that torch.cuda's functions do.
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _portable() -> bool:

@@ -144,7 +144,14 @@ SIZES = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
+# One number is read at a time there: whether it stands at a multiple of 16 makes no difference to
+# the code, and each row would be compiled for twice.
+SCALARS = [
+    "table_ptr", "rows_ptr", "seeds_ptr", "guidance_ptr", "threshold_ptr", "rcp_threshold_ptr",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SCALARS)
 def ddim_step_kernel(
     x_ptr,
     output_ptr,

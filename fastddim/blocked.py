@@ -1,22 +1,26 @@
-"""The step on a CPU, value-identical to the reference: where numba is installed as one fused pass
-(``fastddim.fused``), where it is not as PyTorch in blocks that stay in the cache."""
+"""The step as PyTorch's own operations: on a CPU in blocks that stay in the cache."""
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from fastddim import backends, layout, reference
 from fastddim import noise as counter
-from fastddim.coefficients import COLUMNS
+from fastddim.backends import Backend, Fixed, Launch
+from fastddim.coefficients import COLUMNS, PREDICTIONS
 
-_C1 = COLUMNS.index("c1")
+Factors: TypeAlias = tuple[Tensor, ...]
+"""The table's columns: of no dimensions where all samples are on one row, else (batch, 1)."""
+
+C1 = COLUMNS.index("c1")
 
 # What stays in a core's cache, and just below the 32,768 elements that PyTorch hands to OpenMP. A
 # multiple of 16, torch.randn's own stride, and so of four, the elements of one Philox call.
@@ -31,84 +35,110 @@ PART = 4 * BLOCK
 SMALL = 64
 
 
-def ddim_step(
+def bind(
+    fixed: Fixed,
     x: Tensor,
     output: Tensor,
     table: Tensor,
-    rows: Tensor,
+    row: int | Tensor,
     seeds: Tensor | None,
     noise: Tensor | None,
     guidance: Tensor | None,
     threshold: Tensor | None,
-    prediction: int,
-    noise_first: bool,
-    clip: float | None,
-    rederive: bool,
     out: Tensor,
     x0: Tensor | None,
-) -> None:
-    """x_s into ``out`` and, if given, x0 into ``x0``: the Triton kernel's twin.
+    next_input: Tensor | None,
+) -> Launch:
+    """See ``backends.Backend``."""
+    if not x.is_cpu:
+        return partial(_by_reference, fixed)
+    of_samples = seeds is not None or guidance is not None or threshold is not None
+    if of_samples or _rows_differ(row) or _apart(output, x) or x.numel() > BLOCK:
+        return partial(_in_blocks, fixed)
+    return _whole(fixed, x)
 
-    ``noise``, ``out`` and ``x0`` have x's shape and strides, which are dense. So has each sample
-    of ``output``, of which ``guidance`` makes 2·batch; from one to the next may be further.
-    """
-    if x.numel() == 0:
-        return
+
+def _whole(fixed: Fixed, x: Tensor) -> Launch:
+    """The launch of a step that is one block, in which all samples are alike."""
+    factors_of = FactorsOf()
+    spare: list[tuple[Tensor, Tensor, Tensor]] = []
+    """Memory for a step's terms. A step takes its own: another thread finds none, or others."""
+
+    def launch(
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        row: int | Tensor,
+        seeds: Tensor | None,
+        noise: Tensor | None,
+        guidance: Tensor | None,
+        threshold: Tensor | None,
+        out: Tensor,
+        x0: Tensor | None,
+        next_input: Tensor | None,
+    ) -> None:
+        try:
+            own = spare.pop()
+        except IndexError:
+            with torch.inference_mode(False):  # whose tensors no other mode may write
+                own = layout.like(x), layout.like(x), layout.like(x)
+        term, scaled, x0_own = own
+        _step(
+            fixed,
+            x,
+            output if output.dtype is torch.float32 else output.float(),
+            factors_of(table, row),
+            noise,
+            None,
+            out,
+            x0_own if x0 is None else x0,
+            term,
+            scaled,
+        )
+        spare.append(own)
+        if next_input is not None:
+            layout.write_next(next_input, out)
+
+    return launch
+
+
+def _in_blocks(
+    fixed: Fixed,
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    row: int | Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
+    out: Tensor,
+    x0: Tensor | None,
+    next_input: Tensor | None,
+) -> None:
+    """The launch of every other step on a CPU."""
     batch = x.shape[0]
     n = x.numel() // batch
-    small = n < SMALL and batch > 1
-    fused = _fused()
-    if small and guidance is not None and (not fused or _rows_differ(rows)):
+    if guidance is not None and n < SMALL and batch > 1:
         guidance = _one_if_equal(guidance)
-    if fused and small and seeds is not None and _by_sample(rows, guidance, threshold):
-        noise, seeds = _noise(x, seeds, rows), None
-    # Rows that differ are all that the fused pass takes sample by sample, however small they are.
-    if fused and not (small and _rows_differ(rows)):
-        fused.step(
-            x,
-            output,
-            table,
-            rows,
-            seeds,
-            noise,
-            guidance,
-            threshold,
-            prediction,
-            noise_first,
-            clip,
-            rederive,
-            out,
-            x0,
-        )
-        return
-    factors = _factors(table, rows)
-    if seeds is not None and not factors[_C1].any():
+    factors = _factors(table, row)
+    if seeds is not None and not factors[C1].any():
         seeds = None  # the last step adds no noise: do not compute any
     if seeds is not None and not x.is_contiguous():
-        noise, seeds = _noise(x, seeds, rows), None
+        noise, seeds = drawn(x, seeds, row, _numpy_normal_), None
+    rows = None if seeds is None else rows_of(row, batch)
 
-    apart = guidance is not None or _by_sample(rows, guidance, threshold) or _apart(output, x)
+    apart = guidance is not None or by_sample(row, guidance, threshold) or _apart(output, x)
     whole = apart or seeds is not None
     room = min(_together(), x.numel())
     scratch = _scratch(5 * room)
     if room == x.numel() and not whole:
         shape, strides = x.shape, x.stride()
         term, scaled, x0_like = (scratch.as_strided(shape, strides, k * room) for k in range(3))
-        _step(
-            x,
-            output.float(),
-            factors,
-            noise,
-            prediction,
-            noise_first,
-            clip,
-            None,
-            rederive,
-            out,
-            x0_like if x0 is None else x0,
-            term,
-            scaled,
-        )
+        x0_into = x0_like if x0 is None else x0
+        _step(fixed, x, output.float(), factors, noise, None, out, x0_into, term, scaled)
+        if next_input is not None:
+            layout.write_next(next_input, out)
         return
     stride = output.stride(0) if whole and output.shape[0] > 1 else n
     for sample, samples, first, count in _blocks(batch, n, whole):
@@ -128,7 +158,7 @@ def ddim_step(
             w = guidance[group, None] if each else guidance[0]
             said = torch.sub(cond, said, out=own(2)).mul_(w).add_(said)
         z = None if noise is None else _block(noise, start, samples, count, n)
-        if seeds is not None:
+        if seeds is not None and rows is not None:
             z = scaled
             counter.normals(
                 seeds[group].numpy(),
@@ -139,31 +169,69 @@ def ddim_step(
                 out=z.numpy(),
             )
         _step(
+            fixed,
             _block(x, start, samples, count, n),
             said,
             tuple(f[group] for f in factors) if factors[0].dim() else factors,
             z,
-            prediction,
-            noise_first,
-            clip,
             None if threshold is None else own(3).copy_(threshold[group, None]),
-            rederive,
             _block(out, start, samples, count, n),
             own(4) if x0 is None else _block(x0, start, samples, count, n),
             term,
             scaled,
         )
+    if next_input is not None:
+        layout.write_next(next_input, out)
 
 
-def _by_sample(rows: Tensor, guidance: Tensor | None, threshold: Tensor | None) -> bool:
+def _by_reference(
+    fixed: Fixed,
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    row: int | Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
+    out: Tensor,
+    x0: Tensor | None,
+    next_input: Tensor | None,
+) -> None:
+    """The launch on devices with neither Triton nor a path of their own."""
+    if seeds is not None:
+        noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        normal_(noise, seeds, rows_of(row, len(x)), counter.STEP)
+    each = (-1, *[1] * (x.dim() - 1))
+    factors = table[row] if isinstance(row, int) else table[row].view(*each, len(COLUMNS))
+    x_s, predicted = reference.ddim_step(
+        x,
+        output.float(),
+        factors,
+        noise,
+        PREDICTIONS[fixed.prediction],
+        fixed.clip,
+        fixed.noise_first,
+        None if guidance is None else guidance.reshape(each),
+        None if threshold is None else threshold.reshape(each),
+        fixed.rederive,
+    )
+    out.copy_(x_s)
+    if x0 is not None:
+        x0.copy_(predicted)
+    if next_input is not None:
+        layout.write_next(next_input, out)
+
+
+def by_sample(row: int | Tensor, guidance: Tensor | None, threshold: Tensor | None) -> bool:
     """Whether samples may have numbers of their own."""
     of_guidance = guidance is not None and guidance.stride(0) != 0
-    return threshold is not None or of_guidance or _rows_differ(rows)
+    return threshold is not None or of_guidance or _rows_differ(row)
 
 
-def _rows_differ(rows: Tensor) -> bool:
+def _rows_differ(row: int | Tensor) -> bool:
     """Whether samples may be on rows of their own."""
-    return rows.stride(0) != 0 and len(rows) > 1
+    return isinstance(row, Tensor) and row.stride(0) != 0 and len(row) > 1
 
 
 def _one_if_equal(numbers: Tensor) -> Tensor:
@@ -175,64 +243,88 @@ def _one_if_equal(numbers: Tensor) -> Tensor:
     return numbers[:1].expand(count) if low == high else numbers
 
 
-def _noise(x: Tensor, seeds: Tensor, rows: Tensor) -> Tensor:
+def rows_of(row: int | Tensor, batch: int) -> Tensor:
+    """``row`` as int32 (batch,), on a CPU where it is a number."""
+    if isinstance(row, Tensor):
+        return row
+    return torch.full((1,), row, dtype=torch.int32, device="cpu").expand(batch)
+
+
+def drawn(
+    x: Tensor,
+    seeds: Tensor,
+    row: int | Tensor,
+    fill: Callable[[Tensor, Tensor, Tensor, int], None],
+) -> Tensor:
     """Counter noise laid out as x: it belongs to the logical element, wherever memory keeps it."""
     logical = torch.empty(x.shape, dtype=torch.float32, device="cpu")
-    normal_(logical, seeds, rows, counter.STEP)
+    fill(logical, seeds, rows_of(row, len(x)), counter.STEP)
     return logical if x.is_contiguous() else torch.empty_like(x).copy_(logical)
 
 
-def _factors(table: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-    """The table's columns: of shape () where all samples are on one row, else (batch, 1).
+class FactorsOf:
+    """The factors of the rows of a table, which are views of it: they follow what is written there.
+
+    A view costs a small step as much as one of its operations, hence each is kept.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[Tensor, int, dict[int, Factors]] | None = None
+
+    def __call__(self, table: Tensor, row: int | Tensor) -> Factors:
+        if not isinstance(row, int):
+            return _factors(table, row)
+        held = self._held
+        if held is None or held[0] is not table or held[1] != table.data_ptr():
+            held = self._held = table, table.data_ptr(), {}
+        found = held[2].get(row)
+        if found is None:
+            found = held[2][row] = _factors(table, row)
+        return found
+
+
+def _factors(table: Tensor, row: int | Tensor) -> Factors:
+    """The table's columns, as ``Factors``.
 
     A column multiplied into a block of samples gives each what its own number would.
     """
-    if rows.stride(0) == 0 or rows.shape[0] == 1:
-        lowest = highest = int(rows[0])
+    if isinstance(row, int):
+        lowest = highest = row
+    elif row.stride(0) == 0 or row.shape[0] == 1:
+        lowest = highest = int(row[0])
     else:
-        lowest, highest = (int(row) for row in torch.aminmax(rows))
+        lowest, highest = (int(each) for each in torch.aminmax(row))
     if lowest < 0 or highest >= table.shape[0]:
         raise ValueError(f"rows must lie in [0, {len(table)}), got {lowest} to {highest}")
     if lowest == highest:
         return table[lowest].unbind()
-    return torch.embedding(table, rows).unsqueeze(-1).unbind(1)
+    assert isinstance(row, Tensor)
+    return torch.embedding(table, row).unsqueeze(-1).unbind(1)
 
 
 def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
     """Fills ``out``, contiguous float32 (batch, ...), with counter noise."""
-    fused = _fused()
-    if fused:
-        fused.normal_(out, seeds, rows, stream)
-    elif out.numel():
+    if out.is_cpu:
+        _numpy_normal_(out, seeds, rows, stream)
+        return
+    on_cpu = torch.empty(out.shape, dtype=torch.float32, device="cpu")
+    backends.backend("cpu").normal_(on_cpu, seeds.cpu(), rows.cpu(), stream)
+    out.copy_(on_cpu)
+
+
+def _numpy_normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
+    if out.numel():
         flat = out.view(out.shape[0], -1)
         counter.normals(seeds.numpy(), rows.numpy(), flat.shape[1], stream, out=flat.numpy())
 
 
-def backend() -> str:
-    """What takes the steps on a CPU here: ``"numba"``, or ``"torch"`` in blocks."""
-    return "numba" if _fused() else "torch"
-
-
-@functools.cache
-def _fused() -> ModuleType | None:
-    """The fused pass where numba is: imported at the first step, not with the package."""
-    try:
-        from fastddim import fused
-    except ImportError:
-        return None
-    return fused
-
-
 def _step(
+    fixed: Fixed,
     x: Tensor,
     output: Tensor,
-    row: tuple[Tensor, ...],
+    factors: Factors,
     z: Tensor | None,
-    prediction: int,
-    noise_first: bool,
-    clip: float | None,
     threshold: Tensor | None,
-    rederive: bool,
     out: Tensor,
     x0: Tensor,
     term: Tensor,
@@ -242,7 +334,8 @@ def _step(
 
     Never add_(alpha=), which is a fused multiply-add.
     """
-    a_t, _, b_t, _, a_s, c1, c2 = row
+    prediction, noise_first, clip, rederive = fixed
+    a_t, _, b_t, _, a_s, c1, c2 = factors
     eps = output
     if prediction == 0:
         torch.mul(output, b_t, out=term)
@@ -362,3 +455,6 @@ def _apart(output: Tensor, x: Tensor) -> bool:
 def _block(tensor: Tensor, first: int, samples: int, count: int, stride: int) -> Tensor:
     """``count`` elements of each of some samples, ``stride`` apart in a tensor's memory."""
     return tensor.as_strided((samples, count), (stride, 1), tensor.storage_offset() + first)
+
+
+BACKEND = Backend("torch", bind, normal_)

@@ -1,0 +1,195 @@
+"""The one table of backends: what takes the steps on a device, and how to choose another."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastddim.check import shown
+
+VARIABLE = "FASTDDIM_BACKEND"
+"""The environment variable that names the backend of every step of a process."""
+
+
+class Fixed(NamedTuple):
+    """What a run fixes of its step.
+
+    Attributes:
+        prediction: what the model returns: 0 epsilon, 1 v, 2 sample (``coefficients.PREDICTIONS``).
+        noise_first: whether c1·z is added before c2·ε or after it.
+        clip: x0 is clamped to ±clip; None leaves it alone.
+        rederive: whether ε follows from the x0 that was clamped.
+    """
+
+    prediction: int = 0
+    noise_first: bool = True
+    clip: float | None = None
+    rederive: bool = False
+
+
+class Launch(Protocol):
+    """One step, for tensors that lie in memory as those it was bound to.
+
+    ``row`` is the row of the table all samples are on, or int32 (batch,) with one for each. The
+    step is written to ``out`` and, where they are given, x0 to ``x0`` and x_s once more to
+    ``next_input``. Any thread may call a launch, and several threads at once.
+    """
+
+    def __call__(
+        self,
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        row: int | Tensor,
+        seeds: Tensor | None,
+        noise: Tensor | None,
+        guidance: Tensor | None,
+        threshold: Tensor | None,
+        out: Tensor,
+        x0: Tensor | None,
+        next_input: Tensor | None,
+    ) -> None: ...
+
+
+def reads_as_it_lies(x: Tensor, output: Tensor) -> bool:
+    """No: a backend that reads a model output in another order than x's says so itself."""
+    return False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to take a step. A module of the table has one, under the name ``BACKEND``.
+
+    Attributes:
+        name: its name in the table, in ``FASTDDIM_BACKEND`` and in records.
+        bind: ``bind(fixed, x, output, table, row, ...)``, with ``Launch``'s arguments, looks at the
+            first tensors, compiles where there is something to compile, and returns the ``Launch``
+            for all that lie alike. The tensors are checked: x is dense float32 (batch, ...); noise,
+            out and x0 have its strides; each sample of the output lies as one of x's.
+        normal_: ``normal_(out, seeds, rows, stream)`` fills a contiguous float32 (batch, ...) with
+            the counter noise that ``fastddim.noise`` defines.
+        reads: ``reads(x, output)``, whether a launch reads an output whose samples lie in another
+            order than x's; otherwise the output is copied first.
+        in_order: whether a launch with seeds needs x to be contiguous or channels last.
+    """
+
+    name: str
+    bind: Callable[..., Launch]
+    normal_: Callable[[Tensor, Tensor, Tensor, int], None]
+    reads: Callable[[Tensor, Tensor], bool] = reads_as_it_lies
+    in_order: bool = False
+
+
+class Entry(NamedTuple):
+    """A line of the table: where a backend can run, and the module that has it."""
+
+    devices: tuple[str, ...] | None
+    """The kinds of device; None is any."""
+    module: str
+    """Imported at the first step, since a compiler takes long to import and may be missing."""
+
+
+TABLE: dict[str, Entry] = {
+    "triton": Entry(("cuda",), "fastddim.on_triton"),
+    "numba": Entry(("cpu",), "fastddim.fused"),
+    "torch": Entry(None, "fastddim.blocked"),
+}
+"""The backends by name. Of those that can run on a device and can be imported the first is used."""
+
+_using: ContextVar[str | None] = ContextVar("fastddim backend", default=None)
+# Read once: asking the environment costs as much as a small step.
+_environment = os.environ.get(VARIABLE) or None
+
+
+def backend(device: torch.device | str, name: str | None = None) -> Backend:
+    """What takes the steps on a device of this kind: the only place that decides.
+
+    It is the backend of this ``name``, or the one that ``using`` names, or ``FASTDDIM_BACKEND``, or
+    the first of the table that can run there.
+
+    Raises:
+        ValueError: the backend that is named is not in the table or cannot run on such a device.
+        ImportError: the backend that is named cannot be imported.
+    """
+    kind = device if isinstance(device, str) and ":" not in device else torch.device(device).type
+    return _found(kind, name or chosen())
+
+
+def chosen() -> str | None:
+    """The name that ``using`` or ``FASTDDIM_BACKEND`` gives; None leaves it to the device."""
+    return _using.get() or _environment
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Within, steps of this thread are taken by the backend of this name.
+
+        with fastddim.using("torch"):
+            images = ddim.sample(model, x_T)
+
+    Steps that were bound before stay with their backend: a sampler's loop that has begun, or a
+    step that ``bind`` returned.
+
+    Raises:
+        ValueError: there is no backend of this name.
+    """
+    _checked(name, "using")
+    token = _using.set(name)
+    try:
+        yield
+    finally:
+        _using.reset(token)
+
+
+def available(device: torch.device | str) -> list[str]:
+    """The names of the backends that can take steps on a device of this kind here, best first."""
+    kind = torch.device(device).type
+    return [name for name in TABLE if _runs_on(name, kind) and _imported(name) is not None]
+
+
+@functools.cache
+def _found(kind: str, name: str | None) -> Backend:
+    if name is None:
+        return next(b for n in TABLE if _runs_on(n, kind) and (b := _imported(n)) is not None)
+    _checked(name, VARIABLE)
+    if not _runs_on(name, kind) and not _interprets(name):
+        raise ValueError(
+            f"backend must be one that runs on {kind} ({', '.join(available(kind))}), got {name!r}"
+        )
+    return _load(name)
+
+
+def _checked(name: str, of: str) -> None:
+    if name not in TABLE:
+        raise ValueError(f"{of} must name one of {', '.join(TABLE)}, got {shown(name)}")
+
+
+def _runs_on(name: str, kind: str) -> bool:
+    devices = TABLE[name].devices
+    return devices is None or kind in devices
+
+
+def _interprets(name: str) -> bool:
+    """Whether Triton's interpreter stands in for a GPU: it reads the memory of a CPU as well."""
+    return name == "triton" and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+
+
+def _imported(name: str) -> Backend | None:
+    try:
+        return _load(name)
+    except ImportError:
+        return None
+
+
+def _load(name: str) -> Backend:
+    found: Backend = importlib.import_module(TABLE[name].module).BACKEND
+    return found

@@ -1,0 +1,233 @@
+"""The bound step: what a run fixes is decided once, and each step brings addresses."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastddim import layout
+from fastddim.backends import Backend, Fixed, Launch
+
+_MOST = 64
+"""The most layouts a bound step remembers: ever other shapes must not fill the memory."""
+
+
+class Bound:
+    """The step by one backend, with one set of options, for arguments that are checked.
+
+    A call compares what the launch was specialised for: sizes, strides, dtypes, and which
+    arguments there are. Where an earlier call had the same, it launches. Otherwise it binds: it
+    decides which tensors are copied first and has the backend compile.
+
+    Nothing but launches is kept between two calls: threads and trajectories may share a step.
+    """
+
+    __slots__ = ("_latest", "_launches", "backend", "fixed")
+
+    def __init__(self, backend: Backend, fixed: Fixed) -> None:
+        self.backend, self.fixed = backend, fixed
+        self._launches: dict[tuple[object, ...], Launch] = {}
+        self._latest: tuple[tuple[object, ...], Launch] = (), nothing
+
+    def __call__(
+        self,
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        row: int | Tensor,
+        seeds: Tensor | None,
+        noise: Tensor | None,
+        guidance: Tensor | None,
+        threshold: Tensor | None,
+        out: Tensor,
+        x0: Tensor | None,
+        next_input: Tensor | None,
+    ) -> None:
+        """Writes x_s to ``out`` and, where they are given, x0 to ``x0`` and x_s to ``next_input``.
+
+        The tensors are on one device, and of the shapes and dtypes that ``ddim_step`` asks for;
+        ``guidance`` and ``threshold`` are (batch,), and ``row`` is an int or int32 (batch,).
+        """
+        key = (
+            x.shape,
+            x.stride(),
+            output.dtype,
+            output.shape,
+            output.stride(),
+            table.shape,
+            table.stride(),
+            None if row.__class__ is int else row.stride(),  # type: ignore[union-attr]
+            None if seeds is None else seeds.stride(),
+            None if noise is None else noise.stride(),
+            None if guidance is None else guidance.stride(),
+            None if threshold is None else threshold.stride(),
+            out.stride(),
+            None if x0 is None else x0.stride(),
+            next_input
+            if next_input is None
+            else (next_input.dtype, next_input.shape, next_input.stride()),
+        )
+        given = x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
+        latest, launch = self._latest
+        if key != latest:
+            found = self._launches.get(key)
+            if found is None:
+                found = bind(self.backend, self.fixed, *given)
+                if len(self._launches) >= _MOST:
+                    self._launches.clear()
+                self._launches[key] = found
+            launch = found
+            self._latest = key, launch
+        launch(*given)
+
+
+def nothing(*_: object) -> None:
+    """The step of no elements."""
+
+
+def bind(
+    backend: Backend,
+    fixed: Fixed,
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    row: int | Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
+    out: Tensor,
+    x0: Tensor | None,
+    next_input: Tensor | None,
+) -> Launch:
+    """The backend's launch for tensors that lie as these, with the copies it needs around it."""
+    if not x.numel():
+        return nothing
+    copies = _Copies(
+        backend, x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
+    )
+    if not copies.needed:
+        return backend.bind(
+            fixed, x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
+        )
+    x, output, table, seeds, noise, out, x0, next_input = copies.before(
+        x, output, table, seeds, noise, out, x0, next_input
+    )
+    inner = backend.bind(
+        fixed, x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
+    )
+
+    def launch(
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        row: int | Tensor,
+        seeds: Tensor | None,
+        noise: Tensor | None,
+        guidance: Tensor | None,
+        threshold: Tensor | None,
+        out: Tensor,
+        x0: Tensor | None,
+        next_input: Tensor | None,
+    ) -> None:
+        read_x, read, factors, keys, z, x_s, x0_s, after = copies.before(
+            x, output, table, seeds, noise, out, x0, next_input
+        )
+        inner(read_x, read, factors, row, keys, z, guidance, threshold, x_s, x0_s, after)
+        copies.after((out, x_s), (x0, x0_s), (next_input, after))
+
+    return launch
+
+
+class _Copies:
+    """What is copied around a launch because it does not lie as the backend takes it."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        row: int | Tensor,
+        seeds: Tensor | None,
+        noise: Tensor | None,
+        guidance: Tensor | None,
+        threshold: Tensor | None,
+        out: Tensor,
+        x0: Tensor | None,
+        next_input: Tensor | None,
+    ) -> None:
+        self.channels = x.shape[1] if layout.has_variance(output, x) else None
+        # Per-sample values and stacked inputs require every sample to be one contiguous block.
+        stacked = next_input is not None and len(next_input) > len(x)
+        rows_differ = isinstance(row, Tensor) and row.stride(0) != 0
+        of_samples = guidance is not None or threshold is not None or rows_differ or stacked
+        orderly = not (backend.in_order and seeds is not None) or (
+            x.is_contiguous() or layout.is_channels_last(x)
+        )
+        self.x = not layout.is_dense(x) or not orderly or (of_samples and not layout.apart(x))
+        x = x.contiguous() if self.x else x
+        output = output if self.channels is None else output[:, : self.channels]
+        self.output = not layout.readable(output, x, backend.reads)
+        self.seeds = seeds is not None and not seeds.is_contiguous()
+        self.table = not table.is_contiguous()
+        self.noise = noise is not None and not layout.alike(noise, x)
+        self.out = not layout.alike(out, x)
+        self.x0 = x0 is not None and not layout.alike(x0, x)
+        self.next = next_input is not None and not layout.writable(next_input, x)
+
+    @property
+    def needed(self) -> bool:
+        return self.channels is not None or any(
+            (self.x, self.output, self.table, self.seeds, self.noise, self.out, self.x0, self.next)
+        )
+
+    def before(
+        self,
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        seeds: Tensor | None,
+        noise: Tensor | None,
+        out: Tensor,
+        x0: Tensor | None,
+        next_input: Tensor | None,
+    ) -> tuple[
+        Tensor,
+        Tensor,
+        Tensor,
+        Tensor | None,
+        Tensor | None,
+        Tensor,
+        Tensor | None,
+        Tensor | None,
+    ]:
+        """The tensors that the backend is given, those that it writes among them."""
+        if self.x:
+            x = x.contiguous()
+        if self.channels is not None:
+            output = output[:, : self.channels]
+        if self.output:
+            output = layout.with_batch(len(output), x, output.dtype).copy_(output)
+        if self.seeds and seeds is not None:
+            seeds = seeds.contiguous()
+        if self.noise and noise is not None:
+            noise = layout.like(x).copy_(noise)
+        if self.next and next_input is not None:
+            next_input = layout.with_batch(len(next_input), x, next_input.dtype)
+        return (
+            x,
+            output,
+            table.contiguous(),
+            seeds,
+            noise,
+            layout.like(x) if self.out else out,
+            layout.like(x) if self.x0 else x0,
+            next_input,
+        )
+
+    @staticmethod
+    def after(*written: tuple[Tensor | None, Tensor | None]) -> None:
+        """Copies (given, written) where the backend has written to memory of its own."""
+        for given, there in written:
+            if given is not None and there is not None and there is not given:
+                given.copy_(there)

@@ -1,0 +1,503 @@
+"""The step for callers of any kind: a function, and a step bound for many calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastddim import bound, layout
+from fastddim.backends import Fixed, Launch, backend, chosen
+from fastddim.check import finite, kind, whole
+from fastddim.coefficients import (
+    COLUMNS,
+    PREDICTIONS,
+    Prediction,
+    PredictionSynonym,
+    checked_prediction,
+)
+from fastddim.op import OP, written
+
+_STATE = torch.float32
+OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def ddim_step(
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    rows: Tensor | int,
+    seeds: Tensor | None = None,
+    *,
+    noise: Tensor | None = None,
+    guidance: Tensor | float | None = None,
+    prediction: Prediction | PredictionSynonym = "epsilon",
+    clip: float | None = None,
+    threshold: Tensor | None = None,
+    rederive: bool = False,
+    noise_first: bool = True,
+    want_x0: bool = True,
+    out: Tensor | None = None,
+    x0_out: Tensor | None = None,
+    next_input: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(x_s, x0) of one step t → s in one pass over memory, value-identical to eager PyTorch.
+
+        x0  = (x_t − √(1−ᾱ_t)·ε) / √ᾱ_t
+        x_s = √ᾱ_s·x0 + c1·z + c2·ε                    (Song et al. 2021, eq. 12)
+
+    Args:
+        x: x_t, float32 of shape (batch, ...). Never written.
+        output: what the model returned, of x's shape: float32, bfloat16 or float16. The
+            arithmetic is float32. With twice x's channels (dimension 1 of three or more) the
+            first half counts: a learned variance follows. Never written.
+        table: the coefficients, float32 (steps, 7), from ``fastddim.make_table``.
+        rows: the row each sample is on: an int, or int32 of shape () or (batch,) on x's device.
+            On a GPU, rows out of range are not noticed: looking would wait for the device.
+        seeds: int64 (batch,): counter noise, see ``fastddim.noise``. A row with c1 = 0 adds none.
+        noise: or z itself, float32 of x's shape. With neither, no noise is added.
+        guidance: w of classifier-free guidance (Ho and Salimans 2022), a number or float32 of
+            shape () or (batch,). ``output`` is then (2·batch, ...), first without the condition
+            and then with it, and u + w·(c − u) stands in its place.
+        prediction: what ``output`` is: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0).
+        clip: x0 is clamped to ±clip; ε is not derived from it again.
+        threshold: or to ±s and divided by s, float32 > 0 of shape () or (batch,): dynamic
+            thresholding (Saharia et al. 2022, section 2.3), s being their max(quantile, 1).
+        rederive: ε follows from the x0 that was clamped, ε = (x − √ᾱ_t·x0)/√(1−ᾱ_t).
+        noise_first: whether c1·z is added before c2·ε (the paper's code) or after it (diffusers).
+        want_x0: whether x0 is returned; ``None`` stands in its place otherwise.
+        out: where x_s goes, float32 of x's shape, not overlapping an argument; made if not given.
+        x0_out: where x0 goes, likewise.
+        next_input: where x_s goes as well, in this tensor's dtype (float32, bfloat16 or
+            float16): of x's shape, or of twice its batch and then stacked, as guidance wants it.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+    """
+    given = (
+        x,
+        output,
+        table,
+        rows,
+        seeds,
+        noise,
+        guidance,
+        threshold,
+        want_x0,
+        out,
+        x0_out,
+        next_input,
+    )
+    if torch.compiler.is_compiling():  # which traces the op, and none of what is kept below
+        return _traced(_fixed(prediction, clip, rederive, noise_first), *given)
+    key = prediction, clip, rederive, noise_first, chosen()
+    try:
+        step = _steps.get(key)
+    except TypeError:  # what has no hash is no option, and is refused below
+        step = None
+    if step is None:
+        step = _Step(_fixed(prediction, clip, rederive, noise_first), chosen())
+        if len(_steps) >= _MOST:
+            _steps.clear()
+        _steps[key] = step
+    return step(*given)
+
+
+_steps: dict[tuple[Any, ...], _Step] = {}
+_MOST = 64
+"""The most options, and the most layouts of tensors, that are remembered."""
+
+
+class BoundStep:
+    """``ddim_step`` with its table and its options decided: what ``fastddim.bind`` returns.
+
+    The first call checks the tensors, picks the backend and compiles. A later call compares what
+    was decided by (dtypes, shapes, strides, devices, and which arguments there are) and launches;
+    where something differs it looks again. The backend stays the one that was in use when the step
+    was bound. Threads and trajectories may share a step: it keeps nothing between calls.
+    """
+
+    def __init__(self, table: Tensor, step: _Step) -> None:
+        self._table, self._step = table, step
+
+    def __call__(
+        self,
+        x: Tensor,
+        output: Tensor,
+        rows: Tensor | int,
+        seeds: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        guidance: Tensor | float | None = None,
+        threshold: Tensor | None = None,
+        want_x0: bool = True,
+        out: Tensor | None = None,
+        x0_out: Tensor | None = None,
+        next_input: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(x_s, x0): see ``ddim_step``, whose arguments these are."""
+        return self._step(
+            x,
+            output,
+            self._table,
+            rows,
+            seeds,
+            noise,
+            guidance,
+            threshold,
+            want_x0,
+            out,
+            x0_out,
+            next_input,
+        )
+
+
+def bind(
+    table: Tensor,
+    *,
+    prediction: Prediction | PredictionSynonym = "epsilon",
+    clip: float | None = None,
+    rederive: bool = False,
+    noise_first: bool = True,
+) -> BoundStep:
+    """The step for a loop of one's own: what a run fixes is decided once.
+
+        step = fastddim.bind(torch.tensor(ddim.table), clip=1.0)
+        for row, (t, s) in enumerate(ddim.pairs):
+            x, x0 = step(x, model(x, t), row)
+
+    Args:
+        table, prediction, clip, rederive, noise_first: as in ``ddim_step``.
+
+    Returns:
+        A ``BoundStep``: ``ddim_step``'s remaining arguments → (x_s, x0).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed; the same
+            of a call's tensors in the call.
+    """
+    if not isinstance(table, Tensor):
+        raise TypeError(f"table must be a tensor, got {kind(table)}")
+    _check_tensor("table", table, table, (_STATE,), (-1, len(COLUMNS)))
+    return BoundStep(table, _Step(_fixed(prediction, clip, rederive, noise_first), chosen()))
+
+
+def _fixed(prediction: Any, clip: float | None, rederive: bool, noise_first: bool) -> Fixed:
+    index = PREDICTIONS.index(checked_prediction(prediction))
+    if clip is not None and not finite("clip", clip) > 0:
+        raise ValueError(f"clip must be > 0, got {clip:g}")
+    return Fixed(index, noise_first, clip, rederive)
+
+
+class _Step:
+    """The step with one set of options, for arguments that may be anything."""
+
+    __slots__ = ("_chosen", "_fixed", "_latest", "_launches", "_weight")
+
+    def __init__(self, fixed: Fixed, chosen: str | None) -> None:
+        self._fixed, self._chosen = fixed, chosen
+        self._launches: dict[tuple[Any, ...], Launch] = {}
+        self._latest: tuple[tuple[Any, ...], Launch] = (), bound.nothing
+        self._weight: tuple[float, torch.device, Tensor] | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        rows: Tensor | int,
+        seeds: Tensor | None,
+        noise: Tensor | None,
+        guidance: Tensor | float | None,
+        threshold: Tensor | None,
+        want_x0: bool,
+        out: Tensor | None,
+        x0_out: Tensor | None,
+        next_input: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        try:
+            seen = (
+                x.__class__,
+                x.dtype,
+                x.shape,
+                x.stride(),
+                x.device,
+                output.__class__,
+                output.dtype,
+                output.shape,
+                output.stride(),
+                output.device,
+                table.dtype,
+                table.shape,
+                table.stride(),
+                table.device,
+                int if rows.__class__ is int else _seen(rows),
+                seeds if seeds is None else _seen(seeds),
+                noise if noise is None else _seen(noise),
+                guidance if guidance is None else _seen(guidance),
+                threshold if threshold is None else _seen(threshold),
+                out if out is None else _seen(out),
+                x0_out if x0_out is None else _seen(x0_out),
+                next_input if next_input is None else _seen(next_input),
+                want_x0,
+            )
+        except (AttributeError, RuntimeError, TypeError):  # one is no tensor, or has no strides
+            seen = ()
+        latest, launch = self._latest
+        known: Launch | None = launch if seen == latest else self._launches.get(seen)
+        if known is None or not seen or _watched():
+            plain = False
+        else:
+            plain = not torch.is_grad_enabled() or not _require_grad(
+                x, output, table, seeds, noise, guidance, threshold, out, x0_out, next_input
+            )
+        if not plain:
+            rows = _checked(
+                self._fixed, x, output, table, rows, seeds, noise, guidance, threshold, out, x0_out,
+                next_input,
+            )  # fmt: skip
+        elif rows.__class__ is int and not 0 <= rows < table.shape[0]:  # type: ignore[operator]
+            whole("rows", rows, low=0, high=len(table) - 1)
+
+        batch = x.shape[0]
+        if isinstance(rows, Tensor) and not rows.dim():
+            rows = rows.expand(batch)
+        w = None if guidance is None else self._weights(guidance, batch, x.device)
+        if threshold is not None and not threshold.dim():
+            threshold = threshold.expand(batch)
+        x_s = torch.empty_like(x) if out is None else out
+        x0 = x0_out if x0_out is not None or not want_x0 else torch.empty_like(x)
+        if not plain:
+            known = self._bound(
+                seen, x, output, table, rows, seeds, noise, w, threshold, x_s, x0, next_input
+            )
+        elif seen != latest:
+            self._latest = seen, known  # type: ignore[assignment]
+        known(x, output, table, rows, seeds, noise, w, threshold, x_s, x0, next_input)  # type: ignore[misc]
+        if out is not None or x0_out is not None or next_input is not None:
+            written(out, x0_out, next_input)
+        return x_s, x0
+
+    def _bound(self, seen: tuple[Any, ...], x: Tensor, output: Tensor, *rest: Any) -> Launch:
+        """The launch for these arguments, which are checked; the op where somebody is watching."""
+        given = x, output, *rest
+        kinds = {type(tensor) for tensor in given if isinstance(tensor, Tensor)}
+        if _watched() or not kinds <= {Tensor, torch.nn.Parameter}:
+            return partial(_by_op, self._fixed)
+        launch = self._launches.get(seen)
+        if launch is None or not seen:
+            launch = bound.bind(backend(x.device, self._chosen), self._fixed, *given)
+            if len(self._launches) >= _MOST:
+                self._launches.clear()
+            self._launches[seen] = launch
+        return launch
+
+    def _weights(self, w: Tensor | float, batch: int, device: torch.device) -> Tensor:
+        """w as float32 (batch,), of one number the tensor of the last step."""
+        if isinstance(w, Tensor):
+            return w if w.dim() else w.expand(batch)
+        kept = self._weight
+        if kept is None or kept[0] != w or kept[1] != device or kept[2].shape[0] != batch:
+            scale = torch.full((), finite("guidance", w), dtype=_STATE, device=device)
+            kept = self._weight = w, device, scale.expand(batch)
+        return kept[2]
+
+
+def _traced(
+    fixed: Fixed,
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    rows: Tensor | int,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    guidance: Tensor | float | None,
+    threshold: Tensor | None,
+    want_x0: bool,
+    out: Tensor | None,
+    x0_out: Tensor | None,
+    next_input: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The step as torch.compile traces it: the checks, and the op."""
+    rows = _checked(
+        fixed, x, output, table, rows, seeds, noise, guidance, threshold, out, x0_out, next_input
+    )
+    if guidance is not None and not isinstance(guidance, Tensor):
+        guidance = torch.full((), guidance, dtype=_STATE, device=x.device)
+    each = (
+        t.expand(x.shape[0]) if isinstance(t, Tensor) and not t.dim() else t
+        for t in (rows, guidance, threshold)
+    )
+    rows, w, threshold = each
+    out = torch.empty_like(x) if out is None else out
+    x0 = x0_out if x0_out is not None or not want_x0 else torch.empty_like(x)
+    _by_op(fixed, x, output, table, rows, seeds, noise, w, threshold, out, x0, next_input)
+    return out, x0
+
+
+def _by_op(
+    fixed: Fixed,
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    row: int | Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
+    out: Tensor,
+    x0: Tensor | None,
+    next_input: Tensor | None,
+) -> None:
+    """A launch that torch.compile, dispatch modes, tensor subclasses and the profiler see."""
+    if not isinstance(row, Tensor):
+        row = torch.full((), row, dtype=torch.int32, device=x.device).expand(x.shape[0])
+    inputs = x, output, table, row, seeds, noise, guidance, threshold
+    OP(*inputs, *fixed, out, x0, next_input)
+
+
+def _seen(tensor: Any) -> Any:
+    """What a launch is specialised for of a tensor; of a number, that it is one."""
+    if tensor.__class__ is float or tensor.__class__ is int:
+        return float
+    return tensor.__class__, tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def _require_grad(*tensors: Any) -> bool:
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+
+
+def _watched() -> bool:
+    """Whether a call of the op would be seen: by a dispatch mode, a transform or the profiler."""
+    return bool(_dispatch_modes() or _profiled() or transformed())
+
+
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_profiled: Callable[[], bool] = torch.autograd._profiler_enabled
+
+
+def _checked(
+    fixed: Fixed,
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    rows: Tensor | int,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    guidance: Tensor | float | None,
+    threshold: Tensor | None,
+    out: Tensor | None,
+    x0_out: Tensor | None,
+    next_input: Tensor | None,
+) -> Tensor | int:
+    """``rows``, where every argument is as ``ddim_step`` asks for."""
+    if not torch.compiler.is_compiling() and transformed():
+        given = {"x": x, "output": output, "table": table, "rows": rows, "seeds": seeds}
+        _check_constants(
+            **given, noise=noise, guidance=guidance, threshold=threshold, out=out, x0_out=x0_out
+        )
+    _check_tensor("x", x, x, (_STATE,))
+    if x.dim() == 0:
+        raise ValueError("x must have shape (batch, ...), got ()")
+    if guidance is not None and not isinstance(guidance, Tensor):
+        finite("guidance", guidance)
+    batch = x.shape[0]
+    expected = x.shape if guidance is None else (2 * batch, *x.shape[1:])
+    if isinstance(output, Tensor) and layout.has_variance(output, x):
+        expected = (expected[0], 2 * expected[1], *expected[2:])
+    _check_tensor("output", output, x, OUTPUTS, expected)
+    _check_tensor("table", table, x, (_STATE,), (-1, len(COLUMNS)))
+    if isinstance(rows, Tensor):
+        _check_tensor("rows", rows, x, (torch.int32,), x.shape[:1] if rows.dim() else ())
+    else:
+        rows = whole("rows", rows, low=0, high=len(table) - 1)
+    if seeds is not None:
+        if noise is not None:
+            raise ValueError("noise comes from seeds or from a tensor, got both")
+        _check_tensor("seeds", seeds, x, (torch.int64,), x.shape[:1])
+    if noise is not None:
+        _check_tensor("noise", noise, x, (_STATE,))
+    if isinstance(guidance, Tensor):
+        _check_tensor("guidance", guidance, x, (_STATE,), x.shape[:1] if guidance.dim() else ())
+    if threshold is not None:
+        if fixed.clip is not None:
+            raise ValueError(
+                f"clip must be left out where there is a threshold, got {fixed.clip:g}"
+            )
+        shape = x.shape[:1] if isinstance(threshold, Tensor) and threshold.dim() else ()
+        _check_tensor("threshold", threshold, x, (_STATE,), shape)
+    for name, tensor in (("out", out), ("x0_out", x0_out)):
+        if tensor is not None:
+            _check_tensor(name, tensor, x, (_STATE,))
+    if next_input is not None:
+        copies = 2 if isinstance(next_input, Tensor) and next_input.shape[:1] != x.shape[:1] else 1
+        _check_tensor("next_input", next_input, x, OUTPUTS, (copies * batch, *x.shape[1:]))
+    return rows
+
+
+def transformed() -> bool:
+    """Whether this call is differentiated forwards or transformed by ``torch.func``.
+
+    The op has no rule for either: its results would be constants, and memory that is kept for a
+    later step would belong to the transform. torch.compile cannot trace the question, and has no
+    need to: it traces the op as it is.
+    """
+    return _interpreter() is not None or forward_ad._current_level >= 0
+
+
+def check_untransformed(name: str) -> None:
+    """For what carries no derivatives at all: ``name`` is called outside of any transform."""
+    if not torch.compiler.is_compiling() and transformed():
+        raise ValueError(
+            f"{name} must not run inside torch.func's transforms or forward-mode differentiation: "
+            f"it carries no derivatives"
+        )
+
+
+_functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 its types do not name it
+_interpreter: Callable[[], Any] = _functorch.peek_interpreter_stack
+
+
+def _check_tensor(
+    name: str,
+    tensor: Tensor,
+    x: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: Sequence[int] | None = None,
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    shape = x.shape if shape is None else shape
+    here = tensor.shape == shape and tensor.dtype in dtypes and tensor.device == x.device
+    if here and not tensor.requires_grad:
+        return  # all is well, as nearly always: the step pays for these four questions alone
+    if len(tensor.shape) != len(shape) or any(
+        want not in (-1, got) for want, got in zip(shape, tensor.shape, strict=True)
+    ):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must be {allowed}, got {str(tensor.dtype)[6:]}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} with x, got {tensor.device}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, which the step does not carry: detach it or use torch.no_grad()"
+        )
+
+
+def _check_constants(**given: object) -> None:
+    """That none of the tensors carries a forward derivative or is one of ``torch.func``'s."""
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        wrapped = _functorch.is_functorch_wrapped_tensor(tensor)
+        if wrapped or forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(
+                f"{name} is transformed by torch.func or carries a forward derivative, which the "
+                f"step does not: take it out of the transform"
+            )
