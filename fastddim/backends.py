@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,28 +36,15 @@ class Fixed(NamedTuple):
     rederive: bool = False
 
 
-class Launch(Protocol):
-    """One step, for tensors that lie in memory as those it was bound to.
+Launch: TypeAlias = Callable[..., None]
+"""One step, for tensors that lie in memory as those it was bound to.
 
-    ``row`` is the row of the table all samples are on, or int32 (batch,) with one for each. The
-    step is written to ``out`` and, where they are given, x0 to ``x0`` and x_s once more to
-    ``next_input``. Any thread may call a launch, and several threads at once.
-    """
+    launch(x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input)
 
-    def __call__(
-        self,
-        x: Tensor,
-        output: Tensor,
-        table: Tensor,
-        row: int | Tensor,
-        seeds: Tensor | None,
-        noise: Tensor | None,
-        guidance: Tensor | None,
-        threshold: Tensor | None,
-        out: Tensor,
-        x0: Tensor | None,
-        next_input: Tensor | None,
-    ) -> None: ...
+``row`` is the row of the table that all samples are on, or int32 (batch,) with one for each. x_s
+is written to ``out`` and, where they are given, x0 to ``x0`` and x_s once more, in its dtype, to
+``next_input``. Any thread may call a launch, and several threads at once.
+"""
 
 
 def reads_as_it_lies(x: Tensor, output: Tensor) -> bool:

@@ -701,8 +701,8 @@ def bind(
         next_input: Tensor | None,
     ) -> None:
         if row.__class__ is not int:
-            at = row.data_ptr()  # type: ignore[union-attr]
-        elif 0 <= row < steps:  # type: ignore[operator]
+            at = row.data_ptr()
+        elif 0 <= row < steps:
             at = rows + 4 * row  # type: ignore[operator]
         else:
             raise ValueError(f"rows must lie in [0, {steps}), got {row}")

@@ -16,8 +16,6 @@ from fastddim.check import finite, kind, whole
 from fastddim.coefficients import (
     COLUMNS,
     PREDICTIONS,
-    Prediction,
-    PredictionSynonym,
     checked_prediction,
 )
 from fastddim.op import OP, written
@@ -35,7 +33,7 @@ def ddim_step(
     *,
     noise: Tensor | None = None,
     guidance: Tensor | float | None = None,
-    prediction: Prediction | PredictionSynonym = "epsilon",
+    prediction: str = "epsilon",
     clip: float | None = None,
     threshold: Tensor | None = None,
     rederive: bool = False,
@@ -159,7 +157,7 @@ class BoundStep:
 def bind(
     table: Tensor,
     *,
-    prediction: Prediction | PredictionSynonym = "epsilon",
+    prediction: str = "epsilon",
     clip: float | None = None,
     rederive: bool = False,
     noise_first: bool = True,
@@ -220,7 +218,7 @@ class _Step:
         next_input: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         try:
-            seen = (
+            seen: tuple[Any, ...] = (
                 x.__class__,
                 x.dtype,
                 x.shape,
@@ -328,11 +326,16 @@ def _traced(
     )
     if guidance is not None and not isinstance(guidance, Tensor):
         guidance = torch.full((), guidance, dtype=_STATE, device=x.device)
-    each = (
-        t.expand(x.shape[0]) if isinstance(t, Tensor) and not t.dim() else t
-        for t in (rows, guidance, threshold)
-    )
-    rows, w, threshold = each
+    batch = x.shape[0]
+    if isinstance(rows, Tensor) and not rows.dim():
+        rows = rows.expand(batch)
+    w = None
+    if guidance is not None:
+        if not isinstance(guidance, Tensor):
+            guidance = torch.full((), guidance, dtype=_STATE, device=x.device)
+        w = guidance if guidance.dim() else guidance.expand(batch)
+    if threshold is not None and not threshold.dim():
+        threshold = threshold.expand(batch)
     out = torch.empty_like(x) if out is None else out
     x0 = x0_out if x0_out is not None or not want_x0 else torch.empty_like(x)
     _by_op(fixed, x, output, table, rows, seeds, noise, w, threshold, out, x0, next_input)
@@ -377,7 +380,7 @@ def _watched() -> bool:
 
 
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_profiled: Callable[[], bool] = torch.autograd._profiler_enabled
+_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
 
 
 def _checked(

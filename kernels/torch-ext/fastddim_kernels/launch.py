@@ -175,7 +175,7 @@ class BoundStep:
         x: Tensor,
         output: Tensor,
         table: Tensor,
-        rows: Tensor | int,
+        rows: Any,
         seeds: Tensor | None,
         noise: Tensor | None,
         guidance: Tensor | None,
