@@ -691,7 +691,7 @@ def bind(
         x: Tensor,
         output: Tensor,
         table: Tensor,
-        row: int | Tensor,
+        row: Any,
         seeds: Tensor | None,
         noise: Tensor | None,
         guidance: Tensor | None,
@@ -703,7 +703,7 @@ def bind(
         if row.__class__ is not int:
             at = row.data_ptr()
         elif 0 <= row < steps:
-            at = rows + 4 * row  # type: ignore[operator]
+            at = rows + 4 * row
         else:
             raise ValueError(f"rows must lie in [0, {steps}), got {row}")
         try:

@@ -258,7 +258,7 @@ class _Step:
                 self._fixed, x, output, table, rows, seeds, noise, guidance, threshold, out, x0_out,
                 next_input,
             )  # fmt: skip
-        elif rows.__class__ is int and not 0 <= rows < table.shape[0]:  # type: ignore[operator]
+        elif rows.__class__ is int and not 0 <= rows < table.shape[0]:
             whole("rows", rows, low=0, high=len(table) - 1)
 
         batch = x.shape[0]
