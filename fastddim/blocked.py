@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,19 +50,14 @@ def bind(
     next_input: Tensor | None,
 ) -> Launch:
     """See ``backends.Backend``."""
-    if not x.is_cpu:
-        return partial(_by_reference, fixed)
-    of_samples = seeds is not None or guidance is not None or threshold is not None
-    if of_samples or _rows_differ(row) or _apart(output, x) or x.numel() > BLOCK:
-        return partial(_in_blocks, fixed)
-    return _whole(fixed, x)
+    return _on_cpu(fixed, x) if x.is_cpu else partial(_by_reference, fixed)
 
 
-def _whole(fixed: Fixed, x: Tensor) -> Launch:
-    """The launch of a step that is one block, in which all samples are alike."""
-    factors_of = FactorsOf()
-    spare: list[tuple[Tensor, Tensor, Tensor]] = []
-    """Memory for a step's terms. A step takes its own: another thread finds none, or others."""
+def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
+    """The launch on a CPU: the whole batch at once while it is one block."""
+    total, batch = x.numel(), len(x)
+    each = (-1, *[1] * (x.dim() - 1))
+    factors_of = FactorsOf(each)
 
     def launch(
         x: Tensor,
@@ -77,29 +72,44 @@ def _whole(fixed: Fixed, x: Tensor) -> Launch:
         x0: Tensor | None,
         next_input: Tensor | None,
     ) -> None:
-        try:
-            own = spare.pop()
-        except IndexError:
-            with torch.inference_mode(False):  # whose tensors no other mode may write
-                own = layout.like(x), layout.like(x), layout.like(x)
-        term, scaled, x0_own = own
-        _step(
-            fixed,
-            x,
-            output if output.dtype is torch.float32 else output.float(),
-            factors_of(table, row),
-            noise,
-            None,
-            out,
-            x0_own if x0 is None else x0,
-            term,
-            scaled,
-        )
-        spare.append(own)
+        if total > BLOCK and total > _together():
+            _in_blocks(fixed, x, output, table, row, seeds, noise, guidance, threshold, out, x0)
+        else:
+            factors = factors_of(table, row)
+            if seeds is not None and factors[C1].any():  # the last step adds no noise
+                noise = drawn(x, seeds, row, _numpy_normal_)
+            # This thread's views of its scratch, unless another launch was here since.
+            if _own.terms[0] is not launch:
+                _own.terms = launch, *_terms(x)
+            _, term, scaled, x0_own, said = _own.terms
+            if output.dtype is not torch.float32:
+                output = output.float()
+            if guidance is not None:
+                uncond, cond = output[:batch], output[batch:]
+                w = guidance.view(each) if guidance.stride(0) else guidance[0]
+                output = torch.sub(cond, uncond, out=said).mul_(w).add_(uncond)
+            _step(
+                fixed,
+                x,
+                output,
+                factors,
+                noise,
+                None if threshold is None else scaled.copy_(threshold.view(each)),
+                out,
+                x0_own if x0 is None else x0,
+                term,
+                scaled,
+            )
         if next_input is not None:
             layout.write_next(next_input, out)
 
     return launch
+
+
+def _terms(x: Tensor) -> list[Tensor]:
+    """Memory for the terms of a step, laid out as x."""
+    count, scratch = x.numel(), _scratch(4 * x.numel())
+    return [scratch.as_strided(x.shape, x.stride(), k * count) for k in range(4)]
 
 
 def _in_blocks(
@@ -114,9 +124,8 @@ def _in_blocks(
     threshold: Tensor | None,
     out: Tensor,
     x0: Tensor | None,
-    next_input: Tensor | None,
 ) -> None:
-    """The launch of every other step on a CPU."""
+    """The step of a batch that is more than one block."""
     batch = x.shape[0]
     n = x.numel() // batch
     if guidance is not None and n < SMALL and batch > 1:
@@ -132,14 +141,6 @@ def _in_blocks(
     whole = apart or seeds is not None
     room = min(_together(), x.numel())
     scratch = _scratch(5 * room)
-    if room == x.numel() and not whole:
-        shape, strides = x.shape, x.stride()
-        term, scaled, x0_like = (scratch.as_strided(shape, strides, k * room) for k in range(3))
-        x0_into = x0_like if x0 is None else x0
-        _step(fixed, x, output.float(), factors, noise, None, out, x0_into, term, scaled)
-        if next_input is not None:
-            layout.write_next(next_input, out)
-        return
     stride = output.stride(0) if whole and output.shape[0] > 1 else n
     for sample, samples, first, count in _blocks(batch, n, whole):
         start, group = sample * n + first, slice(sample, sample + samples)
@@ -180,8 +181,6 @@ def _in_blocks(
             term,
             scaled,
         )
-    if next_input is not None:
-        layout.write_next(next_input, out)
 
 
 def _by_reference(
@@ -268,12 +267,15 @@ class FactorsOf:
     A view costs a small step as much as one of its operations, hence each is kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, each: tuple[int, ...]) -> None:
+        """``each``: the shape of what belongs to samples."""
+        self._each = each
         self._held: tuple[Tensor, int, dict[int, Factors]] | None = None
 
     def __call__(self, table: Tensor, row: int | Tensor) -> Factors:
         if not isinstance(row, int):
-            return _factors(table, row)
+            factors = _factors(table, row)
+            return tuple(f.view(self._each) for f in factors) if factors[0].dim() else factors
         held = self._held
         if held is None or held[0] is not table or held[1] != table.data_ptr():
             held = self._held = table, table.data_ptr(), {}
@@ -400,6 +402,8 @@ if hasattr(os, "register_at_fork"):
 
 class _Own(threading.local):
     room: Tensor | None = None
+    terms: tuple[Any, ...] = (None,)
+    """The launch that was here last, and its terms."""
 
 
 _own = _Own()
