@@ -1,4 +1,4 @@
-"""What the drop-ins share: rows of a table, factors, the generator's stream, and the step itself."""
+"""What the drop-ins share: tables of factors, the generator's stream, and the step itself."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class DDIMSampler:
                 f'model.parameterization must be "eps" or "v", got {parameterization!r}, whose '
                 f"output the original reads as ε"
             )
-        self._prediction = PREDICTIONS[parameterization]
+        self._prediction: Prediction = PREDICTIONS[parameterization]
         self._schedule: _Schedule | None = None
         self._own_memory: _Own | None = None
 
@@ -374,14 +374,10 @@ class DDIMSampler:
         scaled = noise_dropout > 0 or (eta > 0 and temperature != 1)
         if not scaled and not quantize_denoised:
             z = _drawn(x, repeat_noise, eta > 0)
-            x_s, x0 = own.stepped(
-                table, x, output, row, prediction=prediction, noise=z, guidance=w
-            )
+            x_s, x0 = own.stepped(table, x, output, row, prediction=prediction, noise=z, guidance=w)
             assert x0 is not None
         else:
-            eps, x0 = between(
-                schedule.to_halves, x, output, row, prediction=prediction, guidance=w
-            )
+            eps, x0 = between(schedule.to_halves, x, output, row, prediction=prediction, guidance=w)
             assert x0 is not None
             if quantize_denoised:
                 x0, *_ = self.model.first_stage_model.quantize(x0)

@@ -101,9 +101,7 @@ def ddpm_steps(
             want_x0=want_x0,
             noise=x,
         )
-        x_s, _ = buffers.stepped(
-            means, total, total, row, noise_first=True, want_x0=False, noise=z
-        )
+        x_s, _ = buffers.stepped(means, total, total, row, noise_first=True, want_x0=False, noise=z)
         return x_s, x0
 
     return _loop(x, tau, model, step, partial(buffers.drawn, x), keep)
