@@ -1,11 +1,10 @@
 """Every table holds the reciprocals of its own float32 factors.
 
-The compiled kernel alone reads them, so that no result on a CPU shows a wrong one.
+Only the compiled kernel reads them, so no result on a CPU shows a wrong one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,21 +48,19 @@ def assert_reciprocal(table: Any, *, nan_rows: int = 0) -> None:
 
 
 @pytest.fixture
-def stepped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """The tables of all steps that drop-ins take."""
+def stepped(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Collects the tables of all steps that drop-ins take, each of which holds reciprocals."""
     tables: list[Tensor] = []
     own = _shared.Buffers.stepped
 
     def noted(self: Any, table: Tensor, *given: Any, **named: Any) -> Any:
+        unchosen = bool(table[-1].isnan().all())  # the row of timesteps that strict does not know
+        assert_reciprocal(table, nan_rows=int(unchosen))
         tables.append(table)
         return own(self, table, *given, **named)
 
     monkeypatch.setattr(_shared.Buffers, "stepped", noted)
-    yield tables
-    assert tables
-    for table in tables:
-        last = bool(table[-1].isnan().all())  # strict: of timesteps that are not chosen
-        assert_reciprocal(table, nan_rows=int(last))
+    return tables
 
 
 def model(x: Tensor, t: Tensor, *_: Any, **__: Any) -> Tensor:
