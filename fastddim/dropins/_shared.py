@@ -1,4 +1,4 @@
-"""What the drop-ins share: tables of factors, the generator's stream, and the step itself."""
+"""The drop-ins share tables of factors, the generator's stream, and the step itself."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastddim.cpu import BLOCK
 from fastddim.ops import STEP, ddim_step
 
 C1 = COLUMNS.index("c1")
-"""The column of the noise's factor."""
+"""This column holds the noise's factor."""
 
 
 def pack_rows(a_t: Tensor, b_t: Tensor, a_s: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """A table of factors that another system has computed: float32 (steps, 7), as ``COLUMNS``.
+    """Returns the table, float32 (steps, 7), of factors that another system computes.
 
-    The reciprocals are rounded from the float32 a_t and b_t, because the compiled kernel divides
-    by means of them; it is the only backend that reads them.
+    The columns are those of ``COLUMNS``. The reciprocals are rounded from the float32 a_t and b_t,
+    because the compiled kernel divides by means of them; no other backend reads them.
     """
     a_t, b_t, a_s, c1, c2 = (column.to(torch.float32) for column in (a_t, b_t, a_s, c1, c2))
     return torch.stack([a_t, 1 / a_t, b_t, 1 / b_t, a_s, c1, c2], dim=1)
@@ -31,7 +31,7 @@ def pack_rows(a_t: Tensor, b_t: Tensor, a_s: Tensor, c1: Tensor, c2: Tensor) -> 
 def checked_factors(
     factors: Callable[[float], tuple[Tensor, Tensor]], eta: float, steps: str
 ) -> tuple[Tensor, Tensor]:
-    """``factors(eta)``, (c1, c2) as tensors, by a system's own float32 operations.
+    """Returns (c1, c2) = ``factors(eta)``, which a system's own float32 operations compute.
 
     Raises:
         ValueError: where c2 holds a NaN, naming the largest η of these ``steps`` that gives none.
@@ -54,15 +54,17 @@ def checked_factors(
 
 
 def stream_of(device: torch.device) -> int:
-    """The CUDA stream that is current on ``device``; 0 on other devices.
+    """Returns the CUDA stream that is current on ``device``, or 0 on other devices.
 
-    Cached tables are cached for one stream: another stream would have to wait until they are made.
+    Cached tables belong to one stream: another one would have to wait until they are made.
     """
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def passed_over(x: Tensor) -> Callable[[], None]:
-    """Moves the generator as ``torch.randn_like(x)`` would, for noise that has no effect.
+    """Returns a function that moves the generator as ``torch.randn_like(x)`` would.
+
+    Loops call it in place of drawing noise that has no effect.
 
     On a CPU a contiguous tensor takes its normals sixteen at a time, in order. Blocks that stay in
     the cache therefore move the generator alike, and cost no pass over memory.
@@ -87,10 +89,10 @@ def passed_over(x: Tensor) -> Callable[[], None]:
 
 
 class Buffers:
-    """Takes the steps of a drop-in, into tensors that earlier steps returned and nobody holds.
+    """Takes steps into tensors that earlier steps returned and nobody holds any more.
 
-    The buffers belong to one thread. A step whose result goes into another step takes buffers of
-    its own: they would otherwise push the states out.
+    The buffers belong to one thread. A step whose result goes into another step needs buffers of
+    its own, or its results would push the states out.
     """
 
     def __init__(self) -> None:
@@ -102,7 +104,7 @@ class Buffers:
         self.noise: Tensor | None = None
 
     def drawn(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Normals as ``torch.randn_like(like)`` draws them, in the same memory each time."""
+        """Draws normals as ``torch.randn_like(like)`` does, into the same memory each time."""
         z = fitting(self.noise, like)
         if z is None:
             z = self.noise = torch.empty_like(like)
@@ -127,12 +129,12 @@ class Buffers:
         next_input: Tensor | None = None,
         checked: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(x_s, x0) of ``fastddim.ddim_step``: this is the only place where a drop-in calls it.
+        """Returns (x_s, x0) as ``fastddim.ddim_step`` does; drop-ins call the step only here.
 
-        ``table`` and the keywords down to ``want_x0`` are what a run fixes; the others change from
-        step to step. ``checked`` promises that all arguments have the shapes and types that the op
-        takes, ``rows``, ``guidance`` and ``threshold`` one value for each sample: the op then does
-        not check them again.
+        A run fixes ``table`` and the keywords down to ``want_x0``; the others change from step to
+        step. ``checked`` promises that all arguments have the shapes and types that the op takes,
+        and that ``rows``, ``guidance`` and ``threshold`` hold a value for each sample: they are
+        then not checked again.
         """
         x_s = fitting(self.states.take(), x)
         x0 = fitting(self.x0s.take(), x) if want_x0 else None
@@ -182,9 +184,9 @@ class Buffers:
 
 
 class Own(Buffers, threading.local):
-    """Buffers of which every thread sees its own."""
+    """Gives every thread buffers of its own."""
 
     def clear(self) -> None:
         super().clear()
         self.between = Buffers()
-        """For steps whose result goes into another step."""
+        """These take the steps whose result goes into another step."""

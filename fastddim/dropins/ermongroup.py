@@ -126,7 +126,7 @@ def _loop(
             z = draw()
             wanted = keep == "all" or row == len(tau) - 1
             x, x0 = step(x, eps, rows[row], z, wanted)
-        del eps  # The model may have returned a view of the state before: the next step writes it.
+        del eps  # The model may return a view of a state, which the next step could not reuse.
         if keep == "last":
             xs, x0_preds = [], []
         if x0 is not None:

@@ -29,5 +29,5 @@ __all__ = (
 )
 
 for _class in (FastDDIMScheduler, FastDDIMParallelScheduler, FastDDIMInverseScheduler):
-    # diffusers writes the module's name into a saved pipeline: files keep this one.
+    # diffusers writes the module's name into saved pipelines, which therefore name this package.
     _class.__module__ = __name__

@@ -1,4 +1,4 @@
-"""What the plain and the strict strategy need of a scheduler, and the schedulers of a strategy."""
+"""Both strategies read the same things of a scheduler, and offer it the same methods."""
 
 from __future__ import annotations
 
@@ -33,19 +33,25 @@ Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
 
 class Strategy(Protocol):
-    """How a scheduler takes its steps. A strategy keeps nothing: the scheduler is an argument."""
+    """Decides how a scheduler takes its steps.
+
+    A strategy keeps nothing, so that schedulers can be copied and freed: each method is given the
+    scheduler.
+    """
 
     def begin(self, scheduler: Base) -> None:
         """Checks the configuration, and prepares what the original's constructor has made."""
         ...
 
     def checked_seeds(self, seeds: Sequence[int] | Tensor | None) -> Tensor | None:
-        """The seeds that ``use_seeds`` was given, as the steps take them."""
+        """Returns the seeds that ``use_seeds`` was given as the steps take them."""
         ...
 
     def set_timesteps(
         self, scheduler: Base, num_inference_steps: int, device: str | torch.device | None
-    ) -> None: ...
+    ) -> None:
+        """Chooses the timesteps."""
+        ...
 
     def step(
         self,
@@ -58,7 +64,7 @@ class Strategy(Protocol):
         generator: Generators,
         noise: Tensor | None,
     ) -> tuple[Tensor, Tensor] | None:
-        """(x_s, x0), or None where the original's own step has to be taken."""
+        """Returns (x_s, x0), or None where the original's own step has to be taken."""
         ...
 
     def batch_step(
@@ -70,28 +76,28 @@ class Strategy(Protocol):
         eta: float,
         rederive: bool,
     ) -> Tensor | None:
-        """x_s of samples at different timesteps, or None as ``step``."""
+        """Returns x_s of samples at different timesteps, or None as ``step`` does."""
         ...
 
     def previous_timestep(self, scheduler: Base, timestep: int | Tensor) -> int:
-        """The timestep that the step from ``timestep`` goes to."""
+        """Returns the timestep that the step from ``timestep`` goes to."""
         ...
 
     def variance(self, scheduler: Base, timestep: int | Tensor, prev_timestep: Any) -> Tensor:
-        """σ² of this step at η = 1."""
+        """Returns σ² of this step at η = 1."""
         ...
 
     def variances(self, scheduler: Base, t: Tensor, prev_t: Tensor) -> Tensor:
-        """``variance`` of each pair."""
+        """Returns the ``variance`` of each pair."""
         ...
 
 
 class Base:
-    """What a strategy reads of a scheduler. Public names are left to diffusers.
+    """Holds what a strategy reads of a scheduler, under private names: the others are diffusers'.
 
-    Many threads may step one scheduler, and many trajectories in turn: what a step keeps belongs
-    to its thread (``_own``) or to the tensor it returned. What describes the schedule is shared:
-    the timesteps and the seeds in use hold for all.
+    Many threads may step one scheduler, and many trajectories may take turns: what a step keeps
+    belongs to its thread (``_own``) or to the tensor it returned. All threads share what describes
+    the schedule: the timesteps and the seeds in use.
     """
 
     if TYPE_CHECKING:
@@ -105,48 +111,50 @@ class Base:
     num_inference_steps: int | None
 
     _parent: Any
-    """The scheduler of diffusers that this one stands for."""
+    """This is the class of diffusers that the scheduler replaces."""
     _upwards = False
+    """The inverse scheduler goes from data up to noise."""
     _ends = "final_alpha_cumprod"
     _as_parent = True
-    """Whether the methods that the original's step calls are the ones the fused step stands for."""
+    """False where a subclass replaces a method that the original's step calls: that step runs."""
     _seeds: Tensor | None = None
     _read: Chosen | None = None
     _tables: Cached | None = None
     _moved: tuple[Tensor, int, Tensor] | None = None
-    """alphas_cumprod as ``add_noise`` moved it to a device, its version then, and the source."""
+    """``add_noise`` moves alphas_cumprod to a device. This holds the result, its version, and the
+    source."""
     _own_memory: Own | None = None
 
     @property
     def _own(self) -> Own:
         found = self._own_memory
-        # setdefault: two threads that come here at once get the same one.
+        # Two threads that come here at once get the same object from setdefault.
         return self.__dict__.setdefault("_own_memory", Own()) if found is None else found
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles of a scheduler make their own tables and buffers."""
+        """Leaves out tables and buffers, which copies and pickles make for themselves."""
         own = ("_tables", "_own_memory", "_read", "_moved")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def _end(self) -> Any:
-        """ᾱ of what is no timestep: the last step's s, or where the first step up begins."""
+        """Returns ᾱ where the last step ends, or where the first step up begins."""
         return getattr(self, self._ends)
 
     def _abar(self) -> Tensor:
-        """``alphas_cumprod``, or where ``add_noise`` moved it to another device, what it moved."""
+        """Returns ``alphas_cumprod``, or what it was before ``add_noise`` moved it to a device."""
         abar, moved = self.alphas_cumprod, self._moved
         if moved is not None and moved[0] is abar and moved[1] == version(abar):
             return moved[2]
         return abar
 
     def _note_moved(self, source: Tensor) -> None:
-        """Keeps what was moved: strict need not read it back, for which a GPU would be awaited."""
+        """Keeps what was moved, because reading it back would wait for the GPU."""
         abar = self.alphas_cumprod
         if abar is not source and (self._moved is None or self._moved[0] is not abar):
             self._moved = abar, version(abar), source
 
     def _chosen(self) -> Chosen:
-        """The chosen timesteps as numbers, read again only where somebody has put in others."""
+        """Returns the chosen timesteps as numbers, and reads them again only where they change."""
         read, timesteps = self._read, self.timesteps
         if read is not None and read.source.unchanged(timesteps):
             return read
@@ -160,10 +168,10 @@ class Base:
         return read
 
     def _row(self, timestep: Any) -> int | Tensor | None:
-        """The timestep as a number where the host knows it, else as a tensor on its device.
+        """Returns the timestep as a number where the host knows it, else as a tensor.
 
-        A timestep taken from ``self.timesteps``, as every pipeline does, is known by its place
-        there: nothing is asked of the device.
+        Pipelines take timesteps from ``self.timesteps``. The host knows such a one by its place
+        there, and need not wait for the device.
         """
         if isinstance(timestep, Tensor):
             if timestep.dim() or timestep.is_floating_point() or timestep.dtype == torch.bool:
@@ -189,14 +197,14 @@ class Base:
         settings: tuple[Any, ...],
         make: Callable[[], Made],
     ) -> Tables:
-        """``cached`` among the tables of this scheduler."""
+        """Returns what ``cached`` finds among the tables of this scheduler."""
         tables = self._tables
         if tables is None:
             tables = cast(Cached, self.__dict__.setdefault("_tables", {}))
         return cached(tables, key, device, made_from, settings, make)
 
     def _drawn(self, like: Tensor, generator: Any) -> Tensor:
-        """float32 normals as the original draws them, on a CPU into the same memory each time."""
+        """Draws float32 normals as the original does, on a CPU into the same memory each time."""
         if like.device != CPU and _are_the_cpus(generator):
             drawn = randn_tensor(like.shape, generator=generator, device=CPU, dtype=torch.float32)
             return sent_pinned(drawn, like.device)
@@ -224,7 +232,7 @@ class Base:
         noise: Tensor | None = None,
         next_input: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(x_s, x0) of arguments that have been checked, bounded as the configuration has it."""
+        """Takes a step of checked arguments, and bounds x0 as the configuration says."""
         config = self.config
         own = NAMES[config.prediction_type]
         clip = threshold = None
@@ -254,7 +262,7 @@ class Base:
 
 
 def fits(scheduler: Base, output: Any, sample: Any, row: int | Tensor) -> bool:
-    """Whether the fused step computes what the original's would."""
+    """Tells whether the fused step computes what the original's step would."""
     config, abar, end = scheduler.config, scheduler.alphas_cumprod, scheduler._end()
     return (
         scheduler.num_inference_steps is not None
@@ -283,7 +291,7 @@ def fits(scheduler: Base, output: Any, sample: Any, row: int | Tensor) -> bool:
 
 
 def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: float) -> bool:
-    """Whether the fused step computes what the original's step of a batch would."""
+    """Tells whether the fused step computes what ``batch_step_no_noise`` of the original would."""
     return (
         not (torch.compiler.is_compiling() or transformed())
         and eta == 0
@@ -295,10 +303,12 @@ def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: f
 
 
 def has_grad(tensor: Tensor) -> bool:
+    """Tells whether autograd would follow what is computed from ``tensor``."""
     return tensor.requires_grad and torch.is_grad_enabled()
 
 
 def like(tensor: Any, sample: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Tells whether it is a tensor of sample's shape and device, and of ``dtype`` or sample's."""
     return (
         isinstance(tensor, Tensor)
         and tensor.shape == sample.shape
@@ -308,6 +318,6 @@ def like(tensor: Any, sample: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def _are_the_cpus(generator: Any) -> bool:
-    """Whether it is a CPU's generator, or a list of them."""
+    """Tells whether it is a CPU's generator, or a list of them."""
     each = generator if isinstance(generator, list) else [generator]
     return all(isinstance(g, torch.Generator) and g.device == CPU for g in each)

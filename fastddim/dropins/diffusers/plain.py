@@ -1,4 +1,4 @@
-"""The plain strategy: the original's own step, from tables by its own float32 operations."""
+"""The plain strategy takes the original's steps, with tables by its own float32 operations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fastddim.transfer import sent
 
 
 class Plain:
-    """Steps as the original takes them, from t to t − T // S. Where they would differ: None."""
+    """Goes from t to t − T // S, and leaves to the original what it would compute otherwise."""
 
     def begin(self, scheduler: Base) -> None:
-        """The original takes any configuration."""
+        """Checks nothing: the original takes any configuration."""
 
     def checked_seeds(self, seeds: Sequence[int] | Tensor | None) -> Tensor | None:
         if seeds is not None:
@@ -108,9 +108,9 @@ class Plain:
 
 
 def _tables(scheduler: Base, eta: float, device: torch.device, final: Tensor | float) -> Tables:
-    """The original's step from each timestep, the negative ones as its indices count them.
+    """Returns the original's step from each timestep, negative ones as its indices count them.
 
-    By its own float32 operations, on the device where it would do them.
+    The original's own float32 operations make them, on the device where it would compute.
     """
     abar, steps, T = (
         scheduler.alphas_cumprod,
@@ -133,7 +133,7 @@ def _tables(scheduler: Base, eta: float, device: torch.device, final: Tensor | f
 
 
 def _upward_tables(scheduler: Base, device: torch.device) -> Tables:
-    """The original's step to each timestep, by its own float32 operations."""
+    """Returns the original's step to each timestep, by its own float32 operations."""
     abar, initial = scheduler.alphas_cumprod, scheduler._end()
     steps, T = scheduler.num_inference_steps, scheduler.config.num_train_timesteps
 

@@ -1,4 +1,4 @@
-"""diffusers' three DDIM schedulers, whose steps are those of a strategy."""
+"""The three schedulers keep diffusers' constructors and methods, and ask a strategy for steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PLAIN, _STRICT = Plain(), Strict()
 
 
 class _Fast(Base):
-    """What the three schedulers share. ``strict`` is in their configuration."""
+    """Holds what the three schedulers share. Their configuration says which strategy they use."""
 
     _result: type[Any]
 
@@ -39,7 +39,7 @@ class _Fast(Base):
 
     @classmethod
     def _get_compatibles(cls) -> list[Any]:
-        """What the original is compatible with, the original, and this class."""
+        """Returns what the original is compatible with, the original, and this class."""
         return [*cls._parent._get_compatibles(), cls]
 
     def _begin(self) -> None:
@@ -62,7 +62,7 @@ class _Fast(Base):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """x_T of the seeds in use, for a pipeline's ``latents=``."""
+        """Returns x_T of the seeds in use, for a pipeline's ``latents=``."""
         if self._seeds is None:
             raise ValueError("seeds must be in use for their latents: call use_seeds first")
         if not shape or shape[0] != len(self._seeds):
@@ -75,7 +75,7 @@ class _Fast(Base):
     def set_timesteps(
         self, num_inference_steps: int, device: str | torch.device | None = None
     ) -> None:
-        """As the original; with ``strict``, exactly S distinct steps for every S and spacing."""
+        """Chooses timesteps as the original; ``strict`` takes exactly S distinct ones."""
         self._strategy.set_timesteps(self, num_inference_steps, device)
         self._chosen()
         self._own.clear()
@@ -87,7 +87,7 @@ class _Fast(Base):
 
 
 class _FastForwards(_Fast):
-    """The constructor and the step of the two schedulers that go from noise to data."""
+    """Holds the constructor and the step of the two schedulers that go from noise to data."""
 
     _result: type[Any] = DDIMSchedulerOutput
 
@@ -141,21 +141,21 @@ class _FastForwards(_Fast):
     def add_noise(
         self, original_samples: Tensor, noise: Tensor, timesteps: torch.IntTensor
     ) -> Tensor:
-        """As the original, which moves ``alphas_cumprod`` to the samples' device for good."""
+        """Does as the original, which moves ``alphas_cumprod`` to the samples' device for good."""
         source = self._abar()
         found = self._parent.add_noise(self, original_samples, noise, timesteps)
         self._note_moved(source)
         return cast(Tensor, found)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: torch.IntTensor) -> Tensor:
-        """As the original, which moves ``alphas_cumprod`` to the samples' device for good."""
+        """Does as the original, which moves ``alphas_cumprod`` to the samples' device for good."""
         source = self._abar()
         found = self._parent.get_velocity(self, sample, noise, timesteps)
         self._note_moved(source)
         return cast(Tensor, found)
 
     def previous_timestep(self, timestep: int | Tensor) -> int:
-        """The timestep that the step from ``timestep`` goes to; below 0 it is the last step.
+        """Returns the timestep that the step from ``timestep`` goes to, below 0 after the last.
 
         The original has no such method. Its step goes to t − T // S, whatever the next timestep
         is, which the plain scheduler repeats; strict goes to the next of the chosen ones, and to
@@ -166,7 +166,7 @@ class _FastForwards(_Fast):
         return self._strategy.previous_timestep(self, timestep)
 
     def _get_variance(self, timestep: int | Tensor, prev_timestep: Any) -> Tensor:
-        """σ² at η = 1, as the original's; with ``strict`` that of the step which is taken.
+        """Returns σ² at η = 1 as the original; with ``strict``, of the step which is taken.
 
         Strict refuses any ``prev_timestep`` but the one its step goes to: code that computes it as
         t − T // S would find another mean and another variance than the samples have.
@@ -184,7 +184,7 @@ class _FastForwards(_Fast):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """(prev_sample, pred_original_sample), as the original's ``step``; see the class."""
+        """Returns (prev_sample, pred_original_sample) as the original's ``step``; see the class."""
         found = self._strategy.step(
             self,
             model_output,
@@ -239,11 +239,11 @@ class FastDDIMParallelScheduler(_FastForwards, DDIMParallelScheduler):
     def _get_variance(
         self, timestep: int | Tensor, prev_timestep: int | Tensor | None = None
     ) -> Tensor:
-        """As ``FastDDIMScheduler``'s; by default of the step that is taken from ``timestep``."""
+        """Returns it as ``FastDDIMScheduler``; by default of the step taken from ``timestep``."""
         return super()._get_variance(timestep, prev_timestep)
 
     def _batch_get_variance(self, t: Tensor, prev_t: Tensor) -> Tensor:
-        """``_get_variance`` of each pair."""
+        """Returns ``_get_variance`` of each pair."""
         return self._strategy.variances(self, t, prev_t)
 
     def batch_step_no_noise(
@@ -254,7 +254,7 @@ class FastDDIMParallelScheduler(_FastForwards, DDIMParallelScheduler):
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
     ) -> Tensor:
-        """x_s of each sample from its own timestep, as the original (η = 0).
+        """Returns x_s of each sample from its own timestep, as the original does (η = 0).
 
         The original ends at ᾱ = 1 here whatever ``set_alpha_to_one`` says; ``strict`` does not.
         """
@@ -323,7 +323,7 @@ class FastDDIMInverseScheduler(_Fast, DDIMInverseScheduler):
         sample: Tensor,
         return_dict: bool = True,
     ) -> Any:
-        """(prev_sample, pred_original_sample), as the original's ``step``; see the class."""
+        """Returns (prev_sample, pred_original_sample) as the original's ``step``; see the class."""
         found = self._strategy.step(self, model_output, timestep, sample, 0.0, False, None, None)
         if found is None:
             return self._parent.step(self, model_output, timestep, sample, return_dict)

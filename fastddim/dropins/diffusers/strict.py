@@ -1,4 +1,4 @@
-"""The strict strategy: each step goes to the next of the chosen timesteps, by float64's factors."""
+"""The strict strategy goes from each chosen timestep to the next, with factors of float64."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from fastddim.timesteps import Pair, make_pairs
 from fastddim.transfer import sent
 
 NEARLY_ZERO = 2.0**-24
-"""ᾱ_T of an ε model on a schedule that ends at 0, where ε alone says nothing of x0: what
-diffusers' own Euler and DDPM schedulers put there."""
+"""An ε model's ᾱ_T takes this value where the schedule ends at 0, because ε alone says nothing of
+x0 there. diffusers' own Euler and DDPM schedulers use it too."""
 
 _SHADOWS = Shadows()
-"""The float32 states of the half precision samples that strict steps have returned."""
+"""This holds the float32 states of half precision samples that strict steps have returned."""
 
 
 class Strict:
-    """Steps along the chosen timesteps. What they cannot honour is refused."""
+    """Goes along the chosen timesteps, and refuses what it cannot honour."""
 
     def begin(self, scheduler: Base) -> None:
         config = scheduler.config
@@ -77,7 +77,7 @@ class Strict:
         generator: Generators,
         noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(x_s, x0) in sample's dtype; the state stays float32 from one step to the next."""
+        """Returns (x_s, x0) in sample's dtype; the state stays float32 from step to step."""
         if eta > 0 and noise is not None and generator is not None:
             raise ValueError("noise has one source, got generator and variance_noise")
         taken: Callable[..., tuple[Tensor, Tensor]]
@@ -146,7 +146,7 @@ class Strict:
 def tables_of(
     scheduler: Base, eta: float, device: torch.device, read: Chosen | None = None
 ) -> Tables:
-    """Each step to the next of the chosen timesteps, in float64 (``make_table``)."""
+    """Returns each step to the next of the chosen timesteps, by ``make_table``."""
     chosen = scheduler._chosen() if read is None else read
     prediction = scheduler.config.prediction_type
 
@@ -159,7 +159,7 @@ def tables_of(
             row_of[t] = place
         to_eps = None
         if scheduler._upwards and prediction != "epsilon":
-            # The model is told where the step goes, and means ε at that level.
+            # The model is told the level where the step goes, and its output belongs to it.
             told = schedule.alphas_cumprod[chosen.levels]
             zeros, ones = np.zeros_like(told), np.ones_like(told)
             to_eps = _with_nan(pack(told, zeros, zeros, ones))
@@ -185,7 +185,7 @@ def _stepped(
     chosen = scheduler._chosen()
     tables = tables_of(scheduler, float(eta), sample.device, chosen)
     place = _place(scheduler, timestep, chosen)
-    # As one of several: an index of no dimensions is read as a number, and reading waits.
+    # PyTorch reads an index of no dimensions as a number, which waits: give it one dimension.
     if isinstance(place, Tensor):
         rows = tables.rows_at(place.view(1)).expand(len(sample))
     else:
@@ -196,7 +196,7 @@ def _stepped(
         noise = scheduler._drawn(x, generator)
     if seeds is not None and seeds.device != sample.device:
         moved = sent(seeds, sample.device)
-        if scheduler._seeds is seeds:  # and no other thread has put in others
+        if scheduler._seeds is seeds:  # Another thread may have put in others.
             scheduler._seeds = moved
         seeds = moved
     own = scheduler._own
@@ -228,7 +228,7 @@ def _stepped(
 
 
 _untraced: Any = torch.compiler.disable(_stepped)
-"""The step in the middle of what torch.compile traces: it stays a call of its own."""
+"""torch.compile leaves this call as it is, in the middle of what it traces."""
 
 
 def _check_step(
@@ -239,7 +239,7 @@ def _check_step(
     noise: Tensor | None,
     seeds: Tensor | None,
 ) -> None:
-    """Refuses, in one line, what a step cannot take."""
+    """Refuses in one line what a step cannot take."""
     if scheduler.num_inference_steps is None:
         raise ValueError("call set_timesteps before step: no timesteps are chosen")
     check_untransformed("step with strict=True")
@@ -278,7 +278,7 @@ def _check_step(
 
 
 def _place(scheduler: Base, timestep: Any, chosen: Chosen) -> int | Tensor:
-    """Which of the chosen timesteps it is; a tensor where the host does not know."""
+    """Returns which of the chosen timesteps it is, or a tensor where the host does not know."""
     t = scheduler._row(timestep)
     if isinstance(t, Tensor):
         position = chosen.position(t)
@@ -302,10 +302,10 @@ def _place(scheduler: Base, timestep: Any, chosen: Chosen) -> int | Tensor:
 
 
 def _levels(scheduler: Base) -> tuple[NoiseSchedule, float]:
-    """ᾱ in float64, and the end's.
+    """Returns ᾱ in float64, and the end's ᾱ.
 
-    Read from ``alphas_cumprod``. Where that is what ``betas`` give, which float32 has rounded
-    at each of its products, they are multiplied again in float64.
+    They are read from ``alphas_cumprod``. Where that is the float32 product of ``betas``, which
+    has rounded at every factor, the product is taken again in float64.
     """
     abar, betas, end = scheduler._abar(), scheduler.betas, scheduler._end()
     if abar.is_meta:  # made under torch.device("meta")
@@ -330,7 +330,7 @@ def _levels(scheduler: Base) -> tuple[NoiseSchedule, float]:
 
 
 def _pairs(scheduler: Base, chosen: Chosen) -> list[Pair]:
-    """The (t, s) of each step, in order; towards noise t is where the step before it ended."""
+    """Returns the (t, s) of each step, in order; towards noise t is where the last step ended."""
     levels, T = chosen.levels, len(scheduler.alphas_cumprod)
     for t in levels:
         if not 0 <= t < T:
@@ -341,20 +341,22 @@ def _pairs(scheduler: Base, chosen: Chosen) -> list[Pair]:
 
 
 def _make_finite(levels: Any, config: Any) -> None:
-    """ᾱ_T of an ε model where it is 0, in place: see ``NEARLY_ZERO``."""
+    """Replaces an ε model's ᾱ_T in place where it is 0: see ``NEARLY_ZERO``."""
     if config.prediction_type == "epsilon" and len(levels) > 1 and levels[-1] <= 0:
         levels[-1] = min(NEARLY_ZERO, float(levels[-2]) / 2)
 
 
 def _with_nan(table: Any) -> Tensor:
-    """The table, and one more row, of NaN."""
+    """Returns the table with one more row, of NaN."""
     rows = torch.from_numpy(table)
     return torch.cat([rows, rows.new_full((1, rows.shape[1]), torch.nan)])
 
 
 def _timesteps(config: Any, steps: int, T: int) -> list[int]:
-    """Exactly S distinct timesteps, rising. ``steps_offset`` moves the leading ones as far as it
-    can without leaving the schedule."""
+    """Returns exactly S distinct timesteps, rising.
+
+    ``steps_offset`` moves the leading ones as far as it can without leaving the schedule.
+    """
     chosen = sorted(t for t, _ in make_pairs(config.timestep_spacing, steps, T))
     if config.timestep_spacing == "leading":
         offset = min(config.steps_offset, T - 1 - chosen[-1])

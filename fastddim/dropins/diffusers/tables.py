@@ -1,4 +1,4 @@
-"""Tables of coefficients on the samples' device, and the tensors that they were made from."""
+"""Tables of coefficients are made once, and again where the tensors behind them change."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ CPU = torch.device("cpu")
 
 
 def version(tensor: Tensor) -> int:
-    """How often it was written in place; tensors of inference mode do not count that."""
+    """Returns how often it was written in place, or 0 where inference mode does not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class Source:
-    """A small tensor that tables were made from, and whether it still holds the same numbers.
+    """Remembers what a small tensor held when tables were made from it.
 
-    On a CPU its bytes are compared, as the version counter does not count ``x.data[...] = 0``. On a
-    GPU looking would wait for the device: there the version decides.
+    On a CPU its bytes are compared, because the version counter does not count
+    ``x.data[...] = 0``. On a GPU reading them would wait for the device: there the version decides.
     """
 
     __slots__ = ("_address", "_bytes", "_version", "_view", "tensor")
@@ -40,6 +40,7 @@ class Source:
         self._bytes, self._address = self._view.tobytes(), tensor.data_ptr()
 
     def unchanged(self, tensor: Any) -> bool:
+        """Tells whether ``tensor`` is the same object and holds the same numbers."""
         if tensor is not self.tensor:
             return False
         if self._view is None:
@@ -49,39 +50,39 @@ class Source:
 
 
 class Tables(NamedTuple):
-    """The coefficients of every step a scheduler may be asked for, on the samples' device."""
+    """Holds the coefficients of every step a scheduler may be asked for, on the samples' device."""
 
     table: Tensor
     rows: Tensor
-    """Of each row its number, int32, so that a step takes its own without a copy to the device."""
+    """The rows' numbers are int32 and on the device, so that a step copies none to it."""
     row_of: Tensor | None
-    """Strict: the row of each timestep, and of one more. The last row, which is of NaN, is that of
-    the timesteps that are not chosen, and of those that are chosen more than once."""
+    """Strict keeps the row of each timestep here, and of one more. Timesteps that are not chosen,
+    or are chosen more than once, have the last row, which is of NaN."""
     to_eps: Tensor | None
-    """Strict, towards noise, where the model returns no ε: rows that turn its output into ε."""
+    """These rows turn the model's output into ε, where strict goes towards noise without one."""
 
     views: dict[int, Tensor]
-    """Views of ``rows`` that steps have taken: making one costs a small step a thirtieth."""
+    """Steps keep their views of ``rows`` here: making one takes a thirtieth of a small step."""
 
     def row(self, row: int, batch: int) -> Tensor:
-        """One row's number for each sample of a batch."""
+        """Returns one row's number for each sample of a batch."""
         found = self.views.get(row)
         if found is None or found.shape[0] != batch:
             found = self.views[row] = self.rows.as_strided((batch,), (0,), row)
         return found
 
     def rows_at(self, t: Tensor) -> Tensor:
-        """Strict: the row of each of these timesteps, which are on the device.
+        """Returns strict's row of each of these timesteps, without waiting for the device.
 
-        Nothing is asked of the device. What is no timestep at all gets the row of NaN as well:
-        −1 counts from the end, and an index beyond it would end the process's use of the GPU.
+        A number that is no timestep at all gets the row of NaN as well: −1 counts from the end,
+        and an index beyond it would end the process's use of the GPU.
         """
         assert self.row_of is not None
         return self.row_of[t.long().clamp(-1, len(self.row_of) - 1)]
 
 
 class Made(NamedTuple):
-    """What ``make`` of ``cached`` returns; ``Tables`` says what the three are."""
+    """Holds what ``make`` of ``cached`` returns; ``Tables`` says what the three are."""
 
     table: Tensor
     row_of: Tensor | None = None
@@ -89,7 +90,7 @@ class Made(NamedTuple):
 
 
 Cached = dict[Any, tuple[Any, Source, Any, Tables]]
-"""Settings, the two sources and the tables, by key, device and stream."""
+"""A cache holds settings, the two sources and the tables, by key, device and stream."""
 
 
 def cached(
@@ -100,11 +101,12 @@ def cached(
     settings: tuple[Any, ...],
     make: Callable[[], Made],
 ) -> Tables:
-    """``make()``'s tables, kept until something that they were made from is another.
+    """Returns ``make()``'s tables, and keeps them until something behind them changes.
 
-    ``made_from``: ᾱ and the end's, tensors that may be written; the second may be a number.
+    ``made_from`` holds ᾱ and the end's ᾱ. Both are tensors that users may write into; the second
+    may also be a number.
     """
-    # Another stream would have to wait for the one that makes them.
+    # Another stream would have to wait for the one that makes the tables.
     key = (key, device, 0 if device.type == "cpu" else stream_of(device))
     held = cache.get(key)
     abar, end = made_from
@@ -137,15 +139,15 @@ def cached(
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """``timesteps`` as they were read last. One is another's equal if it is the same object."""
+    """Holds ``timesteps`` as they were read last; two are equal if they are the same object."""
 
     source: Source
     levels: list[int]
     place: dict[int, int]
-    """The position of each of them that is there once."""
+    """Each timestep that occurs once has its position here."""
 
     def position(self, timestep: Any) -> int | None:
-        """Where in ``timesteps`` this tensor is, if it is an element of it and no copy."""
+        """Returns where in ``timesteps`` this tensor is, if it is an element of it and no copy."""
         whole = self.source.tensor
         if not isinstance(timestep, Tensor) or timestep.dtype != whole.dtype:
             return None
