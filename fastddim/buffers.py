@@ -4,7 +4,6 @@ half precision tensors they were rounded to."""
 from __future__ import annotations
 
 import sys
-import threading
 import weakref
 from collections import deque
 from typing import Any, NamedTuple
@@ -45,19 +44,6 @@ class Spare:
                 marked = tensor.requires_grad or tensor.__dict__ or getweakrefcount(tensor)
                 return None if marked else tensor
         return None
-
-
-class Own(threading.local):
-    """What a drop-in keeps between two steps of one thread. No other thread sees it."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Frees the memory, after the last step of a trajectory."""
-        self.states, self.x0s = Spare(), Spare()
-        self.noise: Tensor | None = None
-        """Memory for the next normals."""
 
 
 class _Shadow(NamedTuple):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -117,29 +116,6 @@ def largest_eta(abar_t: Float64, abar_s: Float64, last: npt.NDArray[np.bool_]) -
         return float("inf")
     t, s = abar_t[moving], abar_s[moving]
     return float(np.sqrt((1 - t) / (1 - t / s)).min())
-
-
-def checked_factors(factors: Callable[[float], tuple[Any, Any]], eta: float, steps: str) -> Any:
-    """``factors(eta)``, (c1, c2) as tensors, by a system's own float32 operations.
-
-    Raises:
-        ValueError: where c2 holds a NaN, naming the largest η of these ``steps`` that gives none.
-    """
-    c1, c2 = factors(eta)
-    if c2.isnan().any():
-        # In millionths, by the same float32 operations: at the exact bound they may give NaN.
-        most, least = 0, math.ceil(eta * 1e6)
-        while least - most > 1:
-            middle = (most + least) // 2
-            if factors(middle / 1e6)[1].isnan().any():
-                least = middle
-            else:
-                most = middle
-        raise ValueError(
-            f"eta must be at most {most / 1e6} for {steps} (beyond it 1 − ᾱ_s − c1² is "
-            f"negative), got {eta:g}"
-        )
-    return c1, c2
 
 
 def checked_prediction(prediction: Any) -> Prediction:

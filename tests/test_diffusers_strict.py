@@ -25,6 +25,7 @@ from fastddim.dropins.diffusers import (
     FastDDIMParallelScheduler,
     FastDDIMScheduler,
 )
+from fastddim.dropins.diffusers.strict import tables_of
 from fastddim.ops import initial_noise
 from fastddim.quality import Gaussian
 from fastddim.timesteps import SpacingName
@@ -324,7 +325,7 @@ def assert_chained(scheduler: Any, steps: int) -> None:
     assert len(levels) == steps
     assert sorted(set(levels), reverse=True) == levels
     assert 0 <= levels[-1] <= levels[0] < T
-    table = scheduler._strict_of(0.0, torch.device("cpu")).table[:-1]
+    table = tables_of(scheduler, 0.0, torch.device("cpu")).table[:-1]
     assert len(table) == steps
     assert torch.equal(table[:-1, 4], table[1:, 0])
     assert table[-1, 4] == 1
@@ -845,7 +846,7 @@ def test_a_variance_of_another_step_than_strict_takes_is_refused() -> None:
 
 def test_the_last_level_of_a_zero_snr_schedule_is_what_the_steps_use() -> None:
     scheduler = strict(10, rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    table = scheduler._strict_of(0.0, torch.device("cpu")).table
+    table = tables_of(scheduler, 0.0, torch.device("cpu")).table
     assert 0 < scheduler.alphas_cumprod[-1] <= 2.0**-24
     assert float(table[0, 0]) ** 2 == pytest.approx(float(scheduler.alphas_cumprod[-1]), rel=1e-4)
     v = strict(10, rescale_betas_zero_snr=True, prediction_type="v_prediction")

@@ -1,4 +1,4 @@
-"""One file for each system replaced. They translate its names and its schedule, no more."""
+"""Each drop-in replaces one system: it translates that system's names and schedule, no more."""
 
 from __future__ import annotations
 

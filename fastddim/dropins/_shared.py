@@ -1,13 +1,193 @@
-"""What several drop-ins need of the machine they run on."""
+"""The drop-ins share tables of factors, the generator's stream, and the step itself."""
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
+
+from fastddim.blocked import BLOCK
+from fastddim.buffers import Spare, fitting
+from fastddim.coefficients import COLUMNS, PREDICTIONS, Prediction
+from fastddim.op import OP as STEP
+from fastddim.step import ddim_step
+
+C1 = COLUMNS.index("c1")
+"""This column holds the noise's factor."""
+
+
+def pack_rows(a_t: Tensor, b_t: Tensor, a_s: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
+    """Returns the table, float32 (steps, 7), of factors that another system computes.
+
+    The columns are those of ``COLUMNS``. The reciprocals are rounded from the float32 a_t and b_t,
+    because the compiled kernel divides by means of them; no other backend reads them.
+    """
+    a_t, b_t, a_s, c1, c2 = (column.to(torch.float32) for column in (a_t, b_t, a_s, c1, c2))
+    return torch.stack([a_t, 1 / a_t, b_t, 1 / b_t, a_s, c1, c2], dim=1)
+
+
+def checked_factors(
+    factors: Callable[[float], tuple[Tensor, Tensor]], eta: float, steps: str
+) -> tuple[Tensor, Tensor]:
+    """Returns (c1, c2) = ``factors(eta)``, which a system's own float32 operations compute.
+
+    Raises:
+        ValueError: where c2 holds a NaN, naming the largest η of these ``steps`` that gives none.
+    """
+    c1, c2 = factors(eta)
+    if c2.isnan().any():
+        # The search uses the same float32 operations: at the exact bound they may give NaN.
+        most, least = 0, math.ceil(eta * 1e6)
+        while least - most > 1:
+            middle = (most + least) // 2
+            if factors(middle / 1e6)[1].isnan().any():
+                least = middle
+            else:
+                most = middle
+        raise ValueError(
+            f"eta must be at most {most / 1e6} for {steps} (beyond it 1 − ᾱ_s − c1² is "
+            f"negative), got {eta:g}"
+        )
+    return c1, c2
 
 
 def stream_of(device: torch.device) -> int:
-    """The stream that is current on ``device``; 0 where there are none.
+    """Returns the CUDA stream that is current on ``device``, or 0 on other devices.
 
-    Tables that are kept belong to a stream: another one would have to wait until they are made.
+    Cached tables belong to one stream: another one would have to wait until they are made.
     """
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def passed_over(x: Tensor) -> Callable[[], None]:
+    """Returns a function that moves the generator as ``torch.randn_like(x)`` would.
+
+    Loops call it in place of drawing noise that has no effect.
+
+    On a CPU a contiguous tensor takes its normals sixteen at a time, in order. Blocks that stay in
+    the cache therefore move the generator alike, and cost no pass over memory.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+        z = torch.empty_like(x)
+
+        def draw_all() -> None:
+            z.normal_()
+
+        return draw_all
+    block = x.new_empty(min(x.numel(), 2 * BLOCK))
+
+    def draw() -> None:
+        left = x.numel()
+        while left > len(block):
+            block[:BLOCK].normal_()
+            left -= BLOCK
+        block[:left].normal_()
+
+    return draw
+
+
+class Buffers:
+    """Takes steps into tensors that earlier steps returned and nobody holds any more.
+
+    The buffers belong to one thread. A step whose result goes into another step needs buffers of
+    its own, or its results would push the states out.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Frees the memory, after the last step of a trajectory."""
+        self.states, self.x0s = Spare(), Spare()
+        self.noise: Tensor | None = None
+
+    def drawn(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draws normals as ``torch.randn_like(like)`` does, into the same memory each time."""
+        z = fitting(self.noise, like)
+        if z is None:
+            z = self.noise = torch.empty_like(like)
+        return z.normal_(generator=generator)
+
+    def stepped(
+        self,
+        table: Tensor,
+        x: Tensor,
+        output: Tensor,
+        rows: Tensor,
+        *,
+        prediction: Prediction = "epsilon",
+        clip: float | None = None,
+        rederive: bool = False,
+        noise_first: bool = False,
+        want_x0: bool = True,
+        seeds: Tensor | None = None,
+        noise: Tensor | None = None,
+        guidance: Tensor | float | None = None,
+        threshold: Tensor | None = None,
+        next_input: Tensor | None = None,
+        checked: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns (x_s, x0) as ``fastddim.ddim_step`` does; drop-ins call the step only here.
+
+        A run fixes ``table`` and the keywords down to ``want_x0``; the others change from step to
+        step. ``checked`` promises that all arguments have the shapes and types that the op takes,
+        and that ``rows``, ``guidance`` and ``threshold`` hold a value for each sample: they are
+        then not checked again.
+        """
+        x_s = fitting(self.states.take(), x)
+        x0 = fitting(self.x0s.take(), x) if want_x0 else None
+        if checked:
+            x_s = torch.empty_like(x) if x_s is None else x_s
+            x0 = torch.empty_like(x) if x0 is None and want_x0 else x0
+            STEP(
+                x,
+                output,
+                table,
+                rows,
+                seeds,
+                noise,
+                guidance,
+                threshold,
+                PREDICTIONS.index(prediction),
+                noise_first,
+                clip,
+                rederive,
+                x_s,
+                x0,
+                next_input,
+            )
+        else:
+            x_s, x0 = ddim_step(
+                x,
+                output,
+                table,
+                rows,
+                seeds,
+                noise=noise,
+                guidance=guidance,
+                prediction=prediction,
+                clip=clip,
+                threshold=threshold,
+                rederive=rederive,
+                noise_first=noise_first,
+                want_x0=want_x0,
+                out=x_s,
+                x0_out=x0,
+                next_input=next_input,
+            )
+        self.states.keep(x_s)
+        if x0 is not None:
+            self.x0s.keep(x0)
+        return x_s, x0
+
+
+class Own(Buffers, threading.local):
+    """Gives every thread buffers of its own."""
+
+    def clear(self) -> None:
+        super().clear()
+        self.between = Buffers()
+        """These take the steps whose result goes into another step."""

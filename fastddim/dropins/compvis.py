@@ -17,14 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.buffers import Own, fitting
 from fastddim.check import finite, kind, shown, whole
-from fastddim.coefficients import checked_factors
+from fastddim.coefficients import Prediction
+from fastddim.dropins._shared import C1, Buffers, Own, checked_factors, pack_rows, passed_over
 from fastddim.predict import shapes, stack
-from fastddim.step import OUTPUTS, check_untransformed, ddim_step
-from fastddim.stream import passed_over
+from fastddim.step import OUTPUTS, check_untransformed
 
-PREDICTIONS = {"eps": "epsilon", "v": "v"}
+PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
 
 
 class _Schedule(NamedTuple):
@@ -83,7 +82,7 @@ class DDIMSampler:
                 f'model.parameterization must be "eps" or "v", got {parameterization!r}, whose '
                 f"output the original reads as ε"
             )
-        self._prediction = PREDICTIONS[parameterization]
+        self._prediction: Prediction = PREDICTIONS[parameterization]
         self._schedule: _Schedule | None = None
         self._own_memory: _Own | None = None
 
@@ -151,7 +150,7 @@ class DDIMSampler:
         c1, c2 = checked_factors(factors, eta, f"these {len(steps)} steps")
         a_t, b_t, a_s = at.sqrt(), float32(one_minus), at_prev.sqrt()
         zero, one = torch.zeros_like(at), torch.ones_like(at)
-        forward = _packed(one, zero, a_t, zero, b_t)
+        forward = pack_rows(one, zero, a_t, zero, b_t)
         if self._prediction == "v":
             levels = torch.from_numpy(steps).to(device)
             a_t = float32(self.model.sqrt_alphas_cumprod)[levels]
@@ -159,10 +158,10 @@ class DDIMSampler:
         self._own.made = self._schedule = _Schedule(
             steps,
             eta,
-            _packed(a_t, b_t, a_s, c1, c2),
+            pack_rows(a_t, b_t, a_s, c1, c2),
             torch.arange(len(steps), dtype=torch.int32, device=device),
-            _packed(a_t, b_t, zero, zero, one),
-            _packed(one, zero, a_s, one, c2),
+            pack_rows(a_t, b_t, zero, zero, one),
+            pack_rows(one, zero, a_s, one, c2),
             forward,
         )
         self.ddim_timesteps = steps
@@ -362,36 +361,33 @@ class DDIMSampler:
             output = self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), both)
         x_t, x = x, x.float()
 
-        def step(x: Tensor, output: Tensor, table: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-            _check_output(output, x, given.get("guidance") is not None)
-            x_s, x0 = ddim_step(x, output, table, row, noise_first=False, **given)
-            assert x0 is not None
-            return x_s, x0
-
+        own = self._own
+        eta, between = schedule.eta, own.between.stepped
         if score_corrector is not None:
-            eps, _ = step(x, output, schedule.to_halves, guidance=w)
+            _check_output(output, x, w is not None)
+            eps, _ = between(schedule.to_halves, x, output, row, guidance=w, want_x0=False)
             keywords = corrector_kwargs or {}
             output = score_corrector.modify_score(self.model, eps, x_t, t, c, **keywords)
             w = None
-        asked = {"guidance": w, "prediction": self._prediction}
-        own = self._own
-        out, x0_out = fitting(own.states.take(), x), fitting(own.x0s.take(), x)
-        scaled = noise_dropout > 0 or (schedule.eta > 0 and temperature != 1)
+        _check_output(output, x, w is not None)
+        prediction = self._prediction
+        scaled = noise_dropout > 0 or (eta > 0 and temperature != 1)
         if not scaled and not quantize_denoised:
-            z = _drawn(x, repeat_noise, schedule.eta > 0)
-            x_s, x0 = step(x, output, table, noise=z, out=out, x0_out=x0_out, **asked)
-            own.x0s.keep(x0)
+            z = _drawn(x, repeat_noise, eta > 0)
+            x_s, x0 = own.stepped(table, x, output, row, prediction=prediction, noise=z, guidance=w)
+            assert x0 is not None
         else:
-            eps, x0 = step(x, output, schedule.to_halves, **asked)
+            eps, x0 = between(schedule.to_halves, x, output, row, prediction=prediction, guidance=w)
+            assert x0 is not None
             if quantize_denoised:
                 x0, *_ = self.model.first_stage_model.quantize(x0)
-            z = _drawn(x, repeat_noise, schedule.eta > 0 or scaled)
+            z = _drawn(x, repeat_noise, eta > 0 or scaled)
             if z is not None:
-                z.mul_(table[index, 5]).mul_(temperature)
+                z.mul_(table[index, C1]).mul_(temperature)
                 if noise_dropout > 0:
                     z = torch.nn.functional.dropout(z, noise_dropout)
-            x_s, _ = step(x0, eps, schedule.from_halves, noise=z, out=out)
-        own.states.keep(x_s)
+            _check_output(eps, x0, False)
+            x_s, _ = own.stepped(schedule.from_halves, x0, eps, row, noise=z, want_x0=False)
         return x_s, x0
 
     @torch.no_grad()
@@ -412,7 +408,7 @@ class DDIMSampler:
             abar = self.model.alphas_cumprod.detach().cpu()
             a, b = (torch.from_numpy(np.sqrt(level.numpy())) for level in (abar, 1 - abar))
             zero, one = torch.zeros_like(a), torch.ones_like(a)
-            table = _packed(one, zero, a, zero, b).to(x0.device, torch.float32)
+            table = pack_rows(one, zero, a, zero, b).to(x0.device, torch.float32)
         else:
             table = schedule.forward
         if not isinstance(t, Tensor) or t.shape != x0.shape[:1] or t.is_floating_point():
@@ -428,7 +424,8 @@ class DDIMSampler:
                 f"noise must have x0's shape, {tuple(x0.shape)}, got {tuple(eps.shape)}"
             )
         # Forward from clean data is a step from there, the noise standing for ε.
-        x_t, _ = ddim_step(x0.float(), eps.float(), table, t.to(torch.int32), want_x0=False)
+        rows = t.to(torch.int32)
+        x_t, _ = Buffers().stepped(table, x0.float(), eps.float(), rows, want_x0=False)
         return x_t
 
     @torch.no_grad()
@@ -537,10 +534,6 @@ def _timesteps(S: int, discretize: str, T: int) -> npt.NDArray[np.int64]:
         f"S (ddim_num_steps) must have timesteps up to {T - 1}, got {S}, which has {steps[-1]} "
         f"among them: near it {' and '.join(map(str, near)) or 'nothing'} will do"
     )
-
-
-def _packed(a_t: Tensor, b_t: Tensor, a_s: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    return torch.stack([a_t, 1 / a_t, b_t, 1 / b_t, a_s, c1, c2], dim=1)
 
 
 def _state(name: str, x: Any) -> Tensor:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastddim import reference
-from fastddim.buffers import Spare
 from fastddim.check import finite, whole
-from fastddim.coefficients import checked_factors
-from fastddim.step import ddim_step
-from fastddim.stream import normals, passed_over
+from fastddim.dropins._shared import Buffers, checked_factors, pack_rows, passed_over
 
 Step: TypeAlias = tuple[Tensor, Tensor | None]
 """(x_s, x0)"""
@@ -53,12 +51,13 @@ def generalized_steps(
     tau = _checked(x, seq, model, b, eta, keep)
     if not _float32(x, tau, b):
         return _kept(reference.generalized_steps(x, tau, model, b, eta), keep)
-    table = _table(tau, b, eta)
+    table, buffers = _table(tau, b, eta), Buffers()
 
-    def step(x: Tensor, eps: Tensor, row: Tensor, z: Tensor | None, **kept: Any) -> Step:
-        return ddim_step(x, eps, table, row, noise=z, **kept)
+    def step(x: Tensor, eps: Tensor, row: Tensor, z: Tensor | None, want_x0: bool) -> Step:
+        return buffers.stepped(table, x, eps, row, noise_first=True, want_x0=want_x0, noise=z)
 
-    return _loop(x, tau, model, step, normals(x) if eta else passed_over(x), keep)
+    draw = partial(buffers.drawn, x) if eta else passed_over(x)
+    return _loop(x, tau, model, step, draw, keep)
 
 
 def ddpm_steps(
@@ -87,19 +86,25 @@ def ddpm_steps(
     if not _float32(x, tau, b):
         return _kept(reference.ddpm_steps(x, tau, model, b), keep)
     sums, means = _ddpm_tables(tau, b)
-    total = torch.empty_like(x)
+    buffers, between = Buffers(), Buffers()
 
-    def step(
-        x: Tensor, eps: Tensor, row: Tensor, z: Tensor | None, want_x0: bool, out: Tensor | None
-    ) -> Step:
+    def step(x: Tensor, eps: Tensor, row: Tensor, z: Tensor | None, want_x0: bool) -> Step:
         # x0 is a difference of two products, as a v model's is; x_t is added in the noise's place.
-        _, x0 = ddim_step(
-            x, eps, sums, row, noise=x, prediction="v", clip=1.0, want_x0=want_x0, out=total
+        total, x0 = between.stepped(
+            sums,
+            x,
+            eps,
+            row,
+            prediction="v",
+            clip=1.0,
+            noise_first=True,
+            want_x0=want_x0,
+            noise=x,
         )
-        x_s, _ = ddim_step(total, total, means, row, noise=z, want_x0=False, out=out)
+        x_s, _ = buffers.stepped(means, total, total, row, noise_first=True, want_x0=False, noise=z)
         return x_s, x0
 
-    return _loop(x, tau, model, step, normals(x), keep)
+    return _loop(x, tau, model, step, partial(buffers.drawn, x), keep)
 
 
 def _loop(
@@ -115,17 +120,13 @@ def _loop(
     rows = torch.arange(len(tau), dtype=torch.int32, device=x.device)
     xs: list[Tensor] = [x]
     x0_preds: list[Tensor] = []
-    spare = Spare()
     for row, i in enumerate(reversed(tau)):
         with torch.no_grad():
             eps = model(x, torch.full((len(x),), float(i), device=x.device))
             z = draw()
             wanted = keep == "all" or row == len(tau) - 1
-            x_s, x0 = step(x, eps, rows[row], z, want_x0=wanted, out=spare.take())
-        if row:  # the first x is the caller's
-            spare.keep(x)
-        x = x_s
-        del x_s, eps
+            x, x0 = step(x, eps, rows[row], z, wanted)
+        del eps  # The model may return a view of a state, which the next step could not reuse.
         if keep == "last":
             xs, x0_preds = [], []
         if x0 is not None:
@@ -155,7 +156,7 @@ def _table(tau: Sequence[int], b: Tensor, eta: float) -> Tensor:
         return c1, ((1 - at_next) - c1**2).sqrt()
 
     c1, c2 = checked_factors(factors, eta, "this seq")
-    return _packed(at.sqrt(), (1 - at).sqrt(), at_next.sqrt(), c1, c2)
+    return pack_rows(at.sqrt(), (1 - at).sqrt(), at_next.sqrt(), c1, c2)
 
 
 @torch.no_grad()
@@ -165,8 +166,8 @@ def _ddpm_tables(tau: Sequence[int], b: Tensor) -> tuple[Tensor, Tensor]:
     beta, zero, one = 1 - at / at_next, torch.zeros_like(at), torch.ones_like(at)
     from_x0, from_x = at_next.sqrt() * beta, (1 - beta).sqrt() * (1 - at_next)
     noisy = torch.tensor([float(t > 0) for t in reversed(tau)], device=b.device)
-    sums = _packed((1.0 / at).sqrt(), (1.0 / at - 1).sqrt(), from_x0, from_x, zero)
-    return sums, _packed(1.0 - at, zero, one, noisy * (0.5 * beta.log()).exp(), zero)
+    sums = pack_rows((1.0 / at).sqrt(), (1.0 / at - 1).sqrt(), from_x0, from_x, zero)
+    return sums, pack_rows(1.0 - at, zero, one, noisy * (0.5 * beta.log()).exp(), zero)
 
 
 def _levels(tau: Sequence[int], b: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,10 +176,6 @@ def _levels(tau: Sequence[int], b: Tensor) -> tuple[Tensor, Tensor]:
     s = torch.tensor([-1, *tau[:-1]][::-1], device=b.device)
     at, at_next = (reference.compute_alpha(b, level).flatten() for level in (t, s))
     return at, at_next
-
-
-def _packed(a_t: Tensor, b_t: Tensor, a_s: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    return torch.stack([a_t, 1 / a_t, b_t, 1 / b_t, a_s, c1, c2], dim=1)
 
 
 def _checked(

@@ -18,13 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim.buffers import Spare, fitting
+from fastddim.buffers import fitting
 from fastddim.check import finite, kind, shown, whole
-from fastddim.coefficients import checked_factors
-from fastddim.dropins._shared import stream_of
+from fastddim.dropins._shared import Buffers, checked_factors, pack_rows, passed_over, stream_of
 from fastddim.schedule import Float64, NoiseSchedule, guided_diffusions
-from fastddim.step import OUTPUTS, check_untransformed, ddim_step
-from fastddim.stream import passed_over
+from fastddim.step import OUTPUTS, check_untransformed
 from fastddim.transfer import sent
 
 Denoised: TypeAlias = Callable[[Tensor], Tensor] | None
@@ -307,9 +305,8 @@ class _Step:
         if getattr(diffusion, "rescale_timesteps", False):
             T = getattr(diffusion, "original_num_steps", self.count)
             self.seen = self.seen.float() * (1000.0 / T)
-        self.states, self.x0s = Spare(), Spare()
+        self.buffers, self.between = Buffers(), Buffers()
         self.scaled: Tensor | None = None
-        self.z: Tensor | None = None
 
     @torch.no_grad()
     def __call__(
@@ -327,17 +324,18 @@ class _Step:
         if scaled is None:
             scaled = self.scaled = torch.empty_like(x, dtype=torch.float32)
         torch.mul(x, self.scale[t].view(each), out=scaled)
+        between = self.between.stepped
         if self.denoised_fn is not None:
             x0 = said
             if prediction == "epsilon":
-                x0, _ = ddim_step(scaled, said, self.only_x0, rows, want_x0=False)
+                x0, _ = between(self.only_x0, scaled, said, rows, want_x0=False)
             said = _checked("denoised_fn", self.denoised_fn(x0), x.shape)
             prediction = "sample"
         if self.cond_fn is not None:
-            said, _ = ddim_step(
+            said, _ = between(
+                self.only_eps,
                 scaled,
                 said,
-                self.only_eps,
                 rows,
                 prediction=prediction,
                 clip=clip,
@@ -347,24 +345,19 @@ class _Step:
             score = _checked("cond_fn", self.cond_fn(x, seen, **self.model_kwargs), x.shape)
             said -= self.shift[t].view(each) * score
             prediction, clip = "epsilon", None
-        x_s, x0_or_none = ddim_step(
+        x_s, x0_or_none = self.buffers.stepped(
+            self.table,
             scaled,
             said,
-            self.table,
             rows,
-            noise=self._noise(x),
             prediction=prediction,
             clip=clip,
             rederive=True,
-            noise_first=False,
             want_x0=want_x0,
-            out=fitting(self.states.take(), scaled),
-            x0_out=fitting(self.x0s.take(), scaled) if want_x0 else None,
+            noise=self._noise(x),
         )
-        self.states.keep(x_s)
         out = {"sample": x_s}
         if x0_or_none is not None:
-            self.x0s.keep(x0_or_none)
             out["pred_xstart"] = x0_or_none
         return out
 
@@ -375,10 +368,7 @@ class _Step:
         if self.eta == 0:
             passed_over(x)()
             return None
-        z = fitting(self.z, x)
-        if z is None:
-            z = self.z = torch.empty_like(x)
-        return z.normal_().float()
+        return self.buffers.drawn(x).float()
 
 
 @lru_cache(maxsize=16)
@@ -412,7 +402,7 @@ def _tables(
     if eta:
         c1, c2 = checked_factors(factors, eta, "these timesteps")
     returned = (at_s.sqrt(), c1, c2), (one, none, none), (none, none, one)
-    tables = [torch.stack([one, one, b, 1 / b, *last], dim=1) for last in returned]
+    tables = [pack_rows(one, b, *last) for last in returned]
     return on_device(np.sqrt(1.0 / abar)), (1 - at).sqrt(), *tables
 
 

@@ -1,0 +1,323 @@
+"""Both strategies read the same things of a scheduler, and offer it the same methods."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastddim.check import kind
+from fastddim.coefficients import Prediction
+from fastddim.dropins._shared import Buffers, Own
+from fastddim.dropins.diffusers.tables import (
+    CPU,
+    Cached,
+    Chosen,
+    Made,
+    Source,
+    Tables,
+    cached,
+    version,
+)
+from fastddim.step import transformed
+from fastddim.transfer import sent_pinned
+
+NAMES: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
+
+
+class Strategy(Protocol):
+    """Decides how a scheduler takes its steps.
+
+    A strategy keeps nothing, so that schedulers can be copied and freed: each method is given the
+    scheduler.
+    """
+
+    def begin(self, scheduler: Base) -> None:
+        """Checks the configuration, and prepares what the original's constructor has made."""
+        ...
+
+    def checked_seeds(self, seeds: Sequence[int] | Tensor | None) -> Tensor | None:
+        """Returns the seeds that ``use_seeds`` was given as the steps take them."""
+        ...
+
+    def set_timesteps(
+        self, scheduler: Base, num_inference_steps: int, device: str | torch.device | None
+    ) -> None:
+        """Chooses the timesteps."""
+        ...
+
+    def step(
+        self,
+        scheduler: Base,
+        output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        eta: float,
+        rederive: bool,
+        generator: Generators,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Returns (x_s, x0), or None where the original's own step has to be taken."""
+        ...
+
+    def batch_step(
+        self,
+        scheduler: Base,
+        output: Tensor,
+        timesteps: Tensor,
+        sample: Tensor,
+        eta: float,
+        rederive: bool,
+    ) -> Tensor | None:
+        """Returns x_s of samples at different timesteps, or None as ``step`` does."""
+        ...
+
+    def previous_timestep(self, scheduler: Base, timestep: int | Tensor) -> int:
+        """Returns the timestep that the step from ``timestep`` goes to."""
+        ...
+
+    def variance(self, scheduler: Base, timestep: int | Tensor, prev_timestep: Any) -> Tensor:
+        """Returns σ² of this step at η = 1."""
+        ...
+
+    def variances(self, scheduler: Base, t: Tensor, prev_t: Tensor) -> Tensor:
+        """Returns the ``variance`` of each pair."""
+        ...
+
+
+class Base:
+    """Holds what a strategy reads of a scheduler, under private names: the others are diffusers'.
+
+    Many threads may step one scheduler, and many trajectories may take turns: what a step keeps
+    belongs to its thread (``_own``) or to the tensor it returned. All threads share what describes
+    the schedule: the timesteps and the seeds in use.
+    """
+
+    if TYPE_CHECKING:
+
+        @property
+        def config(self) -> Any: ...
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+    timesteps: Tensor
+    num_inference_steps: int | None
+
+    _parent: Any
+    """This is the class of diffusers that the scheduler replaces."""
+    _upwards = False
+    """The inverse scheduler goes from data up to noise."""
+    _ends = "final_alpha_cumprod"
+    _as_parent = True
+    """False where a subclass replaces a method that the original's step calls: that step runs."""
+    _seeds: Tensor | None = None
+    _read: Chosen | None = None
+    _tables: Cached | None = None
+    _moved: tuple[Tensor, int, Tensor] | None = None
+    """``add_noise`` moves alphas_cumprod to a device. This holds the result, its version, and the
+    source."""
+    _own_memory: Own | None = None
+
+    @property
+    def _own(self) -> Own:
+        found = self._own_memory
+        # Two threads that come here at once get the same object from setdefault.
+        return self.__dict__.setdefault("_own_memory", Own()) if found is None else found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out tables and buffers, which copies and pickles make for themselves."""
+        own = ("_tables", "_own_memory", "_read", "_moved")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def _end(self) -> Any:
+        """Returns ᾱ where the last step ends, or where the first step up begins."""
+        return getattr(self, self._ends)
+
+    def _abar(self) -> Tensor:
+        """Returns ``alphas_cumprod``, or what it was before ``add_noise`` moved it to a device."""
+        abar, moved = self.alphas_cumprod, self._moved
+        if moved is not None and moved[0] is abar and moved[1] == version(abar):
+            return moved[2]
+        return abar
+
+    def _note_moved(self, source: Tensor) -> None:
+        """Keeps what was moved, because reading it back would wait for the GPU."""
+        abar = self.alphas_cumprod
+        if abar is not source and (self._moved is None or self._moved[0] is not abar):
+            self._moved = abar, version(abar), source
+
+    def _chosen(self) -> Chosen:
+        """Returns the chosen timesteps as numbers, and reads them again only where they change."""
+        read, timesteps = self._read, self.timesteps
+        if read is not None and read.source.unchanged(timesteps):
+            return read
+        if not isinstance(timesteps, Tensor) or timesteps.dim() != 1:
+            got = tuple(timesteps.shape) if isinstance(timesteps, Tensor) else kind(timesteps)
+            raise TypeError(f"timesteps must be a tensor of one dimension, got {got}")
+        source, levels = Source(timesteps), [int(t) for t in timesteps.tolist()]
+        times = Counter(levels)
+        place = {t: i for i, t in enumerate(levels) if times[t] == 1}
+        read = self._read = Chosen(source, levels, place)
+        return read
+
+    def _row(self, timestep: Any) -> int | Tensor | None:
+        """Returns the timestep as a number where the host knows it, else as a tensor.
+
+        Pipelines take timesteps from ``self.timesteps``. The host knows such a one by its place
+        there, and need not wait for the device.
+        """
+        if isinstance(timestep, Tensor):
+            if timestep.dim() or timestep.is_floating_point() or timestep.dtype == torch.bool:
+                return None
+            if timestep.is_cpu:
+                return int(timestep)
+            read = self._read
+            if read is not None and read.source.unchanged(read.source.tensor):
+                position = read.position(timestep)
+                if position is not None:
+                    return read.levels[position]
+            return timestep
+        try:
+            return None if isinstance(timestep, bool) else operator.index(timestep)
+        except TypeError:
+            return None
+
+    def _tables_of(
+        self,
+        key: Any,
+        device: torch.device,
+        made_from: tuple[Tensor, Any],
+        settings: tuple[Any, ...],
+        make: Callable[[], Made],
+    ) -> Tables:
+        """Returns what ``cached`` finds among the tables of this scheduler."""
+        tables = self._tables
+        if tables is None:
+            tables = cast(Cached, self.__dict__.setdefault("_tables", {}))
+        return cached(tables, key, device, made_from, settings, make)
+
+    def _drawn(self, like: Tensor, generator: Any) -> Tensor:
+        """Draws float32 normals as the original does, on a CPU into the same memory each time."""
+        if like.device != CPU and _are_the_cpus(generator):
+            drawn = randn_tensor(like.shape, generator=generator, device=CPU, dtype=torch.float32)
+            return sent_pinned(drawn, like.device)
+        for_cpu = generator is None or getattr(generator, "device", None) == CPU
+        if not for_cpu or like.device != CPU or not like.is_contiguous():
+            return cast(
+                Tensor,
+                randn_tensor(
+                    like.shape, generator=generator, device=like.device, dtype=torch.float32
+                ),
+            )
+        return self._own.drawn(like, generator)
+
+    def _stepped(
+        self,
+        buffers: Buffers,
+        tables: Tables,
+        x: Tensor,
+        output: Tensor,
+        rows: Tensor,
+        *,
+        rederive: bool = False,
+        want_x0: bool = True,
+        seeds: Tensor | None = None,
+        noise: Tensor | None = None,
+        next_input: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Takes a step of checked arguments, and bounds x0 as the configuration says."""
+        config = self.config
+        own = NAMES[config.prediction_type]
+        clip = threshold = None
+        if getattr(config, "thresholding", False):
+            x0 = buffers.stepped(tables.table, x, output, rows, prediction=own, checked=True)[1]
+            assert x0 is not None
+            s = torch.quantile(x0.flatten(1).abs(), config.dynamic_thresholding_ratio, dim=1)
+            del x0  # The step below may then write this memory.
+            threshold = s.clamp(min=1, max=config.sample_max_value)
+        elif config.clip_sample:
+            clip = config.clip_sample_range
+        return buffers.stepped(
+            tables.table,
+            x,
+            output,
+            rows,
+            prediction=own if tables.to_eps is None else "epsilon",
+            clip=clip,
+            rederive=rederive,
+            want_x0=want_x0,
+            seeds=seeds,
+            noise=noise,
+            threshold=threshold,
+            next_input=next_input,
+            checked=True,
+        )
+
+
+def fits(scheduler: Base, output: Any, sample: Any, row: int | Tensor) -> bool:
+    """Tells whether the fused step computes what the original's step would."""
+    config, abar, end = scheduler.config, scheduler.alphas_cumprod, scheduler._end()
+    return (
+        scheduler.num_inference_steps is not None
+        and isinstance(sample, Tensor)
+        and sample.dim() > 1
+        and like(output, sample)
+        and sample.dtype == torch.float32
+        and (isinstance(row, Tensor) or -abar.shape[0] <= row < abar.shape[0])
+        # The original computes with a Python number in float64, and with other dtypes in theirs.
+        and isinstance(end, Tensor)
+        and end.dtype == abar.dtype == torch.float32
+        and not end.dim()
+        and config.prediction_type in NAMES
+        and (not config.clip_sample or config.clip_sample_range > 0)
+        and scheduler._as_parent
+        and not (
+            (
+                sample.requires_grad
+                or output.requires_grad
+                or abar.requires_grad
+                or end.requires_grad
+            )
+            and torch.is_grad_enabled()
+        )
+    )
+
+
+def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: float) -> bool:
+    """Tells whether the fused step computes what ``batch_step_no_noise`` of the original would."""
+    return (
+        not (torch.compiler.is_compiling() or transformed())
+        and eta == 0
+        and isinstance(timesteps, Tensor)
+        and timesteps.shape == sample.shape[:1]
+        and not timesteps.is_floating_point()
+        and fits(scheduler, output, sample, 0)
+    )
+
+
+def has_grad(tensor: Tensor) -> bool:
+    """Tells whether autograd would follow what is computed from ``tensor``."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def like(tensor: Any, sample: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Tells whether it is a tensor of sample's shape and device, and of ``dtype`` or sample's."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.shape == sample.shape
+        and tensor.dtype == (dtype or sample.dtype)
+        and tensor.device == sample.device
+    )
+
+
+def _are_the_cpus(generator: Any) -> bool:
+    """Tells whether it is a CPU's generator, or a list of them."""
+    each = generator if isinstance(generator, list) else [generator]
+    return all(isinstance(g, torch.Generator) and g.device == CPU for g in each)

@@ -1,0 +1,149 @@
+"""The plain strategy takes the original's steps, with tables by its own float32 operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastddim.dropins._shared import Buffers, pack_rows
+from fastddim.dropins.diffusers.base import Base, Generators, batch_fits, fits, has_grad, like
+from fastddim.dropins.diffusers.tables import Made, Tables
+from fastddim.step import transformed
+from fastddim.transfer import sent
+
+
+class Plain:
+    """Goes from t to t − T // S, and leaves to the original what it would compute otherwise."""
+
+    def begin(self, scheduler: Base) -> None:
+        """Checks nothing: the original takes any configuration."""
+
+    def checked_seeds(self, seeds: Sequence[int] | Tensor | None) -> Tensor | None:
+        if seeds is not None:
+            raise ValueError("seeds need strict=True: the original draws from a generator")
+        return None
+
+    def set_timesteps(
+        self, scheduler: Base, num_inference_steps: int, device: str | torch.device | None
+    ) -> None:
+        scheduler._parent.set_timesteps(scheduler, num_inference_steps, device)
+
+    def step(
+        self,
+        scheduler: Base,
+        output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        eta: float,
+        rederive: bool,
+        generator: Generators,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        if torch.compiler.is_compiling() or transformed():
+            return None
+        row = scheduler._row(timestep)
+        if (
+            row is None
+            or not isinstance(eta, (int, float))
+            or not fits(scheduler, output, sample, row)
+        ):
+            return None
+        z = noise if eta > 0 else None
+        if z is not None and (generator is not None or not like(z, sample) or has_grad(z)):
+            return None
+        tables = (
+            _upward_tables(scheduler, sample.device)
+            if scheduler._upwards
+            else _tables(scheduler, float(eta), sample.device, scheduler._end())
+        )
+        shift, batch = tables.rows.shape[0] // 2, sample.shape[0]
+        if isinstance(row, Tensor):
+            rows = (row + shift).to(torch.int32).expand(batch)
+        else:
+            rows = tables.row(row + shift, batch)
+        if eta > 0 and z is None:
+            z = scheduler._drawn(output, generator)
+        own = scheduler._own
+        x_s, x0 = scheduler._stepped(own, tables, sample, output, rows, rederive=rederive, noise=z)
+        read = scheduler._read
+        if read is not None and type(row) is int and read.levels and row == read.levels[-1]:
+            own.clear()
+        assert x0 is not None
+        return x_s, x0
+
+    def batch_step(
+        self,
+        scheduler: Base,
+        output: Tensor,
+        timesteps: Tensor,
+        sample: Tensor,
+        eta: float,
+        rederive: bool,
+    ) -> Tensor | None:
+        if not batch_fits(scheduler, output, timesteps, sample, eta):
+            return None
+        # The original ends a batch at ᾱ = 1, whatever its attribute says.
+        tables = _tables(scheduler, 0.0, sample.device, 1.0)
+        rows = (timesteps + len(scheduler.alphas_cumprod)).to(torch.int32)
+        rows = sent(rows, sample.device)
+        x_s, _ = scheduler._stepped(
+            Buffers(), tables, sample, output, rows, rederive=rederive, want_x0=False
+        )
+        return x_s
+
+    def previous_timestep(self, scheduler: Base, timestep: int | Tensor) -> int:
+        steps = scheduler.num_inference_steps
+        assert steps is not None
+        return int(timestep) - int(scheduler.config.num_train_timesteps // steps)
+
+    def variance(self, scheduler: Base, timestep: int | Tensor, prev_timestep: Any) -> Tensor:
+        found = scheduler._parent._get_variance(scheduler, timestep, prev_timestep)
+        return cast(Tensor, found)
+
+    def variances(self, scheduler: Base, t: Tensor, prev_t: Tensor) -> Tensor:
+        return cast(Tensor, scheduler._parent._batch_get_variance(scheduler, t, prev_t))
+
+
+def _tables(scheduler: Base, eta: float, device: torch.device, final: Tensor | float) -> Tables:
+    """Returns the original's step from each timestep, negative ones as its indices count them.
+
+    The original's own float32 operations make them, on the device where it would compute.
+    """
+    abar, steps, T = (
+        scheduler.alphas_cumprod,
+        scheduler.num_inference_steps,
+        scheduler.config.num_train_timesteps,
+    )
+
+    def make() -> Made:
+        t = torch.arange(-len(abar), len(abar), device=abar.device)
+        s = t - T // steps
+        at, last = abar[t], torch.as_tensor(final, dtype=abar.dtype, device=abar.device)
+        at_prev = torch.where(s >= 0, abar[s.clamp(min=0)], last)
+        variance = ((1 - at_prev) / (1 - at)) * (1 - at / at_prev)
+        sigma = eta * variance**0.5
+        direction = (1 - at_prev - sigma**2) ** 0.5
+        return Made(pack_rows(at**0.5, (1 - at) ** 0.5, at_prev**0.5, sigma, direction))
+
+    # A batch ends at a number, everything else at a tensor.
+    return scheduler._tables_of((eta, type(final)), device, (abar, final), (steps, T), make)
+
+
+def _upward_tables(scheduler: Base, device: torch.device) -> Tables:
+    """Returns the original's step to each timestep, by its own float32 operations."""
+    abar, initial = scheduler.alphas_cumprod, scheduler._end()
+    steps, T = scheduler.num_inference_steps, scheduler.config.num_train_timesteps
+
+    def make() -> Made:
+        to = torch.arange(-len(abar), len(abar), device=abar.device)
+        at = (to - T // steps).clamp(max=T - 1)
+        first = initial.to(abar.device)
+        abar_t = torch.where(at >= 0, abar[at.clamp(0, len(abar) - 1)], first)
+        abar_s = abar[to]
+        a, none = abar_t**0.5, torch.zeros_like(abar_t)
+        return Made(pack_rows(a, (1 - abar_t) ** 0.5, abar_s**0.5, none, (1 - abar_s) ** 0.5))
+
+    return scheduler._tables_of("inverse", device, (abar, initial), (steps, T), make)

@@ -1,0 +1,159 @@
+"""Tables of coefficients are made once, and again where the tensors behind them change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastddim.dropins._shared import stream_of
+from fastddim.transfer import sent
+
+CPU = torch.device("cpu")
+
+
+def version(tensor: Tensor) -> int:
+    """Returns how often it was written in place, or 0 where inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Source:
+    """Remembers what a small tensor held when tables were made from it.
+
+    On a CPU its bytes are compared, because the version counter does not count
+    ``x.data[...] = 0``. On a GPU reading them would wait for the device: there the version decides.
+    """
+
+    __slots__ = ("_address", "_bytes", "_version", "_view", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._version = tensor, version(tensor)
+        self._view: Any = None
+        self._bytes, self._address = b"", 0
+        try:
+            self._view = tensor.detach().numpy()
+        except (RuntimeError, TypeError, AttributeError):  # not on a CPU, or no NumPy dtype
+            return
+        self._bytes, self._address = self._view.tobytes(), tensor.data_ptr()
+
+    def unchanged(self, tensor: Any) -> bool:
+        """Tells whether ``tensor`` is the same object and holds the same numbers."""
+        if tensor is not self.tensor:
+            return False
+        if self._view is None:
+            return version(tensor) == self._version
+        same_memory = tensor.data_ptr() == self._address  # what ``x.data = ...`` changes
+        return same_memory and bool(self._view.tobytes() == self._bytes)
+
+
+class Tables(NamedTuple):
+    """Holds the coefficients of every step a scheduler may be asked for, on the samples' device."""
+
+    table: Tensor
+    rows: Tensor
+    """The rows' numbers are int32 and on the device, so that a step copies none to it."""
+    row_of: Tensor | None
+    """Strict keeps the row of each timestep here, and of one more. Timesteps that are not chosen,
+    or are chosen more than once, have the last row, which is of NaN."""
+    to_eps: Tensor | None
+    """These rows turn the model's output into ε, where strict goes towards noise without one."""
+
+    views: dict[int, Tensor]
+    """Steps keep their views of ``rows`` here: making one takes a thirtieth of a small step."""
+
+    def row(self, row: int, batch: int) -> Tensor:
+        """Returns one row's number for each sample of a batch."""
+        found = self.views.get(row)
+        if found is None or found.shape[0] != batch:
+            found = self.views[row] = self.rows.as_strided((batch,), (0,), row)
+        return found
+
+    def rows_at(self, t: Tensor) -> Tensor:
+        """Returns strict's row of each of these timesteps, without waiting for the device.
+
+        A number that is no timestep at all gets the row of NaN as well: −1 counts from the end,
+        and an index beyond it would end the process's use of the GPU.
+        """
+        assert self.row_of is not None
+        return self.row_of[t.long().clamp(-1, len(self.row_of) - 1)]
+
+
+class Made(NamedTuple):
+    """Holds what ``make`` of ``cached`` returns; ``Tables`` says what the three are."""
+
+    table: Tensor
+    row_of: Tensor | None = None
+    to_eps: Tensor | None = None
+
+
+Cached = dict[Any, tuple[Any, Source, Any, Tables]]
+"""A cache holds settings, the two sources and the tables, by key, device and stream."""
+
+
+def cached(
+    cache: Cached,
+    key: Any,
+    device: torch.device,
+    made_from: tuple[Tensor, Any],
+    settings: tuple[Any, ...],
+    make: Callable[[], Made],
+) -> Tables:
+    """Returns ``make()``'s tables, and keeps them until something behind them changes.
+
+    ``made_from`` holds ᾱ and the end's ᾱ. Both are tensors that users may write into; the second
+    may also be a number.
+    """
+    # Another stream would have to wait for the one that makes the tables.
+    key = (key, device, 0 if device.type == "cpu" else stream_of(device))
+    held = cache.get(key)
+    abar, end = made_from
+    if held is not None:
+        before, abar_before, end_before, found = held
+        if (
+            before == settings
+            and abar_before.unchanged(abar)
+            and (
+                end_before.unchanged(end)
+                if type(end_before) is Source
+                else not isinstance(end, Tensor) and end_before == end
+            )
+        ):
+            return found
+    if len(cache) >= 16:
+        cache.clear()
+    sources = Source(abar), Source(end) if isinstance(end, Tensor) else end
+    table, row_of, to_eps = make()
+    found = Tables(
+        sent(table.to(torch.float32), device),
+        torch.arange(len(table), dtype=torch.int32, device=device),
+        None if row_of is None else sent(row_of, device),
+        None if to_eps is None else sent(to_eps, device),
+        {},
+    )
+    cache[key] = settings, *sources, found
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Holds ``timesteps`` as they were read last; two are equal if they are the same object."""
+
+    source: Source
+    levels: list[int]
+    place: dict[int, int]
+    """Each timestep that occurs once has its position here."""
+
+    def position(self, timestep: Any) -> int | None:
+        """Returns where in ``timesteps`` this tensor is, if it is an element of it and no copy."""
+        whole = self.source.tensor
+        if not isinstance(timestep, Tensor) or timestep.dtype != whole.dtype:
+            return None
+        if timestep.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+            return None
+        offset, stride = timestep.storage_offset() - whole.storage_offset(), whole.stride(0)
+        if stride == 0 or offset % stride or not 0 <= offset // stride < len(self.levels):
+            return None
+        return int(offset // stride)
