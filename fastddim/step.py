@@ -13,11 +13,7 @@ from torch.autograd import forward_ad
 from fastddim import bound, layout
 from fastddim.backends import Fixed, Launch, backend, chosen
 from fastddim.check import finite, kind, whole
-from fastddim.coefficients import (
-    COLUMNS,
-    PREDICTIONS,
-    checked_prediction,
-)
+from fastddim.coefficients import COLUMNS, PREDICTIONS
 from fastddim.op import OP, written
 
 _STATE = torch.float32
@@ -92,7 +88,8 @@ def ddim_step(
     )
     if torch.compiler.is_compiling():  # which traces the op, and none of what is kept below
         return _traced(_fixed(prediction, clip, rederive, noise_first), *given)
-    key = prediction, clip, rederive, noise_first, chosen()
+    # The class too: True equals 1.0, and is no number to clip by.
+    key = prediction, clip, clip.__class__, rederive, noise_first, chosen()
     try:
         step = _steps.get(key)
     except TypeError:  # what has no hash is no option, and is refused below
@@ -185,10 +182,14 @@ def bind(
 
 
 def _fixed(prediction: Any, clip: float | None, rederive: bool, noise_first: bool) -> Fixed:
-    index = PREDICTIONS.index(checked_prediction(prediction))
-    if clip is not None and not finite("clip", clip) > 0:
-        raise ValueError(f"clip must be > 0, got {clip:g}")
-    return Fixed(index, noise_first, clip, rederive)
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    if clip is not None:
+        # Triton would compile another kernel for an int.
+        clip = finite("clip", clip)
+        if not clip > 0:
+            raise ValueError(f"clip must be > 0, got {clip:g}")
+    return Fixed(PREDICTIONS.index(prediction), noise_first, clip, rederive)
 
 
 class _Step:
