@@ -25,7 +25,7 @@ from fastddim.dropins.diffusers import (
     FastDDIMParallelScheduler,
     FastDDIMScheduler,
 )
-from fastddim.ops import initial_noise
+from fastddim.op import initial_noise
 from fastddim.quality import Gaussian
 from fastddim.timesteps import SpacingName
 from tests.refusals import refused
