@@ -35,7 +35,7 @@ from benchmarks.timing import (
     times,
     turn,
 )
-from fastddim import cpu
+from fastddim import backends
 from fastddim.provenance import cpu_name
 
 SEED = "seed's loop"
@@ -122,7 +122,7 @@ def others(
 def paths(device: str) -> list[Backend]:
     if device != "cpu":
         return [lambda: contextlib.nullcontext("")]
-    return [pytorch, numba] if cpu._fused() else [lambda: contextlib.nullcontext(", PyTorch")]
+    return [pytorch, numba] if "numba" in backends.available("cpu") else [pytorch]
 
 
 def measure(

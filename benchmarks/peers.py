@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastddim
 from benchmarks.timing import WrongResultError, by, last_line
-from fastddim import cpu, reference
+from fastddim import backends, reference
 from fastddim.noise import STEP
 
 Run: TypeAlias = Callable[[], Tensor]
@@ -44,17 +44,14 @@ class MissingError(Exception):
 @contextlib.contextmanager
 def pytorch() -> Iterator[str]:
     """The step's PyTorch operations, where numba is installed too."""
-    usual = cpu._fused
-    cpu._fused = lambda: None  # type: ignore[assignment]
-    try:
+    with backends.using("torch"):
         yield ", PyTorch"
-    finally:
-        cpu._fused = usual
 
 
 @contextlib.contextmanager
 def numba() -> Iterator[str]:
-    yield ", numba"
+    with backends.using("numba"):
+        yield ", numba"
 
 
 def on(path: Backend, run: Run) -> Run:
@@ -308,7 +305,7 @@ class Peer:
 
 
 def by_numba(loops: Loops) -> Run:
-    if not cpu._fused():
+    if "numba" not in backends.available("cpu"):
         raise ImportError("numba is not installed")
     return on(numba, loops.sample_seeds)
 

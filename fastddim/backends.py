@@ -52,7 +52,7 @@ def reads_as_it_lies(x: Tensor, output: Tensor) -> bool:
     return False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backend:
     """One way to take a step. A module of the table has one, under the name ``BACKEND``.
 
@@ -152,7 +152,10 @@ def _found(kind: str, name: str | None) -> Backend:
         raise ValueError(
             f"backend must be one that runs on {kind} ({', '.join(available(kind))}), got {name!r}"
         )
-    return _load(name)
+    try:
+        return _load(name)
+    except ImportError as error:
+        raise ImportError(f"backend {name!r} cannot be imported here: {error}") from error
 
 
 def _checked(name: str, of: str) -> None:
@@ -167,7 +170,8 @@ def _runs_on(name: str, kind: str) -> bool:
 
 def _interprets(name: str) -> bool:
     """Whether Triton's interpreter stands in for a GPU: it reads the memory of a CPU as well."""
-    return name == "triton" and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+    asked = os.environ.get("TRITON_INTERPRET", "0").lower()
+    return name == "triton" and asked in ("1", "true", "on")
 
 
 def _imported(name: str) -> Backend | None:

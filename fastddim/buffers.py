@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+FRESH = 1 << 15
+"""Elements below which fresh memory costs a CPU no more than finding some that nobody holds."""
+
+
 class Spare:
     """Tensors of one kind, kept for a later step to write if nobody else holds them by then.
 
@@ -112,6 +116,12 @@ def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
         and tensor.is_inference() == torch.is_inference_mode_enabled()
     )
     return tensor if fits else None
+
+
+def memory(spare: Spare, x: Tensor) -> Tensor:
+    """Memory laid out as x: some that is spare, or new."""
+    found = fitting(spare.take(), x)
+    return torch.empty_like(x) if found is None else found
 
 
 def _holders(box: list[Tensor], storage: torch.UntypedStorage) -> tuple[int, int, int, int]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastddim import noise as counter
-from fastddim.backends import Backend, Fixed, backend
-from fastddim.bound import Bound
+from fastddim.backends import Fixed, backend
+from fastddim.bound import step_of
 
 
 def initial_noise(
@@ -44,13 +44,8 @@ def _ddim_step(
     x0: Tensor | None,
     next_input: Tensor | None,
 ) -> None:
-    key = backend("cpu" if x.is_cpu else x.device), Fixed(prediction, noise_first, clip, rederive)
-    step = _steps.get(key)
-    if step is None:
-        if len(_steps) >= _MOST:
-            _steps.clear()
-        step = _steps[key] = Bound(*key)
-    step(
+    fixed = Fixed(prediction, noise_first, clip, rederive)
+    step_of(backend("cpu" if x.is_cpu else x.device), fixed).take(
         x,
         output,
         table,
@@ -64,10 +59,6 @@ def _ddim_step(
         next_input,
     )
     written(out, x0, next_input)
-
-
-_steps: dict[tuple[Backend, Fixed], Bound] = {}
-_MOST = 64
 
 
 def _normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:

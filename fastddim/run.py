@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastddim import noise as counter
-from fastddim.buffers import Spare, fitting
+from fastddim.buffers import FRESH, Spare, fitting
 from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import PREDICTIONS, Float32, Prediction
 from fastddim.layout import input_like
@@ -26,8 +26,6 @@ Given: TypeAlias = Sequence[Tensor] | Tensor
 Guidance: TypeAlias = (
     float | Sequence[float] | Sequence[Sequence[float]] | Tensor | Callable[[int], Any]
 )
-FRESH = 1 << 15
-"""Elements below which fresh memory costs a CPU no more than finding some that nobody holds."""
 Progress: TypeAlias = bool | Callable[[Iterable[Any]], Iterable[Any]]
 
 

@@ -12,13 +12,10 @@ from torch.autograd import forward_ad
 
 from fastddim import bound, layout
 from fastddim.backends import Fixed, Launch, backend, chosen
+from fastddim.bound import by_op, watched
 from fastddim.check import finite, kind, whole
-from fastddim.coefficients import (
-    COLUMNS,
-    PREDICTIONS,
-    checked_prediction,
-)
-from fastddim.op import OP, written
+from fastddim.coefficients import COLUMNS, PREDICTIONS
+from fastddim.op import written
 
 _STATE = torch.float32
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,7 +89,8 @@ def ddim_step(
     )
     if torch.compiler.is_compiling():  # which traces the op, and none of what is kept below
         return _traced(_fixed(prediction, clip, rederive, noise_first), *given)
-    key = prediction, clip, rederive, noise_first, chosen()
+    # The class too: True equals 1.0, and is no number to clip by.
+    key = prediction, clip, clip.__class__, rederive, noise_first, chosen()
     try:
         step = _steps.get(key)
     except TypeError:  # what has no hash is no option, and is refused below
@@ -185,10 +183,14 @@ def bind(
 
 
 def _fixed(prediction: Any, clip: float | None, rederive: bool, noise_first: bool) -> Fixed:
-    index = PREDICTIONS.index(checked_prediction(prediction))
-    if clip is not None and not finite("clip", clip) > 0:
-        raise ValueError(f"clip must be > 0, got {clip:g}")
-    return Fixed(index, noise_first, clip, rederive)
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    if clip is not None:
+        # Triton would compile another kernel for an int.
+        clip = finite("clip", clip)
+        if not clip > 0:
+            raise ValueError(f"clip must be > 0, got {clip:g}")
+    return Fixed(PREDICTIONS.index(prediction), noise_first, clip, rederive)
 
 
 class _Step:
@@ -247,7 +249,7 @@ class _Step:
             seen = ()
         latest, launch = self._latest
         known: Launch | None = launch if seen == latest else self._launches.get(seen)
-        if known is None or not seen or _watched():
+        if known is None or not seen or watched() or transformed():
             plain = False
         else:
             plain = not torch.is_grad_enabled() or not _require_grad(
@@ -284,8 +286,8 @@ class _Step:
         """The launch for these arguments, which are checked; the op where somebody is watching."""
         given = x, output, *rest
         kinds = {type(tensor) for tensor in given if isinstance(tensor, Tensor)}
-        if _watched() or not kinds <= {Tensor, torch.nn.Parameter}:
-            return partial(_by_op, self._fixed)
+        if watched() or transformed() or not kinds <= {Tensor, torch.nn.Parameter}:
+            return partial(by_op, self._fixed)
         launch = self._launches.get(seen)
         if launch is None or not seen:
             launch = bound.bind(backend(x.device, self._chosen), self._fixed, *given)
@@ -338,29 +340,8 @@ def _traced(
         threshold = threshold.expand(batch)
     out = torch.empty_like(x) if out is None else out
     x0 = x0_out if x0_out is not None or not want_x0 else torch.empty_like(x)
-    _by_op(fixed, x, output, table, rows, seeds, noise, w, threshold, out, x0, next_input)
+    by_op(fixed, x, output, table, rows, seeds, noise, w, threshold, out, x0, next_input)
     return out, x0
-
-
-def _by_op(
-    fixed: Fixed,
-    x: Tensor,
-    output: Tensor,
-    table: Tensor,
-    row: int | Tensor,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    guidance: Tensor | None,
-    threshold: Tensor | None,
-    out: Tensor,
-    x0: Tensor | None,
-    next_input: Tensor | None,
-) -> None:
-    """A launch that torch.compile, dispatch modes, tensor subclasses and the profiler see."""
-    if not isinstance(row, Tensor):
-        row = torch.full((), row, dtype=torch.int32, device=x.device).expand(x.shape[0])
-    inputs = x, output, table, row, seeds, noise, guidance, threshold
-    OP(*inputs, *fixed, out, x0, next_input)
 
 
 def _seen(tensor: Any) -> Any:
@@ -372,15 +353,6 @@ def _seen(tensor: Any) -> Any:
 
 def _require_grad(*tensors: Any) -> bool:
     return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
-
-
-def _watched() -> bool:
-    """Whether a call of the op would be seen: by a dispatch mode, a transform or the profiler."""
-    return bool(_dispatch_modes() or _profiled() or transformed())
-
-
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
 
 
 def _checked(

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import fastddim
-from fastddim import DDIM, NoiseSchedule, checkpoints, embedded, images, ops, sheet
+from fastddim import DDIM, NoiseSchedule, backends, checkpoints, embedded, images, sheet
 from fastddim.__main__ import main
 from fastddim.cli import app, bars, options
 from fastddim.cli.options import MOST_IMAGES, parse_seeds
@@ -957,15 +957,16 @@ def test_info(capfd: pytest.CaptureFixture[str]) -> None:
     assert f"torch {torch.__version__}" in out
     assert "fastddim[cli] is installed: the command line" in out
     line = next(line for line in out.splitlines() if line.startswith("cpu: "))
-    assert line.endswith("a step is one pass compiled by numba") == (ops.backend("cpu") == "numba")
+    takes = backends.backend("cpu").name
+    assert line.endswith("a step is one pass compiled by numba") == (takes == "numba")
 
 
 def test_info_says_what_an_extra_would_add(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastddim.ops.backend", lambda device: "torch")
     monkeypatch.setattr("fastddim.cli.info.util.find_spec", lambda name: None)
-    assert main(["info"]) == 0
+    with backends.using("torch"):
+        assert main(["info"]) == 0
     out = capfd.readouterr().out
     assert "a step is PyTorch's own operations" in out
     assert "fastddim[cpu] would add a step on a CPU as one fused pass" in out

@@ -6,7 +6,7 @@ Each test runs on both of its paths: PyTorch in blocks, and the fused pass where
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -19,24 +19,22 @@ from torch import Tensor
 
 import fastddim
 import fastddim_kernels
-from fastddim import DDIM, cpu, ops, reference
+from fastddim import DDIM, blocked, reference, using
+from fastddim.blocked import BLOCK, PART, _blocks, _scratch
 from fastddim.coefficients import PREDICTIONS
-from fastddim.cpu import BLOCK, PART, _blocks, _scratch
 from fastddim.noise import STEP
+from tests.paths import CPU, normal_, use
 from tests.tolerances import NORMAL_ATOL
 
 TABLE = torch.tensor(DDIM(steps=50, eta=1.0).table)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True, params=["blocks", "fused"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(autouse=True, params=CPU)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """The CPU's path that the test takes."""
-    if request.param == "blocks":
-        monkeypatch.setattr(cpu, "_fused", lambda: None)
-    elif cpu._fused() is None:
-        pytest.skip("the fused pass needs the cpu extra: numba")
-    return str(request.param)
+    with use(request.param):
+        yield str(request.param)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -55,7 +53,7 @@ def by_reference(
     row = TABLE[rows.long()].view(-1, *[1] * (x.dim() - 1), 7)
     if seeds is not None:
         noise = torch.full(x.shape, float("nan"))
-        cpu.normal_(noise, seeds, rows, STEP)  # this path's own, which has tests of its own
+        normal_(noise, seeds, rows, STEP)
     return reference.ddim_step(x, output.float(), row, noise, **options)
 
 
@@ -135,7 +133,7 @@ def test_operations_are_shared_out_while_that_pays(
     busy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("fastddim.cpu.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("fastddim.blocked.time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr("torch.get_num_threads", lambda: 3)
     n, sizes = 10 * PART, list[int]()
     for _, _, first, count in _blocks(1, n, False):
@@ -180,7 +178,7 @@ def test_scratch_is_each_thread_s_own_and_kept() -> None:
 def test_blocks_cross_samples_and_samples_cross_blocks(
     shape: tuple[int, ...], rows_differ: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastddim.cpu.PART", BLOCK)
+    monkeypatch.setattr("fastddim.blocked.PART", BLOCK)
     if rows_differ and shape[0] > 1000:
         shape = (300, shape[1])  # a block for each sample, which takes its time
     x, output, z = (randn(*shape, seed=i) for i in range(3))
@@ -203,8 +201,8 @@ def test_samples_with_factors_of_their_own_equal_the_reference(
     shape: tuple[int, int], together: bool, equal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not together:
-        monkeypatch.setattr("fastddim.cpu._most", lambda: BLOCK)
-        monkeypatch.setattr("fastddim.cpu._together", lambda: BLOCK)
+        monkeypatch.setattr("fastddim.blocked._most", lambda: BLOCK)
+        monkeypatch.setattr("fastddim.blocked._together", lambda: BLOCK)
     batch, each = shape[0], (shape[0], 1)
     x, output, z = (randn(*shape, seed=i) for i in range(3))
     both = randn(2 * batch, shape[1], seed=3)
@@ -213,7 +211,7 @@ def test_samples_with_factors_of_their_own_equal_the_reference(
     rows = (torch.arange(batch) * 7 % 49).to(torch.int32)
     seeds = torch.arange(batch) + 2**32 - 2
     counted = torch.empty(shape)
-    cpu.normal_(counted, seeds, rows, STEP)
+    normal_(counted, seeds, rows, STEP)
     noises: list[tuple[Any, Any, Any, Any]] = [
         (20, None, z, z),
         (rows, None, None, None),
@@ -239,13 +237,13 @@ def test_small_samples_go_together_however_many_there_are(
     given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks: list[int] = []
-    block = cpu._step
+    block = blocked._step
 
     def counting(*arguments: Any) -> None:
         blocks.append(len(arguments[0]))
         block(*arguments)
 
-    monkeypatch.setattr(cpu, "_step", counting)
+    monkeypatch.setattr(blocked, "_step", counting)
     batch = 50_000
     x, output = randn(batch, 2), randn(2 * batch if given == "guidance" else batch, 2)
     rows: Tensor | int = 3
@@ -342,7 +340,7 @@ def test_nan_and_infinity_come_out_as_eagers() -> None:
 
 def assert_agree(found: Tensor, expected: Tensor, path: str, counter_noise: bool) -> None:
     """Equal, but for normals where the two paths' logarithms round differently."""
-    atol = NORMAL_ATOL if counter_noise and path == "fused" else 0.0
+    atol = NORMAL_ATOL if counter_noise and path == "numba" else 0.0
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
@@ -365,9 +363,7 @@ def test_the_kernel_and_the_cpu_agree_on_everything(prediction: str, n: int, pat
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_op_hands_any_layout_to_the_kernel_as_to_the_cpu(
-    layout: str, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_op_hands_any_layout_to_the_kernel_as_to_the_cpu(layout: str, path: str) -> None:
     x = LAYOUTS[layout](randn(2, 3, 4, 5))
     output, z = randn(2, 3, 4, 5, seed=1), channels_last(randn(2, 3, 4, 5, seed=2))
     out = LAYOUTS["slice"](torch.full((2, 3, 4, 5), float("nan")))
@@ -375,8 +371,7 @@ def test_the_op_hands_any_layout_to_the_kernel_as_to_the_cpu(
     for rows, sources in ((3, {"noise": z}), (each, {"noise": z}), (each, {"seeds": seeds})):
         options: dict[str, Any] = {"clip": 1.0, **sources}
         expected = fastddim.ddim_step(x, output, TABLE, rows, **options)
-        with monkeypatch.context() as patch:
-            patch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
+        with using("triton"):
             found = fastddim.ddim_step(x, output, TABLE, rows, out=out, **options)
         for a, b in zip(found, expected, strict=True):
             assert a is not None

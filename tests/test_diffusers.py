@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fastddim import cpu
-from fastddim.cpu import BLOCK
+from fastddim import using
+from fastddim.blocked import BLOCK
 from fastddim.dropins.diffusers import (
     FastDDIMInverseScheduler,
     FastDDIMParallelScheduler,
@@ -344,10 +344,10 @@ def test_mixed_layouts_are_bit_identical(of_sample: str, of_output: str) -> None
         assert_identical(a.pred_original_sample, b.pred_original_sample)
 
 
-def test_without_numba_the_steps_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_fused", lambda: None)
-    for config in GRID[::211]:
-        assert_same_configuration(config)
+def test_without_numba_the_steps_are_the_same() -> None:
+    with using("torch"):
+        for config in GRID[::211]:
+            assert_same_configuration(config)
 
 
 @pytest.mark.parametrize("which", PAIRS)

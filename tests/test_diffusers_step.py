@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastddim_kernels
-from fastddim import ddim_step, ops
+from fastddim import ddim_step
+from tests.paths import CPU, use
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -53,7 +53,7 @@ def quantile_threshold(scheduler: Any, x: Tensor, output: Tensor, row: Tensor, n
 
 @pytest.mark.parametrize(
     "backend",
-    ["cpu", pytest.param("kernel", marks=pytest.mark.slow)],
+    [*CPU, pytest.param("triton", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize(("eta", "rederive"), list(itertools.product([0.0, 1.0], [False, True])))
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -64,10 +64,12 @@ def test_fifty_steps_equal_diffusers(
     eta: float,
     rederive: bool,
     backend: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if backend == "kernel":
-        monkeypatch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
+    with use(backend):
+        assert_equal_to_diffusers(prediction, bound, eta, rederive)
+
+
+def assert_equal_to_diffusers(prediction: str, bound: str, eta: float, rederive: bool) -> None:
     scheduler = diffusers.DDIMScheduler(prediction_type=PREDICTIONS[prediction], **BOUNDS[bound])
     scheduler.set_timesteps(STEPS)
     x = randn(*SHAPE, seed=0)

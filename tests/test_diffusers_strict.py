@@ -26,7 +26,7 @@ from fastddim.dropins.diffusers import (
     FastDDIMScheduler,
 )
 from fastddim.dropins.diffusers.strict import tables_of
-from fastddim.ops import initial_noise
+from fastddim.op import initial_noise
 from fastddim.quality import Gaussian
 from fastddim.timesteps import SpacingName
 from tests.refusals import refused

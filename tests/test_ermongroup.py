@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastddim import generalized_steps, make_pairs, reference
-from fastddim.cpu import BLOCK
+from fastddim.blocked import BLOCK
 from fastddim.dropins.ermongroup import ddpm_steps
 from tests.refusals import refused
 from tests.waiting import allow_waiting, forbid_waiting

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastddim
-from fastddim import DDIM, cpu, reference
+from fastddim import DDIM, backends, reference
 from fastddim.coefficients import PREDICTIONS
 from fastddim.noise import FORWARD, INITIAL, STEP, normals, philox4x32
+from tests import paths
 from tests.tolerances import NORMAL_ATOL, NORMAL_MAX, NORMAL_RARE
 
 numba = pytest.importorskip("numba", reason="the fused pass needs the cpu extra: numba")
 
 from fastddim import fused  # noqa: E402
 from fastddim.fused import CHUNK  # noqa: E402
+
+step = partial(paths.step, fused.BACKEND)
 
 Floats = npt.NDArray[np.float32]
 
@@ -87,7 +91,7 @@ def assert_same_step(
     for want_x0 in (True, False):
         out, x0 = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
         into = x0 if want_x0 else None
-        fused.step(x, output, TABLE, rows, seeds, noise, guidance, threshold, *flags, out, into)
+        step(x, output, TABLE, rows, seeds, noise, guidance, threshold, *flags, out, into)
         torch.testing.assert_close(out, expected[0], rtol=0, atol=0, equal_nan=True)
         if want_x0:
             torch.testing.assert_close(x0, expected[1], rtol=0, atol=0, equal_nan=True)
@@ -195,7 +199,7 @@ def test_every_half_precision_number_is_widened_exactly(dtype: torch.dtype) -> N
         if torch.set_flush_denormal(flush):
             try:
                 args = (x, output, TABLE, rows_of(1, 3), None, None, None, None)
-                fused.step(*args, 2, True, None, False, torch.empty_like(x), x0)
+                step(*args, 2, True, None, False, torch.empty_like(x), x0)
             finally:
                 torch.set_flush_denormal(False)
             torch.testing.assert_close(x0, output.float(), rtol=0, atol=0, equal_nan=True)
@@ -242,7 +246,7 @@ def test_the_table_and_what_belongs_to_samples_may_have_any_stride() -> None:
     out, expected = torch.empty(2, 3, 21).unbind()
     flags = (0, True, None, False)
     for table, into in ((wide[:, ::2], out), (TABLE, expected)):
-        fused.step(x, output, table, rows, seeds, None, w, None, *flags, into, None)
+        step(x, output, table, rows, seeds, None, w, None, *flags, into, None)
     assert torch.equal(out, expected)
 
 
@@ -280,7 +284,7 @@ def test_samples_that_are_not_apart_are_refused_what_is_a_samples_own() -> None:
     for output, rows, w, s in each:
         arguments = (x, output, TABLE, rows, None, None, w, s)
         with pytest.raises(ValueError, match="one after another"):
-            fused.step(*arguments, 0, True, None, False, torch.empty_like(x), None)
+            step(*arguments, 0, True, None, False, torch.empty_like(x), None)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -304,7 +308,7 @@ def test_nothing_is_written_beside_the_results() -> None:
     memory = torch.full((2, 3 * 37 + 16), 12345.0)
     out, x0 = (m[8:-8].view(3, 37).fill_(float("nan")) for m in memory)
     args = (x, output, TABLE, rows_of(3, 2), torch.arange(3), None, None, None)
-    fused.step(*args, 0, True, 1.0, False, out, x0)
+    step(*args, 0, True, 1.0, False, out, x0)
     assert out.isfinite().all()
     assert x0.isfinite().all()
     memory[:, 8:-8] = 12345.0
@@ -316,7 +320,7 @@ def test_a_row_outside_the_table_is_refused_before_anything_is_written(rows: lis
     x, out = randn(2, 5), torch.full((2, 5), 12345.0)
     args = (x, x, TABLE, rows_of(2, rows), None, None, None, None)
     with pytest.raises(ValueError, match=rf"\[0, 50\), got {min(rows)} to {max(rows)}"):
-        fused.step(*args, 0, True, None, False, out, None)
+        step(*args, 0, True, None, False, out, None)
     assert (out == 12345.0).all()
 
 
@@ -529,7 +533,7 @@ def big_step(layout: str = "flat") -> tuple[Tensor, Tensor, Tensor]:
         x, output = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, output))
     out, x0 = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
     args = (x, output, TABLE, rows_of(3, [0, 20, 49]), torch.tensor([5, 2**40, 6]))
-    fused.step(*args, None, None, None, 0, True, 1.0, False, out, x0)
+    step(*args, None, None, None, 0, True, 1.0, False, out, x0)
     noise = torch.full(BIG, float("nan"))
     fused.normal_(noise, torch.tensor([5, 2**40, 6]), rows_of(3, 0), INITIAL)
     return out, x0, noise
@@ -579,10 +583,10 @@ def test_small_calls_are_not_shared(shared: list[int], monkeypatch: pytest.Monke
     monkeypatch.setattr(fused, "NOISY_SHARED", 3 * BIG[1])
     x = randn(*BIG)
     args = (x, x, TABLE, rows_of(3, 4), None, None, None, None, 0, True, None, False)
-    fused.step(*args, torch.empty_like(x), None)
+    step(*args, torch.empty_like(x), None)
     assert not shared
     monkeypatch.setattr(fused, "SHARED", 3 * BIG[1])
-    fused.step(*args, torch.empty_like(x), None)
+    step(*args, torch.empty_like(x), None)
     big_step()
     assert shared == [2, 2, 2]
 
@@ -595,14 +599,15 @@ def test_rows_outside_the_table_are_refused_by_threads_too(
     for rows in ([0, 50, 1], [0, -1, 1]):
         args = (x, x, TABLE, rows_of(3, rows), None, None, None, None, 0, True, None, False)
         with pytest.raises(ValueError, match=r"rows must lie in \[0, 50\), got "):
-            fused.step(*args, out, None)
+            step(*args, out, None)
     assert shared == [2, 2]
     assert (out == 7).all()
 
 
 SHARING = """
 import os, sys, numpy as np, torch, fastddim
-from fastddim import fused
+from fastddim import backends, fused
+from fastddim.bound import Bound
 torch.set_num_threads(2)
 n = 1 << 21
 x, out = torch.randn(2, n), torch.empty(2, n)
@@ -611,7 +616,9 @@ rows = torch.ones(1, dtype=torch.int32).expand(2)
 assert 2 * n >= fused.SHARED
 
 def step(out):
-    fused.step(x, x, table, rows, None, None, None, None, 0, True, None, False, out, None)
+    Bound(fused.BACKEND, backends.Fixed())(
+        x, x, table, rows, None, None, None, None, out, None, None
+    )
 
 team, fused._team = fused._team, None
 step(alone)
@@ -685,22 +692,22 @@ def test_a_forked_child_does_it_alone(before: str) -> None:
 def test_a_forked_child_that_is_the_first_to_compile_does_it_alone() -> None:
     first = """
 import os, torch, fastddim, numpy as np
-from fastddim import cpu
+from fastddim import backends
+from fastddim.bound import Bound
 n = 1 << 21
 x, table = torch.randn(2, n), torch.tensor(fastddim.DDIM(steps=5).table)
 out, rows = torch.add(x, x), torch.ones((), dtype=torch.int32)
-args = x, x, table, rows.expand(2), None, None, None, None, 0, True, None, False, out, None
-cpu._fused = {path}
+args = x, x, table, rows.expand(2), None, None, None, None, out, None, None
 import warnings
 warnings.simplefilter('ignore')
 pid = os.fork()
 if pid == 0:
-    cpu.ddim_step(*args)
+    Bound(backends.backend("cpu", {name!r}), backends.Fixed())(*args)
     os._exit(0 if np.isfinite(out.numpy()).all() else 1)
 print(os.waitpid(pid, 0)[1])
 """
-    assert run(first.format(path="cpu._fused")) == "0"
-    assert run(first.format(path="lambda: None")) == "0"
+    assert run(first.format(name="numba")) == "0"
+    assert run(first.format(name="torch")) == "0"
 
 
 def test_threads_flush_denormals_as_their_caller_does_and_then_as_before() -> None:
@@ -736,21 +743,19 @@ def test_a_step_without_memory_for_its_chunks_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fused, "_take_it_all", Undone())
     x = randn(2, 3)
     with pytest.raises(MemoryError, match="no memory"):
-        fused.step(
-            x, x, TABLE, rows_of(2, 4), None, None, None, None, 0, True, None, False, x, None
-        )
+        step(x, x, TABLE, rows_of(2, 4), None, None, None, None, 0, True, None, False, x, None)
 
 
 # --- Where it is used -------------------------------------------------------------------------
 
 
 def test_the_op_takes_the_fused_pass_where_numba_is() -> None:
-    assert cpu._fused() is fused
+    assert backends.backend("cpu") is fused.BACKEND
     x, output, seeds = randn(2, 3, 8, 8), randn(2, 3, 8, 8, seed=1), torch.tensor([1, 2])
     found, x0 = fastddim.ddim_step(x, output, TABLE, 3, seeds)
     out, x0_out = torch.empty_like(x), torch.empty_like(x)
     args = (x, output, TABLE, rows_of(2, 3), seeds, None, None, None)
-    fused.step(*args, 0, True, None, False, out, x0_out)
+    step(*args, 0, True, None, False, out, x0_out)
     assert torch.equal(found, out)
     assert x0 is not None
     assert torch.equal(x0, x0_out)
@@ -768,12 +773,12 @@ def run(code: str, **env: str) -> str:
 
 STEP_ONCE = """
 import sys, torch, fastddim
-from fastddim import DDIM, cpu
+from fastddim import DDIM, backends
 assert 'numba' not in sys.modules, 'numba came with the package'
 {first}
 x = torch.ones(2, 3)
 fastddim.ddim_step(x, x, torch.tensor(DDIM(steps=5, eta=1.0).table), 1, torch.tensor([1, 2]))
-print(cpu._fused() is not None, 'numba' in sys.modules)
+print('numba' in backends.available('cpu'), 'numba' in sys.modules)
 """
 
 

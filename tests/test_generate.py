@@ -31,14 +31,15 @@ from PIL import Image
 from torch import Tensor
 
 import fastddim
-from fastddim import DDIM, NoiseSchedule, cpu, embedded, evaluate, images, ops, provenance
+from fastddim import DDIM, NoiseSchedule, backends, blocked, embedded, evaluate, images, provenance
 from fastddim.__main__ import main
 from fastddim.embedded import distance
 from fastddim.folder import FORMATS, MANIFEST, Folder, Seeds
 from fastddim.generate import Worker, pictures, shard
-from fastddim.ops import initial_noise
+from fastddim.op import initial_noise
 from fastddim.pace import There
 from fastddim.quality import Gaussian, frechet_distance
+from tests.paths import CPU, use
 from tests.refusals import refused
 
 MODULE = sys.modules["fastddim.generate"]
@@ -261,41 +262,45 @@ def test_the_manifest_is_the_recipe(tmp_path: Path) -> None:
     assert recipe["notes"] == {"prompts": "a.txt"}
 
 
-@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("backend", CPU)
 def test_the_recipe_names_the_backend_that_takes_the_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numba: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     calls: list[str] = []
 
-    def noted(module: Any, name: str, backend: str) -> None:
-        real = getattr(module, name)
+    def noted(owner: Any, name: str, backend: str) -> None:
+        real = getattr(owner, name)
 
         def step(*arguments: Any) -> None:
             calls.append(backend)
             real(*arguments)
 
-        monkeypatch.setattr(module, name, step)
+        monkeypatch.setattr(owner, name, step)
 
-    if numba:
-        noted(pytest.importorskip("fastddim.fused"), "step", "numba")
-    else:
-        monkeypatch.setattr(cpu, "_fused", lambda: None)  # as NUMBA_DISABLE_JIT=1 makes it
-        noted(cpu, "_step", "torch")
-    make(tmp_path / "out", n=4)
+    with use(backend):
+        noted(blocked, "_step", "torch")
+        if "numba" in backends.available("cpu"):
+            noted(importlib.import_module("fastddim.fused")._Calls, "__call__", "numba")
+        make(tmp_path / "out", n=4)
     recipe = Folder.read(tmp_path / "out").recipe
     assert recipe["backend"] == f"cpu, {calls[0]}"
-    assert ("numba" in recipe["versions"]) == numba
-    assert set(calls) == {"numba" if numba else "torch"}
+    assert ("numba" in recipe["versions"]) == (backend == "numba")
+    assert set(calls) == {backend}
 
 
 def test_a_device_without_kernels_takes_its_steps_in_pytorch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert ops.backend("mps") == ops.backend(torch.device("meta")) == "torch"
-    monkeypatch.setattr(ops, "_kernels", lambda device: ops if device == "cuda" else None)
-    assert ops.backend("cuda:1") == "triton"
-    monkeypatch.setattr(ops, "_kernels", lambda device: None)
-    assert ops.backend("cuda") == "torch"
+    def taken(device: torch.device | str) -> str:
+        backends._found.cache_clear()
+        return backends.backend(device).name
+
+    assert taken("mps") == taken(torch.device("meta")) == "torch"
+    assert taken("cuda:1") == "triton"
+    monkeypatch.setitem(sys.modules, "fastddim.on_triton", None)
+    assert taken("cuda") == "torch"
+    monkeypatch.undo()
+    assert taken("cuda") == "triton"
 
 
 def test_no_name_of_a_package_hides_one_of_its_modules() -> None:

@@ -20,7 +20,7 @@ from benchmarks.variants import VARIANTS, step_arguments
 from fastddim import DDIM, reference
 from fastddim.coefficients import PREDICTIONS
 from fastddim.noise import INITIAL, STEP, normals
-from fastddim.ops import initial_noise
+from fastddim.op import initial_noise
 from fastddim_kernels.noise import box_muller
 from tests.apart import apart
 from tests.tolerances import NORMAL_ATOL, NORMAL_MAX, NORMAL_RARE

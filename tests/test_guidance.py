@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule
 from fastddim.coefficients import PREDICTIONS, Prediction
-from fastddim.ops import initial_noise
+from fastddim.op import initial_noise
 from fastddim.quality import Gaussian
 from tests.loops import Dispatched, by_hand, column, conditioned, counter_noise, drawn, last
 from tests.refusals import refused

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from benchmarks import gpu, ladder
 from benchmarks.children import Deadline
 from benchmarks.ladder import BESIDE_COMPILE, CAPTURE, MODELS, PLAIN, RUNGS, SEED, TORCH_COMPILE
 from benchmarks.timing import Record, wall_seconds
-from fastddim import cpu
+from fastddim import using
 
 POLICY = ladder.Case(
     "policy", lambda: ladder.Policy(widths=(8, 16)), (2, 16, 7), 5, cond={"global_cond": (64,)}
@@ -53,10 +53,11 @@ ALONE = [name for name in MODELS if "compiled" not in name]
 
 
 @pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+def quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Three rounds, and no numba, which takes long to compile and is tested elsewhere."""
-    monkeypatch.setattr(cpu, "_fused", lambda: None)
     monkeypatch.setattr(ladder, "SECONDS", 0.0)
+    with using("torch"):
+        yield
 
 
 def rows_of(

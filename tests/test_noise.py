@@ -18,11 +18,12 @@ from torch import Tensor
 
 import fastddim
 import fastddim_kernels
-from fastddim import DDIM, ops
+from fastddim import DDIM
 from fastddim.noise import FORWARD, INITIAL, STEP, _box_muller, normals, philox4x32
-from fastddim.ops import initial_noise
+from fastddim.op import initial_noise
 from fastddim_kernels.noise import key_of, philox_normal4
 from fastddim_kernels.noise import philox4x32 as jitted_philox
+from tests.paths import ALL, use
 from tests.tolerances import NORMAL_ATOL, NORMAL_MAX, NORMAL_RARE, P_VALUE, SIGMAS
 
 Floats = npt.NDArray[np.float32]
@@ -373,10 +374,10 @@ def test_a_hundred_million_normals_are_normal() -> None:
 
 
 @pytest.mark.parametrize("seeds", [torch.arange(8)[::2], torch.tensor([5]).expand(4)])
-@pytest.mark.parametrize("path", ["kernel", "cpu"])
-def test_seeds_may_lie_anywhere(seeds: Tensor, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if path == "kernel":
-        monkeypatch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
-    x = initial_noise(seeds, (4, 6))
-    assert torch.equal(x, initial_noise(seeds.clone(memory_format=torch.contiguous_format), (4, 6)))
+@pytest.mark.parametrize("path", ALL)
+def test_seeds_may_lie_anywhere(seeds: Tensor, path: str) -> None:
+    apart = seeds.clone(memory_format=torch.contiguous_format)
+    with use(path):
+        x = initial_noise(seeds, (4, 6))
+        assert torch.equal(x, initial_noise(apart, (4, 6)))
     assert_same_normals(x.numpy(), normals(seeds.numpy(), np.zeros(4, np.int32), 6, INITIAL))

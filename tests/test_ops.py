@@ -12,9 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastddim
-import fastddim_kernels
-from fastddim import DDIM, ops
-from fastddim.ops import initial_noise
+from fastddim import DDIM, on_triton
+from fastddim.op import initial_noise
+from tests.paths import ALL, use
 
 TABLE = torch.tensor(DDIM(steps=50, eta=1.0).table)
 
@@ -97,20 +97,18 @@ def test_the_noise_passes_opcheck(stream: int) -> None:
     torch.library.opcheck(torch.ops.fastddim.normal_.default, arguments)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "kernel"])
-def test_versions_are_bumped_for_what_is_written_and_for_nothing_else(
-    backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if backend == "kernel":
-        monkeypatch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
+@pytest.mark.parametrize("backend", ALL)
+def test_versions_are_bumped_for_what_is_written_and_for_nothing_else(backend: str) -> None:
     arguments = op_arguments(noise="counter", next_dtype=torch.float16)
     before = [t._version for t in arguments if isinstance(t, Tensor)]
-    torch.ops.fastddim.ddim_step(*arguments)
+    with use(backend):
+        torch.ops.fastddim.ddim_step(*arguments)
     after = [t._version for t in arguments if isinstance(t, Tensor)]
     bumped = [b - a for a, b in zip(before, after, strict=True)]
     assert [n > 0 for n in bumped] == [False] * 5 + [True, True, True]
     out = torch.zeros(2, 3)
-    torch.ops.fastddim.normal_(out, torch.arange(2), rows(0, 0), 1)
+    with use(backend):
+        torch.ops.fastddim.normal_(out, torch.arange(2), rows(0, 0), 1)
     assert out._version > 0
 
 
@@ -435,6 +433,19 @@ def test_a_bad_argument_is_named_in_one_line(case: str) -> None:
     assert type(caught.value) is error
 
 
+def test_what_equals_a_number_that_was_taken_is_still_no_number() -> None:
+    x = randn(2, 3)
+    fastddim.ddim_step(x, x, TABLE, 0, clip=1.0)
+    with pytest.raises(TypeError, match="clip must be a number, got True"):
+        fastddim.ddim_step(x, x, TABLE, 0, clip=True)
+    fastddim.ddim_step(x, torch.cat([x, x]), TABLE, 0, guidance=1.0)
+    with pytest.raises(TypeError, match="guidance must be a number, got True"):
+        fastddim.ddim_step(x, torch.cat([x, x]), TABLE, 0, guidance=True)
+    for row in (True, 1.0):
+        with pytest.raises(TypeError, match="rows must be an integer"):
+            fastddim.ddim_step(x, x, TABLE, row)  # type: ignore[arg-type]
+
+
 def test_grad_is_no_error_where_it_is_off() -> None:
     x = randn(2, 3).requires_grad_()
     with torch.no_grad():
@@ -455,11 +466,12 @@ def test_the_op_runs_where_inference_mode_is_on() -> None:
 def test_an_inexact_step_on_blackwell_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, triton: str, major: int, warned: bool
 ) -> None:
+    monkeypatch.setattr(on_triton.triton, "__version__", triton)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (major if i else 8, 0))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        ops._warn_where_steps_are_rounded_otherwise(triton)
+        on_triton._warn_where_steps_are_rounded_otherwise()
     assert [str(w.message).partition(",")[0] for w in found] == (
         ["Triton 3.6.0 fuses multiplies and adds on a Blackwell GPU"] if warned else []
     )

@@ -22,7 +22,8 @@ from benchmarks.bench_step import Level, Table
 from benchmarks.peers import PEERS, Loops, MissingError, Peer
 from benchmarks.timing import WrongResultError, interval, times
 from benchmarks.variants import VARIANTS
-from fastddim import cpu, reference
+from fastddim import reference
+from tests.paths import here
 
 ROOT = Path(__file__).parents[1]
 TINY = (1, 16, 7)
@@ -306,7 +307,7 @@ def test_ratios_are_those_of_a_round() -> None:
 def test_every_peer_gives_what_it_must(eta: float) -> None:
     for shape in ((1, 16, 7), (2, 3, 5, 7), (1, 2, 3, 5, 7)):
         loops = Loops(shape, 5, eta)
-        for name in ("seed", "diffusers", "scheduler", "pytorch", *["numba"] * bool(cpu._fused())):
+        for name in ("seed", "diffusers", "scheduler", "pytorch", *here("numba")):
             PEERS[name].ready(loops)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastddim import DDIM, NoiseSchedule, Step, reference
 from fastddim.check import SamplingWarning
 from fastddim.coefficients import PREDICTIONS, Prediction
-from fastddim.ops import initial_noise
+from fastddim.op import initial_noise
 from fastddim.predict import device_of
 from fastddim.run import Noise, checked_seeds, place_of
 from tests.refusals import refused

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule, Step
 from fastddim.noise import FORWARD, INITIAL, normals
-from fastddim.ops import initial_noise
+from fastddim.op import initial_noise
 from tests.loops import by_hand, column, counter_noise, drawn, last
 from tests.refusals import refused
 from tests.tolerances import NORMAL_ATOL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import importlib
 import sys
 import threading
@@ -16,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddim import DDIM, cpu
+from fastddim import DDIM
 from fastddim.buffers import Shadows, Spare
 from fastddim.dropins import compvis, ermongroup, guided
 from fastddim.dropins.diffusers import FastDDIMInverseScheduler, FastDDIMScheduler
+from tests.paths import CPU, use
 from tests.refusals import refused
 
 DDIMScheduler: Any = importlib.import_module("diffusers").DDIMScheduler
@@ -51,12 +53,13 @@ def short_turns() -> Iterator[None]:
 
 
 def at_once(run: Callable[[int], Tensor], rounds: int = 5) -> list[Tensor]:
-    """``run`` of each number, in as many threads as begin together."""
+    """``run`` of each number, in as many threads as begin together, by the backend in use here."""
     barrier = threading.Barrier(THREADS)
+    contexts = [contextvars.copy_context() for _ in range(THREADS)]
 
     def began(i: int) -> Tensor:
         barrier.wait()
-        return run(i)
+        return contexts[i].run(run, i)
 
     with short_turns(), ThreadPoolExecutor(THREADS) as pool:
         return [x for _ in range(rounds) for x in pool.map(began, range(THREADS))]
@@ -152,17 +155,14 @@ RUNS: dict[str, Callable[[], Callable[[int], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["numba", "blocks"])
+@pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("which", RUNS)
-def test_threads_give_what_each_gives_alone(
-    which: str, fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not fused:
-        monkeypatch.setattr(cpu, "_fused", lambda: None)
-    alone = [RUNS[which]()(i) for i in range(THREADS)]
-    assert all(x.isfinite().all() for x in alone)
-    for i, found in enumerate(at_once(RUNS[which]())):
-        assert torch.equal(found, alone[i % THREADS]), f"run {i}"
+def test_threads_give_what_each_gives_alone(which: str, backend: str) -> None:
+    with use(backend):
+        alone = [RUNS[which]()(i) for i in range(THREADS)]
+        assert all(x.isfinite().all() for x in alone)
+        for i, found in enumerate(at_once(RUNS[which]())):
+            assert torch.equal(found, alone[i % THREADS]), f"run {i}"
 
 
 def test_the_original_in_threads_is_what_it_is_alone() -> None:

@@ -21,7 +21,6 @@ from fastddim import (
     DDIM,
     NoiseSchedule,
     checkpoints,
-    cpu,
     embedded,
     graph,
     images,
@@ -30,10 +29,11 @@ from fastddim import (
 )
 from fastddim.dropins import compvis, ermongroup, guided
 from fastddim.embedded import classifier
-from fastddim.ops import initial_noise
+from fastddim.op import initial_noise
 from tests import test_compvis
 from tests.apart import apart
 from tests.loops import conditioned, drawn
+from tests.paths import CPU, use
 from tests.pretend import CUDA, Device
 from tests.refusals import refused
 
@@ -247,12 +247,11 @@ def assert_alike(ours: Any, theirs: Any) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.fixture(params=["fused", "blocked"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=CPU)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """A CPU's two paths: with numba and without."""
-    if request.param == "blocked":
-        monkeypatch.setattr(cpu, "_fused", lambda: None)
-    return str(request.param)
+    with use(request.param):
+        yield str(request.param)
 
 
 @contextmanager

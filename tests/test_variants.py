@@ -18,24 +18,15 @@ import fastddim
 import fastddim_kernels
 from benchmarks.counts import Tally
 from benchmarks.variants import VARIANTS, launch_arguments, step_arguments
-from fastddim import cpu, ops, reference
+from fastddim import on_triton, op, reference
 from fastddim.coefficients import PREDICTIONS
 from fastddim.noise import STEP, normals
 from fastddim_kernels import launch
+from tests.paths import ALL, forget, here, instead, normal_, use
 from tests.test_kernel import DRAWN, TABLE, model, randn, same
 from tests.tolerances import EAGER_FACTOR, HALF_ATOL
 
-BACKENDS = ("kernel", "blocks", "fused")
-
-
-def use(backend: str, patch: pytest.MonkeyPatch) -> None:
-    """The kernel, or one of the CPU's two paths."""
-    if backend == "kernel":
-        patch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
-    if backend != "fused":
-        patch.setattr(cpu, "_fused", lambda: None)  # whose normals differ in their last bits
-
-
+BACKENDS = here(*ALL)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PAD, GUARD = 67, 4096.0  # which every dtype can hold
 
@@ -93,7 +84,7 @@ def by_reference(
     rows = torch.as_tensor(rows, dtype=torch.int32).expand(batch)
     if seeds is not None:
         noise = torch.empty(x.shape)
-        cpu.normal_(noise, seeds, rows, STEP)  # the path's own, which has tests of its own
+        normal_(noise, seeds, rows, STEP)
     row = table[rows.long()].view(*each, 7)
     w, s = of_samples(guidance), of_samples(threshold)
     return reference.ddim_step(
@@ -112,7 +103,7 @@ def assert_rounded(next_input: Tensor, x_s: Tensor) -> None:
 
 
 def assert_equals_eager(arguments: dict[str, Any], offset: int = 0) -> None:
-    """Both backends, through the op: every result, and nothing written but these."""
+    """Every backend: every result, and nothing written but these."""
     for backend in BACKENDS:
         memory, called = Memory(), dict(arguments)
         for name in ("out", "next_input"):
@@ -120,8 +111,7 @@ def assert_equals_eager(arguments: dict[str, Any], offset: int = 0) -> None:
                 called[name] = memory.like(called[name], offset)
         given = [t for n, t in arguments.items() if isinstance(t, Tensor) and t is called[n]]
         before = [t.clone() for t in given]
-        with pytest.MonkeyPatch.context() as patch:
-            use(backend, patch)
+        with use(backend):
             expected, expected_x0 = by_reference(**arguments)
             x_s, x0 = fastddim.ddim_step(**called)
         assert same(x_s, expected), backend
@@ -153,6 +143,20 @@ def size_of(case: int) -> tuple[int, tuple[int, ...]]:
     return 2 - case % 2, (CHANNELS[case % 7], *PIXELS[(case + case // 7) % 7])
 
 
+GIVEN = [
+    "x",
+    "output",
+    "table",
+    "rows",
+    "seeds",
+    "noise",
+    "guidance",
+    "threshold",
+    "out",
+    "x0",
+    "next_input",
+]
+"""What a launch is called with."""
 LAYOUTS = {"contiguous": False, "last": True}
 NUMBERED = list(enumerate(VARIANTS))
 
@@ -193,15 +197,15 @@ def test_every_variant_dtype_and_layout_in_many_sizes_equals_eager(
     ],
 )
 def test_noise_belongs_to_the_element_in_either_layout(
-    channels: int, pixels: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    channels: int, pixels: tuple[int, int]
 ) -> None:
     x, seeds, row = torch.zeros(1, channels, *pixels), torch.tensor([2**40 + channels]), 20
     z = torch.from_numpy(normals(seeds.numpy(), torch.tensor([row]).numpy(), x.numel(), STEP))
     expected = (z * TABLE[row, 5]).view(x.shape)
-    monkeypatch.setattr(ops, "_kernels", lambda device: fastddim_kernels)
     for t in (x, x.contiguous(memory_format=torch.channels_last)):
         memory = Memory()
-        x_s, _ = fastddim.ddim_step(t, t, TABLE, row, seeds, out=memory.like(t), want_x0=False)
+        with use("triton"):
+            x_s, _ = fastddim.ddim_step(t, t, TABLE, row, seeds, out=memory.like(t), want_x0=False)
         assert torch.equal(x_s, expected)
         memory.check()
 
@@ -231,8 +235,8 @@ def assert_launch_equals_eager(
     monkeypatch.setattr(launch, "_INTERPRETED_FOURS", fours)
     monkeypatch.setattr(launch, "_block", recorded)
     variant = replace(VARIANTS[name], channels_last=LAYOUTS[layout])
-    use("kernel", monkeypatch)
-    expected, expected_x0 = by_reference(**step_arguments(variant, batch, shape=shape))
+    with use("triton"):
+        expected, expected_x0 = by_reference(**step_arguments(variant, batch, shape=shape))
     arguments, memory = launch_arguments(variant, batch, shape=shape), Memory()
     for result in ("out", "x0", "next_input"):
         if arguments.get(result) is not None:
@@ -308,22 +312,15 @@ def test_every_variant_in_several_parts_and_blocks_equals_eager(
     ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nothing_is_copied_on_the_way_to_the_kernel(
-    name: str, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_copied_on_the_way_to_the_kernel(name: str, layout: str) -> None:
     handed: dict[str, Any] = {}
 
-    class Recorder:
-        pixel_spacing = staticmethod(fastddim_kernels.pixel_spacing)
+    def launch(*tensors: Any) -> None:
+        handed.update(zip(GIVEN, tensors, strict=True))
 
-        @staticmethod
-        def ddim_step(*tensors: Tensor, **options: Any) -> None:
-            names = ("x", "output", "table", "rows", "out", "x0", "next_input")
-            handed.update(options, **dict(zip(names, tensors, strict=True)))
-
-    monkeypatch.setattr(ops, "_kernels", lambda device: Recorder)
     arguments = of_variant(name, torch.bfloat16, LAYOUTS[layout], 2, (4, 3, 5))
-    fastddim.ddim_step(**arguments)
+    with instead(replace(on_triton.BACKEND, name="recorder", bind=lambda *_: launch)):
+        fastddim.ddim_step(**arguments)
     for argument, tensor in arguments.items():
         if isinstance(tensor, Tensor):
             assert handed[argument].data_ptr() == tensor.data_ptr(), argument
@@ -333,7 +330,7 @@ def test_nothing_is_copied_on_the_way_to_the_kernel(
 @pytest.mark.parametrize("output", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_between_two_model_calls_is_one_pass_in_any_pair_of_layouts(
-    monkeypatch: pytest.MonkeyPatch, state: str, output: str, dtype: torch.dtype
+    state: str, output: str, dtype: torch.dtype
 ) -> None:
     shape, steps = (2, 3, 6, 4), 5
 
@@ -345,12 +342,8 @@ def test_between_two_model_calls_is_one_pass_in_any_pair_of_layouts(
     returned = laid_out(randn(*shape), output).to(dtype)
     launches: list[int] = []
 
-    class Kernels:
-        pixel_spacing = staticmethod(fastddim_kernels.pixel_spacing)
-
-        @staticmethod
-        def ddim_step(x: Tensor, output: Tensor, *_: Any, **__: Any) -> None:
-            launches.append(output.data_ptr())
+    def launch(x: Tensor, output: Tensor, *_: Any) -> None:
+        launches.append(output.data_ptr())
 
     class Inside(Tally):
         """Counts what the op itself dispatches, a copy of the model's output, say."""
@@ -358,12 +351,11 @@ def test_between_two_model_calls_is_one_pass_in_any_pair_of_layouts(
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if func is not ops.STEP:
+            if func is not op.OP:
                 return super().__torch_dispatch__(func, types, args, kwargs)
             with self:
-                return ops._ddim_step(*args)
+                return op._ddim_step(*args)
 
-    monkeypatch.setattr(ops, "_kernels", lambda device: Kernels)
     tally = Inside(returned.numel())
     calls: list[int] = []
 
@@ -372,7 +364,7 @@ def test_between_two_model_calls_is_one_pass_in_any_pair_of_layouts(
         return returned
 
     ddim = fastddim.DDIM(steps, schedule=fastddim.NoiseSchedule.linear())
-    with tally:
+    with instead(replace(on_triton.BACKEND, name="recorder", bind=lambda *_: launch)), tally:
         ddim.sample(
             model, laid_out(randn(*shape), state), noise=torch.zeros(steps, *shape), dtype=dtype
         )
@@ -494,6 +486,7 @@ def check_drawn_step(data: st.DataObject) -> None:
         if draw("small blocks", False, False, True):
             patch.setattr(launch, "_LARGE", 0)
             patch.setattr(launch, "_INTERPRETED_FOURS", 4)
+        forget()  # launches of larger blocks
         assert_equals_eager(arguments, draw("offset of results", 0, 1, 2, 3))
 
 
@@ -596,8 +589,7 @@ def test_fifty_guided_steps_with_a_learned_variance_equal_eager(bound: str) -> N
 
     for backend in BACKENDS:
         x = expected = randn(*shape)
-        with pytest.MonkeyPatch.context() as patch:
-            use(backend, patch)
+        with use(backend):
             for row in range(len(TABLE)):
                 z = randn(*shape, seed=row)
                 options = {"noise": z, "noise_first": row % 2 == 0, **FIFTY[bound]}
@@ -613,16 +605,18 @@ def test_fifty_guided_steps_with_a_learned_variance_equal_eager(bound: str) -> N
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        ("blocks", torch.bfloat16),
-        ("fused", torch.float16),
-        pytest.param("kernel", torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param("kernel", torch.float16, marks=pytest.mark.slow),
+        ("torch", torch.bfloat16),
+        ("numba", torch.float16),
+        pytest.param("triton", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("triton", torch.float16, marks=pytest.mark.slow),
     ],
 )
-def test_guided_half_outputs_lose_nothing_to_eager(
-    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(backend, monkeypatch)
+def test_guided_half_outputs_lose_nothing_to_eager(backend: str, dtype: torch.dtype) -> None:
+    with use(backend):
+        assert_half_outputs_lose_nothing_to_eager(dtype)
+
+
+def assert_half_outputs_lose_nothing_to_eager(dtype: torch.dtype) -> None:
     x = eager = randn(2, 2, 4, 4).to(dtype).float()
     truth, w = x.double(), torch.tensor(7.5)
     next_input = torch.empty(4, 2, 4, 4, dtype=dtype)

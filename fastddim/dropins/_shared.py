@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastddim.blocked import BLOCK
-from fastddim.buffers import Spare, fitting
+from fastddim.backends import Fixed, backend, chosen
+from fastddim.blocked import BLOCK
+from fastddim.bound import Bound, step_of
+from fastddim.buffers import FRESH, Spare, fitting, memory
 from fastddim.coefficients import COLUMNS, PREDICTIONS, Prediction
-from fastddim.op import OP as STEP
 from fastddim.step import ddim_step
 
 C1 = COLUMNS.index("c1")
@@ -103,6 +106,7 @@ class Buffers:
         """Frees the memory, after the last step of a trajectory."""
         self.states, self.x0s = Spare(), Spare()
         self.noise: Tensor | None = None
+        self._latest: tuple[tuple[Any, ...], Bound | None] = (), None
 
     def drawn(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws normals as ``torch.randn_like(like)`` does, into the same memory each time."""
@@ -116,7 +120,7 @@ class Buffers:
         table: Tensor,
         x: Tensor,
         output: Tensor,
-        rows: Tensor,
+        rows: Tensor | int,
         *,
         prediction: Prediction = "epsilon",
         clip: float | None = None,
@@ -134,33 +138,21 @@ class Buffers:
 
         A run fixes ``table`` and the keywords down to ``want_x0``; the others change from step to
         step. ``checked`` promises that all arguments have the shapes and types that the op takes,
-        and that ``rows``, ``guidance`` and ``threshold`` hold a value for each sample: they are
-        then not checked again.
+        and that tensors among ``rows``, ``guidance`` and ``threshold`` hold a value for each sample:
+        they are then not checked again.
         """
-        x_s = fitting(self.states.take(), x)
-        x0 = fitting(self.x0s.take(), x) if want_x0 else None
+        # Fresh memory costs a small step less than finding some that nobody holds.
+        large = x.numel() >= FRESH and x.is_cpu
+        x_s = memory(self.states, x) if large else torch.empty_like(x)
+        x0 = None
+        if want_x0:
+            x0 = memory(self.x0s, x) if large else torch.empty_like(x)
         if checked:
-            x_s = torch.empty_like(x) if x_s is None else x_s
-            x0 = torch.empty_like(x) if x0 is None and want_x0 else x0
-            STEP(
-                x,
-                output,
-                table,
-                rows,
-                seeds,
-                noise,
-                guidance,
-                threshold,
-                PREDICTIONS.index(prediction),
-                noise_first,
-                clip,
-                rederive,
-                x_s,
-                x0,
-                next_input,
-            )
+            assert guidance is None or isinstance(guidance, Tensor)
+            step = self._bound(x.device, prediction, noise_first, clip, rederive)
+            step(x, output, table, rows, seeds, noise, guidance, threshold, x_s, x0, next_input)
         else:
-            x_s, x0 = ddim_step(
+            ddim_step(
                 x,
                 output,
                 table,
@@ -178,10 +170,22 @@ class Buffers:
                 x0_out=x0,
                 next_input=next_input,
             )
-        self.states.keep(x_s)
-        if x0 is not None:
-            self.x0s.keep(x0)
+        if large:
+            self.states.keep(x_s)
+            if x0 is not None:
+                self.x0s.keep(x0)
         return x_s, x0
+
+    def _bound(self, device: torch.device, *options: Any) -> Bound:
+        """Returns the step with these options, which is looked for where they are others."""
+        wanted = device, chosen(), *options
+        latest, step = self._latest
+        if step is None or wanted != latest:
+            prediction, *rest = options
+            fixed = Fixed(PREDICTIONS.index(prediction), *rest)
+            step = step_of(backend(device), fixed)
+            self._latest = wanted, step
+        return step
 
 
 class Own(Buffers, threading.local):

@@ -224,7 +224,7 @@ class Base:
         tables: Tables,
         x: Tensor,
         output: Tensor,
-        rows: Tensor,
+        rows: Tensor | int,
         *,
         rederive: bool = False,
         want_x0: bool = True,

@@ -59,11 +59,9 @@ class Plain:
             if scheduler._upwards
             else _tables(scheduler, float(eta), sample.device, scheduler._end())
         )
-        shift, batch = tables.rows.shape[0] // 2, sample.shape[0]
-        if isinstance(row, Tensor):
-            rows = (row + shift).to(torch.int32).expand(batch)
-        else:
-            rows = tables.row(row + shift, batch)
+        rows: Tensor | int = row + tables.table.shape[0] // 2
+        if isinstance(rows, Tensor):
+            rows = rows.to(torch.int32).expand(sample.shape[0])
         if eta > 0 and z is None:
             z = scheduler._drawn(output, generator)
         own = scheduler._own

@@ -186,10 +186,9 @@ def _stepped(
     tables = tables_of(scheduler, float(eta), sample.device, chosen)
     place = _place(scheduler, timestep, chosen)
     # PyTorch reads an index of no dimensions as a number, which waits: give it one dimension.
+    rows = place
     if isinstance(place, Tensor):
         rows = tables.rows_at(place.view(1)).expand(len(sample))
-    else:
-        rows = tables.row(place, sample.shape[0])
     half = None if sample.dtype == torch.float32 else torch.empty_like(sample)
     x = sample if half is None else _SHADOWS.state_of(sample)
     if eta and noise is None and seeds is None:

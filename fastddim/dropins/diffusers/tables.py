@@ -53,23 +53,11 @@ class Tables(NamedTuple):
     """Holds the coefficients of every step a scheduler may be asked for, on the samples' device."""
 
     table: Tensor
-    rows: Tensor
-    """The rows' numbers are int32 and on the device, so that a step copies none to it."""
     row_of: Tensor | None
     """Strict keeps the row of each timestep here, and of one more. Timesteps that are not chosen,
     or are chosen more than once, have the last row, which is of NaN."""
     to_eps: Tensor | None
     """These rows turn the model's output into ε, where strict goes towards noise without one."""
-
-    views: dict[int, Tensor]
-    """Steps keep their views of ``rows`` here: making one takes a thirtieth of a small step."""
-
-    def row(self, row: int, batch: int) -> Tensor:
-        """Returns one row's number for each sample of a batch."""
-        found = self.views.get(row)
-        if found is None or found.shape[0] != batch:
-            found = self.views[row] = self.rows.as_strided((batch,), (0,), row)
-        return found
 
     def rows_at(self, t: Tensor) -> Tensor:
         """Returns strict's row of each of these timesteps, without waiting for the device.
@@ -128,10 +116,8 @@ def cached(
     table, row_of, to_eps = make()
     found = Tables(
         sent(table.to(torch.float32), device),
-        torch.arange(len(table), dtype=torch.int32, device=device),
         None if row_of is None else sent(row_of, device),
         None if to_eps is None else sent(to_eps, device),
-        {},
     )
     cache[key] = settings, *sources, found
     return found
