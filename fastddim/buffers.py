@@ -12,7 +12,6 @@ from weakref import getweakrefcount
 import torch
 from torch import Tensor
 
-
 FRESH = 1 << 15
 """Elements below which fresh memory costs a CPU no more than finding some that nobody holds."""
 

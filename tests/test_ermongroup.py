@@ -265,7 +265,7 @@ def test_keep_last_takes_turns_in_two_buffers(eta: float | None) -> None:
         pointers.append(x.data_ptr())
         return model(x, t)
 
-    x = start(2, 3, 8, 8)
+    x = start(2, 3, 80, 80)  # fresh memory serves what is smaller
     of(eta, keep="last")(x, UNIFORM, watching, BETAS)
     assert pointers[0] == x.data_ptr()
     assert len(set(pointers[1:])) == 2

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim.blocked import BLOCK
 from fastddim.backends import Fixed, backend, chosen
 from fastddim.blocked import BLOCK
 from fastddim.bound import Bound, step_of
@@ -138,7 +137,7 @@ class Buffers:
 
         A run fixes ``table`` and the keywords down to ``want_x0``; the others change from step to
         step. ``checked`` promises that all arguments have the shapes and types that the op takes,
-        and that tensors among ``rows``, ``guidance`` and ``threshold`` hold a value for each sample:
+        and that tensors among ``rows``, ``guidance`` and ``threshold`` have one value a sample:
         they are then not checked again.
         """
         # Fresh memory costs a small step less than finding some that nobody holds.
