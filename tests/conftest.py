@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -39,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def recorders_root(monkeypatch: pytest.MonkeyPatch) -> None:
+def recorders_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The square root of the machine that recorded ``tests/golden``.
 
     PyTorch takes a CPU's square roots from MKL, which rounds some wrongly, and others on other
@@ -47,6 +48,12 @@ def recorders_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     import torch
 
+    from fastddim.dropins import guided
+
     root = torch.Tensor.sqrt
     recorded_root = lambda a: (root(a.double()) * (1 - 2.0**-31)).to(a.dtype)  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "sqrt", recorded_root)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "sqrt", recorded_root)
+        guided._tables.cache_clear()  # Tables of earlier tests have this machine's roots.
+        yield
+    guided._tables.cache_clear()
