@@ -74,6 +74,7 @@ def test_importing_the_package_imports_no_torch() -> None:
         "fastddim.dropins.diffusers.FastDDIMScheduler",
         "fastddim.dropins.compvis.DDIMSampler",
         "fastddim.dropins.guided.ddim_sample_loop",
+        "fastddim.dropins.lucidrains.ddim_sample",
         "fastddim.dropins.ermongroup.ddpm_steps",
         "fastddim.generate.shard",
         "fastddim.DDIM().sample",

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from fastddim.dropins import diffusers as diffusers
     from fastddim.dropins import ermongroup as ermongroup
     from fastddim.dropins import guided as guided
+    from fastddim.dropins import lucidrains as lucidrains
 
-__all__ = ("compvis", "diffusers", "ermongroup", "guided")
+__all__ = ("compvis", "diffusers", "ermongroup", "guided", "lucidrains")
 
 
 def __getattr__(name: str) -> Any:
