@@ -523,6 +523,23 @@ def test_results_come_as_the_original_gives_them() -> None:
         assert torch.equal(found[1], found.pred_original_sample)
 
 
+@pytest.mark.parametrize("which", list(PAIRS))
+def test_result_objects_are_what_the_originals_constructor_makes(which: str) -> None:
+    original, fast = both({}, 20, which)
+    x, output = randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)
+    found, want = fast.step(output, 500, x), original.step(output, 500, x)
+    assert type(found) is type(want)
+    assert list(found) == list(want) == ["prev_sample", "pred_original_sample"]
+    assert found.to_tuple()[0] is found.prev_sample is found["prev_sample"] is found[0]
+    assert found.to_tuple()[1] is found.pred_original_sample is found[1]
+    assert vars(found).keys() == vars(want).keys()
+    found["prev_sample"] = output
+    assert found.prev_sample is output
+    again = pickle.loads(pickle.dumps(found))
+    assert type(again) is type(want)
+    assert torch.equal(again.prev_sample, output)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_add_noise_changes_no_step(first: bool) -> None:
     original, fast = both({"set_alpha_to_one": False}, 20)

@@ -180,8 +180,9 @@ class Buffers:
         wanted = device, chosen(), *options
         latest, step = self._latest
         if step is None or wanted != latest:
-            prediction, *rest = options
-            fixed = Fixed(PREDICTIONS.index(prediction), *rest)
+            prediction, noise_first, clip, rederive = options
+            # Pipelines leave ``rederive`` at None.
+            fixed = Fixed(PREDICTIONS.index(prediction), noise_first, clip, bool(rederive))
             step = step_of(backend(device), fixed)
             self._latest = wanted, step
         return step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import torch
@@ -16,12 +16,10 @@ from fastddim.coefficients import Prediction
 from fastddim.dropins._shared import Buffers, Own
 from fastddim.dropins.diffusers.tables import (
     CPU,
-    Cached,
+    Cache,
     Chosen,
-    Made,
     Source,
     Tables,
-    cached,
     version,
 )
 from fastddim.step import transformed
@@ -119,7 +117,7 @@ class Base:
     """False where a subclass replaces a method that the original's step calls: that step runs."""
     _seeds: Tensor | None = None
     _read: Chosen | None = None
-    _tables: Cached | None = None
+    _tables: Cache | None = None
     _moved: tuple[Tensor, int, Tensor] | None = None
     """``add_noise`` moves alphas_cumprod to a device. This holds the result, its version, and the
     source."""
@@ -189,19 +187,10 @@ class Base:
         except TypeError:
             return None
 
-    def _tables_of(
-        self,
-        key: Any,
-        device: torch.device,
-        made_from: tuple[Tensor, Any],
-        settings: tuple[Any, ...],
-        make: Callable[[], Made],
-    ) -> Tables:
-        """Returns what ``cached`` finds among the tables of this scheduler."""
-        tables = self._tables
-        if tables is None:
-            tables = cast(Cached, self.__dict__.setdefault("_tables", {}))
-        return cached(tables, key, device, made_from, settings, make)
+    @property
+    def _cache(self) -> Cache:
+        found = self._tables
+        return self.__dict__.setdefault("_tables", Cache()) if found is None else found
 
     def _drawn(self, like: Tensor, generator: Any) -> Tensor:
         """Draws float32 normals as the original does, on a CPU into the same memory each time."""

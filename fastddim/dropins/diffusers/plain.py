@@ -110,38 +110,37 @@ def _tables(scheduler: Base, eta: float, device: torch.device, final: Tensor | f
 
     The original's own float32 operations make them, on the device where it would compute.
     """
-    abar, steps, T = (
-        scheduler.alphas_cumprod,
-        scheduler.num_inference_steps,
-        scheduler.config.num_train_timesteps,
-    )
-
-    def make() -> Made:
-        t = torch.arange(-len(abar), len(abar), device=abar.device)
-        s = t - T // steps
-        at, last = abar[t], torch.as_tensor(final, dtype=abar.dtype, device=abar.device)
-        at_prev = torch.where(s >= 0, abar[s.clamp(min=0)], last)
-        variance = ((1 - at_prev) / (1 - at)) * (1 - at / at_prev)
-        sigma = eta * variance**0.5
-        direction = (1 - at_prev - sigma**2) ** 0.5
-        return Made(pack_rows(at**0.5, (1 - at) ** 0.5, at_prev**0.5, sigma, direction))
-
+    abar, steps = scheduler.alphas_cumprod, scheduler.num_inference_steps
+    T = scheduler.config.num_train_timesteps
     # A batch ends at a number, everything else at a tensor.
-    return scheduler._tables_of((eta, type(final)), device, (abar, final), (steps, T), make)
+    given = (eta, final.__class__), device, abar, final, (steps, T)
+    found = scheduler._cache.found(*given)
+    if found is not None:
+        return found
+    t = torch.arange(-len(abar), len(abar), device=abar.device)
+    s = t - T // steps
+    at, last = abar[t], torch.as_tensor(final, dtype=abar.dtype, device=abar.device)
+    at_prev = torch.where(s >= 0, abar[s.clamp(min=0)], last)
+    variance = ((1 - at_prev) / (1 - at)) * (1 - at / at_prev)
+    sigma = eta * variance**0.5
+    direction = (1 - at_prev - sigma**2) ** 0.5
+    made = Made(pack_rows(at**0.5, (1 - at) ** 0.5, at_prev**0.5, sigma, direction))
+    return scheduler._cache.keep(*given, made)
 
 
 def _upward_tables(scheduler: Base, device: torch.device) -> Tables:
     """Returns the original's step to each timestep, by its own float32 operations."""
     abar, initial = scheduler.alphas_cumprod, scheduler._end()
     steps, T = scheduler.num_inference_steps, scheduler.config.num_train_timesteps
-
-    def make() -> Made:
-        to = torch.arange(-len(abar), len(abar), device=abar.device)
-        at = (to - T // steps).clamp(max=T - 1)
-        first = initial.to(abar.device)
-        abar_t = torch.where(at >= 0, abar[at.clamp(0, len(abar) - 1)], first)
-        abar_s = abar[to]
-        a, none = abar_t**0.5, torch.zeros_like(abar_t)
-        return Made(pack_rows(a, (1 - abar_t) ** 0.5, abar_s**0.5, none, (1 - abar_s) ** 0.5))
-
-    return scheduler._tables_of("inverse", device, (abar, initial), (steps, T), make)
+    given = "inverse", device, abar, initial, (steps, T)
+    found = scheduler._cache.found(*given)
+    if found is not None:
+        return found
+    to = torch.arange(-len(abar), len(abar), device=abar.device)
+    at = (to - T // steps).clamp(max=T - 1)
+    first = initial.to(abar.device)
+    abar_t = torch.where(at >= 0, abar[at.clamp(0, len(abar) - 1)], first)
+    abar_s = abar[to]
+    a, none = abar_t**0.5, torch.zeros_like(abar_t)
+    made = Made(pack_rows(a, (1 - abar_t) ** 0.5, abar_s**0.5, none, (1 - abar_s) ** 0.5))
+    return scheduler._cache.keep(*given, made)

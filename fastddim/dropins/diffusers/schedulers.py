@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -83,7 +84,14 @@ class _Fast(Base):
     def _output(self, found: tuple[Tensor, Tensor], return_dict: bool) -> Any:
         if not return_dict:
             return found
-        return self._result(prev_sample=found[0], pred_original_sample=found[1])
+        # The classes' own constructor looks at its fields anew each time, which costs as much as
+        # a small step: these are the attributes and the items that it leaves.
+        made_as: Any = self._result
+        result = made_as.__new__(made_as)
+        for name, value in zip(("prev_sample", "pred_original_sample"), found, strict=True):
+            result.__dict__[name] = value
+            OrderedDict.__setitem__(result, name, value)
+        return result
 
 
 class _FastForwards(_Fast):

@@ -150,23 +150,23 @@ def tables_of(
     chosen = scheduler._chosen() if read is None else read
     prediction = scheduler.config.prediction_type
 
-    def make() -> Made:
-        schedule, end = _levels(scheduler)
-        pairs = _pairs(scheduler, chosen)
-        table = _with_nan(make_table(schedule, pairs, eta, end))
-        row_of = torch.full((len(schedule) + 1,), len(pairs), dtype=torch.int32, device=CPU)
-        for t, place in chosen.place.items():
-            row_of[t] = place
-        to_eps = None
-        if scheduler._upwards and prediction != "epsilon":
-            # The model is told the level where the step goes, and its output belongs to it.
-            told = schedule.alphas_cumprod[chosen.levels]
-            zeros, ones = np.zeros_like(told), np.ones_like(told)
-            to_eps = _with_nan(pack(told, zeros, zeros, ones))
-        return Made(table, row_of, to_eps)
-
-    made_from, settings = (scheduler._abar(), scheduler._end()), (chosen, prediction)
-    return scheduler._tables_of(("strict", eta), device, made_from, settings, make)
+    given = ("strict", eta), device, scheduler._abar(), scheduler._end(), (chosen, prediction)
+    found = scheduler._cache.found(*given)
+    if found is not None:
+        return found
+    schedule, end = _levels(scheduler)
+    pairs = _pairs(scheduler, chosen)
+    table = _with_nan(make_table(schedule, pairs, eta, end))
+    row_of = torch.full((len(schedule) + 1,), len(pairs), dtype=torch.int32, device=CPU)
+    for t, place in chosen.place.items():
+        row_of[t] = place
+    to_eps = None
+    if scheduler._upwards and prediction != "epsilon":
+        # The model is told the level where the step goes, and its output belongs to it.
+        told = schedule.alphas_cumprod[chosen.levels]
+        zeros, ones = np.zeros_like(told), np.ones_like(told)
+        to_eps = _with_nan(pack(told, zeros, zeros, ones))
+    return scheduler._cache.keep(*given, Made(table, row_of, to_eps))
 
 
 def _stepped(

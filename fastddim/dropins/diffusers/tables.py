@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,57 +69,51 @@ class Tables(NamedTuple):
 
 
 class Made(NamedTuple):
-    """Holds what ``make`` of ``cached`` returns; ``Tables`` says what the three are."""
+    """Holds tables as they are made, on any device; ``Tables`` says what the three are."""
 
     table: Tensor
     row_of: Tensor | None = None
     to_eps: Tensor | None = None
 
 
-Cached = dict[Any, tuple[Any, Source, Any, Tables]]
-"""A cache holds settings, the two sources and the tables, by key, device and stream."""
+class Cache:
+    """Keeps tables until something behind them changes."""
+
+    def __init__(self) -> None:
+        self._held: dict[Any, tuple[Any, Source, Any, Tables]] = {}
+
+    def found(
+        self, key: Any, device: torch.device, abar: Tensor, end: Any, settings: Any
+    ) -> Tables | None:
+        """Returns the tables of this key, where ᾱ, the end's ᾱ and the settings are as they were.
+
+        Users may write into ``abar`` and ``end``, which are tensors; ``end`` may be a number.
+        """
+        held = self._held.get(_place(key, device))
+        if held is None or held[0] != settings or not held[1].unchanged(abar):
+            return None
+        _, _, before, tables = held
+        if before.__class__ is Source:
+            return tables if before.unchanged(end) else None
+        return tables if not isinstance(end, Tensor) and before == end else None
+
+    def keep(
+        self, key: Any, device: torch.device, abar: Tensor, end: Any, settings: Any, made: Made
+    ) -> Tables:
+        """Keeps what was made of these, and returns it on the device."""
+        if len(self._held) >= 16:
+            self._held.clear()
+        tables = Tables(
+            *(None if t is None else sent(t, device) for t in (made.table.float(), *made[1:]))  # type: ignore[arg-type]
+        )
+        ends = Source(end) if isinstance(end, Tensor) else end
+        self._held[_place(key, device)] = settings, Source(abar), ends, tables
+        return tables
 
 
-def cached(
-    cache: Cached,
-    key: Any,
-    device: torch.device,
-    made_from: tuple[Tensor, Any],
-    settings: tuple[Any, ...],
-    make: Callable[[], Made],
-) -> Tables:
-    """Returns ``make()``'s tables, and keeps them until something behind them changes.
-
-    ``made_from`` holds ᾱ and the end's ᾱ. Both are tensors that users may write into; the second
-    may also be a number.
-    """
+def _place(key: Any, device: torch.device) -> Any:
     # Another stream would have to wait for the one that makes the tables.
-    key = (key, device, 0 if device.type == "cpu" else stream_of(device))
-    held = cache.get(key)
-    abar, end = made_from
-    if held is not None:
-        before, abar_before, end_before, found = held
-        if (
-            before == settings
-            and abar_before.unchanged(abar)
-            and (
-                end_before.unchanged(end)
-                if type(end_before) is Source
-                else not isinstance(end, Tensor) and end_before == end
-            )
-        ):
-            return found
-    if len(cache) >= 16:
-        cache.clear()
-    sources = Source(abar), Source(end) if isinstance(end, Tensor) else end
-    table, row_of, to_eps = make()
-    found = Tables(
-        sent(table.to(torch.float32), device),
-        None if row_of is None else sent(row_of, device),
-        None if to_eps is None else sent(to_eps, device),
-    )
-    cache[key] = settings, *sources, found
-    return found
+    return (key, device) if device.type == "cpu" else (key, device, stream_of(device))
 
 
 @dataclass(frozen=True, eq=False)
