@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from fastddim.latents import slerp as slerp
     from fastddim.ops import ddim_step as ddim_step
     from fastddim.sampler import DDIM as DDIM
-    from fastddim.sampler import Step as Step
     from fastddim.schedule import NoiseSchedule as NoiseSchedule
     from fastddim.timesteps import make_pairs as make_pairs
+    from fastddim.trajectory import Step as Step
     from fastddim.trajectory import Trajectory as Trajectory
 
 __version__ = "0.1.0"
@@ -60,7 +60,7 @@ _FROM = {
     "DDIM": "sampler",
     "NoiseSchedule": "schedule",
     "SamplingWarning": "check",
-    "Step": "sampler",
+    "Step": "trajectory",
     "Trajectory": "trajectory",
     "ddim_step": "ops",
     "generalized_steps": "dropins.ermongroup",

@@ -19,8 +19,8 @@ from torch import Tensor
 from fastddim.check import whole
 from fastddim.latents import slerp
 from fastddim.ops import initial_noise
+from fastddim.options import Progress, usable
 from fastddim.predict import Model
-from fastddim.run import Progress, usable
 from fastddim.sampler import DDIM
 
 LARGEST_BATCH = 65_536

@@ -130,9 +130,11 @@ class Predictor:
             if torch.autocast_decrement_nesting() == 0:
                 torch.clear_autocast_cache()
 
-    def __call__(self, x_in: Tensor, t: Tensor, x0: Tensor | None) -> Tensor:
-        """What the model says of ``x_in`` at ``t``, unpacked and checked."""
-        twice = x_in.shape[0] != self.batch
+    def __call__(self, x_in: Tensor, t: Tensor, x0: Tensor | None, twice: bool) -> Tensor:
+        """The model's output for ``x_in`` at ``t``, unpacked and checked.
+
+        ``twice``: whether ``x_in`` holds the batch twice, for guidance.
+        """
         keywords = self.both if twice else self.cond
         if self.self_condition is not None:
             last = torch.zeros_like(x_in) if x0 is None else self.input(x0, twice)

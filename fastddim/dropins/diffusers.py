@@ -51,7 +51,7 @@ from fastddim.ops import (
     initial_noise,
     transformed,
 )
-from fastddim.run import checked_seeds
+from fastddim.options import checked_seeds
 from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import Pair, make_pairs
 from fastddim.transfer import sent, sent_pinned
