@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from fastddim.check import kind, shown
+from fastddim.devices import check_not_capturing
 from fastddim.held import weights_of
 from fastddim.normals import drawn_seeds
 from fastddim.ops import initial_noise, input_like
 from fastddim.options import (
     CaptureOptions,
     Guidance,
-    check_not_capturing,
     checked_guidance,
     checked_seeds,
     checked_state,

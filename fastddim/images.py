@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fastddim.check import whole
+from fastddim.devices import usable
 from fastddim.latents import slerp
 from fastddim.ops import initial_noise
-from fastddim.options import Progress, usable
+from fastddim.options import Progress
 from fastddim.predict import Model
 from fastddim.sampler import DDIM
 

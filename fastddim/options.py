@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fastddim.check import finite, kind, shown, whole
+from fastddim.devices import check_not_capturing, place_of, usable
 from fastddim.inpaint import checked_known
 from fastddim.normals import Noise, Noises, drawn_seeds
 from fastddim.ops import check_untransformed
 from fastddim.plan import Plan, rows_of
-from fastddim.predict import Model, Predictor, device_of, warn_of_training
+from fastddim.predict import Model, Predictor, warn_of_training
 from fastddim.run import Run
 
 if TYPE_CHECKING:
@@ -363,34 +364,6 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     if len(size) < 2:
         raise ValueError(f"shape must be (batch, ...) with two dimensions or more, got {size}")
     return size
-
-
-def place_of(device: torch.device | str | None, model: Model) -> torch.device:
-    """Where to sample without an x_T: ``device``, the model's parameters' or torch's default."""
-    here = device_of(model) if device is None else None
-    return usable(device) if here is None else here
-
-
-def usable(device: torch.device | str | None) -> torch.device:
-    """The device, if a tensor can be made there."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
-
-
-def check_not_capturing(device: torch.device) -> None:
-    """That no graph of the caller's is being captured where a sampler is to begin.
-
-    Such a graph would hold copies from the host, and the addresses of tables that die with the
-    call.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "sampling cannot begin while a CUDA graph is being captured: call DDIM.capture before "
-            "it and replay what that returns, or capture steps (fastddim.ddim_step)"
-        )
 
 
 def checked_dtype(dtype: Any) -> torch.dtype | None:

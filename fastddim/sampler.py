@@ -25,6 +25,7 @@ from fastddim.coefficients import (
     make_table,
     pack,
 )
+from fastddim.devices import place_of
 from fastddim.normals import Noises
 from fastddim.ops import ddim_step
 from fastddim.options import (
@@ -42,7 +43,6 @@ from fastddim.options import (
     checked_temperature,
     list_options,
     options_in,
-    place_of,
     prepare,
 )
 from fastddim.plan import Plan, Row

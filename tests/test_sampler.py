@@ -19,8 +19,9 @@ from torch import Tensor
 from fastddim import DDIM, NoiseSchedule, Step, reference
 from fastddim.check import SamplingWarning
 from fastddim.coefficients import PREDICTIONS, Prediction
+from fastddim.devices import place_of
 from fastddim.ops import initial_noise
-from fastddim.options import checked_noise, checked_seeds, place_of
+from fastddim.options import checked_noise, checked_seeds
 from fastddim.predict import device_of
 from tests.refusals import refused
 
