@@ -26,13 +26,14 @@ from fastddim.options import (
     checked_guidance,
     checked_seeds,
     checked_state,
+    prepare,
 )
 from fastddim.plan import Plan, Row
-from fastddim.predict import same, stacked
+from fastddim.predict import Model, same, stacked
 from fastddim.run import Run
 
 Replay: TypeAlias = Callable[[], Tensor]
-Loop: TypeAlias = Callable[[Run, bool, Tensor], Iterator[tuple[Row, Tensor, Tensor | None]]]
+Loop: TypeAlias = Callable[[Run, Tensor], Iterator[tuple[Row, Tensor, Tensor | None]]]
 
 WHOLE = 100
 """The most steps in one graph. Beyond them a step is captured and replayed for each row: a graph
@@ -71,11 +72,11 @@ class Captured:
 
     def __init__(
         self,
-        prepare: Callable[..., Run],
         loop: Loop,
+        plan: Plan,
+        model: Model,
         size: tuple[int, ...],
         device: torch.device,
-        plan: Plan,
         options: CaptureOptions,
     ) -> None:
         self._size, self._plan, self._turn, self._runs_in = size, plan, threading.Lock(), 0
@@ -85,14 +86,13 @@ class Captured:
             # Copies: what a call writes here must not be seen in the caller's own tensors.
             self._cond = _copied(cond)
             self._uncond = _copied(uncond, cond, self._cond, size[0])
-            self._run = prepare(
-                self._x_T, seeds=[0] * size[0], cond=self._cond, uncond=self._uncond
-            )
+            memory = {"seeds": [0] * size[0], "cond": self._cond, "uncond": self._uncond}
+            self._run = prepare(plan, model, self._x_T, {**options, **memory})
         assert self._run.noise.seeds is not None
         self._seeds = self._run.noise.seeds
         whole = len(self._run.rows) <= WHOLE
         replay = self._whole(loop) if whole else self._stepwise()
-        # The graphs read the weights wherever the model's are now.
+        # After the capture, which may make weights that are lazy.
         weights = weights_of(self._run.predictor.model, self._run.predictor.cond_fn)
         self._replay = partial(_replayed, replay, weights)
 
@@ -230,7 +230,7 @@ class Captured:
         def body() -> Tensor:
             x = x_T
             with run.predictor.one_cast():
-                for _, x, _ in loop(run, False, x_T):  # noqa: B007
+                for _, x, _ in loop(run, x_T):  # noqa: B007
                     pass
             return x
 

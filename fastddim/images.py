@@ -248,8 +248,7 @@ def warm_up(
 ) -> None:
     """Takes one step of ``ddim`` and one that adds no noise, with one call of the model.
 
-    The first call of a model and of each kind of step prepares and compiles: nothing a rate or
-    a share of the time should hold.
+    First calls compile; run them before timing.
     """
     outputs: list[Any] = []
 

@@ -103,8 +103,8 @@ class Predictor:
     def part(self, samples: Tensor) -> Predictor:
         """The same for some of the samples."""
         cond = _taken(self.cond, samples, self.batch)
-        # Out of the whole, where what has a row for each sample is told from what happens to have
-        # as many rows as these.
+        # Stack the full batch's conditions first: only there is a per-sample tensor recognisable
+        # by its length.
         both = {} if self.uncond is None else stacked(self.uncond, self.cond, self.batch, samples)
         return replace(self, batch=len(samples), cond=cond, both=both)
 

@@ -24,7 +24,7 @@ class Run:
 
     Attributes:
         x: where to begin; the first loop takes it.
-        made: True if the loop's own code allocated x and may overwrite it.
+        made: True if x is fresh memory, which the loop may overwrite.
         predictor: the model and what goes with its calls.
         table: the coefficients.
         rows: the steps to take, in order.
@@ -52,17 +52,17 @@ class Run:
     dtype: torch.dtype
     progress: Callable[[Iterable[Any]], Iterable[Any]]
     _start: list[Tensor] = field(init=False, repr=False)
-    """x, until a loop takes it: a name for it would keep the loop from reusing its memory."""
+    """This list holds x until a loop takes it. A field would keep the loop from reusing x."""
 
     def __post_init__(self, x: Tensor) -> None:
         object.__setattr__(self, "_start", [x])
 
-    def begin(self, wants_x0: bool = False, x: Tensor | None = None) -> tuple[Tensor, Stepper]:
-        """(the x to begin with, what takes the steps from it).
+    def begin(self, x: Tensor | None = None, wants_x0: bool = False) -> tuple[Tensor, Stepper]:
+        """Returns the x to begin with, and the stepper that goes on from it.
 
         Args:
+            x: where to begin instead of at the run's own x. The loop never writes it.
             wants_x0: whether each step gives x0.
-            x: where to begin instead of at the run's own x: memory that the loop never writes.
         """
         made = self.made and x is None
         x = self._start.pop() if x is None else x

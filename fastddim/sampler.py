@@ -346,7 +346,10 @@ class DDIM:
         else:
             plan = self._plan(options.get("start", 0), shifted)
         run = prepare(plan, model, x_T, options)
-        states = self._backwards(run, refine, True) if reverse else self._loop(run, True)
+        if reverse:
+            states = self._backwards(run, refine, wants_x0=True)
+        else:
+            states = self._loop(run, wants_x0=True)
         return _steps(states, Copies(run.dtype, run.predictor.self_condition is not None))
 
     def invert(
@@ -448,13 +451,8 @@ class DDIM:
 
         check_names("DDIM.capture", options, CaptureOptions)
         size, where = checked_shape(shape), place_of(options.get("device"), model)
-        start = options.get("start", 0)
-        plan = self._plan(start, options.get("cond_fn") is not None)
-
-        def prepared(x_T: Tensor, **memory: Unpack[IterateOptions]) -> Run:
-            return prepare(plan, model, x_T, {**options, **memory})
-
-        return Captured(prepared, self._loop, size, where, plan, options)
+        plan = self._plan(options.get("start", 0), options.get("cond_fn") is not None)
+        return Captured(self._loop, plan, model, size, where, options)
 
     def describe(self) -> None:
         """Prints what will be done: each step's levels and factors, and the model calls."""
@@ -468,12 +466,12 @@ class DDIM:
         for row, ((t, s), f) in enumerate(zip(self.pairs, self.table.tolist(), strict=True)):
             print(f"{row:>5}{t:>6}{s:>6}{f[0]:>11.6f}{f[4]:>11.6f}{f[5]:>11.6f}{f[6]:>11.6f}")
 
-    def _loop(self, run: Run, wants_x0: bool = False, x_T: Tensor | None = None) -> States:
-        """Yields (row, x_s, x0) after each step; a tensor that is sent takes the place of x_s.
+    def _loop(self, run: Run, x_T: Tensor | None = None, *, wants_x0: bool = False) -> States:
+        """Yields (row, x_s, x0) after each step. A tensor that is sent takes the place of x_s.
 
         All that the loop reads is on the device before it begins.
         """
-        x, stepper = run.begin(wants_x0, x_T)
+        x, stepper = run.begin(x_T, wants_x0)
         for row in run.progress(run.rows):  # τ_S → τ_1
             output = stepper.predict(x, row)
             x, x0 = stepper.step(x, output, row)
@@ -481,11 +479,14 @@ class DDIM:
             instead = yield row, x, x0
             if instead is not None:
                 x = instead
-                yield row, x, x0  # send returns this
+                yield row, x, x0  # This is what send returns.
 
-    def _backwards(self, run: Run, refine: int, wants_x0: bool = False) -> States:
-        """Yields (row, x_t, x0) after each step up, whose x_t solves x_s = step(x_t)."""
-        x, stepper = run.begin(wants_x0)
+    def _backwards(self, run: Run, refine: int, *, wants_x0: bool = False) -> States:
+        """Yields (row, x_t, x0) after each step up.
+
+        x_t is the fixed point of x_s = step(x_t); each of ``refine`` iterations brings it closer.
+        """
+        x, stepper = run.begin(None, wants_x0)
         for row in run.progress(run.rows):  # τ_1 → τ_S
             y, x0 = stepper.step(x, stepper.predict(x, row), row)
             for _ in range(refine):
@@ -508,7 +509,7 @@ class DDIM:
         kept = path is not None and path.wants("x0")
         copies = Copies(run.dtype, kept or run.predictor.self_condition is not None)
         x = None
-        states = self._loop(run, kept or callback is not None)
+        states = self._loop(run, wants_x0=kept or callback is not None)
         with _no_grad() if callback is None else _AS_IT_IS:
             for row, x, x0 in states if callback is None else _without_grad(states):
                 answer = None if callback is None else callback(copies.step(row, x, x0))
@@ -576,7 +577,7 @@ class DDIM:
         )
 
     def _shift(self) -> Float32:
-        """What cond_fn's gradient is multiplied by: ε − √(1−ᾱ_t)·∇, in the model's own terms."""
+        """The factor of cond_fn's gradient, ε − √(1−ᾱ_t)·∇, in the model's own terms."""
         abar, _ = levels(self.schedule, self.pairs, self.final_alpha_cumprod)
         b = np.sqrt(1 - abar)
         with np.errstate(divide="ignore"):  # refused where it is asked for
@@ -660,7 +661,7 @@ def _batches(
 
 
 def _without_grad(states: States) -> Iterator[State]:
-    """``states``, each computed without gradients: between two, the grad mode is the caller's."""
+    """Yields ``states``, computed without gradients. Between two the caller's grad mode holds."""
     while True:
         with _no_grad():
             state = next(states, None)
@@ -671,6 +672,7 @@ def _without_grad(states: States) -> Iterator[State]:
 
 
 def _steps(states: States, copies: Copies) -> Iterator[Step]:
+    """Yields the ``Step`` of each state."""
     for row, x, x0 in _without_grad(states):
         yield copies.step(row, x, x0)
 

@@ -106,7 +106,8 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
         found.append(options)
         return plain(plan, net, x_T, options)
 
-    monkeypatch.setattr("fastddim.sampler.prepare", watched)
+    for module in ("sampler", "graph"):
+        monkeypatch.setattr(f"fastddim.{module}.prepare", watched)
     return found
 
 
