@@ -96,7 +96,7 @@ class Run:
         stepper.step(x, stepper.predict(x, row), row)
 
     def empty_result(self) -> Tensor:
-        """A tensor for the result, laid out as x is."""
+        """Returns an empty tensor for the result, laid out as x is."""
         return torch.empty_like(self._start[0], dtype=self.dtype)
 
     def part(self, samples: Tensor, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> Run:
@@ -124,9 +124,9 @@ class Run:
 
 
 class Stepper:
-    """What moves while a run goes on: its two moves, ``predict`` and ``step``, and their buffers.
+    """The part of a run that moves: it predicts and steps, and holds the buffers of both.
 
-    What the run fixes is copied here, since each name that a step looks up costs the host time.
+    It copies what the run fixes, since each name that a step looks up costs the host time.
     """
 
     __slots__ = (
@@ -154,23 +154,23 @@ class Stepper:
         self._table, self._heard, self._clip = run.table, run.heard, run.clip
         self._prediction = PREDICTIONS.index(run.prediction)
         self._direct = run.predictor.dtype == torch.float32
-        """Whether the model is given the state itself, where it is not asked twice."""
+        """True if a model that gets each sample once gets the state itself."""
         self._self_condition = run.predictor.self_condition is not None
         self._wants_x0 = wants_x0 or self._self_condition
         self._states, self._x0s = Spare(), Spare()
         self._inputs: dict[int, Spare] = {1: Spare(), 2: Spare()}
-        """Inputs of the model by how many times they hold the batch."""
+        """Buffers for the model's inputs, by the copies of the batch in them."""
         self._made: Tensor | None = None
-        """The latest state, if the loop made it and may overwrite it."""
+        """The latest state, if the loop may overwrite it."""
         self._input: Tensor | None = None
         """``_made`` as the model is given it."""
         self._x0: Tensor | None = None
-        """The x0 that the model is told of."""
+        """The last x0, for a model that is conditioned on it."""
         self._z: Tensor | None = None
-        """The last z: a generator writes the next one to its memory."""
+        """The last z. A generator writes the next one into it."""
 
     def allocate(self, x: Tensor, made: bool, rows: Sequence[Row]) -> None:
-        """Makes on a CPU all that the steps of these rows write, before the first model call."""
+        """Allocates on a CPU, before the first model call, all that the steps of ``rows`` write."""
         self._made = x if made else None
         if x.device.type != "cpu":
             return
@@ -198,7 +198,7 @@ class Stepper:
             self._inputs = dict.fromkeys((1, 2), _Fixed(next_input))
 
     def predict(self, x: Tensor, row: Row) -> Tensor:
-        """What the step at x is given: the model's output, and backwards ε or x0 in any case."""
+        """Returns what the step takes: the model's output; backwards ε, or x0, made of it."""
         twice = row.guidance is not None
         x_in, self._input = self._input, None
         if x_in is None or x is not self._made or len(x_in) != len(row.asked):
@@ -225,7 +225,7 @@ class Stepper:
         return found
 
     def step(self, x: Tensor, output: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
-        """(x_s, x0) and, in the same pass over memory, the model's next input."""
+        """Returns (x_s, x0). The model's next input is written in the same pass over memory."""
         seeds = z = into = x0 = None
         if row.noisy:
             seeds, z = self._noise.step(row.number, self._z)

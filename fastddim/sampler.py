@@ -281,7 +281,7 @@ class DDIM:
                 is allowed; or, when the model has returned something that is no such tensor.
             RuntimeError: before any work, while a CUDA graph is being captured.
         """
-        options = options_in(locals())
+        options = options_in(locals())  # Only the arguments are in locals() at this point.
         run = prepare(self._plan(start, cond_fn is not None), model, x_T, options)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {kind(callback)}")
