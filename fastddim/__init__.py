@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from fastddim.generate import generate as generate
     from fastddim.latents import slerp as slerp
     from fastddim.sampler import DDIM as DDIM
-    from fastddim.sampler import Step as Step
     from fastddim.schedule import NoiseSchedule as NoiseSchedule
     from fastddim.step import bind as bind
     from fastddim.step import ddim_step as ddim_step
     from fastddim.timesteps import make_pairs as make_pairs
+    from fastddim.trajectory import Step as Step
     from fastddim.trajectory import Trajectory as Trajectory
 
 __version__ = "0.1.0"
@@ -64,7 +64,7 @@ _FROM = {
     "DDIM": "sampler",
     "NoiseSchedule": "schedule",
     "SamplingWarning": "check",
-    "Step": "sampler",
+    "Step": "trajectory",
     "Trajectory": "trajectory",
     "bind": "step",
     "ddim_step": "step",

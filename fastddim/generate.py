@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -31,34 +31,31 @@ from fastddim import backends, images, provenance
 from fastddim.check import kind, whole
 from fastddim.folder import FORMATS, Folder, Seeds, holding
 from fastddim.launch import PARENT
+from fastddim.options import DownOptions, PrecisionOptions, option_names
 from fastddim.pace import Pace, There
 from fastddim.predict import Cond, Model
 from fastddim.sampler import DDIM
 
 if TYPE_CHECKING:
-    from typing import TypedDict
-
     from typing_extensions import Unpack
-
-    from fastddim.run import Guidance
-
-    class Options(TypedDict, total=False):
-        """What ``generate`` and ``shard`` hand to the sampler."""
-
-        cond: Given | None
-        uncond: Given | None
-        postprocess: Postprocess
-        device: torch.device | str | None
-        dtype: torch.dtype | None
-        autocast: torch.dtype | bool | None
-        guidance: Guidance | None
-        cond_fn: Model | None
-        self_condition: str | None
-
 
 Array: TypeAlias = npt.NDArray[Any]
 Given: TypeAlias = Callable[[list[int]], Cond]
 Postprocess: TypeAlias = Callable[[Tensor], "Tensor | Array"]
+
+
+class ConditionsOfSeeds(TypedDict, total=False):
+    """The functions that make the model's keyword arguments of a batch's seeds."""
+
+    cond: Given | None
+    uncond: Given | None
+
+
+class Options(ConditionsOfSeeds, DownOptions, PrecisionOptions, total=False):
+    """What ``generate`` and ``shard`` take beside the images they are asked for."""
+
+    postprocess: Postprocess
+
 
 SAMPLER = (
     "steps",
@@ -72,7 +69,7 @@ SAMPLER = (
 )
 """What a recipe says of a ``DDIM``, beside its schedule."""
 
-OPTIONS = ("cond", "uncond", "guidance", "cond_fn", "self_condition", "dtype", "autocast")
+OPTIONS = tuple(name for name in option_names(Options) if name not in ("postprocess", "device"))
 """What it says of a call, beside ``postprocess``."""
 
 SMALLEST_SHARD = 256
@@ -328,7 +325,7 @@ def _recipe(
     if shard_size is None:
         shard_size = -(-SMALLEST_SHARD // size) * size
     shard_size = whole("shard_size", shard_size, low=1)
-    if unknown := options.keys() - {*OPTIONS, "postprocess", "device"}:
+    if unknown := options.keys() - set(option_names(Options)):
         raise TypeError(f"{min(unknown)} is none of {', '.join(OPTIONS)}, postprocess and device")
     for name in ("cond", "uncond"):
         if (given := options.get(name)) is not None and not callable(given):

@@ -15,25 +15,26 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastddim.buffers import Spare
 from fastddim.check import kind, shown
+from fastddim.devices import check_not_capturing
 from fastddim.held import weights_of
 from fastddim.layout import input_like
+from fastddim.normals import drawn_seeds
 from fastddim.op import initial_noise
-from fastddim.predict import same, stacked
-from fastddim.run import (
+from fastddim.options import (
+    CaptureOptions,
     Guidance,
-    Row,
-    Run,
-    check_not_capturing,
     checked_guidance,
     checked_seeds,
     checked_state,
-    drawn_seeds,
+    prepare,
 )
+from fastddim.plan import Plan, Row
+from fastddim.predict import Model, same, stacked
+from fastddim.run import Run
 
 Replay: TypeAlias = Callable[[], Tensor]
-Loop: TypeAlias = Callable[[Run], Iterator[tuple[Row, Tensor, Tensor | None]]]
+Loop: TypeAlias = Callable[[Run, Tensor], Iterator[tuple[Row, Tensor, Tensor | None]]]
 
 WHOLE = 100
 """The most steps in one graph. Beyond them a step is captured and replayed for each row: a graph
@@ -72,36 +73,29 @@ class Captured:
 
     def __init__(
         self,
-        prepare: Callable[..., Run],
         loop: Loop,
+        plan: Plan,
+        model: Model,
         size: tuple[int, ...],
         device: torch.device,
-        start: int,
-        levels: tuple[int, ...],
-        cond: Mapping[str, Any] | None,
-        uncond: Mapping[str, Any] | None,
-        guidance: Guidance | None,
+        options: CaptureOptions,
     ) -> None:
-        self._size, self._start, self._levels = size, start, levels
-        self._turn, self._runs_in = threading.Lock(), 0
+        self._size, self._plan, self._turn, self._runs_in = size, plan, threading.Lock(), 0
+        cond, uncond = options.get("cond"), options.get("uncond")
         with _lasting():
             self._x_T = torch.zeros(size, dtype=torch.float32, device=device)
             # Copies: what a call writes here must not be seen in the caller's own tensors.
             self._cond = _copied(cond)
             self._uncond = _copied(uncond, cond, self._cond, size[0])
-            self._run = prepare(
-                self._x_T,
-                seeds=[0] * size[0],
-                cond=self._cond,
-                uncond=self._uncond,
-                guidance=guidance,
-            )
+            memory = {"seeds": [0] * size[0], "cond": self._cond, "uncond": self._uncond}
+            self._run = prepare(plan, model, self._x_T, {**options, **memory})
         assert self._run.noise.seeds is not None
         self._seeds = self._run.noise.seeds
         whole = len(self._run.rows) <= WHOLE
-        self._replay = self._whole(loop) if whole else self._stepwise()
-        # In the run, which the graphs' bodies hold: the graphs read these wherever the model's are.
-        self._run.held = weights_of(self._run.predictor.model, self._run.predictor.cond_fn)
+        replay = self._whole(loop) if whole else self._stepwise()
+        # After the capture, which may make weights that are lazy.
+        weights = weights_of(self._run.predictor.model, self._run.predictor.cond_fn)
+        self._replay = partial(_replayed, replay, weights)
 
     def __call__(
         self,
@@ -154,8 +148,8 @@ class Captured:
             checked_state("x_T", x_T, device)
             if x_T.shape != self._x_T.shape:
                 raise ValueError(f"x_T must have shape {self._size}, got {tuple(x_T.shape)}")
-        elif self._start:
-            raise ValueError(f"x_T must be given with start = {self._start}: noise is at row 0")
+        elif start := self._plan.order[0]:
+            raise ValueError(f"x_T must be given with start = {start}: noise is at row 0")
         if out is not None:
             checked_state("out", out, device)
             if out.shape != self._x_T.shape or out.dtype != torch.float32:
@@ -192,7 +186,7 @@ class Captured:
         """w of a call, (rows, batch), where it is given."""
         if guidance is None:
             return None
-        w = checked_guidance(guidance, self, self._size[0], self._levels)
+        w = checked_guidance(guidance, self, self._size[0], self._plan.levels)
         assert w is not None
         for row in self._run.rows:
             if row.guidance is None and (w[row.number] != 1).any():
@@ -235,9 +229,9 @@ class Captured:
         run, x_T = self._run, self._x_T
 
         def body() -> Tensor:
-            run.x = x = x_T
+            x = x_T
             with run.predictor.one_cast():
-                for _, x, _ in loop(run):  # noqa: B007
+                for _, x, _ in loop(run, x_T):  # noqa: B007
                     pass
             return x
 
@@ -245,7 +239,7 @@ class Captured:
 
     def _stepwise(self) -> Replay:
         """A graph of one step for each kind of row there is, which counts the rows itself."""
-        # No name for self: a graph that only a reference cycle holds keeps its memory for long.
+        # Do not capture self: the cycle would delay freeing the graph's memory.
         run, x_T, batch = self._run, self._x_T, self._size[0]
         rows, device = run.rows, x_T.device
         with _lasting():
@@ -274,16 +268,15 @@ class Captured:
                 guidance=w,
                 shift=None if shift is None else shift.index_select(0, n)[0],
             )
-            given = inputs[1 if row.guidance is None else 2][side] if fed else None
-            run.place(
+            run.step_between(
+                here,
                 x,
-                given,
+                inputs[1 if row.guidance is None else 2][side] if fed else None,
                 None if first else x0s[side],
-                Fixed(states[other]),
-                {copies: Fixed(pair[other]) for copies, pair in inputs.items()},
-                Fixed(x0s[other]),
+                states[other],
+                inputs[row.feeds][other] if row.feeds else None,
+                x0s[other],
             )
-            run.step(x, run.predict(x, here), here)
             n.add_(1)
 
         memory = Memory.on(device)
@@ -291,12 +284,12 @@ class Captured:
         order = []
         fed = False
         for i, row in enumerate(rows):
-            alike = (i % 2, i == 0, fed, row.guidance is not None, row.noisy, row.following)
+            alike = (i % 2, i == 0, fed, row.guidance is not None, row.noisy, row.feeds)
             if alike not in steps:
                 n.zero_()
                 steps[alike] = record(partial(body, row, i % 2, i == 0, fed), device, memory)
             order.append(steps[alike])
-            fed = row.following is not None and row.following[1]
+            fed = row.feeds > 0
 
         def replay() -> Tensor:
             n.zero_()
@@ -308,14 +301,9 @@ class Captured:
         return replay
 
 
-class Fixed(Spare):
-    """The buffer that a captured step writes, whoever holds it."""
-
-    def keep(self, tensor: Tensor) -> None:
-        pass
-
-    def take(self) -> Tensor | None:
-        return self._boxes[0][0]
+def _replayed(replay: Replay, weights: list[Tensor]) -> Tensor:
+    """Replays a graph that reads ``weights`` by their addresses alone."""
+    return replay()
 
 
 class Memory(NamedTuple):
@@ -357,8 +345,8 @@ def record(body: Callable[[], Any], device: torch.device, memory: Memory | None 
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         before = sys.exc_info()[1]
-        # Weights that a caller's autocast keeps from the warm-up may be freed while the graph
-        # lives, and of those it would keep from the capture nothing has been computed.
+        # Clear autocast's cache: warm-up casts may be freed while the graph lives, and casts made
+        # during capture hold no values.
         torch.clear_autocast_cache()
         try:
             # The outer one, for torch.cuda.graph keeps its stream current where a capture fails.

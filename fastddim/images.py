@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fastddim.check import whole
+from fastddim.devices import usable
 from fastddim.latents import slerp
 from fastddim.op import initial_noise
+from fastddim.options import Progress
 from fastddim.predict import Model
-from fastddim.run import Progress, usable
 from fastddim.sampler import DDIM
 
 LARGEST_BATCH = 65_536
@@ -247,8 +248,7 @@ def warm_up(
 ) -> None:
     """Takes one step of ``ddim`` and one that adds no noise, with one call of the model.
 
-    The first call of a model and of each kind of step prepares and compiles: nothing a rate or
-    a share of the time should hold.
+    First calls compile; run them before timing.
     """
     outputs: list[Any] = []
 

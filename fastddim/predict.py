@@ -103,8 +103,8 @@ class Predictor:
     def part(self, samples: Tensor) -> Predictor:
         """The same for some of the samples."""
         cond = _taken(self.cond, samples, self.batch)
-        # Out of the whole, where what has a row for each sample is told from what happens to have
-        # as many rows as these.
+        # Stack the full batch's conditions first: only there is a per-sample tensor recognisable
+        # by its length.
         both = {} if self.uncond is None else stacked(self.uncond, self.cond, self.batch, samples)
         return replace(self, batch=len(samples), cond=cond, both=both)
 
@@ -130,9 +130,11 @@ class Predictor:
             if torch.autocast_decrement_nesting() == 0:
                 torch.clear_autocast_cache()
 
-    def __call__(self, x_in: Tensor, t: Tensor, x0: Tensor | None) -> Tensor:
-        """What the model says of ``x_in`` at ``t``, unpacked and checked."""
-        twice = x_in.shape[0] != self.batch
+    def __call__(self, x_in: Tensor, t: Tensor, x0: Tensor | None, twice: bool) -> Tensor:
+        """The model's output for ``x_in`` at ``t``, unpacked and checked.
+
+        ``twice``: whether ``x_in`` holds the batch twice, for guidance.
+        """
         keywords = self.both if twice else self.cond
         if self.self_condition is not None:
             last = torch.zeros_like(x_in) if x0 is None else self.input(x0, twice)

@@ -26,9 +26,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from fastddim import __version__, images, provenance
 from fastddim.check import whole
 from fastddim.coefficients import Eta
+from fastddim.options import Progress, checked_progress
 from fastddim.predict import Model
 from fastddim.quality import GaussianMixture, frechet_distance
-from fastddim.run import Progress, wrapper
 from fastddim.sampler import DDIM
 from fastddim.timesteps import Spacing
 
@@ -193,7 +193,7 @@ def cells(
     floor = None if judge is None else judge.floor(len(seeds))
     spread = None if judge is None or judge.spread is None else judge.spread(len(seeds))
     timed = images.Timed(model, where)
-    ticks = iter(wrapper(progress)(range(model_calls(ddims, len(seeds), size))))
+    ticks = iter(checked_progress(progress)(range(model_calls(ddims, len(seeds), size))))
 
     def measured(ddim: DDIM) -> Cell:
         images.warm_up(ddim, timed, shape, size, where, **options)

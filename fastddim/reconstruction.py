@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastddim.check import whole
 from fastddim.images import LARGEST_BATCH, full_batches
+from fastddim.options import Progress, checked_progress, checked_state
 from fastddim.predict import Model
-from fastddim.run import Progress, checked_state, wrapper
 from fastddim.sampler import DDIM
 
 
@@ -71,7 +71,7 @@ def errors(
     size = whole("batch_size", batch_size, low=1, high=LARGEST_BATCH)
     for ddim in ddims:
         ddim.iterate(model, x0[:1], reverse=True, refine=refine)  # refuses what cannot be inverted
-    ticks = iter(wrapper(progress)(range(model_calls(ddims, len(x0), size, refine))))
+    ticks = iter(checked_progress(progress)(range(model_calls(ddims, len(x0), size, refine))))
 
     def counted(x: Tensor, t: Tensor, **cond: Any) -> Any:
         next(ticks, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
@@ -25,96 +25,40 @@ from fastddim.coefficients import (
     make_table,
     pack,
 )
-from fastddim.predict import Model, Predictor, warn_of_training
-from fastddim.run import (
-    Given,
+from fastddim.devices import place_of
+from fastddim.normals import Noises
+from fastddim.options import (
+    CaptureOptions,
     Guidance,
-    Noise,
-    Plan,
+    InvertOptions,
+    IterateOptions,
+    Options,
     Progress,
-    Row,
-    Run,
-    check_not_capturing,
-    checked_dtype,
-    checked_guidance,
-    checked_known,
+    check_backwards,
+    check_names,
+    checked_noise,
     checked_shape,
     checked_state,
     checked_temperature,
-    place_of,
-    rows_of,
-    wrapper,
+    list_options,
+    options_in,
+    prepare,
 )
+from fastddim.plan import Plan, Row
+from fastddim.predict import Model
+from fastddim.run import Run
 from fastddim.schedule import NoiseSchedule
-from fastddim.step import check_untransformed, ddim_step
+from fastddim.step import ddim_step
 from fastddim.timesteps import Pair, Spacing, make_pairs
-from fastddim.trajectory import Recorder, Trajectory, shape_of
+from fastddim.trajectory import Callback, Copies, Recorder, Step, Trajectory
 
 if TYPE_CHECKING:
-    from typing import TypedDict
-
     from typing_extensions import Unpack
 
     from fastddim.graph import Captured
 
-    class Options(TypedDict, total=False):
-        """What ``DDIM.sample`` takes beside the model, x_T and the trajectory."""
-
-        shape: Sequence[int] | None
-        seeds: Sequence[int] | Tensor | None
-        generator: torch.Generator | None
-        noise: Given | None
-        device: torch.device | str | None
-        dtype: torch.dtype | None
-        autocast: torch.dtype | bool | None
-        cond: Mapping[str, Any] | None
-        uncond: Mapping[str, Any] | None
-        guidance: Guidance | None
-        cond_fn: Model | None
-        self_condition: str | None
-        start: int
-        known: Tensor | None
-        mask: Tensor | None
-        batch_size: int | None
-        callback: Callback | None
-        every: int
-        offload: bool
-        progress: Progress
-
-
-Callback: TypeAlias = Callable[["Step"], "Tensor | bool | None"]
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What one step of the loop leaves behind. Its ``repr`` prints the tensors' shapes.
-
-    ``x`` and ``x0`` are copies, and the caller's to keep and to write to: nothing that follows
-    writes to them, and what is written into them does not reach the loop. A callback changes the
-    course of the loop by the tensor that it returns.
-
-    Attributes:
-        index: the step's row in the table, 0 for the noisiest. ``sample(model, step.x,
-            start=step.index + 1)`` goes on from there; from a step of the loop run backwards,
-            ``start=step.index``.
-        t, s: the levels it went from and to; −1 is clean data.
-        x: x_s.
-        x0: the x0 predicted from x_t.
-    """
-
-    index: int
-    t: int
-    s: int
-    x: Tensor
-    x0: Tensor
-
-    def __repr__(self) -> str:
-        return (
-            f"Step(index={self.index}, t={self.t}, s={self.s}, x={shape_of(self.x)}, "
-            f"x0={shape_of(self.x0)})"
-        )
-
-
+State: TypeAlias = tuple[Row, Tensor, Tensor | None]
+States: TypeAlias = Generator[State, Tensor | None, None]
 FAR = 0.2
 """√ᾱ of a first level from which on a sampler warns that noise is not what its model expects: the
 paper's own spacings stay below it from S = 3 on (0.105, linear β), and so does stable diffusion's
@@ -248,7 +192,7 @@ class DDIM:
         shape: Sequence[int] | None = None,
         seeds: Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
-        noise: Given | None = None,
+        noise: Noises | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         autocast: torch.dtype | bool | None = None,
@@ -337,26 +281,8 @@ class DDIM:
                 is allowed; or, when the model has returned something that is no such tensor.
             RuntimeError: before any work, while a CUDA graph is being captured.
         """
-        run = self._prepare(
-            self._plan(start, cond_fn is not None),
-            model,
-            x_T,
-            shape=shape,
-            seeds=seeds,
-            generator=generator,
-            noise=noise,
-            device=device,
-            dtype=dtype,
-            autocast=autocast,
-            cond=cond,
-            uncond=uncond,
-            guidance=guidance,
-            cond_fn=cond_fn,
-            self_condition=self_condition,
-            known=known,
-            mask=mask,
-            progress=progress,
-        )
+        options = options_in(locals())  # Only the arguments are in locals() at this point.
+        run = prepare(self._plan(start, cond_fn is not None), model, x_T, options)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {kind(callback)}")
         batches = _batches(run, batch_size, callback)
@@ -365,15 +291,11 @@ class DDIM:
             order = [row.number for row in run.rows]
             size, where = run.noise.size, run.noise.device
             path = Recorder(trajectory, every, offload, order, self.pairs, size, run.dtype, where)
-        kept = path is not None and path.wants("x0")
-        run.wants_x0 |= callback is not None or kept
-        run.reads_x0 |= kept
         with run.predictor.one_cast():
             if batches is None:
                 out = self._sampled(run, path, callback)
             else:
-                assert run.x is not None
-                out = torch.empty_like(run.x, dtype=run.dtype)
+                out = run.empty_result()
                 for samples, part in batches:
                     state = self._sampled(part, path, None, samples)
                     out[samples] = state[: samples.stop - samples.start]
@@ -384,74 +306,51 @@ class DDIM:
         model: Model,
         x_T: Tensor | None = None,
         *,
-        shape: Sequence[int] | None = None,
-        seeds: Sequence[int] | Tensor | None = None,
-        generator: torch.Generator | None = None,
-        noise: Given | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        autocast: torch.dtype | bool | None = None,
-        cond: Mapping[str, Any] | None = None,
-        uncond: Mapping[str, Any] | None = None,
-        guidance: Guidance | None = None,
-        cond_fn: Model | None = None,
-        self_condition: str | None = None,
-        start: int = 0,
-        known: Tensor | None = None,
-        mask: Tensor | None = None,
         reverse: bool = False,
         until: int | None = None,
         refine: int = 0,
-        progress: Progress = False,
+        **options: Unpack[IterateOptions],
     ) -> Iterator[Step]:
         """``sample``, or with ``reverse`` ``invert``, one step at a time, with each step's x0.
 
-        The arguments, checked before the first step is asked for, are those of the two. The
-        tensors of a step are copies, and the caller's to keep and to write to: nothing that
+        The tensors of a step are copies, and the caller's to keep and to write to: nothing that
         follows writes to them, and nothing that is written into them steers the loop, in any
         dtype. ``sample(callback=...)`` is the loop that can be steered.
+
+        Args:
+            model: as in ``sample``.
+            x_T: where to begin; with ``reverse`` the data, as ``invert`` takes them.
+            reverse: whether the loop runs backwards, from data to noise.
+            until, refine: with ``reverse``, as in ``invert``.
+            options: as in ``sample``. How the model is called: ``cond``, ``uncond``, ``guidance``,
+                ``cond_fn``, ``self_condition``, ``dtype``, ``autocast``, ``device``. Where the
+                loop begins: ``shape``, ``start``. Its noise: ``seeds``, ``generator``, ``noise``.
+                Inpainting: ``known``, ``mask``. ``progress``. With ``reverse`` those that
+                ``invert`` takes, and ``device``.
+
+        Returns:
+            An iterator over one ``Step`` for each row.
+
+        Raises:
+            TypeError, ValueError: as ``sample`` and ``invert`` do, before the first step is asked
+                for.
         """
-        if not reverse:
-            if until is not None or refine:
-                raise ValueError("until and refine belong to reverse=True")
-            plan = self._plan(start, cond_fn is not None)
-        else:
-            given: dict[str, Any] = {
-                "seeds": seeds,
-                "generator": generator,
-                "noise": noise,
-                "shape": shape,
-            }
-            given |= {"known": known, "mask": mask, "self_condition": self_condition}
-            given["start"] = start or None
-            needless = [name for name, value in given.items() if value is not None]
-            if needless:
-                raise ValueError(f"{needless[0]} has no place in a loop that runs backwards")
+        check_names("DDIM.iterate", options, IterateOptions)
+        shifted = options.get("cond_fn") is not None
+        if reverse:
+            check_backwards(options)
             refine = whole("refine", refine, low=0)
-            plan = self._reverse_plan(until, cond_fn is not None)
-        run = self._prepare(
-            plan,
-            model,
-            x_T,
-            shape=shape,
-            seeds=seeds,
-            generator=generator,
-            noise=noise,
-            device=device,
-            dtype=dtype,
-            autocast=autocast,
-            cond=cond,
-            uncond=uncond,
-            guidance=guidance,
-            cond_fn=cond_fn,
-            self_condition=self_condition,
-            known=known,
-            mask=mask,
-            progress=progress,
-        )
-        run.wants_x0 = True
-        states = self._backwards(run, refine) if reverse else self._loop(run)
-        return _steps(run, states)
+            plan = self._reverse_plan(until, shifted)
+        elif until is not None or refine:
+            raise ValueError("until and refine belong to reverse=True")
+        else:
+            plan = self._plan(options.get("start", 0), shifted)
+        run = prepare(plan, model, x_T, options)
+        if reverse:
+            states = self._backwards(run, refine, wants_x0=True)
+        else:
+            states = self._loop(run, wants_x0=True)
+        return _steps(states, Copies(run.dtype, run.predictor.self_condition is not None))
 
     def invert(
         self,
@@ -460,21 +359,15 @@ class DDIM:
         *,
         until: int | None = None,
         refine: int = 0,
-        dtype: torch.dtype | None = None,
-        autocast: torch.dtype | bool | None = None,
-        cond: Mapping[str, Any] | None = None,
-        uncond: Mapping[str, Any] | None = None,
-        guidance: Guidance | None = None,
-        cond_fn: Model | None = None,
-        progress: Progress = False,
+        **options: Unpack[InvertOptions],
     ) -> Tensor:
         """The loop run backwards, from data to the noise it comes from: the ODE of η = 0.
 
             x_t = √ᾱ_t·(x_s − √(1−ᾱ_s)·ε)/√ᾱ_s + √(1−ᾱ_t)·ε,   ε = ε(x_s, t)
 
-        where exactness asks for ε(x_t, t). ``refine`` puts the x_t found in the place of x_s and
-        solves again; what the iteration settles on is what ``sample`` takes back to x_s. The
-        model is told the level it goes to, as data themselves have none.
+        where exactness asks for ε(x_t, t): x_t is the fixed point of x_s = step(x_t), and each of
+        ``refine`` iterations brings it closer. ``sample`` takes the fixed point back to x_s. The
+        model is called with the target level's t, because clean data has no timestep.
 
         Where x_t holds next to nothing of the data (ᾱ_t = 0, or √ᾱ_t·√(1−ᾱ_s) below a tenth of
         √ᾱ_s·√(1−ᾱ_t)) ε is almost x_t itself, and that iteration stands still. There x0 is asked
@@ -487,8 +380,9 @@ class DDIM:
             until: the row to stop before: the result is x at that row's t, and ``sample(model,
                 x, start=until)`` takes it back. 0 by default: the noisiest level.
             refine: how many more times the model is asked in each step.
-            model, dtype, autocast, cond, uncond, guidance, cond_fn, progress: as in ``sample``;
-                guidance for each step counts the same rows.
+            model: as in ``sample``.
+            options: as in ``sample``: ``cond``, ``uncond``, ``guidance``, ``cond_fn``, ``dtype``,
+                ``autocast``, ``progress``. A guidance for each step counts the same rows.
 
         Returns:
             x at the level of row ``until``, in x0's dtype.
@@ -497,21 +391,12 @@ class DDIM:
             TypeError, ValueError: as ``sample`` does; η must be 0, clip None, and no step may
                 lead from ᾱ = 0 to clean data, of which x_T is no function.
         """
+        check_names("DDIM.invert", options, InvertOptions)
         refine = whole("refine", refine, low=0)
-        run = self._prepare(
-            self._reverse_plan(until, cond_fn is not None),
-            model,
-            x0,
-            dtype=dtype,
-            autocast=autocast,
-            cond=cond,
-            uncond=uncond,
-            guidance=guidance,
-            cond_fn=cond_fn,
-            progress=progress,
-        )
+        plan = self._reverse_plan(until, options.get("cond_fn") is not None)
+        run = prepare(plan, model, x0, options)
         x = None
-        with run.predictor.one_cast():
+        with _no_grad(), run.predictor.one_cast():
             for _, x, _ in self._backwards(run, refine):  # noqa: B007
                 pass
         return _reached(x).to(run.dtype)
@@ -542,7 +427,7 @@ class DDIM:
         x0 = checked_state("x0", x0, None)
         row = whole("start", start, low=0, high=len(self.pairs) - 1)
         given = None if noise is None else [noise]
-        source = Noise.of(tuple(x0.shape), x0.device, 1, seeds, generator, given)
+        source = checked_noise(tuple(x0.shape), x0.device, 1, seeds, generator, given)
         eps = source.initial() if noise is None else noise.detach()
         table = torch.tensor(self._forward_table()[row : row + 1], device=x0.device)
         # Forward from clean data is the ODE's own step back from it, the noise standing for ε.
@@ -550,43 +435,24 @@ class DDIM:
         return x.to(x0.dtype)
 
     def capture(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        autocast: torch.dtype | bool | None = None,
-        cond: Mapping[str, Any] | None = None,
-        uncond: Mapping[str, Any] | None = None,
-        guidance: Guidance | None = None,
-        cond_fn: Model | None = None,
-        self_condition: str | None = None,
-        start: int = 0,
+        self, model: Model, shape: Sequence[int], **options: Unpack[CaptureOptions]
     ) -> Captured:
         """The loop as a CUDA graph, to be replayed: see ``fastddim.graph.Captured``.
 
-        ``seeds``, ``x_T``, the tensors of ``cond`` and ``uncond``, and ``guidance`` may be others
-        at each call. The remaining arguments are ``sample``'s.
+        Each call may bring other ``seeds``, another ``x_T``, other tensors of ``cond`` and
+        ``uncond``, and another ``guidance``. All other arguments are captured as they are.
+
+        Args:
+            model, shape: as in ``sample``.
+            options: as in ``sample``: ``cond``, ``uncond``, ``guidance``, ``cond_fn``,
+                ``self_condition``, ``dtype``, ``autocast``, ``device``, ``start``.
         """
         from fastddim.graph import Captured
 
-        def prepare(x_T: Tensor, **given: Any) -> Run:
-            return self._prepare(
-                self._plan(start, cond_fn is not None),
-                model,
-                x_T,
-                dtype=dtype,
-                autocast=autocast,
-                cond_fn=cond_fn,
-                self_condition=self_condition,
-                **given,
-            )
-
-        size, where = checked_shape(shape), place_of(device, model)
-        whole("start", start, low=0, high=len(self.pairs) - 1)
-        t = tuple(t for t, _ in self.pairs)
-        return Captured(prepare, self._loop, size, where, start, t, cond, uncond, guidance)
+        check_names("DDIM.capture", options, CaptureOptions)
+        size, where = checked_shape(shape), place_of(options.get("device"), model)
+        plan = self._plan(options.get("start", 0), options.get("cond_fn") is not None)
+        return Captured(self._loop, plan, model, size, where, options)
 
     def describe(self) -> None:
         """Prints what will be done: each step's levels and factors, and the model calls."""
@@ -600,27 +466,31 @@ class DDIM:
         for row, ((t, s), f) in enumerate(zip(self.pairs, self.table.tolist(), strict=True)):
             print(f"{row:>5}{t:>6}{s:>6}{f[0]:>11.6f}{f[4]:>11.6f}{f[5]:>11.6f}{f[6]:>11.6f}")
 
-    def _loop(self, run: Run) -> Iterator[tuple[Row, Tensor, Tensor | None]]:
-        """(row, x_s, x0) after each step. All it needs is on the device before it begins."""
-        x = run.known_in(run.begin(), run.rows[0].number)
-        for row in run.progress(run.rows):  # τ_S → τ_1
-            with _no_grad():
-                eps = run.predict(x, row)
-                x, x0 = run.step(x, eps, row)
-                x = run.known_in(x, row.number + 1)
-            del eps  # or it would hold what a later step may write
-            yield row, x, x0
-            if run.instead is not None:
-                x, run.instead = run.instead, None
+    def _loop(self, run: Run, x_T: Tensor | None = None, *, wants_x0: bool = False) -> States:
+        """Yields (row, x_s, x0) after each step. A tensor that is sent takes the place of x_s.
 
-    def _backwards(self, run: Run, refine: int) -> Iterator[tuple[Row, Tensor, Tensor | None]]:
-        """(row, x_t, x0) after each step up: x_t solves x_s = step(x_t), the better the longer."""
-        x = run.begin()
+        All that the loop reads is on the device before it begins.
+        """
+        x, stepper = run.begin(x_T, wants_x0)
+        for row in run.progress(run.rows):  # τ_S → τ_1
+            output = stepper.predict(x, row)
+            x, x0 = stepper.step(x, output, row)
+            del output  # Drop our reference so that the next step can reuse this buffer.
+            instead = yield row, x, x0
+            if instead is not None:
+                x = instead
+                yield row, x, x0  # This is what send returns.
+
+    def _backwards(self, run: Run, refine: int, *, wants_x0: bool = False) -> States:
+        """Yields (row, x_t, x0) after each step up.
+
+        x_t is the fixed point of x_s = step(x_t); each of ``refine`` iterations brings it closer.
+        """
+        x, stepper = run.begin(None, wants_x0)
         for row in run.progress(run.rows):  # τ_1 → τ_S
-            with _no_grad():
-                y, x0 = run.step(x, run.eps_or_x0(x, row), row)
-                for _ in range(refine):
-                    y, x0 = run.step(x, run.eps_or_x0(y, row), row)
+            y, x0 = stepper.step(x, stepper.predict(x, row), row)
+            for _ in range(refine):
+                y, x0 = stepper.step(x, stepper.predict(y, row), row)
             x = y
             del y
             yield row, x, x0
@@ -632,13 +502,19 @@ class DDIM:
         callback: Callback | None,
         samples: slice = slice(None),
     ) -> Tensor:
-        """Where the loop ends, in the result's dtype; what goes on beside it is done here."""
+        """Runs the loop and returns the last x, in the result's dtype.
+
+        Calls the callback and records the trajectory after each step.
+        """
+        kept = path is not None and path.wants("x0")
+        copies = Copies(run.dtype, kept or run.predictor.self_condition is not None)
         x = None
-        with _no_grad() if callback is None else _AS_IT_IS:  # a callback's grad mode is the user's
-            for row, x, x0 in self._loop(run):
-                answer = None if callback is None else callback(_step(run, row, x, x0))
+        states = self._loop(run, wants_x0=kept or callback is not None)
+        with _no_grad() if callback is None else _AS_IT_IS:
+            for row, x, x0 in states if callback is None else _without_grad(states):
+                answer = None if callback is None else callback(copies.step(row, x, x0))
                 if answer is not None and not isinstance(answer, bool):
-                    run.instead = x = _replacing(answer, x)
+                    _, x, _ = states.send(_replacing(answer, x))
                 if path is not None:
                     path.keep(row.number, samples, x, x0, stopped=answer is True)
                 if answer is True:
@@ -653,10 +529,16 @@ class DDIM:
     def _plan(self, start: int, shifted: bool) -> Plan:
         """The table's rows from ``start`` on; ``shifted`` by a cond_fn or not."""
         first = whole("start", start, low=0, high=len(self.pairs) - 1)
-        order = range(first, len(self.pairs))
-        t = tuple(t for t, _ in self.pairs)
-        shift = self._shift() if shifted else None
-        return Plan(self.table, order, t, self.pairs, shift, self._prediction, self.clip)
+        return Plan(
+            table=self.table,
+            order=range(first, len(self.pairs)),
+            levels=tuple(t for t, _ in self.pairs),
+            pairs=self.pairs,
+            shift=self._shift() if shifted else None,
+            prediction=self._prediction,
+            clip=self.clip,
+            forward=self._forward_table,
+        )
 
     def _reverse_plan(self, until: int | None, shifted: bool) -> Plan:
         """The same rows, each from its s to its t, from the last to ``until``."""
@@ -683,19 +565,19 @@ class DDIM:
         by_x0 = (a * b_s < 0.1 * a_s * b) & (a * a_s < b * b_s)
         zeros = np.zeros_like(abar)
         return Plan(
-            make_table(self.schedule, up, 0.0, self.final_alpha_cumprod),
-            range(len(up) - 1, last - 1, -1),
-            tuple(t for t, _ in self.pairs),
-            up,
-            self._shift() if shifted else None,
-            self._prediction,
-            None,
-            pack(abar, np.where(by_x0, 1.0, 0.0), zeros, np.where(by_x0, 0.0, 1.0)),
-            tuple(by_x0.tolist()),
+            table=make_table(self.schedule, up, 0.0, self.final_alpha_cumprod),
+            order=range(len(up) - 1, last - 1, -1),
+            levels=tuple(t for t, _ in self.pairs),
+            pairs=up,
+            shift=self._shift() if shifted else None,
+            prediction=self._prediction,
+            clip=None,
+            heard=pack(abar, np.where(by_x0, 1.0, 0.0), zeros, np.where(by_x0, 0.0, 1.0)),
+            by_x0=tuple(by_x0.tolist()),
         )
 
     def _shift(self) -> Float32:
-        """What cond_fn's gradient is multiplied by: ε − √(1−ᾱ_t)·∇, in the model's own terms."""
+        """The factor of cond_fn's gradient, ε − √(1−ᾱ_t)·∇, in the model's own terms."""
         abar, _ = levels(self.schedule, self.pairs, self.final_alpha_cumprod)
         b = np.sqrt(1 - abar)
         with np.errstate(divide="ignore"):  # refused where it is asked for
@@ -707,78 +589,13 @@ class DDIM:
         t = [t for t, _ in self.pairs]
         return make_table(self.schedule, [(-1, i) for i in (*t, max(self.pairs[-1][1], 0))])
 
-    def _prepare(
-        self,
-        plan: Plan,
-        model: Model,
-        x_T: Tensor | None,
-        *,
-        shape: Sequence[int] | None = None,
-        seeds: Sequence[int] | Tensor | None = None,
-        generator: torch.Generator | None = None,
-        noise: Given | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        autocast: torch.dtype | bool | None = None,
-        cond: Mapping[str, Any] | None = None,
-        uncond: Mapping[str, Any] | None = None,
-        guidance: Guidance | None = None,
-        cond_fn: Model | None = None,
-        self_condition: str | None = None,
-        known: Tensor | None = None,
-        mask: Tensor | None = None,
-        progress: Progress = False,
-    ) -> Run:
-        """Every argument checked and on the device, and the x to begin at."""
-        name = "x_T" if plan.heard is None else "x0"
-        if plan.heard is not None:
-            x_T = checked_state(name, x_T, device)
-        elif (x_T is None) == (shape is None):
-            raise ValueError(f"give x_T or shape, got {'neither' if x_T is None else 'both'}")
-        elif x_T is None and plan.order[0]:
-            raise ValueError(f"x_T must be given with start = {plan.order[0]}: noise is at row 0")
-        elif x_T is not None:
-            checked_state(name, x_T, device)
-        size = checked_shape(shape) if x_T is None else tuple(x_T.shape)
-        where = place_of(device, model) if x_T is None else x_T.device
-        check_not_capturing(where)
-        check_untransformed("sampling")
-        state_dtype = torch.float32 if x_T is None else x_T.dtype
-        model_dtype = checked_dtype(dtype) or state_dtype
-        w = checked_guidance(guidance, uncond, size[0], plan.levels)
-        if w is not None and (w == 1).all():
-            uncond = w = None  # w = 1 is the model with its condition
-        predictor = Predictor.of(
-            model, size[0], where, model_dtype, cond, uncond, cond_fn, self_condition, autocast
-        )
-        if plan.shift is not None and not np.isfinite(plan.shift).all():
-            raise ValueError("cond_fn cannot be used where ᾱ is 0, as it is in this schedule")
-        warn_of_training(model, 3)
-        wrapped = wrapper(progress)
-        source = Noise.of(size, where, len(plan.table), seeds, generator, noise)
-        x = source.initial() if x_T is None else x_T.to(torch.float32)
-        clean = (*(False for _ in self.pairs), self.pairs[-1][1] < 0)
-        inpainted = checked_known(known, mask, x, self._forward_table, clean)
-        if inpainted is not None and source.given is not None:
-            raise ValueError("known needs seeds or a generator, got noise, which is the steps'")
-        scales = None if w is None else torch.tensor(w, device=where)
-        return Run(
-            x,
-            x is not x_T,
-            predictor,
-            torch.tensor(plan.table, device=where),
-            rows_of(plan, predictor, scales, inpainted is not None),
-            plan.prediction,
-            plan.clip,
-            None if plan.heard is None else torch.tensor(plan.heard, device=where),
-            scales,
-            source,
-            inpainted,
-            state_dtype,
-            self_condition is not None,
-            wrapped,
-            self_condition is not None,
-        )
+
+for _method, _options in (
+    (DDIM.iterate, IterateOptions),
+    (DDIM.invert, InvertOptions),
+    (DDIM.capture, CaptureOptions),
+):
+    list_options(_method, _options, like=DDIM.sample)
 
 
 def _check_first_level(schedule: NoiseSchedule, spacing: str, steps: int, t: int) -> None:
@@ -807,7 +624,7 @@ _AS_IT_IS = nullcontext()
 
 
 def _no_grad() -> AbstractContextManager[None]:
-    """``torch.no_grad()``, unless that is on: coming and going costs a small step a twentieth."""
+    """``torch.no_grad()``, or nothing where gradients are off: a call costs 5 % of a small step."""
     return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
 
 
@@ -829,27 +646,35 @@ def _batches(
     def batches() -> Iterator[tuple[slice, Run]]:
         firsts = range(0, count, size)
         ticks = iter(run.progress([row for _ in firsts for row in run.rows]))
+
+        def counted(rows: Iterable[Row]) -> Iterable[Row]:
+            return (row for row, _ in zip(rows, ticks, strict=False))
+
         for first in firsts:
             last = min(first + size, count)
             index = torch.arange(first, first + size, device=run.noise.device)
-            part = run.part(index.clamp_(max=last - 1))
-            part.progress = lambda rows: (row for row, _ in zip(rows, ticks, strict=False))
-            yield slice(first, last), part
+            yield slice(first, last), run.part(index.clamp_(max=last - 1), counted)
         for _ in ticks:
             pass
 
     return batches()
 
 
-def _step(run: Run, row: Row, x: Tensor, x0: Tensor | None) -> Step:
-    assert x0 is not None
-    t, s = row.pair
-    return Step(row.number, t, s, run.copy(x), run.copy_of_x0(x0))
+def _without_grad(states: States) -> Iterator[State]:
+    """Yields ``states``, computed without gradients. Between two the caller's grad mode holds."""
+    while True:
+        with _no_grad():
+            state = next(states, None)
+        if state is None:
+            return
+        yield state
+        del state  # Drop our reference so that the next step can reuse these buffers.
 
 
-def _steps(run: Run, states: Iterator[tuple[Row, Tensor, Tensor | None]]) -> Iterator[Step]:
-    for row, x, x0 in states:
-        yield _step(run, row, x, x0)
+def _steps(states: States, copies: Copies) -> Iterator[Step]:
+    """Yields the ``Step`` of each state."""
+    for row, x, x0 in _without_grad(states):
+        yield copies.step(row, x, x0)
 
 
 def _reached(x: Tensor | None) -> Tensor:

@@ -1,21 +1,87 @@
-"""States kept along the way: on their device, or streamed to the host while the loop goes on."""
+"""What a loop gives on the way: steps for the caller, and states kept here or on the host."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fastddim.buffers import Spare, fitting
 from fastddim.check import kind, whole
+from fastddim.plan import Row
 from fastddim.timesteps import Pair
 
 NAMES = ("x", "x0")
+FRESH = 1 << 15
+"""Elements below which fresh memory costs a CPU no more than finding memory that is free."""
 _log = logging.getLogger("fastddim")
+
+
+Callback: TypeAlias = Callable[["Step"], "Tensor | bool | None"]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one step of the loop leaves behind. Its ``repr`` prints the tensors' shapes.
+
+    ``x`` and ``x0`` are copies, and the caller's to keep and to write to: nothing that follows
+    writes to them, and what is written into them does not reach the loop. A callback changes the
+    course of the loop by the tensor that it returns.
+
+    Attributes:
+        index: the step's row in the table, 0 for the noisiest. ``sample(model, step.x,
+            start=step.index + 1)`` goes on from there; from a step of the loop run backwards,
+            ``start=step.index``.
+        t, s: the levels it went from and to; −1 is clean data.
+        x: x_s.
+        x0: the x0 predicted from x_t.
+    """
+
+    index: int
+    t: int
+    s: int
+    x: Tensor
+    x0: Tensor
+
+    def __repr__(self) -> str:
+        return (
+            f"Step(index={self.index}, t={self.t}, s={self.s}, x={shape_of(self.x)}, "
+            f"x0={shape_of(self.x0)})"
+        )
+
+
+class Copies:
+    """Makes the ``Step`` that a caller gets, of copies in the result's dtype.
+
+    Args:
+        dtype: of the result.
+        reads_x0: whether the loop or a trajectory reads a step's x0 after the caller has it.
+    """
+
+    def __init__(self, dtype: torch.dtype, reads_x0: bool) -> None:
+        self._dtype, self._reads_x0 = dtype, reads_x0
+        self._spare = Spare()
+
+    def step(self, row: Row, x: Tensor, x0: Tensor | None) -> Step:
+        assert x0 is not None
+        copy_of_x0 = x0.to(self._dtype, copy=self._reads_x0)
+        return Step(row.number, *row.pair, self._copy(x), copy_of_x0)
+
+    def _copy(self, x: Tensor) -> Tensor:
+        if x.dtype != self._dtype:
+            return x.to(self._dtype)
+        if not x.is_cpu or x.numel() < FRESH:
+            return x.clone()
+        own = fitting(self._spare.take(), x)
+        own = torch.empty_like(x) if own is None else own
+        own.copy_(x)
+        self._spare.keep(own)
+        return own.detach()  # what the caller does to its tensor, requires_grad say, marks not own
 
 
 @dataclass(frozen=True, eq=False)

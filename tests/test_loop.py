@@ -323,7 +323,7 @@ def test_what_is_written_into_a_step_never_steers_the_loop(
     how: str, edit: str, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:  # enough for copies to be made in memory that an earlier one had
-        monkeypatch.setattr("fastddim.run.FRESH", 0)
+        monkeypatch.setattr("fastddim.trajectory.FRESH", 0)
     ddim = DDIM(10, eta=1.0)
     given: dict[str, Any] = {"x_T": drawn(*SHAPE), "seeds": SEEDS, **HOW[how]}
     names = ("x", "x0")

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastddim import DDIM, checkpoints, embedded, images, profile
+from fastddim import DDIM, checkpoints, embedded, images, options, profile
 from fastddim.__main__ import main
 from fastddim.embedded import classifier, distance
 from fastddim.quality import GaussianMixture, Moments, frechet_distance, moments
@@ -62,13 +62,13 @@ class Slow(nn.Module):
 
 
 def test_times_and_memory_are_the_models_and_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = DDIM._prepare
+    plain = options.prepare
 
     def slow(*arguments: Any, **rest: Any) -> Any:
         time.sleep(0.012)  # once a batch, outside the model
         return plain(*arguments, **rest)
 
-    monkeypatch.setattr(DDIM, "_prepare", slow)
+    monkeypatch.setattr("fastddim.sampler.prepare", slow)
     [cell] = profile.cells([DDIM(6)], Slow(), range(5), (1, 4, 4), 2, device="cpu")
     # Other work on the machine can only add.
     assert cell.model_ms >= 20

@@ -19,9 +19,10 @@ from torch import Tensor
 from fastddim import DDIM, NoiseSchedule, Step, reference
 from fastddim.check import SamplingWarning
 from fastddim.coefficients import PREDICTIONS, Prediction
+from fastddim.devices import place_of
 from fastddim.op import initial_noise
+from fastddim.options import checked_noise, checked_seeds
 from fastddim.predict import device_of
-from fastddim.run import Noise, checked_seeds, place_of
 from tests.refusals import refused
 
 LINEAR = NoiseSchedule.linear()
@@ -724,13 +725,13 @@ def test_seeds_of_any_kind_are_these_numbers_and_a_copy(seeds: Any) -> None:
 
 
 def test_many_seeds_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastddim.run.whole", unused)
+    monkeypatch.setattr("fastddim.options.whole", unused)
     for seeds in (range(3), [0, 1, 2], torch.arange(3), None):
         assert len(_noise_of(seeds)) == 3
 
 
 def _noise_of(seeds: Any) -> Tensor:
-    found = Noise.of((3, 2), torch.device("cpu"), 1, seeds, None, None).seeds
+    found = checked_noise((3, 2), torch.device("cpu"), 1, seeds, None, None).seeds
     assert found is not None
     return found
 

@@ -22,7 +22,7 @@ from fastddim.dropins.diffusers.base import (
     like,
 )
 from fastddim.dropins.diffusers.tables import CPU, Chosen, Made, Tables
-from fastddim.run import checked_seeds
+from fastddim.options import checked_seeds
 from fastddim.schedule import NoiseSchedule
 from fastddim.step import OUTPUTS, check_untransformed
 from fastddim.timesteps import Pair, make_pairs

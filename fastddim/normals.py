@@ -1,0 +1,74 @@
+"""Where normals come from: one seed for each sample, a generator, or tensors that are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastddim import noise as counter
+from fastddim.op import initial_noise
+
+Noises: TypeAlias = Sequence[Tensor] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """A source of normals: ``seeds``, ``generator`` and ``given`` are None but for one.
+
+    ``fastddim.options.checked_noise`` makes one of what a caller gives.
+    """
+
+    size: tuple[int, ...]
+    device: torch.device
+    seeds: Tensor | None = None
+    generator: torch.Generator | None = None
+    given: Sequence[Tensor] | None = None
+
+    def part(self, samples: Tensor) -> Noise:
+        """The source for some of the samples. A generator's stream cannot be divided."""
+        given = None if self.given is None else [z[samples] for z in self.given]
+        seeds = None if self.seeds is None else self.seeds[samples]
+        return Noise((len(samples), *self.size[1:]), self.device, seeds, None, given)
+
+    def initial(self) -> Tensor:
+        """x_T: stream 1 of the seeds."""
+        if self.given is not None:
+            raise ValueError("x_T must be given with noise, which holds the steps' only")
+        if self.seeds is not None:
+            return initial_noise(self.seeds, self.size)
+        return self._drawn()
+
+    def step(self, row: int, into: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """(seeds, z) of a step that adds noise: one of them is a tensor, the other None.
+
+        A generator writes z into the memory ``into``, where that is given.
+        """
+        if self.given is not None:
+            return None, self.given[row]
+        if self.generator is not None:
+            return None, self._drawn(into)
+        return self.seeds, None
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """The noise that is put on a known image: stream 2 of the seeds."""
+        if self.seeds is None:
+            return self._drawn()
+        z = torch.empty(self.size, dtype=torch.float32, device=self.device)
+        torch.ops.fastddim.normal_(z, self.seeds, rows, counter.FORWARD)
+        return z
+
+    def _drawn(self, into: Tensor | None = None) -> Tensor:
+        if into is not None:
+            return into.normal_(generator=self.generator)  # randn does the same with fresh memory
+        return torch.randn(
+            self.size, generator=self.generator, device=self.device, dtype=torch.float32
+        )
+
+
+def drawn_seeds(batch: int) -> Tensor:
+    """A seed for each sample, from the CPU's default generator whatever the default device is."""
+    return torch.randint(0, 2**63 - 1, (batch,), device="cpu")
