@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastddim import blocked, layout
 from fastddim import noise as counter
-from fastddim.backends import Backend, Fixed, Launch
+from fastddim.backends import Backend, Fixed, Launch, forked
 
 if numba.config.DISABLE_JIT:
     raise ImportError("numba is told not to compile (NUMBA_DISABLE_JIT)")
@@ -597,7 +597,7 @@ class _Calls:
         Raises:
             ValueError: a row is not in the table. Nothing is written.
         """
-        if self._many and not blocked.forked() and torch.get_num_threads() > 1 and _team:
+        if self._many and not forked() and torch.get_num_threads() > 1 and _team:
             call = self._new(torch.get_num_threads(), _team.functions)
             _bring(call, 0, *brought, _UNDONE, 0)
             _team.run(_take_part, call, torch.get_num_threads())
