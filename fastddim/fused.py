@@ -646,6 +646,10 @@ def bind(
     batch, total = x.shape[0], x.numel()
     n = total // batch
     row_stride = 0 if isinstance(row, int) or batch == 1 else row.stride(0)
+    guidance_stride = 0 if batch == 1 or guidance is None else guidance.stride(0)
+    threshold_stride = 0 if batch == 1 or threshold is None else threshold.stride(0)
+    if not layout.apart(x) and (row_stride or threshold_stride or guidance is not None):
+        raise ValueError("samples that are on rows of their own must lie one after another")
     small = n < SMALL and batch > 1
     channels = 1
     if seeds is not None and not x.is_contiguous():
@@ -661,10 +665,6 @@ def bind(
             rest, fixed, x, output, table, row, seeds, noise, guidance, threshold, out, x0,
             next_input,
         )  # fmt: skip
-    guidance_stride = 0 if batch == 1 or guidance is None else guidance.stride(0)
-    threshold_stride = 0 if batch == 1 or threshold is None else threshold.stride(0)
-    if not layout.apart(x) and (row_stride or threshold_stride or guidance is not None):
-        raise ValueError("samples that are on rows of their own must lie one after another")
     steps = table.shape[0]
     # In _BOUND's order.
     bound = (
