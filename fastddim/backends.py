@@ -130,6 +130,19 @@ def using(name: str) -> Iterator[None]:
         ValueError: there is no backend of this name.
     """
     _checked(name, "using")
+    with again(name):
+        yield
+
+
+def available(device: torch.device | str) -> list[str]:
+    """The names of the backends that can take steps on a device of this kind here, best first."""
+    kind = torch.device(device).type
+    return [name for name in TABLE if _runs_on(name, kind) and _imported(name) is not None]
+
+
+@contextmanager
+def again(name: str | None) -> Iterator[None]:
+    """Within, the choice is once more what ``chosen`` returned, whatever it is now."""
     token = _using.set(name)
     try:
         yield
@@ -137,10 +150,25 @@ def using(name: str) -> Iterator[None]:
         _using.reset(token)
 
 
-def available(device: torch.device | str) -> list[str]:
-    """The names of the backends that can take steps on a device of this kind here, best first."""
-    kind = torch.device(device).type
-    return [name for name in TABLE if _runs_on(name, kind) and _imported(name) is not None]
+def forked() -> bool:
+    """Whether this is the child of a fork, which has none of its parent's threads.
+
+    PyTorch's operations are shared out to them all the same, and wait for ever.
+    """
+    return _is_forked
+
+
+_is_forked = False
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+# Here and not in a backend, which a child may be the first to import.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 @functools.cache

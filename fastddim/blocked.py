@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -372,32 +371,12 @@ def _step(
 
 def _most() -> int:
     """How many elements an operation gets at the most: in a forked child what one thread takes."""
-    return BLOCK if _is_forked else PART * torch.get_num_threads()
+    return BLOCK if backends.forked() else PART * torch.get_num_threads()
 
 
 def _together() -> int:
     """How many elements are one block if there are no more."""
-    return BLOCK if _is_forked else 2 * _most()
-
-
-def forked() -> bool:
-    """Whether this is the child of a fork, which has none of its parent's threads.
-
-    PyTorch's operations are shared out to them all the same, and wait for ever.
-    """
-    return _is_forked
-
-
-_is_forked = False
-
-
-def _note_fork() -> None:
-    global _is_forked
-    _is_forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+    return BLOCK if backends.forked() else 2 * _most()
 
 
 class _Own(threading.local):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,14 +24,12 @@ class Bound:
     Nothing but launches is kept between two calls: threads and trajectories may share one.
     """
 
-    __slots__ = ("_latest", "_launches", "_output", "backend", "fixed")
+    __slots__ = ("_latest", "_launches", "backend", "fixed")
 
     def __init__(self, backend: Backend, fixed: Fixed) -> None:
         self.backend, self.fixed = backend, fixed
         self._launches: dict[tuple[object, ...], Launch] = {}
         self._latest: tuple[tuple[object, ...], Launch] = (), nothing
-        self._output: tuple[Any, ...] = None, None, None, nothing
-        """The latest output's dtype, shape and strides, and the launch for it."""
 
     def __call__(
         self,
@@ -59,33 +56,6 @@ class Bound:
         else:
             self.take(*given)
 
-    def again(
-        self,
-        x: Tensor,
-        output: Tensor,
-        table: Tensor,
-        row: int | Tensor,
-        seeds: Tensor | None,
-        noise: Tensor | None,
-        guidance: Tensor | None,
-        threshold: Tensor | None,
-        out: Tensor,
-        x0: Tensor | None,
-        next_input: Tensor | None,
-    ) -> None:
-        """The step, for a loop: all but the model's output lies as it did in the latest call."""
-        dtype, shape, stride, launch = self._output
-        if (
-            output.dtype is dtype
-            and output.shape == shape
-            and output.stride() == stride
-            and output.__class__ is Tensor
-            and not watched()
-        ):
-            launch(x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input)
-        else:
-            self(x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input)
-
     def take(
         self,
         x: Tensor,
@@ -101,6 +71,24 @@ class Bound:
         next_input: Tensor | None,
     ) -> None:
         """The step, seen by nobody: what the op itself does."""
+        given = x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
+        self.launch(*given)(*given)
+
+    def launch(
+        self,
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        row: int | Tensor,
+        seeds: Tensor | None,
+        noise: Tensor | None,
+        guidance: Tensor | None,
+        threshold: Tensor | None,
+        out: Tensor,
+        x0: Tensor | None,
+        next_input: Tensor | None,
+    ) -> Launch:
+        """The launch for these arguments and all that lie as they do."""
         key = (
             x.shape,
             x.stride(),
@@ -120,19 +108,18 @@ class Bound:
             if next_input is None
             else (next_input.dtype, next_input.shape, next_input.stride()),
         )
-        given = x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
         latest, launch = self._latest
         if key != latest:
             found = self._launches.get(key)
             if found is None:
-                found = bind(self.backend, self.fixed, *given)
+                given = x, output, table, row, seeds, noise, guidance, threshold, out, x0
+                found = bind(self.backend, self.fixed, *given, next_input)
                 if len(self._launches) >= _MOST:
                     self._launches.clear()
                 self._launches[key] = found
             launch = found
             self._latest = key, launch
-        self._output = *key[2:5], launch
-        launch(*given)
+        return launch
 
 
 def watched() -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastddim import blocked, layout
 from fastddim import noise as counter
-from fastddim.backends import Backend, Fixed, Launch
+from fastddim.backends import Backend, Fixed, Launch, forked
 
 if numba.config.DISABLE_JIT:
     raise ImportError("numba is told not to compile (NUMBA_DISABLE_JIT)")
@@ -597,7 +597,7 @@ class _Calls:
         Raises:
             ValueError: a row is not in the table. Nothing is written.
         """
-        if self._many and not blocked.forked() and torch.get_num_threads() > 1 and _team:
+        if self._many and not forked() and torch.get_num_threads() > 1 and _team:
             call = self._new(torch.get_num_threads(), _team.functions)
             _bring(call, 0, *brought, _UNDONE, 0)
             _team.run(_take_part, call, torch.get_num_threads())
@@ -646,6 +646,10 @@ def bind(
     batch, total = x.shape[0], x.numel()
     n = total // batch
     row_stride = 0 if isinstance(row, int) or batch == 1 else row.stride(0)
+    guidance_stride = 0 if batch == 1 or guidance is None else guidance.stride(0)
+    threshold_stride = 0 if batch == 1 or threshold is None else threshold.stride(0)
+    if not layout.apart(x) and (row_stride or threshold_stride or guidance is not None):
+        raise ValueError("samples that are on rows of their own must lie one after another")
     small = n < SMALL and batch > 1
     channels = 1
     if seeds is not None and not x.is_contiguous():
@@ -661,10 +665,6 @@ def bind(
             rest, fixed, x, output, table, row, seeds, noise, guidance, threshold, out, x0,
             next_input,
         )  # fmt: skip
-    guidance_stride = 0 if batch == 1 or guidance is None else guidance.stride(0)
-    threshold_stride = 0 if batch == 1 or threshold is None else threshold.stride(0)
-    if not layout.apart(x) and (row_stride or threshold_stride or guidance is not None):
-        raise ValueError("samples that are on rows of their own must lie one after another")
     steps = table.shape[0]
     # In _BOUND's order.
     bound = (

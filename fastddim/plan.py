@@ -58,8 +58,8 @@ class Row(NamedTuple):
     number: int
     pair: Pair
     """The levels that the step goes from and to."""
-    rows: Tensor
-    """``number`` for each sample, int32 (batch,)."""
+    rows: int | Tensor
+    """``number``, as the step takes it: in a graph that counts its rows int32 (batch,)."""
     t: Tensor
     """The level that the model is called with, int64 (batch,)."""
     asked: Tensor
@@ -73,7 +73,9 @@ class Row(NamedTuple):
     feeds: int
     """How many copies of the batch the step writes for the next model call; 0 if it writes none."""
     prediction: int
-    """What the step's op is given, by its place in ``PREDICTIONS``."""
+    """What the step is given, by its place in ``PREDICTIONS``."""
+    kind: tuple[Any, ...]
+    """Rows of one kind have the same arguments of the step: noise, w, the next input, ε or x0."""
 
 
 def rows_of(
@@ -81,7 +83,6 @@ def rows_of(
 ) -> tuple[Row, ...]:
     """The rows of ``plan`` in its order. ``guidance``: w (rows, batch), on the device."""
     batch, device, count = predictor.batch, predictor.device, len(plan.table)
-    numbers = torch.arange(count, dtype=torch.int32, device=device)[:, None].expand(-1, batch)
     levels = torch.tensor(plan.levels, device=device)[:, None]
     once = levels.expand(-1, batch).unbind()
     # Where w is 1 for every sample the condition alone is asked: half the work, and c exactly.
@@ -102,17 +103,19 @@ def rows_of(
     given = [PREDICTIONS.index(plan.prediction)] * count
     if plan.backwards:
         given = [PREDICTIONS.index("sample" if x0 else "epsilon") for x0 in plan.by_x0]
+    noisy = (plan.table[:, _C1] != 0).tolist()
     columns = (
         range(count),
         plan.pairs,
-        numbers.unbind(),
+        range(count),
         once,
         asked,
         w,
         none if plan.shift is None else torch.tensor(plan.shift, device=device).unbind(),
-        (plan.table[:, _C1] != 0).tolist(),
+        noisy,
         feeds,
         given,
+        zip(noisy, guided, feeds, given, strict=True),
     )
     rows = list(map(Row, *columns))
     return tuple([rows[i] for i in plan.order])

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim.buffers import Spare
+from fastddim.backends import Fixed, Launch, backend
+from fastddim.bound import step_of, watched
+from fastddim.buffers import FRESH, Spare
 from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.inpaint import Known
 from fastddim.layout import input_like
 from fastddim.normals import Noise
-from fastddim.op import OP as STEP
 from fastddim.plan import Row
 from fastddim.predict import Predictor
 from fastddim.step import ddim_step
@@ -109,8 +110,7 @@ class Run:
         def narrowed(row: Row) -> Row:
             w = None if row.guidance is None or some is None else some[row.number]
             asked = row.t[:1].expand(n if w is None else 2 * n)
-            rows, t = row.rows[:1].expand(n), row.t[:1].expand(n)
-            return row._replace(rows=rows, t=t, asked=asked, guidance=w)
+            return row._replace(t=row.t[:1].expand(n), asked=asked, guidance=w)
 
         return replace(
             self,
@@ -132,12 +132,14 @@ class Stepper:
     """
 
     __slots__ = (
+        "_backend",
         "_clip",
         "_direct",
         "_heard",
         "_input",
         "_inputs",
         "_known",
+        "_launches",
         "_made",
         "_noise",
         "_prediction",
@@ -159,7 +161,12 @@ class Stepper:
         """True if a model that gets each sample once gets the state itself."""
         self._self_condition = run.predictor.self_condition is not None
         self._wants_x0 = wants_x0 or self._self_condition
-        self._states, self._x0s = Spare(), Spare()
+        self._backend = backend(run.predictor.device)
+        self._launches: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        """The launch of each kind of row, and the dtype, shape and strides of its output."""
+        self._states: Spare | None = None
+        self._x0s: Spare | None = None
+        """Buffers that earlier steps wrote. None where fresh memory costs no more."""
         self._inputs: dict[int, Spare] = {1: Spare(), 2: Spare()}
         """Buffers for the model's inputs, by the copies of the batch in them."""
         self._made: Tensor | None = None
@@ -176,9 +183,9 @@ class Stepper:
         self._made = x if made else None
         if x.device.type != "cpu":
             return
-        self._states = Spare(*(torch.empty_like(x) for _ in range(1 if made else 2)))
-        if self._self_condition:
-            self._x0s = Spare(*(torch.empty_like(x) for _ in range(2)))
+        if x.numel() >= FRESH:
+            self._states = Spare(*(torch.empty_like(x) for _ in range(1 if made else 2)))
+            self._x0s = Spare(*(torch.empty_like(x) for _ in range(2 * self._self_condition)))
         # The first row's input is made when the model is called with it, and reused after that.
         first = 1 if rows[0].guidance is None else 2
         for copies in {row.feeds for row in rows} - {0, first}:
@@ -228,6 +235,8 @@ class Stepper:
 
     def step(self, x: Tensor, output: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
         """Returns (x_s, x0). The model's next input is written in the same pass over memory."""
+        if x is not self._made:
+            self._look_at(x)
         seeds = z = into = x0 = None
         if row.noisy:
             seeds, z = self._noise.step(row.number, self._z)
@@ -236,41 +245,73 @@ class Stepper:
             into = self._inputs[row.feeds].take()
             if into is None:
                 into = input_like(x, self._predictor.dtype, row.feeds)
-        x_s = self._states.take()
-        if x_s is None:
-            x_s = torch.empty_like(x)
+        x_s = self._memory(self._states, x)
         if self._wants_x0:
-            x0 = self._x0s.take()
-            if x0 is None:
-                x0 = torch.empty_like(x)
-        # All arguments are already checked, so call the unchecked op.
-        STEP(
-            x,
-            output,
-            self._table,
-            row.rows,
-            seeds,
-            z,
-            row.guidance if self._heard is None else None,
-            None,
-            row.prediction,
-            True,
-            self._clip,
-            False,
-            x_s,
-            x0,
-            into,
-        )
-        if x is self._made:
+            x0 = self._memory(self._x0s, x)
+        w = row.guidance if self._heard is None else None
+        # All but the output lies as it did when a row of this kind was bound.
+        dtype, shape, stride, launch = self._launches.get(row.kind, _NONE)
+        if (
+            output.dtype is not dtype
+            or output.shape != shape
+            or output.stride() != stride
+            or output.__class__ is not Tensor
+            or watched()
+        ):
+            launch = self._bound(x, output, row, seeds, z, w, x_s, x0, into)
+        launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
+        if x is self._made and self._states is not None:
             self._states.keep(x)
         if self._self_condition:
-            if self._x0 is not None:
+            if self._x0 is not None and self._x0s is not None:
                 self._x0s.keep(self._x0)
             self._x0 = x0
         self._made, self._input = x_s, into
         if self._known is not None:
             x_s = self._known.put_back(x_s, row.number + 1, self._noise)
         return x_s, x0
+
+    def _bound(
+        self,
+        x: Tensor,
+        output: Tensor,
+        row: Row,
+        seeds: Tensor | None,
+        z: Tensor | None,
+        w: Tensor | None,
+        x_s: Tensor,
+        x0: Tensor | None,
+        into: Tensor | None,
+    ) -> Launch:
+        """Looks at everything, and remembers the launch where rows of this kind are all alike."""
+        step = step_of(self._backend, Fixed(row.prediction, True, self._clip, False))
+        if output.__class__ is not Tensor or watched():
+            return step
+        given = x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into
+        launch = step.launch(*given)
+        # The caller's tensors may each lie otherwise.
+        if x is self._made and self._noise.given is None:
+            self._launches[row.kind] = output.dtype, output.shape, output.stride(), launch
+        return launch
+
+    def _look_at(self, x: Tensor) -> None:
+        """Notes that the state is the caller's, which may lie otherwise than those before it."""
+        if self._made is not None and self._made.stride() != x.stride():
+            self._launches.clear()
+            if self._states is not None:
+                self._states = Spare()
+            if self._x0s is not None:
+                self._x0s = Spare()
+            self._inputs = {1: Spare(), 2: Spare()}
+
+    @staticmethod
+    def _memory(spare: Spare | None, x: Tensor) -> Tensor:
+        found = None if spare is None else spare.take()
+        return torch.empty_like(x) if found is None else found
+
+
+_NONE: tuple[Any, ...] = None, None, None, None
+"""The launch of rows of a kind that has not been bound."""
 
 
 class _Fixed(Spare):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastddim import bound, layout
-from fastddim.backends import Fixed, Launch, backend, chosen
+from fastddim.backends import Fixed, Launch, again, backend, chosen
 from fastddim.bound import by_op, watched
 from fastddim.check import finite, kind, whole
 from fastddim.coefficients import COLUMNS, PREDICTIONS
@@ -135,8 +134,11 @@ class BoundStep:
         x0_out: Tensor | None = None,
         next_input: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(x_s, x0): see ``ddim_step``, whose arguments these are."""
-        return self._step(
+        """(x_s, x0): see ``ddim_step``, whose arguments these are.
+
+        In what torch.compile traces, the backend is the one in use when that runs.
+        """
+        given = (
             x,
             output,
             self._table,
@@ -150,6 +152,9 @@ class BoundStep:
             x0_out,
             next_input,
         )
+        if torch.compiler.is_compiling():
+            return _traced(self._step.fixed, *given)
+        return self._step(*given)
 
 
 def bind(
@@ -196,10 +201,10 @@ def _fixed(prediction: Any, clip: float | None, rederive: bool, noise_first: boo
 class _Step:
     """The step with one set of options, for arguments that may be anything."""
 
-    __slots__ = ("_chosen", "_fixed", "_latest", "_launches", "_weight")
+    __slots__ = ("_chosen", "_latest", "_launches", "_weight", "fixed")
 
     def __init__(self, fixed: Fixed, chosen: str | None) -> None:
-        self._fixed, self._chosen = fixed, chosen
+        self.fixed, self._chosen = fixed, chosen
         self._launches: dict[tuple[Any, ...], Launch] = {}
         self._latest: tuple[tuple[Any, ...], Launch] = (), bound.nothing
         self._weight: tuple[float, torch.device, Tensor] | None = None
@@ -257,7 +262,7 @@ class _Step:
             )
         if not plain:
             rows = _checked(
-                self._fixed, x, output, table, rows, seeds, noise, guidance, threshold, out, x0_out,
+                self.fixed, x, output, table, rows, seeds, noise, guidance, threshold, out, x0_out,
                 next_input,
             )  # fmt: skip
         elif rows.__class__ is int and not 0 <= rows < table.shape[0]:
@@ -287,14 +292,20 @@ class _Step:
         given = x, output, *rest
         kinds = {type(tensor) for tensor in given if isinstance(tensor, Tensor)}
         if watched() or transformed() or not kinds <= {Tensor, torch.nn.Parameter}:
-            return partial(by_op, self._fixed)
+            return self._by_op
         launch = self._launches.get(seen)
         if launch is None or not seen:
-            launch = bound.bind(backend(x.device, self._chosen), self._fixed, *given)
+            with again(self._chosen):
+                found = backend(x.device)
+            launch = bound.bind(found, self.fixed, *given)
             if len(self._launches) >= _MOST:
                 self._launches.clear()
             self._launches[seen] = launch
         return launch
+
+    def _by_op(self, *given: Any) -> None:
+        with again(self._chosen):
+            by_op(self.fixed, *given)
 
     def _weights(self, w: Tensor | float, batch: int, device: torch.device) -> Tensor:
         """w as float32 (batch,), of one number the tensor of the last step."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddim import backends, op
+from fastddim import backends, bound
 from fastddim import step as step_module
 from fastddim.bound import Bound
 
@@ -57,7 +57,7 @@ def forget() -> None:
     """Nothing that was decided before is kept: neither a backend nor a launch."""
     backends._found.cache_clear()
     step_module._steps.clear()
-    op._steps.clear()
+    bound._steps.clear()
 
 
 def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:

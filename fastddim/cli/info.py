@@ -39,7 +39,8 @@ def info(machine: Machine) -> None:
     print(", ".join(f"{name} {found[name]}" for name in packages if name in found))
     for device in devices:
         what = provenance.machine(torch.device(device))
-        print(f"{device}: {what}; {STEPS[takes[device]]}")
+        taken = STEPS.get(takes[device], f"a step is taken by {takes[device]}")
+        print(f"{device}: {what}; {taken}")
     for extra, (modules, what) in EXTRAS.items():
         missing = [
             package

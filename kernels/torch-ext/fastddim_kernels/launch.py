@@ -303,8 +303,8 @@ _hooks: Any = triton.knobs.runtime
 
 def _hooked() -> bool:
     """Whether somebody, a profiler say, is to be told of each launch, as Triton's dispatch does."""
-    enter = _hooks.launch_enter_hook
-    return enter is not None and bool(enter.calls)
+    enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+    return (enter is not None and bool(enter.calls)) or (leave is not None and bool(leave.calls))
 
 
 def divisor(d: int) -> tuple[int, int]:
