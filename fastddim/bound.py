@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,27 +52,6 @@ class Bound:
         ``guidance`` and ``threshold`` are (batch,), and ``row`` is an int or int32 (batch,).
         """
         given = x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
-        if x.__class__ is not Tensor or output.__class__ is not Tensor or watched():
-            by_op(self.fixed, *given)
-        else:
-            self.take(*given)
-
-    def take(
-        self,
-        x: Tensor,
-        output: Tensor,
-        table: Tensor,
-        row: int | Tensor,
-        seeds: Tensor | None,
-        noise: Tensor | None,
-        guidance: Tensor | None,
-        threshold: Tensor | None,
-        out: Tensor,
-        x0: Tensor | None,
-        next_input: Tensor | None,
-    ) -> None:
-        """The step, seen by nobody: what the op itself does."""
-        given = x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
         self.launch(*given)(*given)
 
     def launch(
@@ -87,8 +67,14 @@ class Bound:
         out: Tensor,
         x0: Tensor | None,
         next_input: Tensor | None,
+        seen: bool = True,
     ) -> Launch:
-        """The launch for these arguments and all that lie as they do."""
+        """The launch for these arguments, and for all that lie as they do while nobody watches.
+
+        ``seen``: whether somebody who watches for the op is to see it.
+        """
+        if seen and (x.__class__ is not Tensor or output.__class__ is not Tensor or watched()):
+            return partial(by_op, self.fixed)
         key = (
             x.shape,
             x.stride(),

@@ -390,6 +390,41 @@ def _taken(address, thread, total):
 
 
 @_part
+def _light_steps(address, thread, n, total):
+    """``_steps`` of an epsilon model where every term is an argument, and no term needs memory.
+
+    ``n``: elements that follow one another, on one row. Memory costs a small step its half.
+    """
+    call = carray(_call(address), (1,))[0]
+    rows = carray(_int32(call.rows), (call.batch,))
+    table = carray(_float32(call.table), (7 * call.steps,))
+    while True:
+        start, stop = _taken(address, thread, total)
+        if start >= stop:
+            return
+        while start < stop:
+            sample = start // n
+            first = start - sample * n
+            count = min(n - first, stop - start)
+            if call.x0:
+                count = min(count, CHUNK)
+            row = rows[sample * call.row_stride]
+            a_t, b_t, a_s = table[7 * row], table[7 * row + 2], table[7 * row + 4]
+            c2 = table[7 * row + 6]
+            x, out = _floats(call.x, start, count), _floats(call.out, start, count)
+            e = _floats(call.output, sample * call.output_stride + first, count)
+            if call.x0:
+                x0 = _floats(call.x0, start, count)
+                _predict(count, 0, x, e, a_t, b_t, x0, e)
+                if call.clips:
+                    _clamp(count, x0, np.float32(call.clip))
+                _combine(count, x0, e, x0, 0, False, False, a_s, _ZERO, c2, out)
+            else:
+                _epsilon_step(count, x, e, a_t, b_t, a_s, c2, out)
+            start += count
+
+
+@_part
 def _steps(address, thread):
     """x_s of the elements this thread takes; none, and why, if a row is not in the table."""
     call = carray(_call(address), (1,))[0]
@@ -418,6 +453,11 @@ def _steps(address, thread):
 
     kept_x0 = call.clips or call.rederive or call.x0 != 0 or call.threshold != 0
     plain = call.prediction == 0 and not kept_x0 and call.noise == 0
+    made = call.guidance != 0 or call.dtype != 0 or call.noise != 0 or counted
+    bounded = call.threshold != 0 or call.rederive or (call.clips and call.x0 == 0)
+    if call.prediction == 0 and not made and not bounded:
+        _light_steps(address, thread, n, total)
+        return
     x0_own, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     u_own, c_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     own = np.empty(CHUNK if spread else 1, np.float32)
@@ -581,7 +621,7 @@ _NO_FUNCTIONS = (0,) * len(_FUNCTIONS)
 
 
 class _Calls:
-    """Calls of the C function that differ in what each brings and are alike in what is bound.
+    """The memory of calls of the C function, which all have the same bound arguments.
 
     A call's memory is used again. A step takes it for as long as it runs, so that other threads
     find none, or another's.
@@ -591,30 +631,23 @@ class _Calls:
         self._bound, self._clip, self._many = bound, clip, many
         self._spare: list[tuple[Any, int]] = []
 
-    def __call__(self, *brought: int) -> None:
-        """Runs one. ``brought`` are the addresses of ``_BROUGHT``.
-
-        Raises:
-            ValueError: a row is not in the table. Nothing is written.
-        """
-        if self._many and not forked() and torch.get_num_threads() > 1 and _team:
+    def __call__(self, *brought: int) -> int:
+        """Runs one, told the addresses of ``_BROUGHT``; returns how it went."""
+        if self._many and _team and not forked() and torch.get_num_threads() > 1:
             call = self._new(torch.get_num_threads(), _team.functions)
             _bring(call, 0, *brought, _UNDONE, 0)
             _team.run(_take_part, call, torch.get_num_threads())
             (outcome,) = _INT64.unpack_from(call, _OUTCOME)
-        else:
-            try:
-                own = self._spare.pop()
-            except IndexError:
-                call = self._new(1, _NO_FUNCTIONS)
-                own = call, ctypes.addressof(call)
-            _bring(own[0], 0, *brought, _UNDONE, 0)
-            outcome = _take_it_all(own[1])
-            self._spare.append(own)
-        if outcome != _DONE:
-            if outcome == _REFUSED:
-                raise ValueError("rows must lie in the table")
-            raise MemoryError("there is no memory for the step's own chunks")
+            return int(outcome)
+        try:
+            own = self._spare.pop()
+        except IndexError:
+            call = self._new(1, _NO_FUNCTIONS)
+            own = call, ctypes.addressof(call)
+        _bring(own[0], 0, *brought, _UNDONE, 0)
+        outcome = _take_it_all(own[1])
+        self._spare.append(own)
+        return outcome  # type: ignore[no-any-return]
 
     def _new(self, threads: int, functions: tuple[int, ...]) -> Any:
         call = (ctypes.c_char * (_SIZE + _OWN * threads))()
@@ -706,26 +739,32 @@ def bind(
             at = rows + 4 * row
         else:
             raise ValueError(f"rows must lie in [0, {steps}), got {row}")
-        try:
-            run(
-                x.data_ptr(),
-                output.data_ptr(),
-                table.data_ptr(),
-                at,
-                0 if seeds is None else seeds.data_ptr(),
-                0 if noise is None else noise.data_ptr(),
-                0 if guidance is None else guidance.data_ptr(),
-                0 if threshold is None else threshold.data_ptr(),
-                out.data_ptr(),
-                0 if x0 is None else x0.data_ptr(),
-            )
-        except ValueError:
-            low, high = (int(each) for each in torch.aminmax(blocked.rows_of(row, 1)))
-            raise ValueError(f"rows must lie in [0, {steps}), got {low} to {high}") from None
+        outcome = run(
+            x.data_ptr(),
+            output.data_ptr(),
+            table.data_ptr(),
+            at,
+            0 if seeds is None else seeds.data_ptr(),
+            0 if noise is None else noise.data_ptr(),
+            0 if guidance is None else guidance.data_ptr(),
+            0 if threshold is None else threshold.data_ptr(),
+            out.data_ptr(),
+            0 if x0 is None else x0.data_ptr(),
+        )
+        if outcome != _DONE:
+            _refuse(outcome, row, steps)
         if next_input is not None:
             layout.write_next(next_input, out)
 
     return launch
+
+
+def _refuse(outcome: int, row: Any, steps: int) -> None:
+    """Says why nothing was written."""
+    if outcome != _REFUSED:
+        raise MemoryError("there is no memory for the step's own chunks")
+    low, high = (int(each) for each in torch.aminmax(blocked.rows_of(row, 1)))
+    raise ValueError(f"rows must lie in [0, {steps}), got {low} to {high}")
 
 
 def _drawn_ahead(bind: Callable[..., Launch], fixed: Fixed, *first: Any) -> Launch:
@@ -772,7 +811,8 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         "fills": True,
     }
     run = _Calls(tuple(bound.values()), None, total >= NOISY_SHARED)
-    run(0, 0, 0, rows.data_ptr(), seeds.data_ptr(), 0, 0, 0, out.data_ptr(), 0)
+    if run(0, 0, 0, rows.data_ptr(), seeds.data_ptr(), 0, 0, 0, out.data_ptr(), 0) != _DONE:
+        raise MemoryError("there is no memory for the normals' own chunks")
 
 
 BACKEND = Backend("numba", bind, normal_)

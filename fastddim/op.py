@@ -45,19 +45,9 @@ def _ddim_step(
     next_input: Tensor | None,
 ) -> None:
     fixed = Fixed(prediction, noise_first, clip, rederive)
-    step_of(backend("cpu" if x.is_cpu else x.device), fixed).take(
-        x,
-        output,
-        table,
-        rows,
-        seeds,
-        noise,
-        guidance,
-        threshold,
-        out,
-        x0,
-        next_input,
-    )
+    given = x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input
+    step = step_of(backend("cpu" if x.is_cpu else x.device), fixed)
+    step.launch(*given, seen=False)(*given)
     written(out, x0, next_input)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from fastddim.timesteps import Pair
 _C1 = COLUMNS.index("c1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """What a sampler decides before it sees a tensor: its table, and the order of its rows.
 
@@ -51,6 +52,20 @@ class Plan:
     def backwards(self) -> bool:
         return self.heard is not None
 
+    @cached_property
+    def noisy(self) -> list[bool]:
+        """Whether each row adds noise."""
+        return (self.table[:, _C1] != 0).tolist()  # type: ignore[no-any-return]
+
+    @cached_property
+    def _on_cpu(self) -> Tensor:
+        with torch.inference_mode(False):  # which would leave a tensor for that mode alone
+            return torch.tensor(self.table, device="cpu")
+
+    def table_on(self, device: torch.device) -> Tensor:
+        """The table as the steps read it: on a CPU one tensor for all runs, which nobody writes."""
+        return self._on_cpu if device.type == "cpu" else torch.tensor(self.table, device=device)
+
 
 class Row(NamedTuple):
     """What one step reads. All of it is on the device before the first model call."""
@@ -74,7 +89,7 @@ class Row(NamedTuple):
     """How many copies of the batch the step writes for the next model call; 0 if it writes none."""
     prediction: int
     """What the step is given, by its place in ``PREDICTIONS``."""
-    kind: tuple[Any, ...]
+    kind: int
     """Rows of one kind have the same arguments of the step: noise, w, the next input, ε or x0."""
 
 
@@ -83,7 +98,8 @@ def rows_of(
 ) -> tuple[Row, ...]:
     """The rows of ``plan`` in its order. ``guidance``: w (rows, batch), on the device."""
     batch, device, count = predictor.batch, predictor.device, len(plan.table)
-    levels = torch.tensor(plan.levels, device=device)[:, None]
+    # Fresh memory each time: the model is given it.
+    levels = torch.tensor(plan.levels, device=device).unsqueeze(1)
     once = levels.expand(-1, batch).unbind()
     # Where w is 1 for every sample the condition alone is asked: half the work, and c exactly.
     guided = [False] * count if guidance is None else (guidance != 1).any(1).tolist()
@@ -103,7 +119,8 @@ def rows_of(
     given = [PREDICTIONS.index(plan.prediction)] * count
     if plan.backwards:
         given = [PREDICTIONS.index("sample" if x0 else "epsilon") for x0 in plan.by_x0]
-    noisy = (plan.table[:, _C1] != 0).tolist()
+    alike = zip(plan.noisy, guided, feeds, given, strict=True)
+    kinds = [16 * said + 4 * copies + 2 * double + adds for adds, double, copies, said in alike]
     columns = (
         range(count),
         plan.pairs,
@@ -112,10 +129,10 @@ def rows_of(
         asked,
         w,
         none if plan.shift is None else torch.tensor(plan.shift, device=device).unbind(),
-        noisy,
+        plan.noisy,
         feeds,
         given,
-        zip(noisy, guided, feeds, given, strict=True),
+        kinds,
     )
     rows = list(map(Row, *columns))
     return tuple([rows[i] for i in plan.order])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastddim.backends import Fixed, Launch, backend
 from fastddim.bound import step_of, watched
-from fastddim.buffers import FRESH, Spare
+from fastddim.buffers import FRESH, Spare, memory
 from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.inpaint import Known
 from fastddim.layout import input_like
@@ -162,7 +162,7 @@ class Stepper:
         self._self_condition = run.predictor.self_condition is not None
         self._wants_x0 = wants_x0 or self._self_condition
         self._backend = backend(run.predictor.device)
-        self._launches: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._launches: dict[int, tuple[Any, ...]] = {}
         """The launch of each kind of row, and the dtype, shape and strides of its output."""
         self._states: Spare | None = None
         self._x0s: Spare | None = None
@@ -245,9 +245,11 @@ class Stepper:
             into = self._inputs[row.feeds].take()
             if into is None:
                 into = input_like(x, self._predictor.dtype, row.feeds)
-        x_s = self._memory(self._states, x)
+        spare = self._states
+        x_s = torch.empty_like(x) if spare is None else memory(spare, x)
         if self._wants_x0:
-            x0 = self._memory(self._x0s, x)
+            spare_x0 = self._x0s
+            x0 = torch.empty_like(x) if spare_x0 is None else memory(spare_x0, x)
         w = row.guidance if self._heard is None else None
         # All but the output lies as it did when a row of this kind was bound.
         dtype, shape, stride, launch = self._launches.get(row.kind, _NONE)
@@ -285,12 +287,9 @@ class Stepper:
     ) -> Launch:
         """Looks at everything, and remembers the launch where rows of this kind are all alike."""
         step = step_of(self._backend, Fixed(row.prediction, True, self._clip, False))
-        if output.__class__ is not Tensor or watched():
-            return step
-        given = x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into
-        launch = step.launch(*given)
+        launch = step.launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
         # The caller's tensors may each lie otherwise.
-        if x is self._made and self._noise.given is None:
+        if x is self._made and self._noise.given is None and not watched():
             self._launches[row.kind] = output.dtype, output.shape, output.stride(), launch
         return launch
 
@@ -303,11 +302,6 @@ class Stepper:
             if self._x0s is not None:
                 self._x0s = Spare()
             self._inputs = {1: Spare(), 2: Spare()}
-
-    @staticmethod
-    def _memory(spare: Spare | None, x: Tensor) -> Tensor:
-        found = None if spare is None else spare.take()
-        return torch.empty_like(x) if found is None else found
 
 
 _NONE: tuple[Any, ...] = None, None, None, None

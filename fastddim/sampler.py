@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
@@ -158,6 +158,10 @@ class DDIM:
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make a plan of their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_all_rows"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # pickle and deepcopy copy an array without its write protection.
@@ -529,12 +533,20 @@ class DDIM:
     def _plan(self, start: int, shifted: bool) -> Plan:
         """The table's rows from ``start`` on; ``shifted`` by a cond_fn or not."""
         first = whole("start", start, low=0, high=len(self.pairs) - 1)
+        plain = self._all_rows
+        if not first and not shifted:
+            return plain
+        shift = self._shift() if shifted else None
+        return replace(plain, order=range(first, len(self.pairs)), shift=shift)
+
+    @functools.cached_property
+    def _all_rows(self) -> Plan:
         return Plan(
             table=self.table,
-            order=range(first, len(self.pairs)),
+            order=range(len(self.pairs)),
             levels=tuple(t for t, _ in self.pairs),
             pairs=self.pairs,
-            shift=self._shift() if shifted else None,
+            shift=None,
             prediction=self._prediction,
             clip=self.clip,
             forward=self._forward_table,

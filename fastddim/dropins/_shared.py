@@ -149,7 +149,8 @@ class Buffers:
         if checked:
             assert guidance is None or isinstance(guidance, Tensor)
             step = self._bound(x.device, prediction, noise_first, clip, rederive)
-            step(x, output, table, rows, seeds, noise, guidance, threshold, x_s, x0, next_input)
+            given = x, output, table, rows, seeds, noise, guidance, threshold, x_s, x0, next_input
+            step.launch(*given)(*given)
         else:
             ddim_step(
                 x,

@@ -251,8 +251,8 @@ class Base:
 
 
 def fits(scheduler: Base, output: Any, sample: Any, row: int | Tensor) -> bool:
-    """Tells whether the fused step computes what the original's step would."""
-    config, abar, end = scheduler.config, scheduler.alphas_cumprod, scheduler._end()
+    """Tells whether the fused step computes what the original's step would of these tensors."""
+    config, abar = scheduler.config, scheduler.alphas_cumprod
     return (
         scheduler.num_inference_steps is not None
         and isinstance(sample, Tensor)
@@ -260,23 +260,28 @@ def fits(scheduler: Base, output: Any, sample: Any, row: int | Tensor) -> bool:
         and like(output, sample)
         and sample.dtype == torch.float32
         and (isinstance(row, Tensor) or -abar.shape[0] <= row < abar.shape[0])
-        # The original computes with a Python number in float64, and with other dtypes in theirs.
-        and isinstance(end, Tensor)
-        and end.dtype == abar.dtype == torch.float32
-        and not end.dim()
         and config.prediction_type in NAMES
         and (not config.clip_sample or config.clip_sample_range > 0)
         and scheduler._as_parent
         and not (
-            (
+            torch.is_grad_enabled()
+            and (
                 sample.requires_grad
                 or output.requires_grad
                 or abar.requires_grad
-                or end.requires_grad
+                or getattr(scheduler._end(), "requires_grad", False)
             )
-            and torch.is_grad_enabled()
         )
     )
+
+
+def levels_fit(scheduler: Base) -> bool:
+    """Tells whether the original computes the factors in float32.
+
+    It computes with a Python number in float64, and with tensors of other dtypes in theirs.
+    """
+    abar, end = scheduler.alphas_cumprod, scheduler._end()
+    return isinstance(end, Tensor) and end.dtype == abar.dtype == torch.float32 and not end.dim()
 
 
 def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: float) -> bool:
@@ -288,6 +293,7 @@ def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: f
         and timesteps.shape == sample.shape[:1]
         and not timesteps.is_floating_point()
         and fits(scheduler, output, sample, 0)
+        and levels_fit(scheduler)
     )
 
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from fastddim.dropins._shared import Buffers, pack_rows
-from fastddim.dropins.diffusers.base import Base, Generators, batch_fits, fits, has_grad, like
+from fastddim.dropins.diffusers.base import (
+    Base,
+    Generators,
+    batch_fits,
+    fits,
+    has_grad,
+    levels_fit,
+    like,
+)
 from fastddim.dropins.diffusers.tables import Made, Tables
 from fastddim.step import transformed
 from fastddim.transfer import sent
@@ -59,6 +67,8 @@ class Plain:
             if scheduler._upwards
             else _tables(scheduler, float(eta), sample.device, scheduler._end())
         )
+        if tables is None:
+            return None
         rows: Tensor | int = row + tables.table.shape[0] // 2
         if isinstance(rows, Tensor):
             rows = rows.to(torch.int32).expand(sample.shape[0])
@@ -85,6 +95,8 @@ class Plain:
             return None
         # The original ends a batch at ᾱ = 1, whatever its attribute says.
         tables = _tables(scheduler, 0.0, sample.device, 1.0)
+        if tables is None:
+            return None
         rows = (timesteps + len(scheduler.alphas_cumprod)).to(torch.int32)
         rows = sent(rows, sample.device)
         x_s, _ = scheduler._stepped(
@@ -105,17 +117,20 @@ class Plain:
         return cast(Tensor, scheduler._parent._batch_get_variance(scheduler, t, prev_t))
 
 
-def _tables(scheduler: Base, eta: float, device: torch.device, final: Tensor | float) -> Tables:
+def _tables(
+    scheduler: Base, eta: float, device: torch.device, final: Tensor | float
+) -> Tables | None:
     """Returns the original's step from each timestep, negative ones as its indices count them.
 
-    The original's own float32 operations make them, on the device where it would compute.
+    The original's own float32 operations make them, on the device where it would compute. None is
+    returned where those are not float32.
     """
     abar, steps = scheduler.alphas_cumprod, scheduler.num_inference_steps
     T = scheduler.config.num_train_timesteps
     # A batch ends at a number, everything else at a tensor.
     given = (eta, final.__class__), device, abar, final, (steps, T)
     found = scheduler._cache.found(*given)
-    if found is not None:
+    if found is not None or not levels_fit(scheduler):
         return found
     t = torch.arange(-len(abar), len(abar), device=abar.device)
     s = t - T // steps
@@ -128,13 +143,13 @@ def _tables(scheduler: Base, eta: float, device: torch.device, final: Tensor | f
     return scheduler._cache.keep(*given, made)
 
 
-def _upward_tables(scheduler: Base, device: torch.device) -> Tables:
+def _upward_tables(scheduler: Base, device: torch.device) -> Tables | None:
     """Returns the original's step to each timestep, by its own float32 operations."""
     abar, initial = scheduler.alphas_cumprod, scheduler._end()
     steps, T = scheduler.num_inference_steps, scheduler.config.num_train_timesteps
     given = "inverse", device, abar, initial, (steps, T)
     found = scheduler._cache.found(*given)
-    if found is not None:
+    if found is not None or not levels_fit(scheduler):
         return found
     to = torch.arange(-len(abar), len(abar), device=abar.device)
     at = (to - T // steps).clamp(max=T - 1)
