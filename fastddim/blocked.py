@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeAlias
@@ -56,7 +57,6 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
     """The launch on a CPU: the whole batch at once while it is one block."""
     total, batch = x.numel(), len(x)
     each = (-1, *[1] * (x.dim() - 1))
-    factors_of = FactorsOf(each)
 
     def launch(
         x: Tensor,
@@ -75,6 +75,8 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
             _in_blocks(fixed, x, output, table, row, seeds, noise, guidance, threshold, out, x0)
         else:
             factors = factors_of(table, row)
+            if factors[0].dim():
+                factors = tuple(f.view(each) for f in factors)
             if seeds is not None and factors[C1].any():  # the last step adds no noise
                 noise = drawn(x, seeds, row, _numpy_normal_)
             # This thread's views of its scratch, unless another launch was here since.
@@ -260,28 +262,28 @@ def drawn(
     return logical if x.is_contiguous() else torch.empty_like(x).copy_(logical)
 
 
-class FactorsOf:
-    """The factors of the rows of a table, which are views of it: they follow what is written there.
+_kept: dict[int, tuple[weakref.ref[Tensor], int, dict[int, Factors]]] = {}
+"""The factors of tables that are alive, by their ids: each table, its address, its rows."""
 
-    A view costs a small step as much as one of its operations, hence each is kept.
+
+def factors_of(table: Tensor, row: int | Tensor) -> Factors:
+    """The factors of a row, as ``_factors`` gives them.
+
+    They are views of the table, which follow what is written there. Making them costs a small step
+    as much as two of its operations, hence those of a number are kept for as long as the table.
     """
-
-    def __init__(self, each: tuple[int, ...]) -> None:
-        """``each``: the shape of what belongs to samples."""
-        self._each = each
-        self._held: tuple[Tensor, int, dict[int, Factors]] | None = None
-
-    def __call__(self, table: Tensor, row: int | Tensor) -> Factors:
-        if not isinstance(row, int):
-            factors = _factors(table, row)
-            return tuple(f.view(self._each) for f in factors) if factors[0].dim() else factors
-        held = self._held
-        if held is None or held[0] is not table or held[1] != table.data_ptr():
-            held = self._held = table, table.data_ptr(), {}
-        found = held[2].get(row)
-        if found is None:
-            found = held[2][row] = _factors(table, row)
-        return found
+    if not isinstance(row, int):
+        return _factors(table, row)
+    key = id(table)
+    kept = _kept.get(key)
+    if kept is None or kept[0]() is not table or kept[1] != table.data_ptr():
+        # The callback runs before the table's id can be another's.
+        ref = weakref.ref(table, lambda _: _kept.pop(key, None))
+        kept = _kept[key] = ref, table.data_ptr(), {}
+    found = kept[2].get(row)
+    if found is None:
+        found = kept[2][row] = _factors(table, row)
+    return found
 
 
 def _factors(table: Tensor, row: int | Tensor) -> Factors:
