@@ -392,7 +392,8 @@ def _watched() -> bool:
 
 
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+_autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009 its types do not name it
+_profiled: Callable[[], bool] = _autograd._profiler_enabled
 
 
 def _checked(
