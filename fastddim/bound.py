@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,8 @@ def watched() -> bool:
 
 
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+_autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009 its types do not name it
+_profiled: Callable[[], bool] = _autograd._profiler_enabled
 
 
 def by_op(

@@ -13,7 +13,7 @@ from fastddim import noise as counter
 from fastddim.backends import Backend, Fixed, Launch
 from fastddim.layout import write_next
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[Any]
 
 
 def bind(fixed: Fixed, x: Tensor, *first: Any) -> Launch:

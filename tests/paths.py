@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -89,8 +88,9 @@ def step(
 ) -> None:
     """One step by this backend, bound anew, with nothing checked and nothing remembered."""
     fixed = backends.Fixed(prediction, noise_first, clip, rederive)
-    given: tuple[Any, ...] = x, output, table, rows, seeds, noise, guidance, threshold
-    Bound(backend, fixed)(*given, out, x0, next_input)
+    Bound(backend, fixed)(
+        x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input
+    )
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ EVERY: list[dict[str, Any]] = [
         PREDICTIONS, (None, 0.8), (False, True), (True, False)
     )
 ]
-LAYOUTS = {
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
     "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "batch inside": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
@@ -183,6 +184,7 @@ def test_any_calls_of_one_step_equal_the_reference(
         }
         rows = draw("rows", 7, "scalar", "each")
         each = torch.tensor([40, 3, 49], dtype=torch.int32)
+        on: dict[Any, Tensor | int] = {7: 7, "scalar": each[1], "each": each[:batch]}
         rest: dict[str, Any] = {"want_x0": draw("want_x0", True, False)}
         if guided is not None:
             w = torch.tensor([1.5, 0.0, -2.0])
@@ -203,7 +205,7 @@ def test_any_calls_of_one_step_equal_the_reference(
             options,
             made["x"],
             made["output"].to(draw("dtype", *DTYPES)),
-            {"scalar": each[1], "each": each[:batch]}.get(rows, rows),
+            on[rows],
             torch.tensor([2**63 - 1, 0, 5])[:batch] if kind == "counter" else None,
             **rest,
         )
@@ -215,7 +217,8 @@ def test_the_table_may_change_between_calls() -> None:
     table = TABLE.clone()
     step = fastddim.bind(table)
     each = torch.tensor([4, 30], dtype=torch.int32)
-    for rows, of in itertools.product((4, each), (None, seeds)):
+    forms: list[Tensor | int] = [4, each]
+    for rows, of in itertools.product(forms, (None, seeds)):
         table.copy_(TABLE)
         assert_step(step, {}, x, output, rows, of)
         table.copy_(OTHER)
@@ -273,7 +276,7 @@ def test_refusals_come_in_a_later_call_too() -> None:
     for _ in range(2):
         for change, error, said in later:
             assert_step(step, {}, x, x, 0)
-            refused(lambda change=change: step(**(good | change)), error, said)
+            refused(partial(step, **(good | change)), error, said)
     refused(lambda: fastddim.bind(TABLE.numpy()), TypeError, "table must be a tensor")  # type: ignore[arg-type]
     refused(lambda: fastddim.bind(TABLE[:, :6]), ValueError, "table must have shape (-1, 7)")
     refused(lambda: fastddim.bind(TABLE.double()), TypeError, "table must be float32")
@@ -334,8 +337,10 @@ def test_ever_new_shapes_do_not_fill_the_memory() -> None:
             step(x, x, 0)
             fastddim.ddim_step(x, x, TABLE, 0)
             unchecked(x, x, TABLE, 0, None, None, None, None, torch.empty_like(x), None, None)
-            for options in ({"clip": 1.0 + n}, {"clip": 1.0 + n, "prediction": "v"}):
-                fastddim.ddim_step(x, x, TABLE, 0, **options)  # type: ignore[arg-type]
+            clipped: dict[str, Any] = {"clip": 1.0 + n}
+            of_v: dict[str, Any] = clipped | {"prediction": "v"}
+            for options in (clipped, of_v):
+                fastddim.ddim_step(x, x, TABLE, 0, **options)
 
     take(range(1, 300))
     gc.collect()
@@ -439,7 +444,7 @@ def test_gradients_are_refused_and_where_there_are_none_taken() -> None:
     wants = x.clone().requires_grad_()
     for name in ("x", "output", "noise", "out", "next_input"):
         called: dict[str, Any] = {"x": x, "output": x, "rows": 0, name: wants}
-        refused(lambda called=called: step(**called), ValueError, f"{name} requires grad")
+        refused(partial(step, **called), ValueError, f"{name} requires grad")
     with torch.no_grad():
         found = step(wants, wants, 0)[0]
         assert not found.requires_grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from fastddim import DDIM, reference, using
 from fastddim.coefficients import PREDICTIONS
 from fastddim.noise import STEP, normals
 from fastddim_kernels import launch
+from fastddim_kernels.step import ddim_step_kernel
 from tests.paths import randn
 
 TABLE = torch.tensor(DDIM(50, eta=1.0).table)
@@ -29,7 +31,7 @@ FUNCTION, PACKED = object(), object()
 class OnGPU(torch.Tensor):
     """A CPU's tensor that says it is a GPU's."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
     @property
     def device(self) -> Any:  # type: ignore[override]
@@ -40,7 +42,7 @@ class Kernel:
     """A stand-in for the compiled kernel and for Triton's dispatch to it."""
 
     def __init__(self) -> None:
-        of_triton: Any = launch.ddim_step_kernel
+        of_triton: Any = ddim_step_kernel
         self.signature = inspect.signature(of_triton.fn)
         self.params = JITFunction(of_triton.fn).params
         self.names = [p.name for p in self.params]
@@ -127,8 +129,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 FIXED = ("prediction", "noise_first", "clip", "rederive")
-ORDER = ("x", "output", "table", "row", "seeds", "noise", "guidance", "threshold")
-ORDER += ("out", "x0", "next_input")
+ORDER = (
+    *("x", "output", "table", "row", "seeds", "noise", "guidance", "threshold"),
+    *("out", "x0", "next_input"),
+)
 
 
 def arguments(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -260,7 +264,7 @@ def test_another_current_device_goes_through_the_dispatch(
 def test_whoever_asked_to_be_told_of_launches_is_told(
     which: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    knobs: Any = triton.knobs.runtime
+    knobs: Any = importlib.import_module("triton.knobs").runtime
     monkeypatch.setattr(launch, "_hooks", knobs)
     given, options = arguments({})
     step = bind(given, options)
@@ -377,7 +381,8 @@ def test_interpreted_steps_equal_the_reference(prediction: str) -> None:
     counted = torch.from_numpy(normals(seeds.numpy(), each.numpy(), 60, STEP)).view(x.shape)
     with using("triton"):
         step = fastddim.bind(TABLE, prediction=prediction, clip=0.9)
-        for rows, of, noise in itertools.product((7, each), (None, seeds), (None, z)):
+        kinds: list[Tensor | int] = [7, each]
+        for rows, of, noise in itertools.product(kinds, (None, seeds), (None, z)):
             if of is not None and (noise is not None or rows is not each):
                 continue
             row = TABLE[rows] if isinstance(rows, int) else TABLE[rows.long()].view(2, 1, 1, 1, 7)

@@ -56,9 +56,10 @@ def test_its_steps_equal_the_reference(prediction: str, layout: torch.memory_for
     pair, w = torch.cat([output, z]).contiguous(memory_format=layout), torch.tensor([1.5, 7, 0])
     each, s = torch.tensor([3, 49, 0], dtype=torch.int32), torch.tensor([1.0, 1.5, 2])
     columns = (-1, 1, 1, 1)
+    either: list[Tensor | int] = [7, each]
     with using("numpy"):
         for rows, noise, bounds, rederive, noise_first, dtype in itertools.product(
-            (7, each),
+            either,
             (None, z),
             ("none", "clip", "threshold"),
             (False, True),
@@ -141,7 +142,7 @@ def test_sampling_equals_that_of_every_other(name: str, eta: float, kind: str) -
         with using(each):
             found.append(ddim.sample(model, x, **given))
     assert found[0].isfinite().all()
-    assert_agree(*found, name, kind == "seeds")
+    assert_agree(found[0], found[1], name, kind == "seeds")
 
 
 @pytest.mark.parametrize("name", here(*ALL))

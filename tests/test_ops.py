@@ -466,7 +466,7 @@ def test_the_op_runs_where_inference_mode_is_on() -> None:
 def test_an_inexact_step_on_blackwell_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, triton: str, major: int, warned: bool
 ) -> None:
-    monkeypatch.setattr(on_triton.triton, "__version__", triton)
+    monkeypatch.setattr("triton.__version__", triton)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (major if i else 8, 0))
     with warnings.catch_warnings(record=True) as found:

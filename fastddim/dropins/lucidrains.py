@@ -59,7 +59,7 @@ def ddim_sample(diffusion: Any, shape: Sequence[int], return_all_timesteps: bool
     skip = passed_over(scaled)
     for i, t in enumerate(times):
         last, seen = i == S - 1, torch.full((len(x),), t, device=x.device)
-        output = diffusion.model(x, seen, x0 if conditioned else None)
+        output: Any = diffusion.model(x, seen, x0 if conditioned else None)
         _check("diffusion.model must return float32 or half precision", output, x.shape, OUTPUTS)
         if output.device != x.device:
             raise ValueError(f"diffusion.model must return to {x.device}, got {output.device}")

@@ -298,7 +298,7 @@ def _launches_directly() -> bool:
     return not _portable() and triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 
 
-_hooks: Any = triton.knobs.runtime
+_hooks: Any = getattr(triton, "knobs").runtime  # noqa: B009 its types do not name it
 
 
 def _hooked() -> bool:
