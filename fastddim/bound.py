@@ -134,10 +134,9 @@ def by_op(
     next_input: Tensor | None,
 ) -> None:
     """A launch that torch.compile, dispatch modes, tensor subclasses and the profiler see."""
-    if not isinstance(row, Tensor):
-        row = torch.full((), row, dtype=torch.int32, device=x.device).expand(x.shape[0])
-    inputs = x, output, table, row, seeds, noise, guidance, threshold
-    torch.ops.fastddim.ddim_step.default(*inputs, *fixed, out, x0, next_input)
+    rows, number = (row, None) if isinstance(row, Tensor) else (None, row)
+    inputs = x, output, table, rows, seeds, noise, guidance, threshold
+    torch.ops.fastddim.ddim_step.default(*inputs, *fixed, out, x0, next_input, number)
 
 
 _steps: dict[tuple[Backend, Fixed], Bound] = {}

@@ -31,7 +31,7 @@ def _ddim_step(
     x: Tensor,
     output: Tensor,
     table: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     seeds: Tensor | None,
     noise: Tensor | None,
     guidance: Tensor | None,
@@ -43,9 +43,13 @@ def _ddim_step(
     out: Tensor,
     x0: Tensor | None,
     next_input: Tensor | None,
+    row: int | None = None,
 ) -> None:
+    """The op's implementation. All samples are on ``row`` where there are no ``rows``."""
+    which = rows if row is None else row
+    assert which is not None
     fixed = Fixed(prediction, noise_first, clip, rederive)
-    given = x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input
+    given = x, output, table, which, seeds, noise, guidance, threshold, out, x0, next_input
     step = step_of(backend("cpu" if x.is_cpu else x.device), fixed)
     step.launch(*given, seen=False)(*given)
     written(out, x0, next_input)
@@ -69,9 +73,10 @@ def _nothing(*_: object) -> None:
 
 _library = torch.library.Library("fastddim", "DEF")
 _library.define(
-    "ddim_step(Tensor x, Tensor output, Tensor table, Tensor rows, Tensor? seeds, Tensor? noise, "
+    "ddim_step(Tensor x, Tensor output, Tensor table, Tensor? rows, Tensor? seeds, Tensor? noise, "
     "Tensor? guidance, Tensor? threshold, int prediction, bool noise_first, float? clip, "
-    "bool rederive, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? next_input) -> ()",
+    "bool rederive, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? next_input, "
+    "SymInt? row=None) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(

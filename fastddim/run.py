@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastddim.backends import Fixed, Launch, backend
 from fastddim.bound import step_of, watched
-from fastddim.buffers import FRESH, Spare, memory
+from fastddim.buffers import FRESH, Spare
 from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.inpaint import Known
 from fastddim.layout import input_like
@@ -245,11 +245,13 @@ class Stepper:
             into = self._inputs[row.feeds].take()
             if into is None:
                 into = input_like(x, self._predictor.dtype, row.feeds)
-        spare = self._states
-        x_s = torch.empty_like(x) if spare is None else memory(spare, x)
+        x_s = None if self._states is None else self._states.take()
+        if x_s is None:
+            x_s = torch.empty_like(x)
         if self._wants_x0:
-            spare_x0 = self._x0s
-            x0 = torch.empty_like(x) if spare_x0 is None else memory(spare_x0, x)
+            x0 = None if self._x0s is None else self._x0s.take()
+            if x0 is None:
+                x0 = torch.empty_like(x)
         w = row.guidance if self._heard is None else None
         # All but the output lies as it did when a row of this kind was bound.
         dtype, shape, stride, launch = self._launches.get(row.kind, _NONE)

@@ -433,7 +433,9 @@ class DDIM:
         given = None if noise is None else [noise]
         source = checked_noise(tuple(x0.shape), x0.device, 1, seeds, generator, given)
         eps = source.initial() if noise is None else noise.detach()
-        table = torch.tensor(self._forward_table()[row : row + 1], device=x0.device)
+        table = torch.tensor(
+            _forward_table(self.schedule, self.pairs)[row : row + 1], device=x0.device
+        )
         # Forward from clean data is the ODE's own step back from it, the noise standing for ε.
         x, _ = ddim_step(x0.to(torch.float32), eps, table, 0, want_x0=False)
         return x.to(x0.dtype)
@@ -549,7 +551,7 @@ class DDIM:
             shift=None,
             prediction=self._prediction,
             clip=self.clip,
-            forward=self._forward_table,
+            forward=functools.partial(_forward_table, self.schedule, self.pairs),
         )
 
     def _reverse_plan(self, until: int | None, shifted: bool) -> Plan:
@@ -596,11 +598,6 @@ class DDIM:
             factors = {"epsilon": -b, "v": -b / np.sqrt(abar), "sample": b**2 / np.sqrt(abar)}
         return factors[self._prediction].astype(np.float32)
 
-    def _forward_table(self) -> Float32:
-        """From clean data to each row's t, and last to the final s (itself where that is −1)."""
-        t = [t for t, _ in self.pairs]
-        return make_table(self.schedule, [(-1, i) for i in (*t, max(self.pairs[-1][1], 0))])
-
 
 for _method, _options in (
     (DDIM.iterate, IterateOptions),
@@ -608,6 +605,12 @@ for _method, _options in (
     (DDIM.capture, CaptureOptions),
 ):
     list_options(_method, _options, like=DDIM.sample)
+
+
+def _forward_table(schedule: NoiseSchedule, pairs: tuple[Pair, ...]) -> Float32:
+    """From clean data to each row's t, and last to the final s (itself where that is −1)."""
+    t = [t for t, _ in pairs]
+    return make_table(schedule, [(-1, i) for i in (*t, max(pairs[-1][1], 0))])
 
 
 def _check_first_level(schedule: NoiseSchedule, spacing: str, steps: int, t: int) -> None:

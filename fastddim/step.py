@@ -340,7 +340,9 @@ def _traced(
     if guidance is not None and not isinstance(guidance, Tensor):
         guidance = torch.full((), guidance, dtype=_STATE, device=x.device)
     batch = x.shape[0]
-    if isinstance(rows, Tensor) and not rows.dim():
+    if not isinstance(rows, Tensor):  # a number in the graph would be compiled for each row
+        rows = torch.full((), rows, dtype=torch.int32, device=x.device)
+    if not rows.dim():
         rows = rows.expand(batch)
     w = None
     if guidance is not None:

@@ -271,9 +271,9 @@ def test_the_recipe_names_the_backend_that_takes_the_steps(
     def noted(owner: Any, name: str, backend: str) -> None:
         real = getattr(owner, name)
 
-        def step(*arguments: Any) -> None:
+        def step(*arguments: Any) -> Any:
             calls.append(backend)
-            real(*arguments)
+            return real(*arguments)
 
         monkeypatch.setattr(owner, name, step)
 

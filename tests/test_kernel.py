@@ -348,7 +348,7 @@ def test_channels_of_almost_two_to_the_31_pixels_are_not_left_out(size: int) -> 
     kernel: Any = ddim_step_kernel
     kernel[(1,)](
         *(x, x, None, out, None, None, TABLE, on_row(5, 1), None, None, None, None),
-        *(size, 1, None, 1, 0, None, None, None, None),
+        *(None, size, 1, None, 1, 0, None, None, None, None),
         **choices(
             PREDICTION=2,
             NEXT_TWICE=False,
@@ -385,7 +385,7 @@ def test_offsets_pass_two_to_the_thirty_first(tmp_path: Path, vector: bool) -> N
     kernel: Any = ddim_step_kernel
     kernel[(3,)](
         *(big, big, None, big, None, None, TABLE, on_row(5, 3), None, None, None, None),
-        *(n // unit, 3, -1, *launch.divisor(1), n // unit, None, None, None),
+        *(None, n // unit, 3, -1, *launch.divisor(1), n // unit, None, None, None),
         **choices(
             PREDICTION=2,
             NEXT_TWICE=False,
@@ -419,7 +419,7 @@ def test_second_halves_pass_two_to_the_thirty_first(tmp_path: Path) -> None:
     kernel: Any = ddim_step_kernel
     kernel[(2,)](
         *(x, output, None, x, None, next_input, TABLE, on_row(5, 2), None, torch.tensor(7.5)),
-        *(None, None, n // 4, 2, -1, *launch.divisor(1), n // 4, None, None, None),
+        *(None, None, None, n // 4, 2, -1, *launch.divisor(1), n // 4, None, None, None),
         **choices(
             PREDICTION=0,
             NEXT_TWICE=True,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def ddim_step(
     x: Tensor,
     output: Tensor,
     table: Tensor,
-    rows: Tensor,
+    rows: Tensor | int,
     out: Tensor,
     x0: Tensor | None = None,
     next_input: Tensor | None = None,
@@ -65,7 +66,7 @@ def ddim_step(
             any number of elements apart, and pixels that are channels last may hold twice x's
             channels, so that the first half of the channels of a learned variance is a view.
         table: (steps, 7) float32: √ᾱ_t, 1/√ᾱ_t, √(1−ᾱ_t), 1/√(1−ᾱ_t), √ᾱ_s, c1, c2.
-        rows: (batch,) int32 in [0, steps), stride 0 where all samples are on the same row.
+        rows: the row that all samples are on, or (batch,) int32 in [0, steps).
         out, x0: float32, with the shape and strides of x.
         next_input: x_s in its own dtype, float32, bfloat16 or float16: of x's shape and strides,
             or (2·batch, ...), twice.
@@ -87,10 +88,11 @@ def ddim_step(
     )  # fmt: skip
     if x.numel() == 0:
         return
+    each, row = (rows, None) if isinstance(rows, Tensor) else (None, rows)
     s, rcp_s = _with_reciprocal(threshold)
     with _device(x):
         ddim_step_kernel[grid](
-            x, output, noise, out, x0, next_input, table, rows, seeds, guidance, s, rcp_s,
+            x, output, noise, out, x0, next_input, table, each, seeds, guidance, s, rcp_s, row,
             *scalars, **options,
         )  # fmt: skip
 
@@ -118,24 +120,22 @@ def bind(
     The arguments are those of a first step, which is not taken. ``rows`` may be the number of the
     row that all samples are on. See ``BoundStep``.
     """
-    numbers = None
-    if not isinstance(rows, Tensor):
-        # The kernel reads a number too from the GPU, so that a graph may hold the launch.
-        numbers = torch.arange(len(table), dtype=torch.int32, device=x.device)
-        rows = numbers[:1].expand(len(x))
     grid, scalars, options = _choices(
         x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input,
         prediction, noise_first, clip, rederive,
     )  # fmt: skip
-    compiled = None
-    if _launches_directly() and x.is_cuda and x.numel():
+    step = BoundStep(x, table, grid, scalars, options)
+    given = x, output, noise, out, x0, next_input
+    low = functools.reduce(operator.or_, (t.data_ptr() for t in given if t is not None))
+    if step.direct and not low & 15:
+        each, row = (rows, None) if isinstance(rows, Tensor) else (None, rows)
         s, rcp_s = _with_reciprocal(threshold)
         with _device(x):
             compiled = ddim_step_kernel.warmup(
-                x, output, noise, out, x0, next_input, table, rows, seeds, guidance, s, rcp_s,
-                *scalars, grid=grid, **options,
-            )  # fmt: skip
-    return BoundStep(x, numbers, grid, scalars, options, compiled)
+                *given, table, each, seeds, guidance, s, rcp_s, row, *scalars, grid=grid, **options
+            )
+        step.adopt(compiled, x)
+    return step
 
 
 class BoundStep:
@@ -151,24 +151,27 @@ class BoundStep:
     def __init__(
         self,
         x: Tensor,
-        numbers: Tensor | None,
+        table: Tensor,
         grid: tuple[int],
         scalars: tuple[Any, ...],
         options: dict[str, Any],
-        compiled: Any,
     ) -> None:
         self._grid, self._scalars, self._options = grid, scalars, options
         self._device = x.device.index
-        self._numbers = numbers
-        self._steps, self._zero = (0, 0) if numbers is None else (len(numbers), numbers.data_ptr())
-        self._run = None
-        if compiled is not None:
-            with _device(x):  # where the machine code is loaded
-                self._run = compiled.run
-            self._launch_of = compiled.function, compiled.packed_metadata, None, None, None
-            # Triton passes compile-time arguments too, in the order of the parameters.
-            parameters = [p.name for p in ddim_step_kernel.params if p.is_constexpr]
-            self._rest = *scalars, *(options[name] for name in parameters)
+        self._steps = len(table)
+        self.direct = _launches_directly() and x.is_cuda and bool(options)
+        """Whether the kernel, once it is compiled, is launched past Triton's dispatch."""
+        self._run: Any = None
+
+    def adopt(self, compiled: Any, x: Tensor) -> None:
+        """Keeps the kernel that Triton compiled for aligned addresses."""
+        with _device(x):  # where the machine code is loaded
+            run = compiled.run
+        self._launch_of = compiled.function, compiled.packed_metadata, None, None, None
+        # Triton passes compile-time arguments too, in the order of the parameters.
+        parameters = [p.name for p in ddim_step_kernel.params if p.is_constexpr]
+        self._rest = *self._scalars, *(self._options[name] for name in parameters)
+        self._run = run
 
     def __call__(
         self,
@@ -188,9 +191,13 @@ class BoundStep:
         s = rcp_s = None
         if threshold is not None:
             s, rcp_s = _with_reciprocal(threshold)
-        if self._numbers is not None and not 0 <= rows < self._steps:
-            raise ValueError(f"rows must lie in [0, {self._steps}), got {rows}")
-        if self._run is not None:
+        each, row = rows, None
+        if rows.__class__ is int:
+            each, row = None, rows
+            if not 0 <= rows < self._steps:
+                raise ValueError(f"rows must lie in [0, {self._steps}), got {rows}")
+        aligned = False
+        if self.direct:
             x_at, output_at, out_at = x.data_ptr(), output.data_ptr(), out.data_ptr()
             noise_at = x0_at = next_at = None
             low = x_at | output_at | out_at
@@ -201,32 +208,34 @@ class BoundStep:
             if next_input is not None:
                 low |= (next_at := next_input.data_ptr())
             # What was compiled for aligned memory reads 16 bytes at a time.
-            if not low & 15 and _current_device() == self._device and not _hooked():
-                self._run(
+            aligned = not low & 15
+            run = self._run
+            if aligned and run and _current_device() == self._device and not _hooked():
+                run(
                     self._grid[0], 1, 1, _stream(self._device), *self._launch_of,
                     x_at, output_at, noise_at, out_at, x0_at, next_at, table.data_ptr(),
-                    rows.data_ptr() if self._numbers is None else self._zero + 4 * rows,
+                    each if each is None else each.data_ptr(),
                     seeds if seeds is None else seeds.data_ptr(),
                     guidance if guidance is None else guidance.data_ptr(),
-                    s, rcp_s, *self._rest,
+                    s, rcp_s, row, *self._rest,
                 )  # fmt: skip
                 return
         if not self._options:
             return  # there are no elements
-        if self._numbers is not None:
-            rows = self._numbers[rows:]
         with _device(x):
-            ddim_step_kernel[self._grid](
-                x, output, noise, out, x0, next_input, table, rows, seeds, guidance, s, rcp_s,
+            compiled = ddim_step_kernel[self._grid](
+                x, output, noise, out, x0, next_input, table, each, seeds, guidance, s, rcp_s, row,
                 *self._scalars, **self._options,
             )  # fmt: skip
+        if aligned and self._run is None:  # the tensors that it was bound to were not
+            self.adopt(compiled, x)
 
 
 def _choices(
     x: Tensor,
     output: Tensor,
     table: Tensor,
-    rows: Tensor,
+    rows: Tensor | int,
     seeds: Tensor | None,
     noise: Tensor | None,
     guidance: Tensor | None,
@@ -260,7 +269,7 @@ def _choices(
         None if g.samples == 1 else -blocks,
         *divisor(blocks),
         None if g.output_stride == g.n else g.output_stride // unit,
-        None if g.samples == 1 else rows.stride(0) or None,
+        None if g.samples == 1 or not isinstance(rows, Tensor) else rows.stride(0) or None,
         None if guidance is None or g.samples == 1 else guidance.stride(0) or None,
         clip,
     )
@@ -412,7 +421,7 @@ class _Geometry:
 def _geometry(
     x: Tensor,
     output: Tensor,
-    rows: Tensor,
+    rows: Tensor | int,
     seeds: Tensor | None,
     guidance: Tensor | None,
     threshold: Tensor | None,
@@ -428,7 +437,7 @@ def _geometry(
     n = x.numel() // max(batch, 1)
     output_stride = output.stride(0) if len(output) > 1 else n
     by_sample = {
-        "rows differ": rows.stride(0) != 0,
+        "rows differ": isinstance(rows, Tensor) and rows.stride(0) != 0,
         "there are seeds": seeds is not None,
         "guidance differs": guidance is not None and guidance.stride(0) != 0,
         "there is a threshold": threshold is not None,
@@ -553,7 +562,7 @@ def _check_state(
 def _check_coefficients(
     x: Tensor,
     table: Tensor,
-    rows: Tensor,
+    rows: Tensor | int,
     seeds: Tensor | None,
     guidance: Tensor | None,
     threshold: Tensor | None,
@@ -562,7 +571,10 @@ def _check_coefficients(
         raise ValueError(f"table must be contiguous (steps, {COLUMNS}), got {_describe(table)}")
     if table.dtype != torch.float32 or table.device != x.device:
         raise ValueError(f"table must be float32 on {x.device}, got {_describe(table)}")
-    _check_vector("rows", rows, torch.int32, x)
+    if isinstance(rows, Tensor):
+        _check_vector("rows", rows, torch.int32, x)
+    elif not 0 <= rows < len(table):
+        raise ValueError(f"rows must lie in [0, {len(table)}), got {rows}")
     if seeds is not None:
         _check_seeds(seeds, x)
     if guidance is not None:

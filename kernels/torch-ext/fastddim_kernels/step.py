@@ -139,7 +139,7 @@ def finish(
 
 
 SIZES = [
-    "size", "samples", "minus_blocks", "blocks_magic", "blocks_shift", "output_stride",
+    "one_row", "size", "samples", "minus_blocks", "blocks_magic", "blocks_shift", "output_stride",
     "rows_stride", "guidance_stride",
 ]  # fmt: skip
 
@@ -165,6 +165,7 @@ def ddim_step_kernel(
     guidance_ptr,
     threshold_ptr,
     rcp_threshold_ptr,
+    one_row,
     size,
     samples,
     minus_blocks,
@@ -217,7 +218,9 @@ def ddim_step_kernel(
         block += sample * minus_blocks
     block, sample = block.to(tl.int64), sample.to(tl.int64)
 
-    row = tl.load(rows_ptr if rows_stride is None else rows_ptr + sample * rows_stride)
+    row = one_row
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr if rows_stride is None else rows_ptr + sample * rows_stride)
     key, w, threshold, rcp_threshold = None, None, None, None
     if seeds_ptr is not None:
         key = key_of(seeds_ptr, sample)
