@@ -123,7 +123,7 @@ def step_arguments(
         "x": normals(batch, *sample),
         "output": output.to(v.dtype),
         "table": torch.tensor(table, device=device),
-        "rows": rows if v.rows_differ else rows[:1].expand(batch),
+        "rows": rows if v.rows_differ else 0,
         "prediction": v.prediction,
         "noise_first": v.noise_first,
         "clip": v.clip,

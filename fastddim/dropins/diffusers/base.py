@@ -250,16 +250,15 @@ class Base:
         )
 
 
-def fits(scheduler: Base, output: Any, sample: Any, row: int | Tensor) -> bool:
+def fits(scheduler: Base, output: Any, sample: Any) -> bool:
     """Tells whether the fused step computes what the original's step would of these tensors."""
-    config, abar = scheduler.config, scheduler.alphas_cumprod
+    config = scheduler.config
     return (
         scheduler.num_inference_steps is not None
         and isinstance(sample, Tensor)
-        and sample.dim() > 1
-        and like(output, sample)
         and sample.dtype == torch.float32
-        and (isinstance(row, Tensor) or -abar.shape[0] <= row < abar.shape[0])
+        and like(output, sample)
+        and sample.dim() > 1
         and config.prediction_type in NAMES
         and (not config.clip_sample or config.clip_sample_range > 0)
         and scheduler._as_parent
@@ -268,7 +267,7 @@ def fits(scheduler: Base, output: Any, sample: Any, row: int | Tensor) -> bool:
             and (
                 sample.requires_grad
                 or output.requires_grad
-                or abar.requires_grad
+                or scheduler.alphas_cumprod.requires_grad
                 or getattr(scheduler._end(), "requires_grad", False)
             )
         )
@@ -292,7 +291,7 @@ def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: f
         and isinstance(timesteps, Tensor)
         and timesteps.shape == sample.shape[:1]
         and not timesteps.is_floating_point()
-        and fits(scheduler, output, sample, 0)
+        and fits(scheduler, output, sample)
         and levels_fit(scheduler)
     )
 

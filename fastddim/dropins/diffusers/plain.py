@@ -53,11 +53,7 @@ class Plain:
         if torch.compiler.is_compiling() or transformed():
             return None
         row = scheduler._row(timestep)
-        if (
-            row is None
-            or not isinstance(eta, (int, float))
-            or not fits(scheduler, output, sample, row)
-        ):
+        if row is None or not isinstance(eta, (int, float)) or not fits(scheduler, output, sample):
             return None
         z = noise if eta > 0 else None
         if z is not None and (generator is not None or not like(z, sample) or has_grad(z)):
@@ -69,9 +65,12 @@ class Plain:
         )
         if tables is None:
             return None
-        rows: Tensor | int = row + tables.table.shape[0] // 2
+        count = scheduler.alphas_cumprod.shape[0]
+        rows: Tensor | int = row + count
         if isinstance(rows, Tensor):
             rows = rows.to(torch.int32).expand(sample.shape[0])
+        elif not 0 <= rows < 2 * count:
+            return None
         if eta > 0 and z is None:
             z = scheduler._drawn(output, generator)
         own = scheduler._own

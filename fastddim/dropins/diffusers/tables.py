@@ -91,7 +91,7 @@ class Cache:
         Users may write into ``abar`` and ``end``, which are tensors; ``end`` may be a number.
         """
         latest, held = self._latest
-        if latest != (key, device) or device.type != "cpu":
+        if latest != (key, device):
             held = self._held.get(_place(key, device))
         if held is None or held[0] != settings or not held[1].unchanged(abar):
             return None
@@ -111,8 +111,10 @@ class Cache:
         )
         ends = Source(end) if isinstance(end, Tensor) else end
         held = settings, Source(abar), ends, tables
-        self._held[_place(key, device)] = held
-        self._latest = (key, device), held
+        place = _place(key, device)
+        self._held[place] = held
+        if len(place) == 2:  # and belongs to no stream
+            self._latest = place, held
         return tables
 
 
