@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddim import DDIM, NoiseSchedule, Step, reference
+from fastddim import DDIM, NoiseSchedule, Step, reference, using
 from fastddim.check import SamplingWarning
 from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.devices import place_of
@@ -481,10 +481,11 @@ def test_progress_true_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_describe_prints_pairs_and_model_calls(capsys: pytest.CaptureFixture[str]) -> None:
-    DDIM(steps=3).describe()
+    with using("torch"):
+        DDIM(steps=3).describe()
     assert capsys.readouterr().out == (
         "DDIM: NoiseSchedule(linear(0.0001, 0.02), T=1000), epsilon model, eta = 0, "
-        "uniform spacing, 3 model calls\n"
+        "uniform spacing, 3 model calls, steps on cpu by torch\n"
         "  row     t     s       √ᾱ_t       √ᾱ_s         c1         c2\n"
         "    0   666   333   0.104806   0.564469   0.000000   0.825455\n"
         "    1   333     0   0.564469   0.999950   0.000000   0.010000\n"
