@@ -113,14 +113,17 @@ def bind(
     clip: float | None = None,
     rederive: bool = False,
 ) -> BoundStep:
-    """``ddim_step`` for many steps: the checks, the choices and the compilation once.
+    """Returns ``ddim_step`` for many steps, which is checked, chosen for and compiled once.
 
     The arguments are those of a first step, which is not taken. ``rows`` may be the number of the
-    row that all samples are on. See ``BoundStep``.
+    row that all samples are on. ``BoundStep`` says what later steps have to keep.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is allowed.
     """
     numbers = None
     if not isinstance(rows, Tensor):
-        # The kernel reads a number too from the GPU, so that a graph may hold the launch.
+        # The kernel reads a number from the GPU as well: one variant serves both kinds of rows.
         numbers = torch.arange(len(table), dtype=torch.int32, device=x.device)
         rows = numbers[:1].expand(len(x))
     grid, scalars, options = _choices(
@@ -141,11 +144,21 @@ def bind(
 class BoundStep:
     """A step whose kernel is compiled, for tensors that lie as those it was bound to.
 
-    Nothing is looked at but the alignment of addresses, so that a launch costs the host about as
-    much as one of PyTorch's operations. A compiled kernel takes an address in a tensor's place;
-    launching it so, past Triton's dispatch, is known to work with Triton 3.6 and 3.7. With other
-    versions, under the interpreter, on another device than the current one, and for addresses that
-    are no multiples of 16 each launch goes through Triton's dispatch.
+    A call compares little, so that it costs the host about as much as one of PyTorch's operations:
+    a row that is a number with the table's length; the addresses of x, output, out, noise, x0 and
+    next_input with multiples of 16; the device that the step was bound to with the current one;
+    and Triton's launch hooks with none. It then launches the compiled kernel past Triton's
+    dispatch, with addresses in place of tensors, which is known to work with Triton 3.6 and 3.7.
+    Where a comparison fails, with other versions, on ROCm and under the interpreter, the call goes
+    through Triton's dispatch.
+
+    The caller keeps everything else as it was when the step was bound: each tensor's dtype, shape,
+    strides and device, which arguments are None, whether ``rows`` is a number, and how many rows
+    the table has. A change is not noticed, and may read or write memory that is no tensor's.
+
+    A row that is a number is read from a tensor of this object: a CUDA graph that holds such a
+    launch needs the object for as long as it is replayed, and a launch on another stream than the
+    one that was current in ``bind`` has to wait for that one.
     """
 
     def __init__(
@@ -163,7 +176,7 @@ class BoundStep:
         self._steps, self._zero = (0, 0) if numbers is None else (len(numbers), numbers.data_ptr())
         self._run = None
         if compiled is not None:
-            with _device(x):  # where the machine code is loaded
+            with _device(x):  # ``run`` loads the machine code onto the current device.
                 self._run = compiled.run
             self._launch_of = compiled.function, compiled.packed_metadata, None, None, None
             # Triton passes compile-time arguments too, in the order of the parameters.
@@ -184,7 +197,13 @@ class BoundStep:
         x0: Tensor | None,
         next_input: Tensor | None,
     ) -> None:
-        """``ddim_step`` of tensors alike; ``rows`` is a number if it was one when it was bound."""
+        """Takes ``ddim_step`` of tensors that lie as the bound ones.
+
+        ``rows`` is a number if it was one when the step was bound.
+
+        Raises:
+            ValueError: ``rows`` is a number that is no row of the table.
+        """
         s = rcp_s = None
         if threshold is not None:
             s, rcp_s = _with_reciprocal(threshold)
@@ -200,7 +219,7 @@ class BoundStep:
                 low |= (x0_at := x0.data_ptr())
             if next_input is not None:
                 low |= (next_at := next_input.data_ptr())
-            # What was compiled for aligned memory reads 16 bytes at a time.
+            # A kernel that was compiled for aligned memory reads 16 bytes at a time.
             if not low & 15 and _current_device() == self._device and not _hooked():
                 self._run(
                     self._grid[0], 1, 1, _stream(self._device), *self._launch_of,
@@ -212,7 +231,7 @@ class BoundStep:
                 )  # fmt: skip
                 return
         if not self._options:
-            return  # there are no elements
+            return  # A step of no elements was bound without options.
         if self._numbers is not None:
             rows = self._numbers[rows:]
         with _device(x):
@@ -239,7 +258,10 @@ def _choices(
     clip: float | None,
     rederive: bool,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-    """(grid, scalars, options) of a launch: the arguments after the pointers, and by name."""
+    """Returns (grid, scalars, options) of a launch, of checked arguments.
+
+    ``scalars`` follow the kernel's pointers by position, and ``options`` are given by name.
+    """
     _check_state(x, out, x0, noise, next_input)
     _check_coefficients(x, table, rows, seeds, guidance, threshold)
     if seeds is not None and noise is not None:
@@ -294,7 +316,7 @@ def _with_reciprocal(threshold: Tensor | None) -> tuple[Tensor | None, Tensor | 
 
 
 def _launches_directly() -> bool:
-    """Whether this Triton's compiled kernels are known to take addresses."""
+    """Whether this version of Triton is known to launch compiled kernels with addresses."""
     return not _portable() and triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 
 
@@ -302,7 +324,7 @@ _hooks: Any = getattr(triton, "knobs").runtime  # noqa: B009 its types do not na
 
 
 def _hooked() -> bool:
-    """Whether somebody, a profiler say, is to be told of each launch, as Triton's dispatch does."""
+    """Whether somebody, such as a profiler, has asked Triton to be told of each launch."""
     enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
     return (enter is not None and bool(enter.calls)) or (leave is not None and bool(leave.calls))
 
@@ -346,7 +368,7 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         )
 
 
-# Asked at each launch, hence without the looking around that torch.cuda's functions do.
+# Each launch asks these, and torch.cuda's own functions cost the host several times as much.
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
