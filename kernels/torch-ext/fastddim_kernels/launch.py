@@ -1,4 +1,4 @@
-"""From tensors to launches: one function a kernel, checked and asking the device nothing."""
+"""A function for each kernel checks tensors and launches, without waiting for the device."""
 
 # A launch takes Triton's own options beside the kernel's parameters.
 # pyright: reportCallIssue=false
@@ -24,15 +24,15 @@ COLUMNS = 7
 _FEW, _TILE, _SCATTERED = FEW.value, TILE.value, SCATTERED.value
 _is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-# From here on a program takes several blocks, whose common work then costs each element less;
-# fewer elements are better spread over the multiprocessors.
+# From so many elements on a program takes several blocks, whose common work then costs each element
+# less; fewer elements are better spread over the multiprocessors.
 _LARGE = 1 << 20
 _INTERPRETED_FOURS = 4096
 # Of a tile's four parts ptxas would make one long order in 90 registers and more, and fewer than
 # eight programs would fit on a multiprocessor. Elsewhere it takes fewer by itself than with a
 # limit. AMD's compiler does not know the option.
 _TILE_REGISTERS = 64
-# Of pixels that are channels last, the fours of a sample are counted in 32 bits.
+# Where pixels are channels last, the kernel counts the fours of a sample in 32 bits.
 _FEWER_ELEMENTS = 1 << 34
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,7 +76,7 @@ def ddim_step(
         prediction: what the model returns: 0 ε, 1 v, 2 x0.
         noise_first: whether the noise is added before the direction to x_t or after it.
         clip: x0 is clamped to ±clip.
-        rederive: whether ε follows from the x0 that was clamped.
+        rederive: whether ε is computed again from the clamped x0.
 
     Where anything belongs to a sample (rows, seeds, guidance that differ, a threshold), the batch
     must be x's outermost dimension in memory. With seeds x must be contiguous or channels last.
@@ -368,7 +368,7 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         )
 
 
-# Each launch asks these, and torch.cuda's own functions cost the host several times as much.
+# Each launch asks these, because torch.cuda's own functions initialise and check more each time.
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
