@@ -43,6 +43,14 @@ def kernel_noise(given: Given) -> Tensor | None:
     return z
 
 
+def rows_of(given: Given) -> Tensor:
+    """The row of each sample."""
+    rows, x = given["rows"], given["x"]
+    if isinstance(rows, Tensor):
+        return rows
+    return torch.full((), rows, dtype=torch.int32, device=x.device).expand(len(x))
+
+
 def by_reference(given: Given, z: Tensor | None) -> tuple[Tensor, Tensor]:
     """(x_s, x0) of ``fastddim.ddim_step(**given)`` in eager PyTorch, where the tensors are."""
     x, each = given["x"], (-1, *[1] * (given["x"].dim() - 1))
@@ -54,7 +62,7 @@ def by_reference(given: Given, z: Tensor | None) -> tuple[Tensor, Tensor]:
     return reference.ddim_step(
         x,
         given["output"].float(),
-        given["table"][given["rows"].long()].view(*each, 7),
+        given["table"][rows_of(given).long()].view(*each, 7),
         z,
         given.get("prediction", "epsilon"),
         given.get("clip"),
@@ -77,7 +85,7 @@ def contract_error(given: Given, z: Tensor, samples: tuple[int, ...]) -> Tensor:
     chosen = list(samples)
     truth = normals(
         given["seeds"][chosen].cpu().numpy(),
-        given["rows"][chosen].cpu().numpy(),
+        rows_of(given)[chosen].cpu().numpy(),
         z[0].numel(),
         STEP,
     )

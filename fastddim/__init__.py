@@ -9,7 +9,8 @@
 
 ``DDIM`` is the sampler, ``NoiseSchedule`` what a model was trained on, ``generate`` makes any
 number of images in any number of processes, and ``generalized_steps`` replaces the function of
-ermongroup/ddim. ``fastddim.embedded`` has a model that ships, ``fastddim.checkpoints`` loads
+ermongroup/ddim. ``bind`` returns the step for a loop of one's own, and ``using`` chooses what takes
+the steps. ``fastddim.embedded`` has a model that ships, ``fastddim.checkpoints`` loads
 others, ``fastddim.dropins`` replaces the samplers of other systems, and ``fastddim.profile``
 measures steps against η. Each name is imported when it is first used.
 """

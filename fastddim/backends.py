@@ -1,4 +1,4 @@
-"""The one table of backends: what takes the steps on a device, and how to choose another."""
+"""The table of backends says what takes the steps on a device, and ``using`` chooses another."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch import Tensor
 from fastddim.check import shown
 
 VARIABLE = "FASTDDIM_BACKEND"
-"""The environment variable that names the backend of every step of a process."""
+"""This environment variable names the backend of every step of a process."""
 
 
 class Fixed(NamedTuple):
-    """What a run fixes of its step.
+    """The options of the step that stay the same throughout a run.
 
     Attributes:
         prediction: what the model returns: 0 epsilon, 1 v, 2 sample (``coefficients.PREDICTIONS``).
         noise_first: whether c1·z is added before c2·ε or after it.
         clip: x0 is clamped to ±clip; None leaves it alone.
-        rederive: whether ε follows from the x0 that was clamped.
+        rederive: whether ε is computed again from the clamped x0.
     """
 
     prediction: int = 0
@@ -37,35 +37,36 @@ class Fixed(NamedTuple):
 
 
 Launch: TypeAlias = Callable[..., None]
-"""One step, for tensors that lie in memory as those it was bound to.
+"""A launch takes one step, of tensors that lie in memory as those it was bound to.
 
     launch(x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input)
 
-``row`` is the row of the table that all samples are on, or int32 (batch,) with one for each. x_s
-is written to ``out`` and, where they are given, x0 to ``x0`` and x_s once more, in its dtype, to
-``next_input``. Any thread may call a launch, and several threads at once.
+``row`` is the row of the table that all samples are on, or int32 (batch,) with one for each. The
+launch writes x_s to ``out`` and, where they are given, x0 to ``x0`` and x_s once more to
+``next_input``, in the dtype of each. Any thread may call a launch, and several threads at once.
 """
 
 
 def reads_as_it_lies(x: Tensor, output: Tensor) -> bool:
-    """No: a backend that reads a model output in another order than x's says so itself."""
+    """Returns False: a backend that reads outputs in another order than x's has its own answer."""
     return False
 
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """One way to take a step. A module of the table has one, under the name ``BACKEND``.
+    """One way to take a step. Each module in the table defines one, named ``BACKEND``.
 
     Attributes:
         name: its name in the table, in ``FASTDDIM_BACKEND`` and in records.
-        bind: ``bind(fixed, x, output, table, row, ...)``, with ``Launch``'s arguments, looks at the
+        bind: ``bind(fixed, x, output, table, row, ...)`` takes ``Launch``'s arguments, looks at the
             first tensors, compiles where there is something to compile, and returns the ``Launch``
-            for all that lie alike. The tensors are checked: x is dense float32 (batch, ...); noise,
-            out and x0 have its strides; each sample of the output lies as one of x's.
+            for all tensors that lie alike. They are already checked: x is dense float32
+            (batch, ...); noise, out and x0 have its strides; each sample of the output lies as one
+            of x's.
         normal_: ``normal_(out, seeds, rows, stream)`` fills a contiguous float32 (batch, ...) with
             the counter noise that ``fastddim.noise`` defines.
-        reads: ``reads(x, output)``, whether a launch reads an output whose samples lie in another
-            order than x's; otherwise the output is copied first.
+        reads: ``reads(x, output)`` says whether a launch reads an output whose samples lie in
+            another order than x's. Where it does not, the output is copied first.
         in_order: whether a launch with seeds needs x to be contiguous or channels last.
     """
 
@@ -77,12 +78,12 @@ class Backend:
 
 
 class Entry(NamedTuple):
-    """A line of the table: where a backend can run, and the module that has it."""
+    """A line of the table says where a backend can run, and which module defines it."""
 
     devices: tuple[str, ...] | None
-    """The kinds of device; None is any."""
+    """These are the kinds of device it runs on; None stands for any."""
     module: str
-    """Imported at the first step, since a compiler takes long to import and may be missing."""
+    """The first step imports it, since a compiler takes long to import and may be missing."""
 
 
 TABLE: dict[str, Entry] = {
@@ -90,18 +91,18 @@ TABLE: dict[str, Entry] = {
     "numba": Entry(("cpu",), "fastddim.fused"),
     "torch": Entry(None, "fastddim.blocked"),
 }
-"""The backends by name. Of those that can run on a device and can be imported the first is used."""
+"""The backends by name. The first that runs on a device and can be imported takes its steps."""
 
 _using: ContextVar[str | None] = ContextVar("fastddim backend", default=None)
-# Read once: asking the environment costs as much as a small step.
+# The environment is read once, because asking it costs as much as a small step.
 _environment = os.environ.get(VARIABLE) or None
 
 
 def backend(device: torch.device | str, name: str | None = None) -> Backend:
-    """What takes the steps on a device of this kind: the only place that decides.
+    """Returns the backend that takes the steps on a device: nothing else decides this.
 
-    It is the backend of this ``name``, or the one that ``using`` names, or ``FASTDDIM_BACKEND``, or
-    the first of the table that can run there.
+    It is the backend called ``name``, or else the one that ``using`` names, or else the one that
+    ``FASTDDIM_BACKEND`` names, or else the first of the table that can run there.
 
     Raises:
         ValueError: the backend that is named is not in the table or cannot run on such a device.
@@ -112,19 +113,19 @@ def backend(device: torch.device | str, name: str | None = None) -> Backend:
 
 
 def chosen() -> str | None:
-    """The name that ``using`` or ``FASTDDIM_BACKEND`` gives; None leaves it to the device."""
+    """Returns the name that ``using`` or ``FASTDDIM_BACKEND`` gives, or None without either."""
     return _using.get() or _environment
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Within, steps of this thread are taken by the backend of this name.
+    """Has the named backend take the steps of this thread, within the block.
 
         with fastddim.using("torch"):
             images = ddim.sample(model, x_T)
 
-    Steps that were bound before stay with their backend: a sampler's loop that has begun, or a
-    step that ``bind`` returned.
+    What was bound before stays with its backend: a sampler's loop that has begun, and a step that
+    ``bind`` returned.
 
     Raises:
         ValueError: there is no backend of this name.
@@ -135,14 +136,14 @@ def using(name: str) -> Iterator[None]:
 
 
 def available(device: torch.device | str) -> list[str]:
-    """The names of the backends that can take steps on a device of this kind here, best first."""
+    """Returns the names of the backends that can take steps on this device here, best first."""
     kind = torch.device(device).type
     return [name for name in TABLE if _runs_on(name, kind) and _imported(name) is not None]
 
 
 @contextmanager
 def again(name: str | None) -> Iterator[None]:
-    """Within, the choice is once more what ``chosen`` returned, whatever it is now."""
+    """Restores a choice that ``chosen`` returned before, within the block."""
     token = _using.set(name)
     try:
         yield
@@ -151,9 +152,9 @@ def again(name: str | None) -> Iterator[None]:
 
 
 def forked() -> bool:
-    """Whether this is the child of a fork, which has none of its parent's threads.
+    """Returns whether this process is a forked child, which has none of its parent's threads.
 
-    PyTorch's operations are shared out to them all the same, and wait for ever.
+    PyTorch shares its operations out to those threads all the same, and then waits for ever.
     """
     return _is_forked
 
@@ -166,7 +167,7 @@ def _note_fork() -> None:
     _is_forked = True
 
 
-# Here and not in a backend, which a child may be the first to import.
+# The hook stands here because a forked child may be the first to import a backend.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
@@ -197,7 +198,7 @@ def _runs_on(name: str, kind: str) -> bool:
 
 
 def _interprets(name: str) -> bool:
-    """Whether Triton's interpreter stands in for a GPU: it reads the memory of a CPU as well."""
+    """Returns whether Triton's interpreter replaces the GPU: it reads a CPU's memory as well."""
     asked = os.environ.get("TRITON_INTERPRET", "0").lower()
     return name == "triton" and asked in ("1", "true", "on")
 

@@ -1,4 +1,4 @@
-"""The step as PyTorch's own operations: on a CPU in blocks that stay in the cache."""
+"""The backend ``torch`` takes steps by PyTorch's operations, on a CPU in cache-sized blocks."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from fastddim.backends import Backend, Fixed, Launch
 from fastddim.coefficients import COLUMNS, PREDICTIONS
 
 Factors: TypeAlias = tuple[Tensor, ...]
-"""The table's columns: of no dimensions where all samples are on one row, else (batch, 1)."""
+"""These are the table's columns: () where all samples are on one row, else (batch, 1)."""
 
 C1 = COLUMNS.index("c1")
 
-# What stays in a core's cache, and just below the 32,768 elements that PyTorch hands to OpenMP. A
-# multiple of 16, torch.randn's own stride, and so of four, the elements of one Philox call.
+# A block of so many elements stays in a core's cache. The number is just below the 32,768 elements
+# that PyTorch hands to OpenMP, and a multiple of 16, torch.randn's own stride, and so of four, the
+# elements of one Philox call.
 BLOCK = 32752
 
-# What an operation does at a time for each thread it is shared out to: so much that neither
-# Python nor the barrier at its end counts, and little enough to be in the cache for the next one.
+# An operation takes so many elements at a time for each thread that shares it: enough that neither
+# Python nor the barrier at its end counts, and few enough to be in the cache for the next one.
 PART = 4 * BLOCK
 
-# Of samples smaller than this the fused pass takes longer, one after the other, than PyTorch's
-# operations take over many at once: 70 ns for each, where a sample has numbers of its own.
+# Where samples have numbers of their own, the fused pass takes them one by one, 70 ns each. Below
+# this many elements that costs more than PyTorch's operations over many samples at once.
 SMALL = 64
 
 
@@ -49,12 +50,12 @@ def bind(
     x0: Tensor | None,
     next_input: Tensor | None,
 ) -> Launch:
-    """See ``backends.Backend``."""
+    """Chooses between the blocked step and the reference: see ``backends.Backend``."""
     return _on_cpu(fixed, x) if x.is_cpu else partial(_by_reference, fixed)
 
 
 def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
-    """The launch on a CPU: the whole batch at once while it is one block."""
+    """Returns the launch on a CPU, which takes a batch of one block as a whole."""
     total, batch = x.numel(), len(x)
     each = (-1, *[1] * (x.dim() - 1))
 
@@ -77,9 +78,9 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
             factors = factors_of(table, row)
             if factors[0].dim():
                 factors = tuple(f.view(each) for f in factors)
-            if seeds is not None and factors[C1].any():  # the last step adds no noise
+            if seeds is not None and factors[C1].any():  # Draw none where c1 = 0, as it is at last.
                 noise = drawn(x, seeds, row, _numpy_normal_)
-            # This thread's views of its scratch, unless another launch was here since.
+            # Making views of the scratch costs as much as an operation: a thread keeps its last.
             if _own.terms[0] is not launch:
                 _own.terms = launch, *_terms(x)
             _, term, scaled, x0_own, said = _own.terms
@@ -108,7 +109,7 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
 
 
 def _terms(x: Tensor) -> list[Tensor]:
-    """Memory for the terms of a step, laid out as x."""
+    """Returns memory for the four terms of a step, laid out as x."""
     count, scratch = x.numel(), _scratch(4 * x.numel())
     return [scratch.as_strided(x.shape, x.stride(), k * count) for k in range(4)]
 
@@ -126,14 +127,14 @@ def _in_blocks(
     out: Tensor,
     x0: Tensor | None,
 ) -> None:
-    """The step of a batch that is more than one block."""
+    """Takes the step of a batch that is more than one block."""
     batch = x.shape[0]
     n = x.numel() // batch
     if guidance is not None and n < SMALL and batch > 1:
         guidance = _one_if_equal(guidance)
     factors = _factors(table, row)
     if seeds is not None and not factors[C1].any():
-        seeds = None  # the last step adds no noise: do not compute any
+        seeds = None  # The last step adds no noise: do not compute any.
     if seeds is not None and not x.is_contiguous():
         noise, seeds = drawn(x, seeds, row, _numpy_normal_), None
     rows = None if seeds is None else rows_of(row, batch)
@@ -198,7 +199,7 @@ def _by_reference(
     x0: Tensor | None,
     next_input: Tensor | None,
 ) -> None:
-    """The launch on devices with neither Triton nor a path of their own."""
+    """Launches the reference, on devices without Triton and without a path of their own."""
     if seeds is not None:
         noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         normal_(noise, seeds, rows_of(row, len(x)), counter.STEP)
@@ -224,18 +225,18 @@ def _by_reference(
 
 
 def by_sample(row: int | Tensor, guidance: Tensor | None, threshold: Tensor | None) -> bool:
-    """Whether samples may have numbers of their own."""
+    """Returns whether samples may have numbers of their own."""
     of_guidance = guidance is not None and guidance.stride(0) != 0
     return threshold is not None or of_guidance or _rows_differ(row)
 
 
 def _rows_differ(row: int | Tensor) -> bool:
-    """Whether samples may be on rows of their own."""
+    """Returns whether samples may be on rows of their own."""
     return isinstance(row, Tensor) and row.stride(0) != 0 and len(row) > 1
 
 
 def _one_if_equal(numbers: Tensor) -> Tensor:
-    """One for each sample, with a stride of 0 where they are equal: for all samples at once."""
+    """Returns the numbers, with a stride of 0 where they are equal: one then serves all samples."""
     count = numbers.shape[0]
     if numbers.stride(0) == 0 or count == 1:
         return numbers
@@ -244,7 +245,7 @@ def _one_if_equal(numbers: Tensor) -> Tensor:
 
 
 def rows_of(row: int | Tensor, batch: int) -> Tensor:
-    """``row`` as int32 (batch,), on a CPU where it is a number."""
+    """Returns ``row`` as int32 (batch,). A number becomes a tensor on the CPU."""
     if isinstance(row, Tensor):
         return row
     return torch.full((1,), row, dtype=torch.int32, device="cpu").expand(batch)
@@ -256,21 +257,21 @@ def drawn(
     row: int | Tensor,
     fill: Callable[[Tensor, Tensor, Tensor, int], None],
 ) -> Tensor:
-    """Counter noise laid out as x: it belongs to the logical element, wherever memory keeps it."""
+    """Returns counter noise laid out as x. It belongs to the logical element in any layout."""
     logical = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     fill(logical, seeds, rows_of(row, len(x)), counter.STEP)
     return logical if x.is_contiguous() else torch.empty_like(x).copy_(logical)
 
 
 _kept: dict[int, tuple[weakref.ref[Tensor], int, dict[int, Factors]]] = {}
-"""The factors of tables that are alive, by their ids: each table, its address, its rows."""
+"""This keeps the factors of living tables, by their ids: each table, its address, its rows."""
 
 
 def factors_of(table: Tensor, row: int | Tensor) -> Factors:
-    """The factors of a row, as ``_factors`` gives them.
+    """Returns the factors of a row, as ``_factors`` does.
 
     They are views of the table, which follow what is written there. Making them costs a small step
-    as much as two of its operations, hence those of a number are kept for as long as the table.
+    as much as two of its operations, so those of a number are kept for as long as the table.
     """
     if not isinstance(row, int):
         return _factors(table, row)
@@ -287,7 +288,7 @@ def factors_of(table: Tensor, row: int | Tensor) -> Factors:
 
 
 def _factors(table: Tensor, row: int | Tensor) -> Factors:
-    """The table's columns, as ``Factors``.
+    """Returns the table's columns, as ``Factors``.
 
     A column multiplied into a block of samples gives each what its own number would.
     """
@@ -333,9 +334,10 @@ def _step(
     term: Tensor,
     scaled: Tensor,
 ) -> None:
-    """``reference.ddim_step`` in place, of factors and thresholds that are one number or a column.
+    """Takes ``reference.ddim_step`` in place; factors and thresholds are a number or a column.
 
-    Never add_(alpha=), which is a fused multiply-add.
+    It never uses add_(alpha=), a fused multiply-add, which rounds once where the reference rounds
+    twice.
     """
     prediction, noise_first, clip, rederive = fixed
     a_t, _, b_t, _, a_s, c1, c2 = factors
@@ -372,46 +374,47 @@ def _step(
 
 
 def _most() -> int:
-    """How many elements an operation gets at the most: in a forked child what one thread takes."""
+    """Returns how many elements an operation gets at most. A forked child has one thread."""
     return BLOCK if backends.forked() else PART * torch.get_num_threads()
 
 
 def _together() -> int:
-    """How many elements are one block if there are no more."""
+    """Returns how many elements a batch may have to be taken as one block."""
     return BLOCK if backends.forked() else 2 * _most()
 
 
 class _Own(threading.local):
     room: Tensor | None = None
     terms: tuple[Any, ...] = (None,)
-    """The launch that was here last, and its terms."""
+    """This thread's last launch stands first, and its terms follow."""
 
 
 _own = _Own()
 
 
 def _scratch(count: int) -> Tensor:
-    """Memory of this thread's, of ``count`` elements and more, kept for its next step.
+    """Returns memory for ``count`` elements or more, which this thread keeps for its next step.
 
     Fresh memory costs more than the operations that write it: a page fault for each 4 KiB.
     """
     room = _own.room
     if room is None or len(room) < count:
-        with torch.inference_mode(False):  # which would keep later steps from writing it
+        # Later steps could not write a tensor of inference mode outside of it.
+        with torch.inference_mode(False):
             room = _own.room = torch.empty(count, dtype=torch.float32, device="cpu")
     return room
 
 
 def _blocks(batch: int, n: int, whole: bool) -> Iterator[tuple[int, int, int, int]]:
-    """Blocks as (sample, samples, first element, elements of each).
+    """Yields blocks as (sample, samples, first element, elements of each).
 
-    ``whole``: a block holds whole samples, as many small ones as there is room for, or a part of
-    one. Else all is one sample.
+    With ``whole`` a block holds whole samples, as many small ones as there is room for, or a part
+    of one. Without it all samples count as one.
 
-    The first block is for one thread and says what an element costs it. Those after it are shared
+    One thread takes the first block, which shows what an element costs it. Later blocks are shared
     out for as long as that is cheaper: a barrier waits for every thread, and on a busy machine
     one of them waits for a core, which takes a hundred times as long as its part of the work.
-    What is no more than two shared blocks is one: to begin a block takes some 20 µs.
+    A batch of no more than two shared blocks is one block, because beginning one takes some 20 µs.
     """
     if not whole:
         batch, n = 1, batch * n
@@ -433,12 +436,12 @@ def _blocks(batch: int, n: int, whole: bool) -> Iterator[tuple[int, int, int, in
 
 
 def _apart(output: Tensor, x: Tensor) -> bool:
-    """Whether there is something between one sample of the output and the next."""
+    """Returns whether there is a gap between one sample of the output and the next."""
     return len(x) > 1 and output.stride(0) != x.stride(0)
 
 
 def _block(tensor: Tensor, first: int, samples: int, count: int, stride: int) -> Tensor:
-    """``count`` elements of each of some samples, ``stride`` apart in a tensor's memory."""
+    """Returns ``count`` elements of each of some samples, ``stride`` apart in a tensor's memory."""
     return tensor.as_strided((samples, count), (stride, 1), tensor.storage_offset() + first)
 
 

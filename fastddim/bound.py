@@ -1,4 +1,4 @@
-"""The bound step: what a run fixes is decided once, and each step brings addresses."""
+"""The bound step decides once what a run fixes; each call then brings addresses."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from fastddim import layout
 from fastddim.backends import Backend, Fixed, Launch
 
 _MOST = 64
-"""The most layouts that a step remembers, and the most steps: ever others must not fill memory."""
+"""A step remembers this many layouts, and this module this many steps. More would fill memory."""
 
 
 class Bound:
-    """The step by one backend, with one set of options, for arguments that are checked.
+    """The step of one backend with one set of options, for checked arguments.
 
-    A call compares what the launch was specialised for: sizes, strides, dtypes, and which
-    arguments there are. Where an earlier call had the same, it launches. Otherwise it binds: it
-    decides which tensors are copied first and has the backend compile.
+    A call compares what a launch is specialised for: sizes, strides, dtypes, and which arguments
+    there are. It takes the launch of an earlier call that had the same. Otherwise it binds a new
+    one: it decides which tensors are copied first, and has the backend compile.
 
-    Nothing but launches is kept between two calls: threads and trajectories may share one.
+    A bound step keeps nothing but launches between two calls, so that threads and trajectories may
+    share it.
     """
 
     __slots__ = ("_latest", "_launches", "backend", "fixed")
@@ -70,9 +71,9 @@ class Bound:
         next_input: Tensor | None,
         seen: bool = True,
     ) -> Launch:
-        """The launch for these arguments, and for all that lie as they do while nobody watches.
+        """Returns the launch for these arguments, and for all that lie as they do.
 
-        ``seen``: whether somebody who watches for the op is to see it.
+        Where ``seen`` is True and somebody watches for the op, the launch calls the op instead.
         """
         if seen and (x.__class__ is not Tensor or output.__class__ is not Tensor or watched()):
             return partial(by_op, self.fixed)
@@ -110,7 +111,7 @@ class Bound:
 
 
 def watched() -> bool:
-    """Whether a dispatch mode or the profiler would see a call of the op."""
+    """Returns whether a dispatch mode or the profiler would see a call of the op."""
     return bool(_dispatch_modes() or _profiled())
 
 
@@ -133,7 +134,7 @@ def by_op(
     x0: Tensor | None,
     next_input: Tensor | None,
 ) -> None:
-    """A launch that torch.compile, dispatch modes, tensor subclasses and the profiler see."""
+    """Launches by the op, which torch.compile, dispatch modes, subclasses and the profiler see."""
     rows, number = (row, None) if isinstance(row, Tensor) else (None, row)
     inputs = x, output, table, rows, seeds, noise, guidance, threshold
     torch.ops.fastddim.ddim_step.default(*inputs, *fixed, out, x0, next_input, number)
@@ -143,7 +144,7 @@ _steps: dict[tuple[Backend, Fixed], Bound] = {}
 
 
 def step_of(backend: Backend, fixed: Fixed) -> Bound:
-    """The bound step of this backend with these options, the same one at each call."""
+    """Returns the bound step of this backend with these options, the same one at each call."""
     step = _steps.get((backend, fixed))
     if step is None:
         if len(_steps) >= _MOST:
@@ -153,7 +154,7 @@ def step_of(backend: Backend, fixed: Fixed) -> Bound:
 
 
 def nothing(*_: object) -> None:
-    """The step of no elements."""
+    """Does nothing: this is the launch of a step that has no elements."""
 
 
 def bind(
@@ -171,7 +172,7 @@ def bind(
     x0: Tensor | None,
     next_input: Tensor | None,
 ) -> Launch:
-    """The backend's launch for tensors that lie as these, with the copies it needs around it."""
+    """Returns the backend's launch for tensors that lie as these, with the copies that it needs."""
     if not x.numel():
         return nothing
     copies = _Copies(
@@ -211,7 +212,7 @@ def bind(
 
 
 class _Copies:
-    """What is copied around a launch because it does not lie as the backend takes it."""
+    """Copies, around a launch, the tensors that do not lie as the backend takes them."""
 
     def __init__(
         self,
@@ -273,7 +274,7 @@ class _Copies:
         Tensor | None,
         Tensor | None,
     ]:
-        """The tensors that the backend is given, those that it writes among them."""
+        """Returns the tensors that the backend is given, those that it writes included."""
         if self.x:
             x = x.contiguous()
         if self.channels is not None:
@@ -299,7 +300,7 @@ class _Copies:
 
     @staticmethod
     def after(*written: tuple[Tensor | None, Tensor | None]) -> None:
-        """Copies (given, written) where the backend has written to memory of its own."""
+        """Copies each (given, written) pair back where the backend wrote to memory of its own."""
         for given, there in written:
             if given is not None and there is not None and there is not given:
                 given.copy_(there)

@@ -1,5 +1,5 @@
-"""State between steps: memory that a later step may write again, and float32 states beside the
-half precision tensors they were rounded to."""
+"""Two things outlive a step: buffers that later steps reuse once nobody references them, and the
+float32 states of the half precision tensors that they were rounded to."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 FRESH = 1 << 15
-"""Elements below which fresh memory costs a CPU no more than finding some that nobody holds."""
+"""Below this many elements fresh memory costs a CPU no more than finding memory that is free."""
 
 
 class Spare:
-    """Tensors of one kind, kept for a later step to write if nobody else holds them by then.
+    """Buffers that later steps reuse once nobody references them.
 
     Fresh memory costs a CPU more than the step itself (page faults: 120 ms against 51 ms for
     50 MB). The caching allocator of a GPU gives it back for nothing, in stream order: there,
@@ -37,7 +37,7 @@ class Spare:
             self._boxes.append([tensor])
 
     def take(self) -> Tensor | None:
-        """One that its box alone holds, the one kept first, or None."""
+        """Removes and returns the oldest unreferenced tensor; returns None if there is none."""
         for i, box in enumerate(self._boxes):
             storage = box[0].untyped_storage()
             # Another process may read what is in shared memory, and is not counted.
@@ -105,7 +105,7 @@ class Shadows:
 
 
 def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    """A buffer, if it is laid out as x, and one that inference mode made if that is on."""
+    """Returns the buffer if it is laid out as x and fits the inference mode, else None."""
     fits = (
         tensor is not None
         and tensor.shape == x.shape
@@ -118,7 +118,7 @@ def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def memory(spare: Spare, x: Tensor) -> Tensor:
-    """Memory laid out as x: some that is spare, or new."""
+    """Returns memory laid out as x: a spare buffer, or a new one."""
     found = fitting(spare.take(), x)
     return torch.empty_like(x) if found is None else found
 

@@ -1,4 +1,4 @@
-"""Where to sample: the device, which must be there and free to begin."""
+"""The device to sample on must exist, and no CUDA graph may be in capture there."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from fastddim.predict import Model, device_of
 
 
 def place_of(device: torch.device | str | None, model: Model) -> torch.device:
-    """Where to sample without an x_T: ``device``, the model's parameters' or torch's default."""
+    """Returns the device to sample on: ``device``, else the model's, else torch's default."""
     here = device_of(model) if device is None else None
     return usable(device) if here is None else here
 
 
 def usable(device: torch.device | str | None) -> torch.device:
-    """The device, if a tensor can be made there."""
+    """Returns the device with its index; raises ``ValueError`` if no tensor can be made there."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""The step on a CPU as one pass over memory, compiled by numba; imported at the first step.
+"""The backend ``numba`` takes a step on a CPU as one compiled pass over memory.
 
 Each stretch of elements passes through the equation's terms while it sits in the L1 cache, every
 term a loop that LLVM turns into vector instructions. There is no fused multiply-add and no
@@ -39,13 +39,13 @@ CHUNK = 1024
 ROOM = CHUNK // 4 + 1
 """Quads that a chunk may touch: one more than it holds, where it begins inside one."""
 TASK = 16 * CHUNK
-"""Elements a thread takes at a time: one whose core is busy with something else takes fewer."""
+"""Threads fetch tasks of so many elements one by one, so a slowed thread fetches fewer."""
 SMALL = 64
-"""Elements of a sample below which a sample's own row costs more here, where samples on rows of
-their own are taken one by one (70 ns each), than in PyTorch's operations over many at once."""
+"""Samples on rows of their own are taken one by one here, 70 ns each. Below this many elements a
+sample costs less in PyTorch's operations, which take many at once."""
 SHARED, NOISY_SHARED = 32 * TASK, 4 * TASK
-"""Elements from which on PyTorch's threads share a pass, without counter noise and with it: tenths
-of a millisecond of work, many times what it takes them to begin and to end together."""
+"""From so many elements on PyTorch's threads share a pass, without counter noise and with it. It
+then takes tenths of a millisecond, many times what beginning and ending together costs them."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,8 +56,8 @@ _part: Callable[..., Any] = numba.njit(
 
 
 def _c_function(function: Callable[[int], int]) -> Any:
-    """``int64_t function(void *)``, which a thread of any kind may call: compiled now, or read from
-    the cache where there is a folder to keep one in."""
+    """Returns ``int64_t function(void *)``, which a thread of any kind may call. It is compiled
+    now, or read from the cache where there is a folder to keep one in."""
     try:
         compiled = numba.cfunc("int64(int64)", cache=True, error_model="numpy")(function)
     except (RuntimeError, OSError):  # neither this folder nor the user's can be written to
@@ -78,9 +78,9 @@ def _pointer(dtype: Any) -> Any:
     return pointer
 
 
-# A call's arguments, as the threads that share it find them. First those that each step brings:
-# addresses, of which 0 stands for None, and how the call went. Then those that a launch is bound
-# to: sizes and flags, as the callers below name them, and the addresses of C functions.
+# The threads that share a call find its arguments in this order. First come those that each step
+# brings: addresses, of which 0 stands for None, and how the call went. Then come those that a
+# launch is bound to: sizes and flags, as the callers below name them, and addresses of C functions.
 _BROUGHT = (
     *("x", "output", "table", "rows", "seeds", "noise", "guidance", "threshold", "out", "x0"),
     *("outcome", "taken"),
@@ -103,7 +103,7 @@ _bind = struct.Struct(f"={len(_BOUND) + 1 + len(_FUNCTIONS)}qd").pack_into
 # Then, for each thread, on cache lines of its own: how many tasks of its share have been taken, and
 # its modes.
 _OWN, _OWN_MODES = 128, 64
-# No function that has failed returns the number of one that is done.
+# Done is no small number, which a function that has failed might return by chance.
 _UNDONE, _DONE, _REFUSED = -1, 0x600D, 1
 _INT64 = struct.Struct("=q")
 
@@ -391,9 +391,10 @@ def _taken(address, thread, total):
 
 @_part
 def _light_steps(address, thread, n, total):
-    """``_steps`` of an epsilon model where every term is an argument, and no term needs memory.
+    """Takes ``_steps`` of an epsilon model where every term is an argument.
 
-    ``n``: elements that follow one another, on one row. Memory costs a small step its half.
+    No term then needs memory of its own, which would cost a small step half its time. ``n``
+    elements follow one another on one row.
     """
     call = carray(_call(address), (1,))[0]
     rows = carray(_int32(call.rows), (call.batch,))
@@ -621,10 +622,9 @@ _NO_FUNCTIONS = (0,) * len(_FUNCTIONS)
 
 
 class _Calls:
-    """The memory of calls of the C function, which all have the same bound arguments.
+    """Calls the C function with the same bound arguments each time, and reuses the calls' memory.
 
-    A call's memory is used again. A step takes it for as long as it runs, so that other threads
-    find none, or another's.
+    A call's memory leaves ``_spare`` while the call runs, so that no other thread takes it.
     """
 
     def __init__(self, bound: tuple[int, ...], clip: float | None, many: bool) -> None:
@@ -632,7 +632,7 @@ class _Calls:
         self._spare: list[tuple[Any, int]] = []
 
     def __call__(self, *brought: int) -> int:
-        """Runs one, told the addresses of ``_BROUGHT``; returns how it went."""
+        """Runs a call with the addresses of ``_BROUGHT``, and returns how it went."""
         if self._many and _team and not forked() and torch.get_num_threads() > 1:
             call = self._new(torch.get_num_threads(), _team.functions)
             _bring(call, 0, *brought, _UNDONE, 0)
@@ -669,7 +669,7 @@ def bind(
     x0: Tensor | None,
     next_input: Tensor | None,
 ) -> Launch:
-    """See ``backends.Backend``. The step, ``reference.ddim_step`` in one pass:
+    """Binds ``reference.ddim_step`` as one pass: see ``backends.Backend``.
 
     output = u + w·(c − u)                              with guidance w
     x0     = clamp(x0, −clip, clip)                     or clamp(x0, −s, s)/s
@@ -688,7 +688,8 @@ def bind(
     if seeds is not None and not x.is_contiguous():
         few = layout.apart(x) and x.dim() > 2 and x.shape[1] <= CHUNK // 16
         channels = x.shape[1] if few and x[0].movedim(0, -1).is_contiguous() else 0
-    # Noise belongs to the logical element, wherever memory keeps it, and to a sample.
+    # The pass draws the noise of contiguous samples, and of pixels of a few channels. For another
+    # layout, and for small samples with numbers of their own, it is drawn ahead.
     ahead = seeds is not None and (
         channels == 0 or (small and blocked.by_sample(row, guidance, threshold))
     )
@@ -699,7 +700,7 @@ def bind(
             next_input,
         )  # fmt: skip
     steps = table.shape[0]
-    # In _BOUND's order.
+    # These stand in _BOUND's order.
     bound = (
         batch,
         n,
@@ -760,7 +761,7 @@ def bind(
 
 
 def _refuse(outcome: int, row: Any, steps: int) -> None:
-    """Says why nothing was written."""
+    """Raises the error that kept the call from writing."""
     if outcome != _REFUSED:
         raise MemoryError("there is no memory for the step's own chunks")
     low, high = (int(each) for each in torch.aminmax(blocked.rows_of(row, 1)))
@@ -768,7 +769,7 @@ def _refuse(outcome: int, row: Any, steps: int) -> None:
 
 
 def _drawn_ahead(bind: Callable[..., Launch], fixed: Fixed, *first: Any) -> Launch:
-    """The launch that ``bind`` gives, told the noise itself where it would be told seeds."""
+    """Returns ``bind``'s launch, which gets the noise itself in place of the seeds."""
 
     def told(
         x: Tensor, output: Tensor, table: Tensor, row: int | Tensor, seeds: Tensor | None,
@@ -790,7 +791,7 @@ _counted: list[npt.NDArray[np.int32]] = []
 
 
 def _counting(count: int) -> int:
-    """The address of 0, 1, 2, ... as int32, ``count`` of them and more, kept for good."""
+    """Returns the address of 0, 1, 2, ..., at least ``count`` of them as int32, kept for good."""
     if not _counted or len(_counted[-1]) < count:
         _counted.append(np.arange(max(count, 1024), dtype=np.int32))
     return int(_counted[-1].ctypes.data)

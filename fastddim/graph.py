@@ -93,7 +93,7 @@ class Captured:
         self._seeds = self._run.noise.seeds
         whole = len(self._run.rows) <= WHOLE
         replay = self._whole(loop) if whole else self._stepwise()
-        # After the capture, which may make weights that are lazy.
+        # The weights are read after the capture, because that materialises lazy ones.
         weights = weights_of(self._run.predictor.model, self._run.predictor.cond_fn)
         self._replay = partial(_replayed, replay, weights)
 

@@ -1,4 +1,4 @@
-"""Inpainting: the part of an image that is known replaces that part of each state."""
+"""Inpainting replaces a part of each state with that part of a known image."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from fastddim.step import ddim_step
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """An image, and the mask of the part that each state takes from it at its own noise level."""
+    """A known image, and the mask of the part that each state takes from it at its noise level."""
 
     image: Tensor
     mask: Tensor
     table: Tensor
-    """The rows lead from clean data to each row's t, and the last one to the final s."""
+    """Its rows lead from clean data to each row's t, and the last one to the final s."""
     rows: tuple[Tensor, ...]
     clean: tuple[bool, ...]
 
     def put_back(self, x: Tensor, row: int, noise: Noise) -> Tensor:
-        """x with the image at the level of ``row``'s t where the mask is 1."""
+        """Returns x with the image, at the noise level of ``row``'s t, where the mask is 1."""
         image = self.image
         if not self.clean[row]:
-            # The forward process is the ODE's step back from clean data; the noise stands for ε.
+            # The forward process is the step at η = 0 from clean data, with the noise for ε.
             z = noise.forward(self.rows[row])
             image, _ = ddim_step(image, z, self.table, self.rows[row], want_x0=False)
         return torch.lerp(x, image, self.mask)
 
     def part(self, samples: Tensor) -> Known:
-        """The same for some of the samples."""
+        """Returns the same for some of the samples."""
         mask = self.mask[samples] if len(self.mask) == len(self.image) else self.mask
         rows = tuple(row[:1].expand(len(samples)) for row in self.rows)
         return replace(self, image=self.image[samples], mask=mask, rows=rows)
@@ -49,7 +49,13 @@ def checked_known(
     table: Callable[[], Float32],
     clean: tuple[bool, ...],
 ) -> Known | None:
-    """``known`` and ``mask``, or None without them; ``table`` leads from data to each level."""
+    """Returns ``known`` and ``mask`` checked, or None without both.
+
+    ``table`` makes the table that leads from clean data to each level.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+    """
     if known is None and mask is None:
         return None
     known, mask = _beside("known", known, "mask", x), _beside("mask", mask, "known", x)

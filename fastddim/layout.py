@@ -1,4 +1,4 @@
-"""How tensors lie in memory: which a backend reads as they are, and which are copied first."""
+"""How tensors lie in memory decides which a backend reads as they are, and which are copied."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
-"""Whether the elements fill one stretch of memory, in any order of the dimensions."""
+"""Returns whether a tensor's elements fill one stretch of memory, its dimensions in any order."""
 
 
 def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A new tensor of x's shape that lies as x does, if x is dense."""
+    """Returns a new tensor of x's shape, which lies as x does if x is dense."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.preserve_format)
 
 
 def with_batch(batch: int, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A new tensor of ``batch`` samples, each of which lies as one of x's."""
+    """Returns a new tensor of ``batch`` samples, each of which lies as one of x's."""
     if batch == len(x):
         return like(x, dtype)
     strides = (x.numel() // max(len(x), 1), *x.stride()[1:])
@@ -25,21 +25,21 @@ def with_batch(batch: int, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def input_like(x: Tensor, dtype: torch.dtype, copies: int) -> Tensor:
-    """Memory for a model input: ``copies`` times the batch, each sample laid out as x's."""
+    """Returns a new model input: ``copies`` times the batch, each sample laid out as x's."""
     if not is_dense(x) or not apart(x):
         return torch.empty((copies * len(x), *x.shape[1:]), dtype=dtype, device=x.device)
     return with_batch(copies * len(x), x, dtype)
 
 
 def alike(tensor: Tensor, x: Tensor) -> bool:
-    """Whether the strides that matter, those of dimensions longer than one, are equal."""
+    """Returns whether the strides that matter, those of dimensions longer than one, are equal."""
     return tensor.stride() == x.stride() or all(
         a == b for a, b, n in zip(tensor.stride(), x.stride(), x.shape, strict=True) if n > 1
     )
 
 
 def apart(x: Tensor) -> bool:
-    """Whether each sample of a dense tensor is one stretch of memory."""
+    """Returns whether each sample of a dense tensor is one stretch of memory."""
     return len(x) < 2 or x.stride(0) * len(x) == x.numel()
 
 
@@ -48,19 +48,19 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def has_variance(output: Tensor, x: Tensor) -> bool:
-    """Whether there are twice x's channels: a learned variance follows."""
+    """Returns whether the output has twice x's channels, the second half a learned variance."""
     if output.numel() == x.numel() != 0:
-        return False  # as nearly always
+        return False  # This is the usual case: one comparison of two numbers answers it.
     return output.dim() == x.dim() > 2 and output.shape[1] == 2 * x.shape[1]
 
 
 def laid_out(tensor: Tensor, x: Tensor) -> Tensor:
-    """``tensor`` with x's strides: a flat pass over two layouts would pair the wrong elements."""
+    """Returns ``tensor`` with x's strides: a flat pass over two layouts would mix up elements."""
     return tensor if alike(tensor, x) else like(x, tensor.dtype).copy_(tensor)
 
 
 def readable(output: Tensor, x: Tensor, reads: Callable[[Tensor, Tensor], bool]) -> bool:
-    """Whether a backend reads the model's output as it lies.
+    """Returns whether a backend reads the model's output as it lies.
 
     Each sample must be laid out as x's, however far apart, or in another order that it ``reads``.
     """
@@ -70,14 +70,14 @@ def readable(output: Tensor, x: Tensor, reads: Callable[[Tensor, Tensor], bool])
 
 
 def writable(next_input: Tensor, x: Tensor) -> bool:
-    """Whether a pass over x may write the next model input where it is to go."""
+    """Returns whether a pass over x can write the next model input in place."""
     if len(next_input) == len(x):
         return alike(next_input, x)
     return alike(next_input[:1], x[:1]) and is_dense(next_input)
 
 
 def write_next(next_input: Tensor, x_s: Tensor) -> None:
-    """x_s in the next model input, once or for both halves of classifier-free guidance."""
+    """Writes x_s to the next model input, once or for both halves of classifier-free guidance."""
     if next_input.shape[0] != x_s.shape[0]:
         next_input = next_input.unflatten(0, (-1, x_s.shape[0]))
     next_input.copy_(x_s)

@@ -1,4 +1,4 @@
-"""Where normals come from: one seed for each sample, a generator, or tensors that are given."""
+"""Normals come from a seed for each sample, from a generator, or from tensors that are given."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Noises: TypeAlias = Sequence[Tensor] | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """A source of normals: ``seeds``, ``generator`` and ``given`` are None but for one.
+    """A source of normals. One of ``seeds``, ``generator`` and ``given`` is set, the others None.
 
-    ``fastddim.options.checked_noise`` makes one of what a caller gives.
+    ``fastddim.options.checked_noise`` makes it from a caller's arguments.
     """
 
     size: tuple[int, ...]
@@ -29,13 +29,13 @@ class Noise:
     given: Sequence[Tensor] | None = None
 
     def part(self, samples: Tensor) -> Noise:
-        """The source for some of the samples. A generator's stream cannot be divided."""
+        """Returns the source for some of the samples. A generator's stream cannot be divided."""
         given = None if self.given is None else [z[samples] for z in self.given]
         seeds = None if self.seeds is None else self.seeds[samples]
         return Noise((len(samples), *self.size[1:]), self.device, seeds, None, given)
 
     def initial(self) -> Tensor:
-        """x_T: stream 1 of the seeds."""
+        """Returns x_T: stream 1 of the seeds, or the generator's next normals."""
         if self.given is not None:
             raise ValueError("x_T must be given with noise, which holds the steps' only")
         if self.seeds is not None:
@@ -43,9 +43,9 @@ class Noise:
         return self._drawn()
 
     def step(self, row: int, into: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """(seeds, z) of a step that adds noise: one of them is a tensor, the other None.
+        """Returns (seeds, z) for a step that adds noise: one is a tensor, the other None.
 
-        A generator writes z into the memory ``into``, where that is given.
+        A generator writes z into ``into``, where that is given.
         """
         if self.given is not None:
             return None, self.given[row]
@@ -54,7 +54,7 @@ class Noise:
         return self.seeds, None
 
     def forward(self, rows: Tensor) -> Tensor:
-        """The noise that is put on a known image: stream 2 of the seeds."""
+        """Returns the noise for a known image: stream 2 of the seeds, or the generator's next."""
         if self.seeds is None:
             return self._drawn()
         z = torch.empty(self.size, dtype=torch.float32, device=self.device)
@@ -63,12 +63,13 @@ class Noise:
 
     def _drawn(self, into: Tensor | None = None) -> Tensor:
         if into is not None:
-            return into.normal_(generator=self.generator)  # randn does the same with fresh memory
+            # torch.randn would draw the same normals into fresh memory, which costs page faults.
+            return into.normal_(generator=self.generator)
         return torch.randn(
             self.size, generator=self.generator, device=self.device, dtype=torch.float32
         )
 
 
 def drawn_seeds(batch: int) -> Tensor:
-    """A seed for each sample, from the CPU's default generator whatever the default device is."""
+    """Returns a seed for each sample, from the CPU's generator whatever the default device is."""
     return torch.randint(0, 2**63 - 1, (batch,), device="cpu")

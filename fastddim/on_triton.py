@@ -1,4 +1,4 @@
-"""The step on a GPU: the Triton kernels, bound to the first tensors of a run."""
+"""The backend ``triton`` takes steps on a GPU by the kernels of ``fastddim_kernels``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bind(
     x0: Tensor | None,
     next_input: Tensor | None,
 ) -> Launch:
-    """See ``backends.Backend``."""
+    """Binds the kernel: see ``backends.Backend``."""
     launch: Launch = fastddim_kernels.bind(
         x,
         output,
@@ -46,7 +46,7 @@ def bind(
 
 
 def _warn_where_steps_are_rounded_otherwise() -> None:
-    """Of Blackwell GPUs under Triton 3.6: ptxas 12.9 fuses packed multiplies and adds there."""
+    """Warns of Triton 3.6 on a Blackwell GPU, where ptxas 12.9 fuses packed multiplies and adds."""
     old = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
     if old and any(
         torch.cuda.get_device_capability(i)[0] >= 10 for i in range(torch.cuda.device_count())

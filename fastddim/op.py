@@ -1,4 +1,4 @@
-"""The step and its noise as torch ops: what torch.compile, fake tensors and dispatch modes see."""
+"""The step and its noise are torch ops for torch.compile, fake tensors and dispatch modes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def initial_noise(
     device: torch.device | str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x_T: the normals of stream 1, row 0; float32 of ``shape`` (batch, ...) for (batch,) seeds."""
+    """Returns x_T, float32 of ``shape`` (batch, ...): stream 1, row 0 of the (batch,) seeds."""
     seeds = seeds.to(device)
     if out is None:
         out = torch.empty(tuple(shape), dtype=torch.float32, device=seeds.device)
@@ -61,7 +61,7 @@ def _normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
 
 
 def written(*tensors: Tensor | None) -> None:
-    """Says so to autograd, which sees what PyTorch writes but not what Triton and numpy do."""
+    """Tells autograd what was written: it sees PyTorch's writes, but not Triton's and NumPy's."""
     torch.autograd.graph.increment_version(
         [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
     )
@@ -90,4 +90,4 @@ torch.library.register_fake("fastddim::ddim_step", _nothing, lib=_library)
 torch.library.register_fake("fastddim::normal_", _nothing, lib=_library)
 
 OP = torch.ops.fastddim.ddim_step.default
-"""The op without checks, for callers that have checked."""
+"""This is the op without checks, for callers that have checked."""

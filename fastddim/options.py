@@ -1,4 +1,4 @@
-"""What a sampler may be told: every option once, its checks, and a run made of them."""
+"""Every option of a sampler stands here once, with its checks and the run that they make."""
 
 from __future__ import annotations
 
@@ -30,47 +30,47 @@ Progress: TypeAlias = bool | Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class ConditionOptions(TypedDict, total=False):
-    """The model's keyword arguments."""
+    """These are the model's keyword arguments."""
 
     cond: Mapping[str, Any] | None
     uncond: Mapping[str, Any] | None
 
 
 class GuidanceOptions(TypedDict, total=False):
-    """What moves the model's output towards the condition."""
+    """These move the model's output towards the condition."""
 
     guidance: Guidance | None
     cond_fn: Model | None
 
 
 class PrecisionOptions(TypedDict, total=False):
-    """The dtypes that the model computes in."""
+    """These are the dtypes that the model computes in."""
 
     dtype: torch.dtype | None
     autocast: torch.dtype | bool | None
 
 
 class DownOptions(GuidanceOptions, total=False):
-    """What every loop from noise to data takes, that of ``generate`` included."""
+    """Every loop from noise to data takes these, that of ``generate`` included."""
 
     self_condition: str | None
     device: torch.device | str | None
 
 
 class CaptureOptions(ConditionOptions, DownOptions, PrecisionOptions, total=False):
-    """What ``DDIM.capture`` takes beside the model and the shape."""
+    """``DDIM.capture`` takes these beside the model and the shape."""
 
     start: int
 
 
 class InvertOptions(ConditionOptions, GuidanceOptions, PrecisionOptions, total=False):
-    """What ``DDIM.invert`` takes beside the model, x0, ``until`` and ``refine``."""
+    """``DDIM.invert`` takes these beside the model, x0, ``until`` and ``refine``."""
 
     progress: Progress
 
 
 class IterateOptions(CaptureOptions, InvertOptions, total=False):
-    """What ``DDIM.iterate`` takes beside the model, x_T, ``reverse``, ``until`` and ``refine``."""
+    """``DDIM.iterate`` takes these beside the model, x_T, ``reverse``, ``until`` and ``refine``."""
 
     shape: Sequence[int] | None
     seeds: Sequence[int] | Tensor | None
@@ -81,7 +81,7 @@ class IterateOptions(CaptureOptions, InvertOptions, total=False):
 
 
 class Options(IterateOptions, total=False):
-    """What ``DDIM.sample`` takes beside the model, x_T and ``trajectory``."""
+    """``DDIM.sample`` takes these beside the model, x_T and ``trajectory``."""
 
     batch_size: int | None
     callback: Callback | None
@@ -90,12 +90,12 @@ class Options(IterateOptions, total=False):
 
 
 def option_names(options: Any) -> tuple[str, ...]:
-    """The options that one of these types has."""
+    """Returns the names of the options that one of these types has."""
     return tuple(options.__annotations__)
 
 
 def options_in(arguments: Mapping[str, Any]) -> Options:
-    """Those of a function's arguments that are options."""
+    """Returns those of a function's arguments that are options."""
     return cast(Options, {name: arguments[name] for name in option_names(Options)})
 
 
@@ -111,7 +111,7 @@ def check_names(method: str, given: Mapping[str, Any], options: Any) -> None:
 
 def check_backwards(given: IterateOptions) -> None:
     """Raises ``ValueError`` for an option that means nothing in a loop that runs backwards."""
-    # The device is x0's or refused, and row 0 is where no start is given.
+    # A device may be named, since another than x0's is refused later; start=0 is the default.
     allowed = {*option_names(InvertOptions), "device", *(() if given.get("start") else ("start",))}
     for name, value in given.items():
         if value is not None and name not in allowed:
@@ -119,7 +119,7 @@ def check_backwards(given: IterateOptions) -> None:
 
 
 def list_options(method: Callable[..., Any], options: Any, like: Callable[..., Any]) -> None:
-    """Makes ``help(method)`` list each option, as the signature of ``like`` has it."""
+    """Makes ``help(method)`` list each option as it stands in the signature of ``like``."""
     known = inspect.signature(like).parameters
     own = inspect.signature(method)
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -128,7 +128,7 @@ def list_options(method: Callable[..., Any], options: Any, like: Callable[..., A
 
 
 def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, object]) -> Run:
-    """A run of the loop: every argument checked and on the device, and the x to begin with.
+    """Checks every argument, moves it to the device, and returns the run that they make.
 
     Args:
         plan: the loop.
@@ -158,7 +158,7 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
     uncond, self_condition = given.get("uncond"), given.get("self_condition")
     w = checked_guidance(given.get("guidance"), uncond, size[0], plan.levels)
     if w is not None and (w == 1).all():
-        uncond = w = None  # w = 1 is the model with its condition
+        uncond = w = None  # With w = 1 the output is that of the model with its condition.
     predictor = Predictor.of(
         model,
         size[0],
@@ -215,7 +215,7 @@ def checked_noise(
     generator: torch.Generator | None,
     noise: Noises | None,
 ) -> Noise:
-    """At most one source of normals. With none, seeds from torch's default generator.
+    """Returns the one source of normals: without any, seeds from torch's default generator.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -256,7 +256,7 @@ def _check_noises(noise: Any, size: tuple[int, ...], device: torch.device, steps
 
 
 def checked_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
-    """``seeds`` as int64 (batch,)."""
+    """Returns ``seeds`` as int64 (batch,)."""
     if (fast := _int64(seeds)) is not None and fast.shape == (batch,) and (fast >= 0).all():
         return torch.from_numpy(fast)
     values: Any = seeds.tolist() if isinstance(seeds, (Tensor, np.ndarray)) else seeds
@@ -269,7 +269,10 @@ def checked_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
 
 
 def _int64(numbers: Any) -> npt.NDArray[np.int64] | None:
-    """A copy of what is plainly int64 numbers, all at once: 100,000 one by one take 0.1 s."""
+    """Returns a copy of int64 numbers, or None of anything else.
+
+    It converts them all at once, because checking 100,000 one by one takes 0.1 s.
+    """
     if isinstance(numbers, range):
         numbers = np.arange(numbers.start, numbers.stop, numbers.step)
     elif isinstance(numbers, Tensor) and numbers.dtype == torch.int64:
@@ -287,7 +290,7 @@ def _int64(numbers: Any) -> npt.NDArray[np.int64] | None:
 def checked_guidance(
     guidance: Any, uncond: object, batch: int, levels: Sequence[int]
 ) -> npt.NDArray[np.float32] | None:
-    """w of each row and sample, float32 (rows, batch), or None without guidance.
+    """Returns w of each row and sample, float32 (rows, batch), or None without guidance.
 
     Raises:
         TypeError, ValueError: naming what was given and what is allowed.
@@ -334,7 +337,7 @@ def _numbers(name: str, value: Any) -> npt.NDArray[np.float64]:
 
 
 def checked_state(name: str, x: Any, device: torch.device | str | None) -> Tensor:
-    """A state to begin with: (batch, ...), of a floating point type, free of gradients."""
+    """Returns x, a state to begin with: a floating point (batch, ...) without gradients."""
     if not isinstance(x, Tensor):
         if name == "x_T" and isinstance(x, Sequence) and all(isinstance(n, int) for n in x):
             raise TypeError(
@@ -373,7 +376,7 @@ def checked_dtype(dtype: Any) -> torch.dtype | None:
 
 
 def checked_progress(progress: Progress) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """The function that wraps a loop's rows: a bar for True, nothing for False."""
+    """Returns the function that wraps a loop's rows: a bar for True, ``iter`` for False."""
     if callable(progress):
         return progress
     if not progress:

@@ -1,4 +1,4 @@
-"""The order of a loop's rows, and what the step of each row reads."""
+"""A plan holds the order of a loop's rows; a row holds what its step reads."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ _C1 = COLUMNS.index("c1")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """What a sampler decides before it sees a tensor: its table, and the order of its rows.
+    """A sampler decides this before it sees a tensor: its table, and the order of its rows.
 
     Attributes:
         table: the coefficients.
-        order: the rows that are taken.
+        order: the rows to take, in order.
         levels: the t that the model is called with, by the table's rows.
         pairs: the (from, to) levels of each row.
         shift: the factor of cond_fn's gradient in each row; None without a cond_fn.
-        prediction, clip: what the step takes them to be.
-        heard: for a loop that runs backwards, the table by which the step's op makes ε of the
-            model's output, or x0 in rows ``by_x0``; None forwards.
-        by_x0: backwards, whether the model's x0 stays and ε follows from x_s, not the reverse.
-        forward: makes the table from clean data to each row's t and to the final s. None
-            backwards, where nothing is inpainted.
+        prediction, clip: the step's options of these names.
+        heard: for a loop that runs backwards, the table by which a step turns the model's output
+            into ε, or into x0 in the rows of ``by_x0``; None forwards.
+        by_x0: for a loop that runs backwards, whether a row keeps the model's x0 and computes ε
+            from x_s, instead of keeping ε.
+        forward: returns the table from clean data to each row's t and to the final s. It is None
+            for a loop that runs backwards, which does not inpaint.
     """
 
     table: Float32
@@ -54,54 +55,56 @@ class Plan:
 
     @cached_property
     def noisy(self) -> list[bool]:
-        """Whether each row adds noise."""
+        """This says of each row whether it adds noise."""
         return (self.table[:, _C1] != 0).tolist()  # type: ignore[no-any-return]
 
     @cached_property
     def _on_cpu(self) -> Tensor:
-        with torch.inference_mode(False):  # which would leave a tensor for that mode alone
+        # A tensor that is made in inference mode could not be used outside of it.
+        with torch.inference_mode(False):
             return torch.tensor(self.table, device="cpu")
 
     def table_on(self, device: torch.device) -> Tensor:
-        """The table as the steps read it: on a CPU one tensor for all runs, which nobody writes."""
+        """Returns the table as steps read it. On a CPU all runs share one, which none writes."""
         return self._on_cpu if device.type == "cpu" else torch.tensor(self.table, device=device)
 
 
 class Row(NamedTuple):
-    """What one step reads. All of it is on the device before the first model call."""
+    """A step reads this. All of it is on the device before the first model call."""
 
     number: int
     pair: Pair
-    """The levels that the step goes from and to."""
+    """The step goes from the first of these levels to the second."""
     rows: int | Tensor
-    """``number``, as the step takes it: in a graph that counts its rows int32 (batch,)."""
+    """This is ``number`` as the step takes it: int32 (batch,) in a graph that counts its rows."""
     t: Tensor
-    """The level that the model is called with, int64 (batch,)."""
+    """The model is called with this level, int64 (batch,)."""
     asked: Tensor
-    """t for each sample that the model is given: twice the batch with guidance."""
+    """This is t for each sample that the model is given: twice the batch with guidance."""
     guidance: Tensor | None
-    """w, float32 (batch,), where the model is given twice the batch."""
+    """This is w, float32 (batch,), where the model is given twice the batch, and None elsewhere."""
     shift: Tensor | None
-    """The factor of cond_fn's gradient, float32 ()."""
+    """This factor multiplies cond_fn's gradient, float32 ()."""
     noisy: bool
-    """Whether the step adds noise."""
+    """True if the step adds noise."""
     feeds: int
-    """How many copies of the batch the step writes for the next model call; 0 if it writes none."""
+    """The step writes this many copies of the batch for the next model call, or none."""
     prediction: int
-    """What the step is given, by its place in ``PREDICTIONS``."""
+    """The step is given this prediction, named by its place in ``PREDICTIONS``."""
     kind: int
-    """Rows of one kind have the same arguments of the step: noise, w, the next input, ε or x0."""
+    """Rows of one kind give the step the same arguments: noise, w, the next input, ε or x0."""
 
 
 def rows_of(
     plan: Plan, predictor: Predictor, guidance: Tensor | None, inpainted: bool
 ) -> tuple[Row, ...]:
-    """The rows of ``plan`` in its order. ``guidance``: w (rows, batch), on the device."""
+    """Returns the rows of ``plan`` in its order; ``guidance`` is w (rows, batch) on the device."""
     batch, device, count = predictor.batch, predictor.device, len(plan.table)
-    # Fresh memory each time: the model is given it.
+    # Each run has levels of its own, because a model may write into what it is given.
     levels = torch.tensor(plan.levels, device=device).unsqueeze(1)
     once = levels.expand(-1, batch).unbind()
-    # Where w is 1 for every sample the condition alone is asked: half the work, and c exactly.
+    # Where w is 1 for every sample, the model gets the condition alone: it then does half the work,
+    # and c is exact, which u + 1·(c − u) is not.
     guided = [False] * count if guidance is None else (guidance != 1).any(1).tolist()
     none: list[Any] = [None] * count
     asked, w = once, none
@@ -109,7 +112,7 @@ def rows_of(
         twice = levels.expand(-1, 2 * batch).unbind()
         asked = tuple((twice if double else once)[i] for i, double in enumerate(guided))
         w = [row if double else None for row, double in zip(guidance, guided, strict=True)]
-    # A float32 model that is given each sample once takes x itself.
+    # A float32 model that gets each sample once takes x itself, so that nothing is written for it.
     dtype = predictor.dtype
     writable = dtype in OUTPUTS and not inpainted
     fed = [writable and (double or dtype != torch.float32) for double in guided]

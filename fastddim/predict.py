@@ -131,9 +131,9 @@ class Predictor:
                 torch.clear_autocast_cache()
 
     def __call__(self, x_in: Tensor, t: Tensor, x0: Tensor | None, twice: bool) -> Tensor:
-        """The model's output for ``x_in`` at ``t``, unpacked and checked.
+        """Returns the model's output for ``x_in`` at ``t``, unpacked and checked.
 
-        ``twice``: whether ``x_in`` holds the batch twice, for guidance.
+        ``twice`` says whether ``x_in`` holds the batch twice, for guidance.
         """
         keywords = self.both if twice else self.cond
         if self.self_condition is not None:
@@ -141,7 +141,7 @@ class Predictor:
             keywords = {**keywords, self.self_condition: last}
         try:
             before = x_in._version
-        except RuntimeError:  # inference mode does not count what is written
+        except RuntimeError:  # Inference mode does not count what is written.
             before = None
         try:
             if self.autocast is None:

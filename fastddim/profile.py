@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastddim import __version__, images, provenance
+from fastddim.backends import backend
 from fastddim.check import whole
 from fastddim.coefficients import Eta
 from fastddim.options import Progress, checked_progress
@@ -360,8 +361,9 @@ def settings(
 ) -> dict[str, Any]:
     """What a profile depends on beside steps and η, as plain values: model, data and machine.
 
-    ``rest`` is what else it depends on, such as a class; what is None is left out. A model that is
-    no ``nn.Module`` has no weights to be known by, and goes by its name.
+    The machine is its device, the backend that takes the steps there, and versions. ``rest`` is
+    what else a profile depends on, such as a class; what is None is left out. A model that is no
+    ``nn.Module`` has no weights to be known by, and goes by its name.
     """
     name = getattr(model, "__qualname__", type(model).__qualname__)
     known_by = provenance.digest(model) if isinstance(model, nn.Module) else name
@@ -374,6 +376,7 @@ def settings(
         "spacing": str(ddim.spacing),
         "distance": None if judge is None else judge.name,
         "device": provenance.machine(device),
+        "backend": backend(device).name,
         **{name: value for name, value in rest.items() if value is not None},
         "fastddim": __version__,
         **provenance.versions("torch", "triton", "numba"),
@@ -501,7 +504,8 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
         fontsize=9,
         frameon=False,
     )
-    figure.supxlabel(f"seeds {settings['seeds']}, {settings['device']}", fontsize=8, color=GREY)
+    ran = f"{settings['device']}, steps by {settings['backend']}"
+    figure.supxlabel(f"seeds {settings['seeds']}, {ran}", fontsize=8, color=GREY)
     with images.replacing(path) as file:
         figure.savefig(file, format="png")
 

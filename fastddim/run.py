@@ -1,4 +1,4 @@
-"""One run of the loop: what is fixed before it begins, and the steps that move it."""
+"""A run holds what is fixed before the loop begins; its stepper takes the steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastddim.step import ddim_step
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """What is fixed for one run of the loop: its arguments, checked and on the device.
+    """The arguments of one run of the loop, checked and on the device: nothing changes them.
 
     Attributes:
         x: where to begin; the first loop takes it.
@@ -31,13 +31,13 @@ class Run:
         predictor: the model and what goes with its calls.
         table: the coefficients.
         rows: the steps to take, in order.
-        prediction, clip: as the step's op takes them.
-        heard: for a loop that runs backwards, the table by which the step's op makes of the
-            model's output what the step is given, guidance included; None forwards.
+        prediction, clip: the step's options of these names.
+        heard: for a loop that runs backwards, the table by which a step turns the model's output
+            into ε or x0, guidance included; None forwards.
         guidance: w, float32 (rows of the table, batch), or None.
-        noise: where z comes from.
+        noise: the source of z.
         known: the part of the image that is known, for inpainting.
-        dtype: of the result.
+        dtype: the result's dtype.
         progress: the function that wraps the rows.
     """
 
@@ -88,11 +88,13 @@ class Run:
         """Takes one step between given buffers, as a graph of one step does.
 
         Args:
-            row: what the step reads.
-            x, x_in, x0: the state, the same as the model is given it, and the x0 of the step
-                before, where there are any.
-            out, next_input, x0_out: where the next state, the next model input (where this row
-                writes one) and x0 (with self-conditioning) go.
+            row: the row to step from.
+            x: the state.
+            x_in: the state as the model takes it, or None.
+            x0: the x0 of the step before, or None.
+            out: the next state is written here.
+            next_input: the next model input is written here, if the row writes one.
+            x0_out: x0 is written here, with self-conditioning.
         """
         stepper = Stepper(self)
         stepper.use(x, x_in, x0, out, next_input, x0_out)
@@ -103,7 +105,7 @@ class Run:
         return torch.empty_like(self._start[0], dtype=self.dtype)
 
     def part(self, samples: Tensor, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> Run:
-        """The same run for some of the samples."""
+        """Returns the same run for some of the samples."""
         n = len(samples)
         some = None if self.guidance is None else self.guidance[:, samples]
 
@@ -200,14 +202,14 @@ class Stepper:
         next_input: Tensor | None,
         x0_out: Tensor,
     ) -> None:
-        """Sets what the next step finds, and the memory it writes: see ``Run.step_between``."""
+        """Sets the state and the memory of the next step: see ``Run.step_between``."""
         self._made, self._input, self._x0 = x, x_in, x0
         self._states, self._x0s = _Fixed(out), _Fixed(x0_out)
         if next_input is not None:
             self._inputs = dict.fromkeys((1, 2), _Fixed(next_input))
 
     def predict(self, x: Tensor, row: Row) -> Tensor:
-        """Returns what the step takes: the model's output; backwards ε, or x0, made of it."""
+        """Returns the model's output; backwards, the ε or x0 that the output gives."""
         twice = row.guidance is not None
         x_in, self._input = self._input, None
         if x_in is None or x is not self._made or len(x_in) != len(row.asked):
@@ -221,7 +223,7 @@ class Stepper:
             return output
         if row.prediction == self._prediction and row.guidance is None:
             return output
-        # The step to 0·x0 + 1·ε gives ε of any output, and that to 1·x0 + 0·ε gives x0.
+        # A step with the factors 0·x0 + 1·ε turns any output into ε, and 1·x0 + 0·ε into x0.
         found, _ = ddim_step(
             x,
             output,
@@ -253,7 +255,8 @@ class Stepper:
             if x0 is None:
                 x0 = torch.empty_like(x)
         w = row.guidance if self._heard is None else None
-        # All but the output lies as it did when a row of this kind was bound.
+        # Only the output may lie otherwise than when a row of this kind was bound, because the
+        # stepper allocates the rest itself.
         dtype, shape, stride, launch = self._launches.get(row.kind, _NONE)
         if (
             output.dtype is not dtype
@@ -287,16 +290,16 @@ class Stepper:
         x0: Tensor | None,
         into: Tensor | None,
     ) -> Launch:
-        """Looks at everything, and remembers the launch where rows of this kind are all alike."""
+        """Binds the step, and keeps the launch where all rows of this kind will lie alike."""
         step = step_of(self._backend, Fixed(row.prediction, True, self._clip, False))
         launch = step.launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
-        # The caller's tensors may each lie otherwise.
+        # A tensor of the caller's may lie otherwise than the next one: do not keep its launch.
         if x is self._made and self._noise.given is None and not watched():
             self._launches[row.kind] = output.dtype, output.shape, output.stride(), launch
         return launch
 
     def _look_at(self, x: Tensor) -> None:
-        """Notes that the state is the caller's, which may lie otherwise than those before it."""
+        """Forgets launches and buffers where the caller's state lies otherwise than the last."""
         if self._made is not None and self._made.stride() != x.stride():
             self._launches.clear()
             if self._states is not None:
@@ -307,11 +310,11 @@ class Stepper:
 
 
 _NONE: tuple[Any, ...] = None, None, None, None
-"""The launch of rows of a kind that has not been bound."""
+"""Rows of a kind that has not been bound have this in place of a launch."""
 
 
 class _Fixed(Spare):
-    """The one buffer that a captured step writes, whoever holds it."""
+    """Gives the same buffer to every step, because a captured step writes fixed addresses."""
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()

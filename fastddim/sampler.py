@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddim.backends import backend
 from fastddim.check import SamplingWarning, finite, kind, whole
 from fastddim.coefficients import (
     Eta,
@@ -25,7 +26,7 @@ from fastddim.coefficients import (
     make_table,
     pack,
 )
-from fastddim.devices import place_of
+from fastddim.devices import place_of, usable
 from fastddim.normals import Noises
 from fastddim.options import (
     CaptureOptions,
@@ -460,13 +461,22 @@ class DDIM:
         plan = self._plan(options.get("start", 0), options.get("cond_fn") is not None)
         return Captured(self._loop, plan, model, size, where, options)
 
-    def describe(self) -> None:
-        """Prints what will be done: each step's levels and factors, and the model calls."""
+    def describe(self, device: torch.device | str | None = None) -> None:
+        """Prints each step's levels and factors, the number of model calls, and the backend.
+
+        Args:
+            device: where the steps would be taken; torch's default device if it is left out.
+
+        Raises:
+            ValueError, ImportError: the device cannot be used, or the backend that is asked for
+                cannot take the steps there.
+        """
+        where = usable(device)
         eta = self.eta if isinstance(self.eta, str) else f"{self.eta:g}"
         spacing = self.spacing if isinstance(self.spacing, str) else "given"
         print(
             f"DDIM: {self.schedule}, {self.prediction} model, eta = {eta}, {spacing} spacing, "
-            f"{len(self.pairs)} model calls"
+            f"{len(self.pairs)} model calls, steps on {where} by {backend(where).name}"
         )
         print(f"{'row':>5}{'t':>6}{'s':>6}{'√ᾱ_t':>11}{'√ᾱ_s':>11}{'c1':>11}{'c2':>11}")
         for row, ((t, s), f) in enumerate(zip(self.pairs, self.table.tolist(), strict=True)):

@@ -1,4 +1,4 @@
-"""The step for callers of any kind: a function, and a step bound for many calls."""
+"""``ddim_step`` takes a step of unchecked arguments; ``bind`` returns one for many calls."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ddim_step(
     x0_out: Tensor | None = None,
     next_input: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(x_s, x0) of one step t → s in one pass over memory, value-identical to eager PyTorch.
+    """Returns (x_s, x0) of the step t → s in one pass over memory, value-identical to PyTorch.
 
         x0  = (x_t − √(1−ᾱ_t)·ε) / √ᾱ_t
         x_s = √ᾱ_s·x0 + c1·z + c2·ε                    (Song et al. 2021, eq. 12)
@@ -51,23 +51,25 @@ def ddim_step(
             first half counts: a learned variance follows. Never written.
         table: the coefficients, float32 (steps, 7), from ``fastddim.make_table``.
         rows: the row each sample is on: an int, or int32 of shape () or (batch,) on x's device.
-            On a GPU, rows out of range are not noticed: looking would wait for the device.
+            On a GPU a tensor's rows are not checked, since that would wait for the device.
         seeds: int64 (batch,): counter noise, see ``fastddim.noise``. A row with c1 = 0 adds none.
-        noise: or z itself, float32 of x's shape. With neither, no noise is added.
+        noise: z itself, float32 of x's shape, in place of seeds. With neither, no noise is added.
         guidance: w of classifier-free guidance (Ho and Salimans 2022), a number or float32 of
             shape () or (batch,). ``output`` is then (2·batch, ...), first without the condition
             and then with it, and u + w·(c − u) stands in its place.
         prediction: what ``output`` is: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0).
         clip: x0 is clamped to ±clip; ε is not derived from it again.
-        threshold: or to ±s and divided by s, float32 > 0 of shape () or (batch,): dynamic
-            thresholding (Saharia et al. 2022, section 2.3), s being their max(quantile, 1).
-        rederive: ε follows from the x0 that was clamped, ε = (x − √ᾱ_t·x0)/√(1−ᾱ_t).
+        threshold: s, float32 > 0 of shape () or (batch,): x0 is clamped to ±s and divided by s,
+            in place of ``clip``. This is dynamic thresholding (Saharia et al. 2022, section 2.3),
+            where s is max(quantile, 1).
+        rederive: whether ε is computed again from the clamped x0, ε = (x − √ᾱ_t·x0)/√(1−ᾱ_t).
         noise_first: whether c1·z is added before c2·ε (the paper's code) or after it (diffusers).
         want_x0: whether x0 is returned; ``None`` stands in its place otherwise.
-        out: where x_s goes, float32 of x's shape, not overlapping an argument; made if not given.
-        x0_out: where x0 goes, likewise.
-        next_input: where x_s goes as well, in this tensor's dtype (float32, bfloat16 or
-            float16): of x's shape, or of twice its batch and then stacked, as guidance wants it.
+        out: x_s is written here: float32 of x's shape, not overlapping an argument. A new tensor
+            takes it where none is given.
+        x0_out: x0 is written here, likewise.
+        next_input: x_s is written here as well, in this tensor's dtype (float32, bfloat16 or
+            float16): once in x's shape, or twice in a tensor of twice the batch, for guidance.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -86,13 +88,13 @@ def ddim_step(
         x0_out,
         next_input,
     )
-    if torch.compiler.is_compiling():  # which traces the op, and none of what is kept below
+    if torch.compiler.is_compiling():  # A trace must not depend on what is kept below.
         return _traced(_fixed(prediction, clip, rederive, noise_first), *given)
-    # The class too: True equals 1.0, and is no number to clip by.
+    # The key has clip's class too: True equals 1.0, but is refused as a number to clip by.
     key = prediction, clip, clip.__class__, rederive, noise_first, chosen()
     try:
         step = _steps.get(key)
-    except TypeError:  # what has no hash is no option, and is refused below
+    except TypeError:  # An option without a hash is none that exists: ``_fixed`` refuses it.
         step = None
     if step is None:
         step = _Step(_fixed(prediction, clip, rederive, noise_first), chosen())
@@ -104,16 +106,16 @@ def ddim_step(
 
 _steps: dict[tuple[Any, ...], _Step] = {}
 _MOST = 64
-"""The most options, and the most layouts of tensors, that are remembered."""
+"""At most so many sets of options are remembered, and so many layouts of tensors for each."""
 
 
 class BoundStep:
-    """``ddim_step`` with its table and its options decided: what ``fastddim.bind`` returns.
+    """``ddim_step`` with its table and its options decided: ``fastddim.bind`` returns it.
 
-    The first call checks the tensors, picks the backend and compiles. A later call compares what
-    was decided by (dtypes, shapes, strides, devices, and which arguments there are) and launches;
-    where something differs it looks again. The backend stays the one that was in use when the step
-    was bound. Threads and trajectories may share a step: it keeps nothing between calls.
+    The first call checks the tensors, picks the backend and compiles. A later call compares dtypes,
+    shapes, strides, devices and which arguments there are, and launches; where something differs,
+    it checks and binds again. The choice of a backend stays the one in use when the step was
+    bound. Threads and trajectories may share a step: it keeps no state between calls.
     """
 
     def __init__(self, table: Tensor, step: _Step) -> None:
@@ -134,9 +136,9 @@ class BoundStep:
         x0_out: Tensor | None = None,
         next_input: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(x_s, x0): see ``ddim_step``, whose arguments these are.
+        """Returns (x_s, x0): see ``ddim_step``, whose arguments these are.
 
-        In what torch.compile traces, the backend is the one in use when that runs.
+        Code that torch.compile has traced uses the backend that is in use when it runs.
         """
         given = (
             x,
@@ -165,21 +167,22 @@ def bind(
     rederive: bool = False,
     noise_first: bool = True,
 ) -> BoundStep:
-    """The step for a loop of one's own: what a run fixes is decided once.
+    """Returns the step for a loop of one's own: what a run fixes is decided once.
 
-        step = fastddim.bind(torch.tensor(ddim.table), clip=1.0)
+        step = fastddim.bind(torch.tensor(ddim.table, device=x.device), clip=1.0)
         for row, (t, s) in enumerate(ddim.pairs):
-            x, x0 = step(x, model(x, t), row)
+            output = model(x, torch.full((len(x),), t, device=x.device))
+            x, x0 = step(x, output, row)
 
     Args:
         table, prediction, clip, rederive, noise_first: as in ``ddim_step``.
 
     Returns:
-        A ``BoundStep``: ``ddim_step``'s remaining arguments → (x_s, x0).
+        A ``BoundStep``, which takes ``ddim_step``'s remaining arguments and returns (x_s, x0).
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed; the same
-            of a call's tensors in the call.
+        TypeError, ValueError: naming the argument, what was given and what is allowed. A call of
+            the step raises them for its tensors.
     """
     if not isinstance(table, Tensor):
         raise TypeError(f"table must be a tensor, got {kind(table)}")
@@ -191,7 +194,7 @@ def _fixed(prediction: Any, clip: float | None, rederive: bool, noise_first: boo
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
     if clip is not None:
-        # Triton would compile another kernel for an int.
+        # ``finite`` makes a float of an int, for which Triton would compile another kernel.
         clip = finite("clip", clip)
         if not clip > 0:
             raise ValueError(f"clip must be > 0, got {clip:g}")
@@ -199,7 +202,7 @@ def _fixed(prediction: Any, clip: float | None, rederive: bool, noise_first: boo
 
 
 class _Step:
-    """The step with one set of options, for arguments that may be anything."""
+    """The step with one set of options. Its arguments may be anything, and are checked."""
 
     __slots__ = ("_chosen", "_latest", "_launches", "_weight", "fixed")
 
@@ -250,7 +253,7 @@ class _Step:
                 next_input if next_input is None else _seen(next_input),
                 want_x0,
             )
-        except (AttributeError, RuntimeError, TypeError):  # one is no tensor, or has no strides
+        except (AttributeError, RuntimeError, TypeError):  # One is no tensor or has no strides.
             seen = ()
         latest, launch = self._latest
         known: Launch | None = launch if seen == latest else self._launches.get(seen)
@@ -288,7 +291,7 @@ class _Step:
         return x_s, x0
 
     def _bound(self, seen: tuple[Any, ...], x: Tensor, output: Tensor, *rest: Any) -> Launch:
-        """The launch for these arguments, which are checked; the op where somebody is watching."""
+        """Returns the launch for these arguments, or the op where somebody is watching."""
         given = x, output, *rest
         kinds = {type(tensor) for tensor in given if isinstance(tensor, Tensor)}
         if watched() or transformed() or not kinds <= {Tensor, torch.nn.Parameter}:
@@ -308,7 +311,7 @@ class _Step:
             by_op(self.fixed, *given)
 
     def _weights(self, w: Tensor | float, batch: int, device: torch.device) -> Tensor:
-        """w as float32 (batch,), of one number the tensor of the last step."""
+        """Returns w as float32 (batch,). The same number as before gives the same tensor."""
         if isinstance(w, Tensor):
             return w if w.dim() else w.expand(batch)
         kept = self._weight
@@ -333,12 +336,10 @@ def _traced(
     x0_out: Tensor | None,
     next_input: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The step as torch.compile traces it: the checks, and the op."""
+    """Takes the step as torch.compile traces it: by the checks and the op alone."""
     rows = _checked(
         fixed, x, output, table, rows, seeds, noise, guidance, threshold, out, x0_out, next_input
     )
-    if guidance is not None and not isinstance(guidance, Tensor):
-        guidance = torch.full((), guidance, dtype=_STATE, device=x.device)
     batch = x.shape[0]
     if not isinstance(rows, Tensor):  # a number in the graph would be compiled for each row
         rows = torch.full((), rows, dtype=torch.int32, device=x.device)
@@ -358,7 +359,7 @@ def _traced(
 
 
 def _seen(tensor: Any) -> Any:
-    """What a launch is specialised for of a tensor; of a number, that it is one."""
+    """Returns what a launch is specialised for: a tensor's layout, or that this is a number."""
     if tensor.__class__ is float or tensor.__class__ is int:
         return float
     return tensor.__class__, tensor.dtype, tensor.shape, tensor.stride(), tensor.device
@@ -382,7 +383,7 @@ def _checked(
     x0_out: Tensor | None,
     next_input: Tensor | None,
 ) -> Tensor | int:
-    """``rows``, where every argument is as ``ddim_step`` asks for."""
+    """Returns ``rows``, or raises where an argument is not as ``ddim_step`` asks for."""
     if not torch.compiler.is_compiling() and transformed():
         given = {"x": x, "output": output, "table": table, "rows": rows, "seeds": seeds}
         _check_constants(
@@ -428,17 +429,17 @@ def _checked(
 
 
 def transformed() -> bool:
-    """Whether this call is differentiated forwards or transformed by ``torch.func``.
+    """Returns whether this call is differentiated forwards or transformed by ``torch.func``.
 
     The op has no rule for either: its results would be constants, and memory that is kept for a
-    later step would belong to the transform. torch.compile cannot trace the question, and has no
-    need to: it traces the op as it is.
+    later step would belong to the transform. torch.compile cannot trace this function. It need not,
+    because it traces the op as it is.
     """
     return _interpreter() is not None or forward_ad._current_level >= 0
 
 
 def check_untransformed(name: str) -> None:
-    """For what carries no derivatives at all: ``name`` is called outside of any transform."""
+    """Raises ``ValueError`` where ``name``, which carries no derivatives, runs in a transform."""
     if not torch.compiler.is_compiling() and transformed():
         raise ValueError(
             f"{name} must not run inside torch.func's transforms or forward-mode differentiation: "
@@ -462,7 +463,7 @@ def _check_tensor(
     shape = x.shape if shape is None else shape
     here = tensor.shape == shape and tensor.dtype in dtypes and tensor.device == x.device
     if here and not tensor.requires_grad:
-        return  # all is well, as nearly always: the step pays for these four questions alone
+        return  # This is the usual case, and the only one whose cost a step pays for.
     if len(tensor.shape) != len(shape) or any(
         want not in (-1, got) for want, got in zip(shape, tensor.shape, strict=True)
     ):
@@ -479,7 +480,7 @@ def _check_tensor(
 
 
 def _check_constants(**given: object) -> None:
-    """That none of the tensors carries a forward derivative or is one of ``torch.func``'s."""
+    """Raises where a tensor carries a forward derivative or is one of ``torch.func``'s."""
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             continue

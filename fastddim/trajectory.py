@@ -1,4 +1,4 @@
-"""What a loop gives on the way: steps for the caller, and states kept here or on the host."""
+"""A loop gives its caller steps on the way, and keeps states on the device or on the host."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastddim.buffers import Spare, fitting
+from fastddim.buffers import FRESH, Spare, fitting
 from fastddim.check import kind, whole
 from fastddim.plan import Row
 from fastddim.timesteps import Pair
 
 NAMES = ("x", "x0")
-FRESH = 1 << 15
-"""Elements below which fresh memory costs a CPU no more than finding memory that is free."""
 _log = logging.getLogger("fastddim")
 
 
@@ -81,7 +79,8 @@ class Copies:
         own = torch.empty_like(x) if own is None else own
         own.copy_(x)
         self._spare.keep(own)
-        return own.detach()  # what the caller does to its tensor, requires_grad say, marks not own
+        # The caller gets an alias: what it sets on the tensor, as requires_grad, must not stay.
+        return own.detach()
 
 
 @dataclass(frozen=True, eq=False)

@@ -315,10 +315,64 @@ def test_info_names_what_takes_the_steps(name: str, capfd: pytest.CaptureFixture
     assert f"; {SAID[name]}\n" in capfd.readouterr().out
 
 
+def test_info_says_where_the_backend_asked_for_takes_no_step(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with using("triton"):
+        forget()
+        assert main(["info", "--device", "cpu"]) == 0
+    forget()
+    why = f"backend must be one that runs on cpu ({', '.join(BEST)}), got 'triton'"
+    assert f"; no step can be taken: {why}\n" in capfd.readouterr().out
+
+
 def test_info_names_a_backend_that_was_added(capfd: pytest.CaptureFixture[str]) -> None:
     with instead(Backend("another", lambda *_: lambda *_: None, lambda *_: None)):
         assert main(["info", "--device", "cpu"]) == 0
     assert f"; {SAID['another']}\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", here(*paths.ALL))
+def test_describe_names_what_takes_the_steps(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with using(name):
+        DDIM(2).describe()
+        DDIM(2).describe(torch.device("cpu"))
+    of_default, of_cpu = capsys.readouterr().out.split("DDIM: ")[1:]
+    assert of_default == of_cpu
+    assert of_cpu.splitlines()[0].endswith(f", 2 model calls, steps on cpu by {name}")
+
+
+def test_describe_names_what_takes_the_steps_on_another_device(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    DDIM(2).describe("meta")
+    with torch.device("meta"):
+        DDIM(2).describe()
+    assert capsys.readouterr().out.count("steps on meta by torch\n") == 2
+    refused(lambda: DDIM(2).describe("nonsense"), ValueError, "device 'nonsense' cannot be used: ")
+
+
+def test_what_describe_names_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    taken: list[str] = []
+    real = backend("cpu", "torch")
+
+    def bind(*first: Any) -> Any:
+        launch = real.bind(*first)
+
+        def noted(*given: Any) -> None:
+            taken.append("another")
+            launch(*given)
+
+        return noted
+
+    ddim = DDIM(3)
+    with instead(Backend("another", bind, real.normal_)):
+        ddim.describe()
+        assert not taken
+        ddim.sample(lambda x, t: x, torch.ones(1, 2))
+    assert taken == ["another"] * 3
+    assert "steps on cpu by another\n" in capsys.readouterr().out
 
 
 # Adding one.

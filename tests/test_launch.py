@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import re
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 import fastddim
+import fastddim_kernels
 from fastddim import DDIM, reference, using
 from fastddim.coefficients import PREDICTIONS
 from fastddim.noise import STEP, normals
@@ -386,6 +389,29 @@ def test_interpreted_steps_equal_the_reference(prediction: str) -> None:
                 assert found[1] is not None
                 assert torch.equal(found[0], expected[0])
                 assert torch.equal(found[1], expected[1])
+
+
+def test_the_example_on_the_kernels_card_samples() -> None:
+    card = (Path(__file__).parents[1] / "kernels" / "CARD.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+
+    def model(x: Tensor, row: int) -> Tensor:
+        return torch.tanh(x) + row / 50
+
+    ddim, x = DDIM(5), randn(2, 3, 5, 4)
+    expected = x
+    for row, factors in enumerate(torch.tensor(ddim.table)):
+        expected, _ = reference.ddim_step(expected, model(expected, row), factors)
+    names: dict[str, Any] = {"fastddim_kernels": fastddim_kernels, "model": model, "x": x}
+    names |= {"table": torch.tensor(ddim.table), "out": torch.empty_like(x)}
+    exec(example, names)
+    assert torch.equal(names["x"], expected)
+
+
+def test_the_kernels_card_names_all_that_the_package_gives() -> None:
+    card = (Path(__file__).parents[1] / "kernels" / "CARD.md").read_text()
+    for name in fastddim_kernels.__all__:
+        assert re.search(rf"`{name}\b", card), name
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

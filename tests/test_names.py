@@ -129,6 +129,15 @@ def test_every_module_of_an_extra_is_known() -> None:
         assert needed == {package for package in modules.values() if package}
 
 
+def test_the_contributors_table_names_every_file_and_no_other() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"^\| `([^`]+/[^`]*)` \|", text, flags=re.MULTILINE))
+    named -= {"benchmarks/gpu.sh"}  # a command
+    assert not [path for path in named if not (ROOT / path).exists()]
+    package = {f"fastddim/{path.name}" for path in (ROOT / "fastddim").glob("[!_]*.py")}
+    assert package <= named
+
+
 def test_python_3_10_has_all_that_is_pinned() -> None:
     # NumPy 2.3 and later, SciPy 1.16 and later need Python 3.11.
     for name in ("numpy", "scipy", "contourpy", "matplotlib"):

@@ -23,6 +23,7 @@ from fastddim import DDIM, checkpoints, embedded, images, options, profile
 from fastddim.__main__ import main
 from fastddim.embedded import classifier, distance
 from fastddim.quality import GaussianMixture, Moments, frechet_distance, moments
+from tests.paths import ALL, here, use
 from tests.refusals import refused
 
 CPU = ("--device", "cpu")
@@ -321,6 +322,24 @@ def test_a_cell_half_written_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main([*ORACLE, "--steps", "3"]) == 2
     assert Path("profile", "profile.json").read_bytes() == before
     assert sorted(os.listdir("profile")) == FILES
+
+
+@pytest.mark.parametrize("name", here(*ALL))
+def test_a_profile_names_the_backend_that_takes_its_steps(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with use(name):
+        assert main([*ORACLE, "--steps", "1", "--eta", "0"]) == 0
+    assert kept()["settings"]["backend"] == name
+    assert f", steps by {name}. " in " ".join(capfd.readouterr().out.split())
+
+
+def test_a_profile_does_not_go_on_with_another_backend(capfd: pytest.CaptureFixture[str]) -> None:
+    with use("torch"):
+        assert main(ORACLE) == 0
+    with use("triton"):
+        assert main(ORACLE) == 2
+    assert capfd.readouterr().err.endswith(" with backend torch there and triton here\n")
 
 
 def test_other_settings_are_refused_and_named(capfd: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,30 @@ def test_the_drop_in_is_called_as_the_readme_says() -> None:
     assert len(names["xs"]) == 3  # type: ignore[arg-type]
 
 
+def test_a_loop_of_ones_own_binds_the_step_as_the_readme_says() -> None:
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        assert t.shape == (2,)
+        return 0.5 * x + t.view(-1, 1, 1, 1) / 1000
+
+    ddim, x_T = fastddim.DDIM(steps=5), torch.rand(2, 1, 8, 8)
+    names = {"fastddim": fastddim, "torch": torch, "ddim": ddim, "model": model, "x": x_T}
+    exec(blocks("python")[4], names)
+    assert len(blocks("python")[4].splitlines()) <= 5
+    x, x0 = names["x"], names["x0"]
+    assert isinstance(x, torch.Tensor)
+    assert isinstance(x0, torch.Tensor)
+    assert torch.equal(x, ddim.sample(model, x_T))
+    assert torch.equal(x, x0)  # the last step goes to clean data
+
+
+def test_the_readme_names_every_backend_of_the_table() -> None:
+    from fastddim.backends import TABLE, VARIABLE
+
+    assert f"`{VARIABLE}=torch`" in README
+    for name in TABLE:
+        assert f"`{name}`" in README
+
+
 def test_each_command_block_is_one_line_that_the_continuous_integration_runs() -> None:
     commands = blocks("bash")
     assert [c.count("\n") for c in commands] == [1, 1]

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddim import DDIM, NoiseSchedule, Step, reference
+from fastddim import DDIM, NoiseSchedule, Step, reference, using
+from fastddim.buffers import FRESH
 from fastddim.check import SamplingWarning
 from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.devices import place_of
@@ -452,7 +453,7 @@ def test_states_that_nobody_keeps_take_turns_in_two_buffers(run: str) -> None:
         held.append(model(x, t))
         return held[-1]
 
-    x_T = drawn(2, 3, 80, 80)  # fresh memory serves what is smaller
+    x_T = drawn(2, FRESH // 2)  # smaller states take fresh memory
     for _ in getattr(DDIM(20), run)(watching, x_T):
         pass
     assert pointers[0] == x_T.data_ptr()
@@ -481,10 +482,11 @@ def test_progress_true_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_describe_prints_pairs_and_model_calls(capsys: pytest.CaptureFixture[str]) -> None:
-    DDIM(steps=3).describe()
+    with using("torch"):
+        DDIM(steps=3).describe()
     assert capsys.readouterr().out == (
         "DDIM: NoiseSchedule(linear(0.0001, 0.02), T=1000), epsilon model, eta = 0, "
-        "uniform spacing, 3 model calls\n"
+        "uniform spacing, 3 model calls, steps on cpu by torch\n"
         "  row     t     s       √ᾱ_t       √ᾱ_s         c1         c2\n"
         "    0   666   333   0.104806   0.564469   0.000000   0.825455\n"
         "    1   333     0   0.564469   0.999950   0.000000   0.010000\n"

@@ -26,7 +26,7 @@ def info(machine: Machine) -> None:
     with bars.spinner("looking", machine.quiet):
         import torch
 
-        from fastddim import __version__, backends, images, provenance
+        from fastddim import __version__, images, provenance
         from fastddim.cli.network import usable
 
         chosen = usable(machine)
@@ -34,13 +34,12 @@ def info(machine: Machine) -> None:
         packages += [name for modules, _ in EXTRAS.values() for name in modules.values() if name]
         found = provenance.versions(*packages)
         devices = [str(chosen)] if machine.device else images.devices()
-        takes = {device: backends.backend(device).name for device in devices}
+        takes = {device: _step_on(device) for device in devices}
     print(f"fastddim {__version__}, Python {platform.python_version()} on {sys.platform}")
     print(", ".join(f"{name} {found[name]}" for name in packages if name in found))
     for device in devices:
         what = provenance.machine(torch.device(device))
-        taken = STEPS.get(takes[device], f"a step is taken by {takes[device]}")
-        print(f"{device}: {what}; {taken}")
+        print(f"{device}: {what}; {takes[device]}")
     for extra, (modules, what) in EXTRAS.items():
         missing = [
             package
@@ -54,3 +53,15 @@ def info(machine: Machine) -> None:
             )
         else:
             print(f"fastddim[{extra}] is installed: {what}")
+
+
+def _step_on(device: str) -> str:
+    """What takes a step there, or why the backend that is asked for takes none."""
+    from fastddim import backends
+
+    try:
+        name = backends.backend(device).name
+    except (ValueError, ImportError) as error:
+        # FASTDDIM_BACKEND may name one that runs on some of the devices and not on others.
+        return f"no step can be taken: {error}"
+    return STEPS.get(name, f"a step is taken by {name}")

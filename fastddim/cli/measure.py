@@ -430,7 +430,8 @@ def print_cells(done: "list[Cell]", settings: "Settings") -> None:
             quality = f"{cell.distance:.3f}", f"{cell.floor:.3f}{spread}"
         rows.append((str(cell.steps), label(cell.eta), *times, memory, *quality))
     bars.print_table(
-        f"Seeds {settings['seeds']}, {settings['spacing']} spacing, on {settings['device']}. "
+        f"Seeds {settings['seeds']}, {settings['spacing']} spacing, on {settings['device']}, "
+        f"steps by {settings['backend']}. "
         f"Milliseconds are those of a step of {settings['batch_size']} images:",
         names,
         rows,

@@ -137,8 +137,8 @@ class Buffers:
 
         A run fixes ``table`` and the keywords down to ``want_x0``; the others change from step to
         step. ``checked`` promises that all arguments have the shapes and types that the op takes,
-        and that tensors among ``rows``, ``guidance`` and ``threshold`` have one value a sample:
-        they are then not checked again.
+        and that tensors among ``rows``, ``guidance`` and ``threshold`` have one value a sample.
+        They are then not checked again.
         """
         # Fresh memory costs a small step less than finding some that nobody holds.
         large = x.numel() >= FRESH and x.is_cpu
@@ -177,7 +177,7 @@ class Buffers:
         return x_s, x0
 
     def _bound(self, device: torch.device, *options: Any) -> Bound:
-        """Returns the step with these options, which is looked for where they are others."""
+        """Returns the bound step with these options, and keeps the latest for the next call."""
         wanted = device, chosen(), *options
         latest, step = self._latest
         if step is None or wanted != latest:

@@ -34,7 +34,7 @@ BUFFERS = ("alphas_cumprod", *ROOTS, "sqrt_recip_alphas_cumprod", "sqrt_recipm1_
 
 @torch.inference_mode()
 def ddim_sample(diffusion: Any, shape: Sequence[int], return_all_timesteps: bool = False) -> Tensor:
-    """The method's result, from the user's own GaussianDiffusion and the method's arguments.
+    """Returns the method's result, of the user's own GaussianDiffusion and its arguments.
 
         x0  = √(1/ᾱ_t)·x_t − √(1/ᾱ_t − 1)·ε,  or √ᾱ_t·x_t − √(1−ᾱ_t)·v,  clamped to ±1
         ε   = (√(1/ᾱ_t)·x_t − x0)/√(1/ᾱ_t − 1)
@@ -47,7 +47,7 @@ def ddim_sample(diffusion: Any, shape: Sequence[int], return_all_timesteps: bool
             original would give NaN for a large η, the largest that works is named.
     """
     S, eta, size = _checked(diffusion, shape, return_all_timesteps)
-    # The original's own call, as its rounding decides which timesteps there are.
+    # This call is the original's own, because its rounding decides which timesteps there are.
     times = torch.linspace(-1, diffusion.num_timesteps - 1, steps=S + 1).int().tolist()[:0:-1]
     scale, table, from_v = _tables(diffusion, times, eta)
     prediction, of_v = PREDICTIONS[diffusion.objective], diffusion.objective == "pred_v"
@@ -64,11 +64,11 @@ def ddim_sample(diffusion: Any, shape: Sequence[int], return_all_timesteps: bool
         if output.device != x.device:
             raise ValueError(f"diffusion.model must return to {x.device}, got {output.device}")
         if kept is not None:
-            kept[:, i] = x  # with what the model may have written into it, as in the original
+            kept[:, i] = x  # The model may have written into it, which the original keeps too.
         z = None if last else buffers.drawn(x) if eta else skip()
         given: dict[str, Any] = {"rows": i, "clip": 1.0, "rederive": True, "checked": True}
         if of_v:
-            # x0 needs x_t itself, and so a pass of its own. It makes x̃ too, in the noise's place.
+            # x0 needs x_t itself and so a pass of its own, which makes x̃ too, as its noise term.
             scaled, output = between.stepped(from_v, x, output, prediction="v", noise=x, **given)
         else:
             if prediction == "sample" and output.stride() != scaled.stride():
@@ -82,7 +82,7 @@ def ddim_sample(diffusion: Any, shape: Sequence[int], return_all_timesteps: bool
         if x_s.stride() != x.stride():
             skip = passed_over(torch.empty_like(x_s))
         x = x0 if last and x0 is not None else x_s
-        del output, x_s  # nobody needs them while the model runs
+        del output, x_s  # Drop our references: the next step can reuse this memory.
     if kept is not None:
         kept[:, S] = x
     result: Tensor = diffusion.unnormalize(x if kept is None else kept)
@@ -90,7 +90,7 @@ def ddim_sample(diffusion: Any, shape: Sequence[int], return_all_timesteps: bool
 
 
 def _tables(diffusion: Any, times: list[int], eta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """√(1/ᾱ_t), the step's rows, the last for x0 alone, and rows that make x0 and x̃ of x_t and v.
+    """Returns √(1/ᾱ_t), the steps' rows, and the rows that make x0 and x̃ of x_t and v.
 
     In x̃ = √(1/ᾱ_t)·x_t the original's lines are the op's own, bit for bit, with 1 in √ᾱ_t's place
     and √(1/ᾱ_t − 1) in √(1−ᾱ_t)'s: x0 = (x̃ − √(1/ᾱ_t − 1)·ε)/1, ε = (x̃ − 1·x0)/√(1/ᾱ_t − 1).
@@ -109,7 +109,7 @@ def _tables(diffusion: Any, times: list[int], eta: float) -> tuple[Tensor, Tenso
 
 
 def _checked(diffusion: Any, shape: Any, all_timesteps: Any) -> tuple[int, float, list[int]]:
-    """S, η and the shape; refuses what cannot be done."""
+    """Returns S, η and the shape, or refuses what cannot be done."""
     check_untransformed("ddim_sample")
     cls, known = type(diffusion), "a GaussianDiffusion of denoising-diffusion-pytorch"
     for name in (*METHODS, *BUFFERS):

@@ -84,8 +84,8 @@ class _Fast(Base):
     def _output(self, found: tuple[Tensor, Tensor], return_dict: bool) -> Any:
         if not return_dict:
             return found
-        # The classes' own constructor looks at its fields anew each time, which costs as much as
-        # a small step: these are the attributes and the items that it leaves.
+        # The class's own constructor costs as much as a small step, because it looks at its fields
+        # each time. These are the attributes and items that it would leave.
         made_as: Any = self._result
         result = made_as.__new__(made_as)
         for name, value in zip(("prev_sample", "pred_original_sample"), found, strict=True):

@@ -322,7 +322,7 @@ def _levels(scheduler: Base) -> tuple[NoiseSchedule, float]:
     has rounded at every factor, the product is taken again in float64.
     """
     abar, betas, end = scheduler._abar(), scheduler.betas, scheduler._end()
-    if abar.is_meta:  # made under torch.device("meta")
+    if abar.is_meta:  # It was made under torch.device("meta").
         made_as: Any = type(scheduler)
         with CPU:
             again = made_as.from_config(scheduler.config)

@@ -34,8 +34,8 @@ class Source:
         self._bytes, self._address = b"", 0
         try:
             self._view = tensor.detach().numpy()
-        except (RuntimeError, TypeError, AttributeError):  # not on a CPU, or no NumPy dtype
-            return
+        except (RuntimeError, TypeError, AttributeError):
+            return  # It is not on a CPU, or NumPy has no such dtype.
         self._bytes, self._address = self._view.tobytes(), tensor.data_ptr()
 
     def unchanged(self, tensor: Any) -> bool:
@@ -44,7 +44,7 @@ class Source:
             return False
         if self._view is None:
             return version(tensor) == self._version
-        same_memory = tensor.data_ptr() == self._address  # what ``x.data = ...`` changes
+        same_memory = tensor.data_ptr() == self._address  # ``x.data = ...`` changes it.
         return same_memory and bool(self._view.tobytes() == self._bytes)
 
 

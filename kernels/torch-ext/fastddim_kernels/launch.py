@@ -1,4 +1,4 @@
-"""From tensors to launches: one function a kernel, checked and asking the device nothing."""
+"""A function for each kernel checks tensors and launches, without waiting for the device."""
 
 # A launch takes Triton's own options beside the kernel's parameters.
 # pyright: reportCallIssue=false
@@ -25,15 +25,15 @@ COLUMNS = 7
 _FEW, _TILE, _SCATTERED = FEW.value, TILE.value, SCATTERED.value
 _is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-# From here on a program takes several blocks, whose common work then costs each element less;
-# fewer elements are better spread over the multiprocessors.
+# From so many elements on a program takes several blocks, whose common work then costs each element
+# less; fewer elements are better spread over the multiprocessors.
 _LARGE = 1 << 20
 _INTERPRETED_FOURS = 4096
 # Of a tile's four parts ptxas would make one long order in 90 registers and more, and fewer than
 # eight programs would fit on a multiprocessor. Elsewhere it takes fewer by itself than with a
 # limit. AMD's compiler does not know the option.
 _TILE_REGISTERS = 64
-# Of pixels that are channels last, the fours of a sample are counted in 32 bits.
+# Where pixels are channels last, the kernel counts the fours of a sample in 32 bits.
 _FEWER_ELEMENTS = 1 << 34
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,7 +77,7 @@ def ddim_step(
         prediction: what the model returns: 0 ε, 1 v, 2 x0.
         noise_first: whether the noise is added before the direction to x_t or after it.
         clip: x0 is clamped to ±clip.
-        rederive: whether ε follows from the x0 that was clamped.
+        rederive: whether ε is computed again from the clamped x0.
 
     Where anything belongs to a sample (rows, seeds, guidance that differ, a threshold), the batch
     must be x's outermost dimension in memory. With seeds x must be contiguous or channels last.
@@ -115,10 +115,13 @@ def bind(
     clip: float | None = None,
     rederive: bool = False,
 ) -> BoundStep:
-    """``ddim_step`` for many steps: the checks, the choices and the compilation once.
+    """Returns ``ddim_step`` for many steps, which is checked, chosen for and compiled once.
 
     The arguments are those of a first step, which is not taken. ``rows`` may be the number of the
-    row that all samples are on. See ``BoundStep``.
+    row that all samples are on. ``BoundStep`` says what later steps have to keep.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is allowed.
     """
     grid, scalars, options = _choices(
         x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input,
@@ -141,11 +144,20 @@ def bind(
 class BoundStep:
     """A step whose kernel is compiled, for tensors that lie as those it was bound to.
 
-    Nothing is looked at but the alignment of addresses, so that a launch costs the host about as
-    much as one of PyTorch's operations. A compiled kernel takes an address in a tensor's place;
-    launching it so, past Triton's dispatch, is known to work with Triton 3.6 and 3.7. With other
-    versions, under the interpreter, on another device than the current one, and for addresses that
-    are no multiples of 16 each launch goes through Triton's dispatch.
+    A call compares little, so that it costs the host about as much as one of PyTorch's operations:
+    a row that is a number with the table's length; the addresses of x, output, out, noise, x0 and
+    next_input with multiples of 16; the device that the step was bound to with the current one;
+    and Triton's launch hooks with none. It then launches the compiled kernel past Triton's
+    dispatch, with addresses in place of tensors, which is known to work with Triton 3.6 and 3.7.
+    Where a comparison fails, with other versions, on ROCm and under the interpreter, the call goes
+    through Triton's dispatch.
+
+    The caller keeps everything else as it was when the step was bound: each tensor's dtype, shape,
+    strides and device, which arguments are None, whether ``rows`` is a number, and how many rows
+    the table has. A change is not noticed, and may read or write memory that is no tensor's.
+
+    A row that is a number is an argument of the launch itself: a CUDA graph that holds the launch
+    reads no memory for it, and repeats the row it was captured with.
     """
 
     def __init__(
@@ -165,7 +177,7 @@ class BoundStep:
 
     def adopt(self, compiled: Any, x: Tensor) -> None:
         """Keeps the kernel that Triton compiled for aligned addresses."""
-        with _device(x):  # where the machine code is loaded
+        with _device(x):  # ``run`` loads the machine code onto the current device.
             run = compiled.run
         self._launch_of = compiled.function, compiled.packed_metadata, None, None, None
         # Triton passes compile-time arguments too, in the order of the parameters.
@@ -187,7 +199,13 @@ class BoundStep:
         x0: Tensor | None,
         next_input: Tensor | None,
     ) -> None:
-        """``ddim_step`` of tensors alike; ``rows`` is a number if it was one when it was bound."""
+        """Takes ``ddim_step`` of tensors that lie as the bound ones.
+
+        ``rows`` is a number if it was one when the step was bound.
+
+        Raises:
+            ValueError: ``rows`` is a number that is no row of the table.
+        """
         s = rcp_s = None
         if threshold is not None:
             s, rcp_s = _with_reciprocal(threshold)
@@ -207,7 +225,7 @@ class BoundStep:
                 low |= (x0_at := x0.data_ptr())
             if next_input is not None:
                 low |= (next_at := next_input.data_ptr())
-            # What was compiled for aligned memory reads 16 bytes at a time.
+            # A kernel that was compiled for aligned memory reads 16 bytes at a time.
             aligned = not low & 15
             run = self._run
             if aligned and run and _current_device() == self._device and not _hooked():
@@ -221,7 +239,7 @@ class BoundStep:
                 )  # fmt: skip
                 return
         if not self._options:
-            return  # there are no elements
+            return  # A step of no elements was bound without options.
         with _device(x):
             compiled = ddim_step_kernel[self._grid](
                 x, output, noise, out, x0, next_input, table, each, seeds, guidance, s, rcp_s, row,
@@ -248,7 +266,10 @@ def _choices(
     clip: float | None,
     rederive: bool,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-    """(grid, scalars, options) of a launch: the arguments after the pointers, and by name."""
+    """Returns (grid, scalars, options) of a launch, of checked arguments.
+
+    ``scalars`` follow the kernel's pointers by position, and ``options`` are given by name.
+    """
     _check_state(x, out, x0, noise, next_input)
     _check_coefficients(x, table, rows, seeds, guidance, threshold)
     if seeds is not None and noise is not None:
@@ -303,7 +324,7 @@ def _with_reciprocal(threshold: Tensor | None) -> tuple[Tensor | None, Tensor | 
 
 
 def _launches_directly() -> bool:
-    """Whether this Triton's compiled kernels are known to take addresses."""
+    """Whether this version of Triton is known to launch compiled kernels with addresses."""
     return not _portable() and triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 
 
@@ -311,7 +332,7 @@ _hooks: Any = getattr(triton, "knobs").runtime  # noqa: B009 its types do not na
 
 
 def _hooked() -> bool:
-    """Whether somebody, a profiler say, is to be told of each launch, as Triton's dispatch does."""
+    """Whether somebody, such as a profiler, has asked Triton to be told of each launch."""
     enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
     return (enter is not None and bool(enter.calls)) or (leave is not None and bool(leave.calls))
 
@@ -355,7 +376,7 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         )
 
 
-# Asked at each launch, hence without the looking around that torch.cuda's functions do.
+# Each launch asks these, because torch.cuda's own functions initialise and check more each time.
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 

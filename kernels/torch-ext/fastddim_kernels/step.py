@@ -144,8 +144,9 @@ SIZES = [
 ]  # fmt: skip
 
 
-# One number is read at a time there: whether it stands at a multiple of 16 makes no difference to
-# the code, and each row would be compiled for twice.
+# The kernel reads one number at a time through these pointers, so that their alignment makes no
+# difference to the code. Triton would otherwise compile a second variant for addresses that are no
+# multiples of 16, as those of most rows are.
 SCALARS = [
     "table_ptr", "rows_ptr", "seeds_ptr", "guidance_ptr", "threshold_ptr", "rcp_threshold_ptr",
 ]  # fmt: skip
