@@ -278,3 +278,42 @@ def test_a_table_is_freed_by_the_torch_backend(lies: str) -> None:
         gc.collect()
     assert gone() is None
     assert len(blocked._kept) == before
+
+
+def test_a_loop_stays_with_its_backend_while_it_is_watched() -> None:
+    """NEW. bound.by_op asks for the backend anew: a loop changes its noise's bits half way."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+    def begun() -> Any:
+        with fastddim.using("torch"):
+            steps = DDIM(4, eta=1.0).iterate(halved, x, seeds=[1, 2])
+            next(steps)
+        return steps
+
+    *_, wanted = begun()
+    steps = begun()
+    with Watching():
+        *_, found = steps
+    assert torch.equal(found.x, wanted.x)
+
+
+def test_two_threads_that_bind_at_once_count_far_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NEW. fused._counting: another thread's shorter array may be the last: row 4000 lies beyond."""
+    from fastddim import fused
+
+    class Counted(list[Any]):
+        def append(self, longer: Any) -> None:
+            super().append(longer)
+            super().append(longer[:1024])  # what a thread does that had looked before
+
+    monkeypatch.setattr(fused, "_counted", Counted())
+    x, coefficients = torch.randn(1, 70), torch.rand(5000, 7) + 0.5
+    found, _ = fastddim.bind(coefficients)(x, x, 4000)
+    wanted, _ = ddim_step(x, x, coefficients, torch.tensor(4000, dtype=torch.int32))
+    assert torch.equal(found, wanted)
