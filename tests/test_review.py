@@ -13,6 +13,7 @@ import textwrap
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -310,7 +311,8 @@ def test_two_threads_that_bind_at_once_count_far_enough(monkeypatch: pytest.Monk
     class Counted(list[Any]):
         def append(self, longer: Any) -> None:
             super().append(longer)
-            super().append(longer[:1024])  # what a thread does that had looked before
+            # What a thread appends that had looked before; beyond it lies anything.
+            super().append(np.concatenate([longer[:1024], np.full(9000, -7, np.int32)])[:1024])
 
     monkeypatch.setattr(fused, "_counted", Counted())
     x, coefficients = torch.randn(1, 70), torch.rand(5000, 7) + 0.5
