@@ -1,0 +1,321 @@
+"""REVIEW OF 7f4e359: each of these tests FAILS there, and passes on 4b92e8f unless it says NEW.
+
+The last words of each docstring name the mend. Those that end the process run in one of their own.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastddim
+from fastddim import DDIM, bound, ddim_step
+from tests.tape import Tape
+
+X, OUTPUT = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+BOTH = torch.cat([OUTPUT, -OUTPUT])
+
+
+def table(steps: int = 4) -> Tensor:
+    return torch.tensor(DDIM(steps, eta=1.0).table)
+
+
+def halved(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    return x * 0.5
+
+
+def ran(code: str, **environment: str) -> str:
+    """What a process of its own prints last; its exit status if it fails."""
+    start = "import torch, fastddim, warnings\nwarnings.simplefilter('ignore')\n"
+    done = subprocess.run(
+        [sys.executable, "-c", start + textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.stdout.strip() if done.returncode == 0 else f"exit {done.returncode}"
+
+
+WRAPPER = """
+    from torch.utils._pytree import tree_map
+    class W(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            made = torch.Tensor._make_wrapper_subclass(
+                cls, inner.size(), strides=inner.stride(), dtype=inner.dtype, device=inner.device)
+            made.inner = inner
+            return made
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            bare = lambda t: t.inner if isinstance(t, W) else t
+            return func(*tree_map(bare, args), **tree_map(bare, kwargs or {}))
+    x, o, table = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.rand(4, 7) + 0.5
+"""
+
+
+def test_a_number_for_guidance_stays_where_a_graph_reads_it() -> None:
+    """step._Step._weight: a graph has its address, the next number frees it."""
+
+    def body() -> Tensor:
+        return ddim_step(X, BOTH, coefficients, 1, guidance=7.5)[0]
+
+    coefficients = table()
+    body()  # the warm-up
+    tape = Tape()
+    with tape:
+        body()
+    ddim_step(X, BOTH, coefficients, 1, guidance=3.0)
+    gc.collect()
+    assert tape.freed == []
+
+
+def test_a_captured_loop_holds_its_row_numbers() -> None:
+    """NEW. launch.BoundStep._numbers: only bound._steps holds them, which forgets at 64 layouts."""
+    printed = ran(
+        """
+        import gc, weakref
+        from fastddim_kernels import launch
+        made, init = [], launch.BoundStep.__init__
+        def noted(self, *given):
+            init(self, *given)
+            made.append(weakref.ref(self._numbers))
+        launch.BoundStep.__init__ = noted
+        halved = lambda x, t: x * 0.5
+        with fastddim.using("triton"):
+            ddim = fastddim.DDIM(steps=4)
+            act = ddim.capture(halved, (1, 3, 4, 4))
+            for n in range(1, 67):
+                ddim.sample(halved, torch.randn(1, n))
+        gc.collect()
+        print(made[0]() is not None)
+        """,
+        TRITON_INTERPRET="1",
+    )
+    assert printed == "True"
+
+
+def test_a_launch_is_of_one_device() -> None:
+    """NEW. bound.Bound.launch: the key has no device, so that cuda:1 gets cuda:0's launch."""
+    binds = []
+
+    def bind(fixed: Any, x: Tensor, *rest: Any) -> Any:
+        binds.append(x.device.type)
+        return bound.nothing
+
+    step = bound.Bound(fastddim.backends.Backend("b", bind, bound.nothing), fastddim.backends.Fixed())
+    for device in ("cpu", "meta"):
+        x, rows = torch.empty(2, 3, device=device), torch.empty(4, 7, device=device)
+        step(x, x, rows, 0, None, None, None, None, torch.empty_like(x), None, None)
+    assert binds == ["cpu", "meta"]
+
+
+def test_the_torch_backend_samples_on_one_device_after_another() -> None:
+    """NEW. The same, as a sampler meets it."""
+    with fastddim.using("torch"):
+        for device in ("cpu", "meta"):
+            assert DDIM(4).sample(halved, X.to(device)).device.type == device
+
+
+def test_a_fake_step_leaves_no_guidance_behind() -> None:
+    """step._Step._weight: of a fake tensor the address is 0, which stands for no guidance."""
+    printed = ran(
+        """
+        from torch._subclasses import FakeTensorMode
+        x, o, table = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.rand(4, 7) + 0.5
+        wanted = fastddim.ddim_step(x, o, table, 1, guidance=torch.tensor(3.0))[0]
+        fastddim.ddim_step(x, o, table, 1, guidance=2.0)
+        with FakeTensorMode() as mode:
+            f = mode.from_tensor
+            fastddim.ddim_step(f(x), f(o), f(table), 1, guidance=3.0)
+        print(torch.equal(fastddim.ddim_step(x, o, table, 1, guidance=3.0)[0], wanted))
+        """
+    )
+    assert printed == "True"
+
+
+@pytest.mark.parametrize("first", ["fake", "real"])
+def test_fake_and_real_samples_leave_nothing_to_each_other(first: str) -> None:
+    """plan.Plan._on_cpu: kept whatever mode made it."""
+    printed = ran(
+        f"""
+        from torch._subclasses import FakeTensorMode
+        ddim, halved = fastddim.DDIM(4), lambda x, t: x * 0.5
+        def fake():
+            with FakeTensorMode():
+                ddim.sample(halved, torch.empty(2, 3, 4, 4))
+        def real():
+            ddim.sample(halved, torch.ones(2, 3, 4, 4))
+        for kind in ("{first}", "fake", "real"):
+            dict(fake=fake, real=real)[kind]()
+        print("done")
+        """
+    )
+    assert printed == "done"
+
+
+def test_noise_that_is_a_subclass_is_added() -> None:
+    """bound.Bound.launch asks x and output alone for their class: of W the address is 0, no noise."""
+    printed = ran(
+        WRAPPER
+        + """
+    noise = [torch.randn(2, 3, 4, 4) for _ in range(4)]
+    ddim, halved = fastddim.DDIM(4, eta=1.0), lambda x, t: x * 0.5
+    wanted = ddim.sample(halved, x, noise=noise)
+    print(torch.equal(ddim.sample(halved, x, noise=[W(z) for z in noise]), wanted))
+        """
+    )
+    assert printed == "True"
+
+
+def test_a_table_that_is_a_subclass() -> None:
+    """step._Step.__call__: ``seen`` lacks the table's class; address 0 is read."""
+    printed = ran(
+        WRAPPER
+        + """
+    wanted = fastddim.ddim_step(x, o, table, 1)[0]
+    print(torch.equal(fastddim.ddim_step(x, o, W(table), 1)[0], wanted))
+        """
+    )
+    assert printed == "True"
+
+
+def test_an_output_that_is_a_negated_view() -> None:
+    """run.Stepper.step and bound.Bound.launch read memory past the negative bit: add is_neg()."""
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.complex(x * 0.1, x * 0.5).conj().imag
+
+    x = torch.randn(5, 1, generator=torch.Generator().manual_seed(0))
+    wanted = DDIM(4).sample(lambda x, t: model(x, t).resolve_neg(), x)
+    assert torch.equal(DDIM(4).sample(model, x), wanted)
+
+
+def test_an_output_of_efficient_zeros() -> None:
+    """The same of _is_zerotensor(), which has no memory: the process ends."""
+    printed = ran(
+        """
+        model = lambda x, t: torch._efficientzerotensor(x.shape)
+        print(fastddim.DDIM(4).sample(model, torch.ones(2, 3, 4, 4)).shape[0])
+        """
+    )
+    assert printed == "2"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace_sees_the_step() -> None:
+    """bound.watched: torch._C._get_tracing_state() is not asked; the trace holds memory as it was."""
+    coefficients = table()
+
+    def step(x: Tensor, output: Tensor) -> Tensor:
+        return ddim_step(x, output, coefficients, 1)[0]
+
+    traced: Any = torch.jit.trace(step, (X, OUTPUT), check_trace=False)
+    assert torch.equal(traced(2 * X, OUTPUT), step(2 * X, OUTPUT))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_sampler_inside_of_torch_compile(warm: bool) -> None:
+    """bound.Bound.launch and the launches are traced: ask is_compiling() and go by the op."""
+    printed = ran(
+        f"""
+        ddim, net = fastddim.DDIM(4, eta=1.0), torch.nn.Conv2d(3, 3, 1)
+        sample = lambda x: ddim.sample(lambda x, t: net(x), x, seeds=[1, 2])
+        x = torch.ones(2, 3, 4, 4)
+        if {warm}:
+            sample(x)
+        print(torch.equal(torch.compile(sample, backend="eager")(x), sample(x)))
+        """
+    )
+    assert printed == "True"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_symbolic_shapes() -> None:
+    """step._Step.__call__: symbolic sizes have no hash, and the look-up is outside of the try."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def step(x: Tensor, output: Tensor, coefficients: Tensor) -> Tensor:
+        return ddim_step(x, output, coefficients, 1)[0]
+
+    made = make_fx(step, tracing_mode="symbolic")(X, OUTPUT, table())
+    assert torch.equal(made(2 * X, OUTPUT, table()), step(2 * X, OUTPUT, table()))
+
+
+def test_a_clip_that_is_a_tensor_is_read_each_time() -> None:
+    """step.ddim_step: the key holds the tensor itself, which is equal to itself: key by the float."""
+    clip: Any = torch.tensor(1.0)
+    ddim_step(10 * X, OUTPUT, table(), 1, clip=clip)
+    clip.fill_(0.25)
+    _, x0 = ddim_step(10 * X, OUTPUT, table(), 1, clip=clip)
+    assert x0 is not None
+    assert x0.abs().max() == 0.25
+
+
+@pytest.mark.parametrize("lies", ["contiguous", "transposed"])
+def test_a_table_is_freed_by_the_torch_backend(lies: str) -> None:
+    """blocked._kept: the factors are views, whose base the table is, so that it never dies."""
+    from fastddim import blocked
+
+    with fastddim.using("torch"):
+        coefficients = table()
+        if lies == "transposed":  # of which each call has a copy, and keeps it
+            coefficients = coefficients.t().contiguous().t()
+        before = len(blocked._kept)
+        for _ in range(10):
+            ddim_step(X, OUTPUT, coefficients, 1)
+        gone = weakref.ref(coefficients)
+        del coefficients
+        gc.collect()
+    assert gone() is None
+    assert len(blocked._kept) == before
+
+
+def test_a_loop_stays_with_its_backend_while_it_is_watched() -> None:
+    """NEW. bound.by_op asks for the backend anew: a loop changes its noise's bits half way."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+    def begun() -> Any:
+        with fastddim.using("torch"):
+            steps = DDIM(4, eta=1.0).iterate(halved, x, seeds=[1, 2])
+            next(steps)
+        return steps
+
+    *_, wanted = begun()
+    steps = begun()
+    with Watching():
+        *_, found = steps
+    assert torch.equal(found.x, wanted.x)
+
+
+def test_two_threads_that_bind_at_once_count_far_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NEW. fused._counting: another thread's shorter array may be the last: row 4000 lies beyond."""
+    from fastddim import fused
+
+    class Counted(list[Any]):
+        def append(self, longer: Any) -> None:
+            super().append(longer)
+            # What a thread appends that had looked before; beyond it lies anything.
+            super().append(np.concatenate([longer[:1024], np.full(9000, -7, np.int32)])[:1024])
+
+    monkeypatch.setattr(fused, "_counted", Counted())
+    x, coefficients = torch.randn(1, 70), torch.rand(5000, 7) + 0.5
+    found, _ = fastddim.bind(coefficients)(x, x, 4000)
+    wanted, _ = ddim_step(x, x, coefficients, torch.tensor(4000, dtype=torch.int32))
+    assert torch.equal(found, wanted)
