@@ -200,7 +200,7 @@ def _runs_on(name: str, kind: str) -> bool:
 def _interprets(name: str) -> bool:
     """Returns whether Triton's interpreter replaces the GPU: it reads a CPU's memory as well."""
     asked = os.environ.get("TRITON_INTERPRET", "0").lower()
-    return name == "triton" and asked in ("1", "true", "on")
+    return name == "triton" and asked in ("1", "true", "on", "yes")
 
 
 def _imported(name: str) -> Backend | None:

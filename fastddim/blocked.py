@@ -283,7 +283,10 @@ def factors_of(table: Tensor, row: int | Tensor) -> Factors:
         kept = _kept[key] = ref, table.data_ptr(), {}
     found = kept[2].get(row)
     if found is None:
-        found = kept[2][row] = _factors(table, row)
+        # A view of the table would hold it, so that it and its factors would never go.
+        apart = torch.empty(0, dtype=table.dtype, device=table.device)
+        apart.set_(table.untyped_storage(), table.storage_offset(), table.shape, table.stride())
+        found = kept[2][row] = _factors(apart, row)
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastddim import layout
-from fastddim.backends import Backend, Fixed, Launch
+from fastddim.backends import Backend, Fixed, Launch, again
 
 _MOST = 64
 """A step remembers this many layouts, and this module this many steps. More would fill memory."""
@@ -75,8 +75,20 @@ class Bound:
 
         Where ``seen`` is True and somebody watches for the op, the launch calls the op instead.
         """
-        if seen and (x.__class__ is not Tensor or output.__class__ is not Tensor or watched()):
-            return partial(by_op, self.fixed)
+        if seen and (
+            x.__class__ is not Tensor
+            or x.is_neg()
+            or x._is_zerotensor()
+            or output.__class__ is not Tensor
+            or output.is_neg()
+            or output._is_zerotensor()
+            or table.__class__ is not Tensor
+            or not (noise is None or is_plain(noise))
+            or not (guidance is None or is_plain(guidance))
+            or not (threshold is None or is_plain(threshold))
+            or watched()
+        ):
+            return partial(by_op, self.backend.name, self.fixed)
         key = (
             x.shape,
             x.stride(),
@@ -85,7 +97,7 @@ class Bound:
             output.stride(),
             table.shape,
             table.stride(),
-            None if row.__class__ is int else row.stride(),  # type: ignore[union-attr]
+            None if isinstance(row, int) else row.stride(),  # type: ignore[union-attr]
             None if seeds is None else seeds.stride(),
             None if noise is None else noise.stride(),
             None if guidance is None else guidance.stride(),
@@ -110,17 +122,35 @@ class Bound:
         return launch
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Returns whether the values of a tensor are what stands at its address.
+
+    A subclass may keep them elsewhere, a tensor that is negated by a bit keeps their opposites, and
+    one of zeros alone may have no memory at all. The op knows of all three.
+    """
+    kind = tensor.__class__
+    return (
+        (kind is Tensor or kind is torch.nn.Parameter)
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )
+
+
 def watched() -> bool:
-    """Returns whether a dispatch mode or the profiler would see a call of the op."""
-    return bool(_dispatch_modes() or _profiled())
+    """Returns whether a call of the op would be seen: compiled, traced, profiled, or by a mode."""
+    return bool(
+        torch.compiler.is_compiling() or _dispatch_modes() or _profiled() or _traced() is not None
+    )
 
 
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_traced: Callable[[], object] = torch._C._get_tracing_state
 _autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009 its types do not name it
 _profiled: Callable[[], bool] = _autograd._profiler_enabled
 
 
 def by_op(
+    name: str | None,
     fixed: Fixed,
     x: Tensor,
     output: Tensor,
@@ -137,19 +167,21 @@ def by_op(
     """Launches by the op, which torch.compile, dispatch modes, subclasses and the profiler see."""
     rows, number = (row, None) if isinstance(row, Tensor) else (None, row)
     inputs = x, output, table, rows, seeds, noise, guidance, threshold
-    torch.ops.fastddim.ddim_step.default(*inputs, *fixed, out, x0, next_input, number)
+    with again(name):
+        torch.ops.fastddim.ddim_step.default(*inputs, *fixed, out, x0, next_input, number)
 
 
-_steps: dict[tuple[Backend, Fixed], Bound] = {}
+_steps: dict[tuple[Backend, Fixed, torch.device], Bound] = {}
 
 
-def step_of(backend: Backend, fixed: Fixed) -> Bound:
-    """Returns the bound step of this backend with these options, the same one at each call."""
-    step = _steps.get((backend, fixed))
+def step_of(backend: Backend, fixed: Fixed, device: torch.device) -> Bound:
+    """Returns the bound step of this backend on this device, the same one at each call."""
+    key = backend, fixed, device
+    step = _steps.get(key)
     if step is None:
         if len(_steps) >= _MOST:
             _steps.clear()
-        step = _steps[backend, fixed] = Bound(backend, fixed)
+        step = _steps[key] = Bound(backend, fixed)
     return step
 
 

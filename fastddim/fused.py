@@ -734,7 +734,7 @@ def bind(
         x0: Tensor | None,
         next_input: Tensor | None,
     ) -> None:
-        if row.__class__ is not int:
+        if not isinstance(row, int):
             at = row.data_ptr()
         elif 0 <= row < steps:
             at = rows + 4 * row
@@ -792,9 +792,13 @@ _counted: list[npt.NDArray[np.int32]] = []
 
 def _counting(count: int) -> int:
     """Returns the address of 0, 1, 2, ..., at least ``count`` of them as int32, kept for good."""
-    if not _counted or len(_counted[-1]) < count:
-        _counted.append(np.arange(max(count, 1024), dtype=np.int32))
-    return int(_counted[-1].ctypes.data)
+    for numbers in _counted:
+        if len(numbers) >= count:
+            break
+    else:  # Another thread may add to the list as well: each returns the address of its own.
+        numbers = np.arange(max(count, 1024), dtype=np.int32)
+        _counted.append(numbers)
+    return int(numbers.ctypes.data)
 
 
 def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:

@@ -50,7 +50,7 @@ def _ddim_step(
     assert which is not None
     fixed = Fixed(prediction, noise_first, clip, rederive)
     given = x, output, table, which, seeds, noise, guidance, threshold, out, x0, next_input
-    step = step_of(backend("cpu" if x.is_cpu else x.device), fixed)
+    step = step_of(backend("cpu" if x.is_cpu else x.device), fixed, x.device)
     step.launch(*given, seen=False)(*given)
     written(out, x0, next_input)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastddim.bound import watched
 from fastddim.coefficients import COLUMNS, PREDICTIONS, Float32, Prediction
 from fastddim.predict import Predictor
 from fastddim.step import OUTPUTS
@@ -66,7 +67,10 @@ class Plan:
 
     def table_on(self, device: torch.device) -> Tensor:
         """Returns the table as steps read it. On a CPU all runs share one, which none writes."""
-        return self._on_cpu if device.type == "cpu" else torch.tensor(self.table, device=device)
+        # A tensor that a dispatch mode has made, a fake one say, is no tensor outside of it.
+        if device.type != "cpu" or watched():
+            return torch.tensor(self.table, device=device)
+        return self._on_cpu
 
 
 class Row(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastddim.backends import Fixed, Launch, backend
-from fastddim.bound import step_of, watched
+from fastddim.bound import is_plain, step_of, watched
 from fastddim.buffers import FRESH, Spare
 from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.inpaint import Known
@@ -188,9 +188,7 @@ class Stepper:
         if x.numel() >= FRESH:
             self._states = Spare(*(torch.empty_like(x) for _ in range(1 if made else 2)))
             self._x0s = Spare(*(torch.empty_like(x) for _ in range(2 * self._self_condition)))
-        # The first row's input is made when the model is called with it, and reused after that.
-        first = 1 if rows[0].guidance is None else 2
-        for copies in {row.feeds for row in rows} - {0, first}:
+        for copies in {row.feeds for row in rows} - {0}:
             self._inputs[copies] = Spare(input_like(x, self._predictor.dtype, copies))
 
     def use(
@@ -212,10 +210,11 @@ class Stepper:
         """Returns the model's output; backwards, the ε or x0 that the output gives."""
         twice = row.guidance is not None
         x_in, self._input = self._input, None
-        if x_in is None or x is not self._made or len(x_in) != len(row.asked):
+        written = x_in is not None and x is self._made and len(x_in) == len(row.asked)
+        if x_in is None or not written:
             x_in = x if self._direct and not twice else self._predictor.input(x, twice)
         output = self._predictor(x_in, row.asked, self._x0, twice)
-        if x_in is not x:
+        if written:  # by a step; what has been made here may lie otherwise
             self._inputs[1 + twice].keep(x_in)
         if row.shift is not None:
             output = self._predictor.shifted(output, x, row.t, row.shift)
@@ -263,6 +262,8 @@ class Stepper:
             or output.shape != shape
             or output.stride() != stride
             or output.__class__ is not Tensor
+            or output.is_neg()
+            or output._is_zerotensor()
             or watched()
         ):
             launch = self._bound(x, output, row, seeds, z, w, x_s, x0, into)
@@ -291,10 +292,12 @@ class Stepper:
         into: Tensor | None,
     ) -> Launch:
         """Binds the step, and keeps the launch where all rows of this kind will lie alike."""
-        step = step_of(self._backend, Fixed(row.prediction, True, self._clip, False))
+        fixed = Fixed(row.prediction, True, self._clip, False)
+        step = step_of(self._backend, fixed, x.device)
         launch = step.launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
         # A tensor of the caller's may lie otherwise than the next one: do not keep its launch.
-        if x is self._made and self._noise.given is None and not watched():
+        plain = is_plain(output) and not watched()
+        if plain and x is self._made and self._noise.given is None:
             self._launches[row.kind] = output.dtype, output.shape, output.stride(), launch
         return launch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.autograd import forward_ad
 
 from fastddim import bound, layout
 from fastddim.backends import Fixed, Launch, again, backend, chosen
-from fastddim.bound import by_op, watched
+from fastddim.bound import by_op, is_plain, watched
 from fastddim.check import finite, kind, whole
 from fastddim.coefficients import COLUMNS, PREDICTIONS
 from fastddim.op import written
@@ -91,7 +92,9 @@ def ddim_step(
     if torch.compiler.is_compiling():  # A trace must not depend on what is kept below.
         return _traced(_fixed(prediction, clip, rederive, noise_first), *given)
     # The key has clip's class too: True equals 1.0, but is refused as a number to clip by.
-    key = prediction, clip, clip.__class__, rederive, noise_first, chosen()
+    if clip is not None and clip.__class__ is not float:
+        clip = finite("clip", clip)
+    key = prediction, clip, rederive, noise_first, chosen()
     try:
         step = _steps.get(key)
     except TypeError:  # An option without a hash is none that exists: ``_fixed`` refuses it.
@@ -210,7 +213,7 @@ class _Step:
         self.fixed, self._chosen = fixed, chosen
         self._launches: dict[tuple[Any, ...], Launch] = {}
         self._latest: tuple[tuple[Any, ...], Launch] = (), bound.nothing
-        self._weight: tuple[float, torch.device, Tensor] | None = None
+        self._weight: tuple[float, int, Tensor] | None = None
 
     def __call__(
         self,
@@ -230,15 +233,21 @@ class _Step:
         try:
             seen: tuple[Any, ...] = (
                 x.__class__,
+                x.is_neg(),
+                x._is_zerotensor(),
                 x.dtype,
                 x.shape,
                 x.stride(),
                 x.device,
                 output.__class__,
+                output.is_neg(),
+                output._is_zerotensor(),
                 output.dtype,
                 output.shape,
                 output.stride(),
                 output.device,
+                table.__class__,
+                table.is_neg(),
                 table.dtype,
                 table.shape,
                 table.stride(),
@@ -253,10 +262,11 @@ class _Step:
                 next_input if next_input is None else _seen(next_input),
                 want_x0,
             )
-        except (AttributeError, RuntimeError, TypeError):  # One is no tensor or has no strides.
-            seen = ()
-        latest, launch = self._latest
-        known: Launch | None = launch if seen == latest else self._launches.get(seen)
+            latest, launch = self._latest
+            known: Launch | None = launch if seen == latest else self._launches.get(seen)
+        except (AttributeError, RuntimeError, TypeError):
+            # One is no tensor, has no strides, or has sizes that are symbols.
+            seen, latest, known = (), (), None
         if known is None or not seen or watched() or transformed():
             plain = False
         else:
@@ -268,7 +278,7 @@ class _Step:
                 self.fixed, x, output, table, rows, seeds, noise, guidance, threshold, out, x0_out,
                 next_input,
             )  # fmt: skip
-        elif rows.__class__ is int and not 0 <= rows < table.shape[0]:
+        elif isinstance(rows, int) and not 0 <= rows < table.shape[0]:
             whole("rows", rows, low=0, high=len(table) - 1)
 
         batch = x.shape[0]
@@ -293,9 +303,9 @@ class _Step:
     def _bound(self, seen: tuple[Any, ...], x: Tensor, output: Tensor, *rest: Any) -> Launch:
         """Returns the launch for these arguments, or the op where somebody is watching."""
         given = x, output, *rest
-        kinds = {type(tensor) for tensor in given if isinstance(tensor, Tensor)}
-        if watched() or transformed() or not kinds <= {Tensor, torch.nn.Parameter}:
-            return self._by_op
+        plain = all(is_plain(tensor) for tensor in given if isinstance(tensor, Tensor))
+        if watched() or transformed() or not plain:
+            return partial(by_op, self._chosen, self.fixed)
         launch = self._launches.get(seen)
         if launch is None or not seen:
             with again(self._chosen):
@@ -306,19 +316,20 @@ class _Step:
             self._launches[seen] = launch
         return launch
 
-    def _by_op(self, *given: Any) -> None:
-        with again(self._chosen):
-            by_op(self.fixed, *given)
-
     def _weights(self, w: Tensor | float, batch: int, device: torch.device) -> Tensor:
         """Returns w as float32 (batch,). The same number as before gives the same tensor."""
         if isinstance(w, Tensor):
             return w if w.dim() else w.expand(batch)
         kept = self._weight
-        if kept is None or kept[0] != w or kept[1] != device or kept[2].shape[0] != batch:
-            scale = torch.full((), finite("guidance", w), dtype=_STATE, device=device)
-            kept = self._weight = w, device, scale.expand(batch)
-        return kept[2]
+        own = device.type == "cpu" and not watched()
+        if own and kept is not None and kept[0] == w and kept[1] == batch:
+            return kept[2]
+        scale = torch.full((), finite("guidance", w), dtype=_STATE, device=device).expand(batch)
+        # A GPU's belongs to a stream, and to a graph that is being captured; that of a mode, a fake
+        # one say, belongs to the mode; and 0.0 equals -0.0.
+        if own and w:
+            self._weight = w, batch, scale
+        return scale
 
 
 def _traced(
@@ -354,7 +365,7 @@ def _traced(
         threshold = threshold.expand(batch)
     out = torch.empty_like(x) if out is None else out
     x0 = x0_out if x0_out is not None or not want_x0 else torch.empty_like(x)
-    by_op(fixed, x, output, table, rows, seeds, noise, w, threshold, out, x0, next_input)
+    by_op(chosen(), fixed, x, output, table, rows, seeds, noise, w, threshold, out, x0, next_input)
     return out, x0
 
 
@@ -362,7 +373,8 @@ def _seen(tensor: Any) -> Any:
     """Returns what a launch is specialised for: a tensor's layout, or that this is a number."""
     if tensor.__class__ is float or tensor.__class__ is int:
         return float
-    return tensor.__class__, tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+    kind, negated = tensor.__class__, tensor.is_neg()
+    return kind, negated, tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 def _require_grad(*tensors: Any) -> bool:

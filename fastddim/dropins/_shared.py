@@ -184,7 +184,7 @@ class Buffers:
             prediction, noise_first, clip, rederive = options
             # Pipelines leave ``rederive`` at None.
             fixed = Fixed(PREDICTIONS.index(prediction), noise_first, clip, bool(rederive))
-            step = step_of(backend(device), fixed)
+            step = step_of(backend(device), fixed, device)
             self._latest = wanted, step
         return step
 

@@ -210,7 +210,7 @@ class BoundStep:
         if threshold is not None:
             s, rcp_s = _with_reciprocal(threshold)
         each, row = rows, None
-        if rows.__class__ is int:
+        if isinstance(rows, int):
             each, row = None, rows
             if not 0 <= rows < self._steps:
                 raise ValueError(f"rows must lie in [0, {self._steps}), got {rows}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fastddim
-from fastddim import DDIM, bound, ddim_step
+from fastddim import DDIM, ddim_step
 from tests.tape import Tape
 
 X, OUTPUT = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
@@ -78,46 +78,6 @@ def test_a_number_for_guidance_stays_where_a_graph_reads_it() -> None:
     ddim_step(X, BOTH, coefficients, 1, guidance=3.0)
     gc.collect()
     assert tape.freed == []
-
-
-def test_a_captured_loop_holds_its_row_numbers() -> None:
-    """NEW. launch.BoundStep._numbers: only bound._steps holds them, which forgets at 64 layouts."""
-    printed = ran(
-        """
-        import gc, weakref
-        from fastddim_kernels import launch
-        made, init = [], launch.BoundStep.__init__
-        def noted(self, *given):
-            init(self, *given)
-            made.append(weakref.ref(self._numbers))
-        launch.BoundStep.__init__ = noted
-        halved = lambda x, t: x * 0.5
-        with fastddim.using("triton"):
-            ddim = fastddim.DDIM(steps=4)
-            act = ddim.capture(halved, (1, 3, 4, 4))
-            for n in range(1, 67):
-                ddim.sample(halved, torch.randn(1, n))
-        gc.collect()
-        print(made[0]() is not None)
-        """,
-        TRITON_INTERPRET="1",
-    )
-    assert printed == "True"
-
-
-def test_a_launch_is_of_one_device() -> None:
-    """NEW. bound.Bound.launch: the key has no device, so that cuda:1 gets cuda:0's launch."""
-    binds = []
-
-    def bind(fixed: Any, x: Tensor, *rest: Any) -> Any:
-        binds.append(x.device.type)
-        return bound.nothing
-
-    step = bound.Bound(fastddim.backends.Backend("b", bind, bound.nothing), fastddim.backends.Fixed())
-    for device in ("cpu", "meta"):
-        x, rows = torch.empty(2, 3, device=device), torch.empty(4, 7, device=device)
-        step(x, x, rows, 0, None, None, None, None, torch.empty_like(x), None, None)
-    assert binds == ["cpu", "meta"]
 
 
 def test_the_torch_backend_samples_on_one_device_after_another() -> None:
@@ -286,7 +246,9 @@ def test_a_loop_stays_with_its_backend_while_it_is_watched() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watching(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             return func(*args, **(kwargs or {}))
 
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
