@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import fastddim
-from benchmarks import ladder, sanitizer
+from benchmarks import ladder, plain, sanitizer
 from benchmarks.checks import Given, as_step, checked_graph, differ, differing
 from benchmarks.children import Deadline, Pipe
 from benchmarks.loop import SEED, contenders, others
@@ -251,6 +251,9 @@ def yardsticks(sizes: Sizes, deadline: Deadline) -> Iterator[Record]:
 
 
 COMPILED = "torch.compile, simplified"
+BY_NUMBERS = "eager, factors made before as numbers"
+STEP_TOLERANCE = 1e-3
+"""How far a step may be from the reference whose factors are rounded otherwise."""
 
 
 def peers(sizes: Sizes, deadline: Deadline) -> Iterator[Record]:
@@ -270,6 +273,12 @@ def peers(sizes: Sizes, deadline: Deadline) -> Iterator[Record]:
         x = xs[i % count]
         return reference.ddim_step(x, outputs[i % count], row, torch.randn_like(x))
 
+    factors = plain.numbers(row[None])
+
+    def by_numbers(i: int) -> Tensor:
+        output = outputs[i % count]
+        return plain.plain(lambda x, t: output, xs[i % count], factors, [False], [None])
+
     graphs = {
         "fastddim": checked_graph("epsilon", sets, launches),
         "fastddim, counter noise": checked_graph("epsilon philox", noisy, launches),
@@ -277,6 +286,11 @@ def peers(sizes: Sizes, deadline: Deadline) -> Iterator[Record]:
         "eager, randn_like (the original loop's step)": captured(eager_noisy, launches),
     }
     without: dict[str, Record] = {}
+    gap = (by_numbers(0) - reference.ddim_step(xs[0], outputs[0], row)[0]).abs().max().item()
+    if gap <= STEP_TOLERANCE:
+        graphs[BY_NUMBERS] = captured(by_numbers, launches)
+    else:
+        without[BY_NUMBERS] = {"wrong": f"{BY_NUMBERS}: off by {gap:g}"}
 
     def compiled(name: str, function: Any, *factors: Tensor) -> None:
         try:
@@ -294,7 +308,7 @@ def peers(sizes: Sizes, deadline: Deadline) -> Iterator[Record]:
             return
         # Of its own noise, as of normals, mean and deviation are known.
         allowed = max(0.01, SIGMAS / math.sqrt(rest.numel()))
-        if error > 1e-3 if len(factors) == 2 else max(map(abs, moments)) > allowed:
+        if error > STEP_TOLERANCE if len(factors) == 2 else max(map(abs, moments)) > allowed:
             without[name] = {"wrong": f"{name}: off by {error:g}, noise by {moments}"}
             return
         graphs[name] = graph
@@ -461,11 +475,13 @@ def loops(shape: tuple[int, ...], steps: int, eta: float, deadline: Deadline) ->
         found, missing = others(shape, steps, eta, DEVICE)
     runs |= found
     taken = wall_seconds(runs, torch.cuda.synchronize, min(5.0, deadline.left()))
+    held = plain.NUMBERS in taken
     for name, seconds in taken.items():
         yield label | {
             "loop": name,
             "us_per_step": [rounded(s / steps * 1e6) for s in interval(seconds)],
             "times_faster": times(taken[SEED], seconds),
+            **({"times_plain": times(taken[plain.NUMBERS], seconds)} if held else {}),
             "rounds": len(seconds),
         }
     for name, reason in missing.items():

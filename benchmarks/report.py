@@ -29,7 +29,7 @@ BLOCK = re.compile(r"(<!-- report: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTA
 NONE = "Not yet measured."
 LARGE = [64, 3, 256, 256]
 OURS = ("scheduler", "pytorch", "numba", "triton")
-THEIRS = ("seed", "diffusers", "compile")
+THEIRS = ("seed", "diffusers", "plain", "tensors", "compile")
 SEED = "seed's loop"
 
 
@@ -218,6 +218,11 @@ FIGURES = (
     Figure("pytorch", "diffusers", 0, 4, LARGE),
     Figure("numba", "diffusers", 0, 4, LARGE),
     Figure("scheduler", "diffusers", 0, 4, LARGE),
+    *(
+        Figure(peer, "plain", eta, 1)
+        for peer in ("scheduler", "pytorch", "numba")
+        for eta in (0, 1)
+    ),
     Figure("numba", "compile", 0, 1),
     Figure("numba", "compile", 1, 1),
 )
