@@ -120,10 +120,22 @@ def peers(rows: list[Record]) -> str:
 
 
 def host(rows: list[Record]) -> str:
-    lines = [["a call's Python", "µs"]]
-    lines += [
-        [f"`{r['call']}`" if "call" in r else "", reason(r) or f"{r['us']:.3g}"] for r in rows
-    ]
+    lines = [["the host's time for a call or a step", "µs", "of torch.add(out=)", "asked", "met"]]
+    for row in rows:
+        call, why = f"`{row['call']}`" if "call" in row else "", reason(row)
+        if why is not None:
+            lines.append([call, why, "", "", ""])
+        elif "times" in row:
+            ends = [f"≥ {row['asked_at_least']:g}×", met(row["times"], row["asked_at_least"])]
+            lines.append([call, f"{row['times']:.3g}×", "", *ends])
+        else:
+            # The first record says neither.
+            of = [span(row["of_add"])] if "of_add" in row else [""]
+            asked = row.get("asked")
+            ends = (
+                ["", ""] if asked is None else [f"≤ {asked:g}×", met_at_most(row["of_add"], asked)]
+            )
+            lines.append([call, f"{row['us']:.3g}", *of, *ends])
     return grid(*lines)
 
 

@@ -143,13 +143,16 @@ class Loops:
         last = reference.generalized_steps(x, self.seq, model, self.betas, self.eta)[0][-1]
         return last.view(self.shape)
 
-    def scheduled(self, name: str) -> Run:
-        """A scheduler as diffusers' pipelines run it: each t a tensor on the device."""
+    def scheduled(self, name: str, told: Callable[[Tensor], Any] = Tensor.unbind) -> Run:
+        """A scheduler as diffusers' pipelines run it: each t a tensor on the device.
+
+        ``told`` makes of the timesteps what it is told of them instead, as ``Tensor.tolist`` does.
+        """
         made = scheduler(name, self.steps, self.device)
 
         def run() -> Tensor:
             x = self.x
-            for t in made.timesteps:
+            for t in told(made.timesteps):
                 x = made.step(self.model(x, t), t, x, eta=self.eta).prev_sample
             return x
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import codegen, gpu_report
+from benchmarks import codegen, gpu_report, host
 from benchmarks.markdown import duration, grid, met, percent, span
 from benchmarks.peers import PEERS
 from benchmarks.records import RESULTS
@@ -251,6 +251,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "whole": lambda results: each(results, "whole", whole),
     "loop": lambda results: each(results, "loop", loops),
     "busy": lambda results: each(results, "loop-busy", loops),
+    "host": lambda results: each(results, "host", host.shown),
     "writing": lambda results: each(results, "writing", writing),
     "cost": cost,
     "codegen": machine_code,

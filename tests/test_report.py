@@ -193,6 +193,27 @@ def test_a_gpus_tables_say_what_was_met_and_what_is_wrong() -> None:
     assert "no time" in cells(table, "late")
 
 
+def test_the_hosts_limits_stand_beside_what_was_measured() -> None:
+    theirs, ours = (of["told CUDA tensors"] for of in (gpu_sections.THEIRS, gpu_sections.FAST))
+    table = gpu_report.host(
+        [
+            {"call": "old", "us": 6.3},
+            {"call": "free", "us": 6.3, "of_add": 1.0},
+            {"call": "kept", "us": 15.0, "of_add": 2.4, "asked": 2.5},
+            {"call": "lost", "us": 30.0, "of_add": 4.1, "asked": 4.0},
+            {"call": "ratio", "times": 8.5, "asked_at_least": 8.0},
+            {"call": theirs, "failed": "ImportError: diffusers"},
+        ]
+    )
+    assert cells(table, "`old`")[1].startswith("6.3 |")
+    assert cells(table, "`kept`")[1:] == ["15", "2.4×", "≤ 2.5×", "yes"]
+    assert cells(table, "`lost`")[1:] == ["30", "4.1×", "≤ 4×", "**no**"]
+    assert cells(table, "`ratio`")[1:] == ["8.5×", "", "≥ 8×", "yes"]
+    assert "ImportError: diffusers" in cells(table, f"`{theirs}`")[1]
+    assert set(gpu_sections.OF_ADD.values()) == {2.5, 4.0}
+    assert ours in gpu_sections.OF_ADD
+
+
 def test_what_must_not_exceed_a_figure_is_met_below_it() -> None:
     def of(ratio: Any) -> str:
         row = {"shape": [1, 16, 7], "eta": 0, "us_per_step": 1.2, "us_per_small_kernel": 1.0}
