@@ -7,8 +7,9 @@ On tensors this small the arithmetic costs next to nothing. ``torch.add(out=)``,
 of PyTorch's, is the yardstick, and a plain loop whose factors were made before is the peer. Each
 result is compared first: with that loop's, or with the result of the class that a drop-in replaces.
 A process runs one backend of one checkout, on one thread, and times its rows in turns; processes
-take turns too. What a checkout does not have is blank. The bound Triton launch needs no GPU: a
-function that does nothing stands in for the driver's own launch.
+take turns too. What the other checkout does not have is blank, and a row whose package is not
+installed is left out. The bound Triton launch needs no GPU: a function that does nothing stands in
+for the driver's own launch.
 """
 
 from __future__ import annotations
@@ -140,12 +141,12 @@ def main(arguments: list[str] | None = None) -> None:
     from benchmarks.records import commit, keep, provenance
     from fastddim import backends
 
-    torch.set_num_threads(1)
     others = [path.resolve() for path in args.beside]
     if ROOT in others:
         parser.error(f"--beside must name another checkout, got {ROOT}")
     there = backends.available("cpu")
-    section = provenance("python -m benchmarks.host") | {"beside": [commit(o) for o in others]}
+    section = provenance("python -m benchmarks.host") | {"threads": 1}
+    section["beside"] = [commit(other) for other in others]
     section["rows"] = rows = []
     for backend in args.backends or there:
         rows += rows_of(backend, others, args.processes, args.rounds)

@@ -49,7 +49,8 @@ class Clocked:
 def pipeline(loops: Loops, model: Clocked, name: str) -> Run:
     """diffusers' pipeline with this scheduler; it draws the same x_T."""
     made: Any = importlib.import_module("diffusers").DDIMPipeline(
-        unet=lambda x, t: SimpleNamespace(sample=model(x, t)),
+        # A pipeline tells one t for the whole batch, where our models read one for each sample.
+        unet=lambda x, t: SimpleNamespace(sample=model(x, t.expand(len(x)))),
         scheduler=scheduler("DDIMScheduler", loops.steps, "cpu"),
     )
     made.unet.config, made.unet.dtype = model.config, model.dtype
