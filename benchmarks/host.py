@@ -147,6 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
     there = backends.available("cpu")
     section = provenance("python -m benchmarks.host") | {"threads": 1}
     section["beside"] = [commit(other) for other in others]
+    for path in args.beside:  # where it lies is nobody else's concern
+        section["command"] = section["command"].replace(str(path), path.name)
     section["rows"] = rows = []
     for backend in args.backends or there:
         rows += rows_of(backend, others, args.processes, args.rounds)
