@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     if ROOT in others:
         parser.error(f"--beside must name another checkout, got {ROOT}")
     there = backends.available("cpu")
-    section = provenance("python -m benchmarks.host") | {"threads": 1}
+    section: Record = provenance("python -m benchmarks.host") | {"threads": 1}
     section["beside"] = [commit(other) for other in others]
     for path in args.beside:  # where it lies is nobody else's concern
         section["command"] = section["command"].replace(str(path), path.name)
