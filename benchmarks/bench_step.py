@@ -15,6 +15,8 @@ Nothing is timed whose result is wrong; its row fails. ``extra_info`` has, of ea
     us_per_step         [median, low, high], as are
     times_seed          how often the step fits into that of the loop people run
     times_diffusers, times_compile      or into that of these
+    times_plain, times_tensors  or into that of a plain loop, its factors made before as numbers, or
+                        as tensors of no dimensions, on a CPU the faster of the two
     of_copy             the share of a copy's speed at which it moves its bytes
 """
 
@@ -35,12 +37,14 @@ from benchmarks.records import keep, provenance
 from benchmarks.timing import Record, WrongResultError, by, interval, rounded, times, wall_seconds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = ((4, 3, 32, 32), (1, 4, 64, 64), (64, 3, 256, 256), (1, 16, 7), (1, 16, 21, 60, 104))
+SHAPES = ((4, 3, 32, 32), (64, 3, 256, 256), (1, 16, 7), (1, 16, 21, 60, 104))
 ETAS = (0, 1)
 NAMES = [name for name, peer in PEERS.items() if DEVICE in peer.devices]
 MUST_MOVE = 12
 """Bytes of an element that a step cannot but read and write."""
-BASES = ("seed", "diffusers", "compile")
+BASES = ("seed", "diffusers", "plain", "tensors", "compile")
+BESIDE = ("seed", "plain", *(("tensors",) if DEVICE == "cpu" else ()))
+"""What every table times, be it asked for as a row or not: what its rows are held against."""
 GROUPS = [(shape, eta) for shape in SHAPES for eta in ETAS]
 
 
@@ -69,7 +73,7 @@ class Table:
         self.wrong: dict[str, Exception] = {}
         loops = Loops(shape, self.steps, eta, DEVICE)
         runs: dict[str, Callable[[], object]] = {}
-        for name in dict.fromkeys(["seed", *names]):
+        for name in dict.fromkeys([*BESIDE, *names]):
             try:
                 runs[name] = PEERS[name].ready(loops)
             except MissingError as error:  # noqa: PERF203 (each on its own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.gpu_sections import COMPILED
+from benchmarks.gpu_sections import BY_NUMBERS, COMPILED
 from benchmarks.markdown import grid, median, met, met_at_most, span
 from benchmarks.timing import Record, by
 
@@ -120,22 +120,37 @@ def peers(rows: list[Record]) -> str:
 
 
 def host(rows: list[Record]) -> str:
-    lines = [["a call's Python", "µs"]]
-    lines += [
-        [f"`{r['call']}`" if "call" in r else "", reason(r) or f"{r['us']:.3g}"] for r in rows
-    ]
+    lines = [["the host's time for a call or a step", "µs", "of torch.add(out=)", "asked", "met"]]
+    for row in rows:
+        call, why = f"`{row['call']}`" if "call" in row else "", reason(row)
+        if why is not None:
+            lines.append([call, why, "", "", ""])
+        elif "times" in row:
+            ends = [f"≥ {row['asked_at_least']:g}×", met(row["times"], row["asked_at_least"])]
+            lines.append([call, f"{row['times']:.3g}×", "", *ends])
+        else:
+            # The first record says neither.
+            of = [span(row["of_add"])] if "of_add" in row else [""]
+            asked = row.get("asked")
+            ends = (
+                ["", ""] if asked is None else [f"≤ {asked:g}×", met_at_most(row["of_add"], asked)]
+            )
+            lines.append([call, f"{row['us']:.3g}", *of, *ends])
     return grid(*lines)
 
 
 def loops(rows: list[Record]) -> str:
-    lines = [["the loop without its model", "shape", "η", "µs a step", "original / it"]]
+    head = ["the loop without its model", "shape", "η", "µs a step", "original / it"]
+    lines = [[*head, "plain loop / it"]]
     for row in rows:
         begin = [row.get("loop", ""), by(row["shape"]), f"{row['eta']:g}"]
         why = reason(row)
         if why is not None:
-            lines.append([*begin, "", why])
+            lines.append([*begin, "", why, ""])
             continue
-        lines.append([*begin, span(row["us_per_step"], ""), span(row["times_faster"])])
+        # Records made before the plain loop was a peer do not say it.
+        held = span(row["times_plain"]) if "times_plain" in row else ""
+        lines.append([*begin, span(row["us_per_step"], ""), span(row["times_faster"]), held])
     return grid(*lines)
 
 
@@ -216,6 +231,7 @@ def headline(record: Record) -> str:
         parts.append(f"a step reaches {span(row['of_copy'], '')} of a copy's speed")
     beside = {
         "eager": "eager PyTorch",
+        BY_NUMBERS: "eager PyTorch with factors made before as numbers",
         "eager, randn_like (the original loop's step)": "the original loop's step",
         COMPILED: "`torch.compile` of the simplified maths",
     }

@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 
 import fastddim
-from benchmarks import ladder, sanitizer
+from benchmarks import ladder, plain, sanitizer
 from benchmarks.checks import Given, as_step, checked_graph, differ, differing
 from benchmarks.children import Deadline, Pipe
 from benchmarks.loop import SEED, contenders, others
-from benchmarks.peers import SIGMAS, simplified, simplified_factors, simplified_noisy
+from benchmarks.peers import PEERS, SIGMAS, Loops, simplified, simplified_factors, simplified_noisy
 from benchmarks.timing import (
     LEFT_OUT,
     Call,
@@ -56,7 +56,8 @@ from benchmarks.timing import (
     wall_seconds,
 )
 from benchmarks.variants import VARIANTS, Variant, launch_arguments
-from fastddim import reference
+from fastddim import backends, reference
+from fastddim.bound import Bound
 from fastddim.noise import STEP
 
 DEVICE = "cuda"
@@ -251,6 +252,9 @@ def yardsticks(sizes: Sizes, deadline: Deadline) -> Iterator[Record]:
 
 
 COMPILED = "torch.compile, simplified"
+BY_NUMBERS = "eager, factors made before as numbers"
+STEP_TOLERANCE = 1e-3
+"""How far a step may be from the reference whose factors are rounded otherwise."""
 
 
 def peers(sizes: Sizes, deadline: Deadline) -> Iterator[Record]:
@@ -270,6 +274,12 @@ def peers(sizes: Sizes, deadline: Deadline) -> Iterator[Record]:
         x = xs[i % count]
         return reference.ddim_step(x, outputs[i % count], row, torch.randn_like(x))
 
+    factors = plain.numbers(row[None])
+
+    def by_numbers(i: int) -> Tensor:
+        output = outputs[i % count]
+        return plain.plain(lambda x, t: output, xs[i % count], factors, [False], [None])
+
     graphs = {
         "fastddim": checked_graph("epsilon", sets, launches),
         "fastddim, counter noise": checked_graph("epsilon philox", noisy, launches),
@@ -277,6 +287,11 @@ def peers(sizes: Sizes, deadline: Deadline) -> Iterator[Record]:
         "eager, randn_like (the original loop's step)": captured(eager_noisy, launches),
     }
     without: dict[str, Record] = {}
+    gap = (by_numbers(0) - reference.ddim_step(xs[0], outputs[0], row)[0]).abs().max().item()
+    if gap <= STEP_TOLERANCE:
+        graphs[BY_NUMBERS] = captured(by_numbers, launches)
+    else:
+        without[BY_NUMBERS] = {"wrong": f"{BY_NUMBERS}: off by {gap:g}"}
 
     def compiled(name: str, function: Any, *factors: Tensor) -> None:
         try:
@@ -294,7 +309,7 @@ def peers(sizes: Sizes, deadline: Deadline) -> Iterator[Record]:
             return
         # Of its own noise, as of normals, mean and deviation are known.
         allowed = max(0.01, SIGMAS / math.sqrt(rest.numel()))
-        if error > 1e-3 if len(factors) == 2 else max(map(abs, moments)) > allowed:
+        if error > STEP_TOLERANCE if len(factors) == 2 else max(map(abs, moments)) > allowed:
             without[name] = {"wrong": f"{name}: off by {error:g}, noise by {moments}"}
             return
         graphs[name] = graph
@@ -363,8 +378,61 @@ def tuning(names: tuple[str, ...], sizes: Sizes, deadline: Deadline) -> Iterator
             }
 
 
+ADD, DDIM_STEP, SAMPLE = "torch.add(out=)", "fastddim.ddim_step", "DDIM.sample"
+TOLD: dict[str, Callable[[Tensor], Any]] = {
+    "told numbers": Tensor.tolist,
+    "told CUDA tensors": Tensor.unbind,
+}
+FAST, THEIRS = (
+    {how: f"{name}, {how}" for how in TOLD}
+    for name in ("FastDDIMScheduler", "diffusers' DDIMScheduler")
+)
+OF_ADD = {DDIM_STEP: 4.0, SAMPLE: 2.5, **dict.fromkeys(FAST.values(), 4.0)}
+"""How many times ``torch.add(out=)`` each may cost the host, at most."""
+AGAINST_DIFFUSERS = 8.0
+"""How often our scheduler must fit into diffusers', both being told CUDA tensors, at least."""
+HOST_ROUNDS = 60
+
+
+def loops_of_host() -> tuple[dict[str, Callable[[], object]], dict[str, Record]]:
+    """Loops of ``STEPS`` steps whose results are right, and why others are not there."""
+    made = Loops((1, *SMALL), STEPS, 0.0, DEVICE)
+    right = partial(made.equal, want=lambda: made.eager(None))
+    wanted: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+        SAMPLE: (lambda: made.sample, right),
+        plain.NUMBERS: (lambda: PEERS["plain"].make(made), made.as_reference),
+    }
+    for how, told in TOLD.items():
+        for name, ours in (("FastDDIMScheduler", True), ("DDIMScheduler", False)):
+            title = (FAST if ours else THEIRS)[how]
+            wanted[title] = partial(made.scheduled, name, told), made.near
+    runs: dict[str, Callable[[], object]] = {}
+    without: dict[str, Record] = {}
+    for name, (make, check) in wanted.items():
+        try:
+            run = make()
+            check(run)
+        except WrongResultError as error:  # noqa: PERF203 (each on its own)
+            without[name] = {"wrong": f"{name}: {error}"}
+        except ImportError as error:  # of diffusers, say
+            without[name] = {"failed": last_line(error)}
+        else:
+            runs[name] = run
+    return runs, without
+
+
+def repeated(call: Callable[[], object]) -> Callable[[], None]:
+    """The call as often as a loop takes a step."""
+
+    def run() -> None:
+        for _ in range(STEPS):
+            call()
+
+    return run
+
+
 def host(deadline: Deadline) -> Iterator[Record]:
-    """Microseconds of Python a call costs, on a tensor too small to matter."""
+    """Microseconds of the host for a call or a loop's step, on a tensor too small to matter."""
     import fastddim_kernels.launch
 
     launch: Any = fastddim_kernels.launch
@@ -385,17 +453,52 @@ def host(deadline: Deadline) -> Iterator[Record]:
     with mock.patch.object(launch, "ddim_step_kernel", Recorder()):
         fastddim_kernels.ddim_step(**found)
     ((grid, args, options),) = launches
-    into = found["out"]
+    x, output, table, into = (found[name] for name in ("x", "output", "table", "out"))
+    rest = None, None, None, None, into, None, None
+    launched = Bound(backends.backend(DEVICE, "triton"), backends.Fixed()).launch(
+        x, output, table, 0, *rest
+    )
+    into.fill_(float("nan"))
+    launched(x, output, table, 0, *rest)
+    bound = fastddim.bind(table)
+    want, _ = reference.ddim_step(x, output, table[0])
+    for name, got in (("bound launch", into), ("bound step", bound(x, output, 0)[0])):
+        if not torch.equal(got, want):
+            differ(f"the {name} on 1x{by(SMALL)}", ["out"])
+    runs, without = loops_of_host()
     calls: dict[str, Callable[[], object]] = {
-        "fastddim.ddim_step": lambda: fastddim.ddim_step(**step),
+        ADD: lambda: torch.add(x, output, out=into),
+        "bound launch": lambda: launched(x, output, table, 0, *rest),
+        "fastddim.bind": lambda: bound(x, output, 0, want_x0=False),
+        DDIM_STEP: lambda: fastddim.ddim_step(**step),
         "fastddim.ddim_step(out=)": lambda: fastddim.ddim_step(**step, out=into),
         "torch.ops.fastddim.ddim_step": lambda: op(*in_order),
         "fastddim_kernels.ddim_step": lambda: fastddim_kernels.ddim_step(**found),
         "Triton's own launch": lambda: kernel[grid](*args, **options),
-        "torch.add(out=)": lambda: torch.add(found["x"], found["output"], out=into),
     }
-    for name, seconds in host_seconds(calls).items():
-        yield {"call": name, "us": rounded(seconds * 1e6)}
+    runs = {name: repeated(call) for name, call in calls.items()} | runs
+    taken = host_seconds(runs, HOST_ROUNDS, 1)
+    for name, seconds in taken.items():
+        of_add = seconds / taken[ADD]
+        row: Record = {
+            "call": name,
+            "us": rounded(seconds / STEPS * 1e6),
+            "of_add": rounded(of_add),
+        }
+        if name in OF_ADD:
+            row |= {"asked": OF_ADD[name], "met": of_add <= OF_ADD[name]}
+        yield row
+    for name, why in without.items():
+        yield {"call": name, **why}
+    ours, theirs = (of["told CUDA tensors"] for of in (FAST, THEIRS))
+    if ours in taken and theirs in taken:
+        ratio = taken[theirs] / taken[ours]
+        yield {
+            "call": f"{theirs} / {ours}",
+            "times": rounded(ratio),
+            "asked_at_least": AGAINST_DIFFUSERS,
+            "met": ratio >= AGAINST_DIFFUSERS,
+        }
 
 
 def replays(deadline: Deadline) -> Iterator[Record]:
@@ -461,11 +564,13 @@ def loops(shape: tuple[int, ...], steps: int, eta: float, deadline: Deadline) ->
         found, missing = others(shape, steps, eta, DEVICE)
     runs |= found
     taken = wall_seconds(runs, torch.cuda.synchronize, min(5.0, deadline.left()))
+    held = plain.NUMBERS in taken
     for name, seconds in taken.items():
         yield label | {
             "loop": name,
             "us_per_step": [rounded(s / steps * 1e6) for s in interval(seconds)],
             "times_faster": times(taken[SEED], seconds),
+            **({"times_plain": times(taken[plain.NUMBERS], seconds)} if held else {}),
             "rounds": len(seconds),
         }
     for name, reason in missing.items():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import fastddim
-from benchmarks import peers
+from benchmarks import peers, plain
 from benchmarks.children import Deadline
 from benchmarks.timing import (
     LEFT_OUT,
@@ -345,6 +345,16 @@ def eager_step(ready: Ready, model: Model) -> Run:
     return run
 
 
+def plain_loop(ready: Ready) -> Run:
+    """The six lines, their factors being Python floats, which no launch has to read."""
+    eps, rows = eps_of(ready, ready.model), plain.numbers(ready.table)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return eps(x, t).float()
+
+    return lambda: plain.plain(model, ready.x, rows, [False] * len(rows), ready.ts)
+
+
 def fused(ready: Ready) -> Run:
     options: Any = ready.conditions | {"dtype": ready.case.dtype}
     return lambda: ready.ddim.sample(ready.model, ready.x, **options)
@@ -432,6 +442,7 @@ RUNGS: dict[str, tuple[Callable[[Ready], Run], str]] = {
     CAPTURE: (fused_in_a_graph, GRAPH),
     "eager step, factors made before": (lambda r: eager_step(r, r.model), EAGER),
     TORCH_COMPILE: (lambda r: eager_step(r, r.fast()), COMPILED),
+    plain.NUMBERS: (plain_loop, EAGER),
     "diffusers' DDIMScheduler": (diffusers_loop, EAGER),
     "the original loop, without its copies to the CPU": (without_copies, EAGER),
     "eager step, factors made before, in a graph": (

@@ -87,12 +87,15 @@ def others(
 ) -> tuple[dict[str, Run], dict[str, str]]:
     """The peers that are no function of the original loop's, and why others cannot be had here.
 
-    On a GPU these are diffusers' scheduler and ours: a compiled step has a section of its own.
+    On a GPU these are a plain loop, diffusers' scheduler and ours: a compiled step has a section of
+    its own.
     """
     loops = Loops(shape, steps, eta, device)
     found: dict[str, Run] = {}
     missing: dict[str, str] = {}
-    for name in (*(("compile", "same") if device == "cpu" else ()), "diffusers"):
+    # On a GPU the reference step, one of the contenders, has its factors as tensors already.
+    on_cpu = ("tensors", "compile", "same") if device == "cpu" else ()
+    for name in ("plain", *on_cpu, "diffusers"):
         peer = PEERS[name]
         try:
             found[peer.title] = peer.ready(loops)
@@ -149,7 +152,7 @@ def measure(
 
 
 def rows_of(seconds: dict[str, list[float]], eta: float, steps: int) -> list[Record]:
-    compiled = PEERS["same"].title
+    bases = {f"times_{name}": PEERS[name].title for name in ("plain", "tensors", "same")}
     return [
         {
             "eta": eta,
@@ -157,7 +160,7 @@ def rows_of(seconds: dict[str, list[float]], eta: float, steps: int) -> list[Rec
             "ms_per_step": [rounded(s / steps * 1e3) for s in interval(took)],
             "times_seed": times(seconds[SEED], took),
         }
-        | ({"times_same": times(seconds[compiled], took)} if compiled in seconds else {})
+        | {key: times(seconds[base], took) for key, base in bases.items() if base in seconds}
         for name, took in seconds.items()
     ]
 
@@ -192,14 +195,16 @@ def main() -> None:
         if args.busy:
             other.terminate()
     print(f"{by(shape)}, {args.steps} steps, {args.threads} threads, {cpu_name()}")
-    head = f"{'seed/it':>9}{'(95% interval)':>21}{'same/it':>9}{'(95% interval)':>21}"
+    bases = ("seed", "plain", "tensors", "same")
+    print("plain, tensors: a plain loop, its factors made before as numbers, or as tensors")
     print("same: torch.compile of the reference step, the very same maths")
-    print(f"{'eta':>4}  {'loop':<41}{'ms/step':>9}{head}")
+    head = "".join(f"{f'{base}/it':>11}{'(95% interval)':>21}" for base in bases)
+    print(f"{'eta':>4}  {'loop':<45}{'ms/step':>9}{head}")
     for r in rows:
-        print(f"{r['eta']:>4.0f}  {r['loop']:<41}{r['ms_per_step'][0]:>9}", end="")
-        for name in ("times_seed", "times_same"):
-            ratio, low, high = r.get(name, ("", "", ""))
-            print(f"{ratio:>9}{f'({low} to {high})':>21}", end="")
+        print(f"{r['eta']:>4.0f}  {r['loop']:<45}{r['ms_per_step'][0]:>9}", end="")
+        for base in bases:
+            ratio, low, high = r.get(f"times_{base}", ("", "", ""))
+            print(f"{ratio:>11}{f'({low} to {high})' if low else '':>21}", end="")
         print()
     section = provenance("python -m benchmarks.loop") | {
         "shape": shape,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fastddim
+from benchmarks import plain
 from benchmarks.timing import WrongResultError, by, last_line
 from fastddim import backends, reference
 from fastddim.noise import STEP
@@ -142,13 +143,16 @@ class Loops:
         last = reference.generalized_steps(x, self.seq, model, self.betas, self.eta)[0][-1]
         return last.view(self.shape)
 
-    def scheduled(self, name: str) -> Run:
-        """A scheduler as diffusers' pipelines run it: each t a tensor on the device."""
+    def scheduled(self, name: str, told: Callable[[Tensor], Any] = Tensor.unbind) -> Run:
+        """A scheduler as diffusers' pipelines run it: each t a tensor on the device.
+
+        ``told`` makes of the timesteps what it is told of them instead, as ``Tensor.tolist`` does.
+        """
         made = scheduler(name, self.steps, self.device)
 
         def run() -> Tensor:
             x = self.x
-            for t in made.timesteps:
+            for t in told(made.timesteps):
                 x = made.step(self.model(x, t), t, x, eta=self.eta).prev_sample
             return x
 
@@ -184,6 +188,10 @@ class Loops:
             return x
 
         return run
+
+    def plain(self, rows: list[plain.Row]) -> Run:
+        """The six lines, of which each row's factors were made before."""
+        return lambda: plain.plain(self.model, self.x, rows, self.noisy, self.ts, self.stream(3))
 
     # As fastddim does
 
@@ -222,10 +230,13 @@ class Loops:
             x, _ = reference.ddim_step(x, self.model(x, t), self.table[row], z)
         return x
 
-    def near(self, run: Run) -> None:
-        """Raises unless the run gives the reference's result, noise from the same stream."""
+    def near(self, run: Run, expected: Run | None = None) -> None:
+        """Raises unless the run gives the reference's result, noise from the same stream.
+
+        ``expected`` is the reference with another stream than PyTorch's own.
+        """
         torch.manual_seed(4)
-        want = self.eager(None).double()
+        want = (self.eager(None) if expected is None else expected()).double()
         torch.manual_seed(4)
         gap = run().to(want.device).double() - want  # the seed's loop ends on the CPU
         off = (gap.square().mean() / want.square().mean()).sqrt().item()
@@ -239,6 +250,14 @@ class Loops:
         torch.manual_seed(4)
         if not torch.equal(run(), expected):
             raise WrongResultError("it is not what it must be, bit for bit")
+
+    def as_reference(self, run: Run) -> None:
+        """Raises unless the run gives the reference's result, noise from ``sample``'s generator.
+
+        It is compared bit for bit on a CPU. A GPU divides by a Python float through its reciprocal.
+        """
+        check = self.equal if self.device == "cpu" else self.near
+        check(run, lambda: self.eager(self.stream(3)))
 
     def near_but_for_noise(self, run: Run) -> None:
         """Raises unless the run gives the reference's result with some normals as its noise.
@@ -323,6 +342,19 @@ PEERS = {
         lambda loops: loops.scheduled("DDIMScheduler"),
         Loops.near,
         "torch.randn",
+    ),
+    "plain": Peer(
+        plain.NUMBERS,
+        lambda loops: loops.plain(plain.numbers(loops.table)),
+        Loops.as_reference,
+        "generator",
+    ),
+    "tensors": Peer(
+        plain.TENSORS,
+        lambda loops: loops.plain(plain.tensors(loops.table)),
+        Loops.as_reference,
+        "generator",
+        devices=(),
     ),
     "compile": Peer(
         "torch.compile of the simplified maths",

@@ -22,12 +22,11 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numba", "triton", "diffusers")
 
 
-def commit() -> str:
+def commit(where: Path = RESULTS.parent) -> str:
+    """The commit that is checked out there."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        out = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=RESULTS.parent
-        )
+        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=where)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return out.stdout.strip()

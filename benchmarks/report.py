@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import codegen, gpu_report
+from benchmarks import codegen, gpu_report, host
 from benchmarks.markdown import duration, grid, met, percent, span
 from benchmarks.peers import PEERS
 from benchmarks.records import RESULTS
@@ -29,7 +29,7 @@ BLOCK = re.compile(r"(<!-- report: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTA
 NONE = "Not yet measured."
 LARGE = [64, 3, 256, 256]
 OURS = ("scheduler", "pytorch", "numba", "triton")
-THEIRS = ("seed", "diffusers", "compile")
+THEIRS = ("seed", "diffusers", "plain", "tensors", "compile")
 SEED = "seed's loop"
 
 
@@ -218,6 +218,11 @@ FIGURES = (
     Figure("pytorch", "diffusers", 0, 4, LARGE),
     Figure("numba", "diffusers", 0, 4, LARGE),
     Figure("scheduler", "diffusers", 0, 4, LARGE),
+    *(
+        Figure(peer, "plain", eta, 1)
+        for peer in ("scheduler", "pytorch", "numba")
+        for eta in (0, 1)
+    ),
     Figure("numba", "compile", 0, 1),
     Figure("numba", "compile", 1, 1),
 )
@@ -246,6 +251,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "whole": lambda results: each(results, "whole", whole),
     "loop": lambda results: each(results, "loop", loops),
     "busy": lambda results: each(results, "loop-busy", loops),
+    "host": lambda results: each(results, "host", host.shown),
     "writing": lambda results: each(results, "writing", writing),
     "cost": cost,
     "codegen": machine_code,

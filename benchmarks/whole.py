@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ladder import CIFAR10, TOLERANCE, UNet
-from benchmarks.peers import Loops, Run, scheduler
+from benchmarks.peers import PEERS, Loops, Run, scheduler
 from benchmarks.records import keep, provenance
 from benchmarks.timing import Record, WrongResultError, interval, rounded, times, turn
 from fastddim import embedded
@@ -49,7 +49,8 @@ class Clocked:
 def pipeline(loops: Loops, model: Clocked, name: str) -> Run:
     """diffusers' pipeline with this scheduler; it draws the same x_T."""
     made: Any = importlib.import_module("diffusers").DDIMPipeline(
-        unet=lambda x, t: SimpleNamespace(sample=model(x, t)),
+        # A pipeline tells one t for the whole batch, where our models read one for each sample.
+        unet=lambda x, t: SimpleNamespace(sample=model(x, t.expand(len(x)))),
         scheduler=scheduler("DDIMScheduler", loops.steps, "cpu"),
     )
     made.unet.config, made.unet.dtype = model.config, model.dtype
@@ -92,6 +93,7 @@ def whole(name: str, rounds: int) -> list[Record]:
         SEED: loops.seed,
         PIPELINE: pipeline(loops, model, "DDIMScheduler"),
         f"{PIPELINE}, FastDDIMScheduler": pipeline(loops, model, "FastDDIMScheduler"),
+        PEERS["plain"].title: PEERS["plain"].make(loops),
         "DDIM.sample": loops.sample,
     }
     want = loops.seed()
@@ -140,7 +142,7 @@ def main() -> None:
     for r in rows:
         share, us, faster = r["outside"], r["outside_us_per_step"], r["times_pipeline"]
         print(
-            f"{r['model']:<14}{r['loop']:<32}{r['ms'][0]:>8} ms  outside {share[0]:.2%} "
+            f"{r['model']:<14}{r['loop']:<36}{r['ms'][0]:>8} ms  outside {share[0]:.2%} "
             f"({share[1]:.2%} to {share[2]:.2%}), {us[0]} µs a step  "
             f"{PIPELINE} / it {faster[0]} ({faster[1]} to {faster[2]})"
         )

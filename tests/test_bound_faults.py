@@ -1,7 +1,4 @@
-"""REVIEW OF 7f4e359: each of these tests FAILS there, and passes on 4b92e8f unless it says NEW.
-
-The last words of each docstring name the mend. Those that end the process run in one of their own.
-"""
+"""What is remembered between calls never shows: in other modes, devices, graphs, kinds of tensor."""
 
 from __future__ import annotations
 
@@ -65,7 +62,7 @@ WRAPPER = """
 
 
 def test_a_number_for_guidance_stays_where_a_graph_reads_it() -> None:
-    """step._Step._weight: a graph has its address, the next number frees it."""
+    """A graph that reads the number w from memory keeps that memory."""
 
     def body() -> Tensor:
         return ddim_step(X, BOTH, coefficients, 1, guidance=7.5)[0]
@@ -81,14 +78,14 @@ def test_a_number_for_guidance_stays_where_a_graph_reads_it() -> None:
 
 
 def test_the_torch_backend_samples_on_one_device_after_another() -> None:
-    """NEW. The same, as a sampler meets it."""
+    """A launch that was bound on one device is not another's."""
     with fastddim.using("torch"):
         for device in ("cpu", "meta"):
             assert DDIM(4).sample(halved, X.to(device)).device.type == device
 
 
 def test_a_fake_step_leaves_no_guidance_behind() -> None:
-    """step._Step._weight: of a fake tensor the address is 0, which stands for no guidance."""
+    """A fake tensor has the address 0, which stands for no guidance."""
     printed = ran(
         """
         from torch._subclasses import FakeTensorMode
@@ -106,7 +103,7 @@ def test_a_fake_step_leaves_no_guidance_behind() -> None:
 
 @pytest.mark.parametrize("first", ["fake", "real"])
 def test_fake_and_real_samples_leave_nothing_to_each_other(first: str) -> None:
-    """plan.Plan._on_cpu: kept whatever mode made it."""
+    """A table that a mode has made is not kept for steps outside of it."""
     printed = ran(
         f"""
         from torch._subclasses import FakeTensorMode
@@ -125,7 +122,7 @@ def test_fake_and_real_samples_leave_nothing_to_each_other(first: str) -> None:
 
 
 def test_noise_that_is_a_subclass_is_added() -> None:
-    """bound.Bound.launch asks x and output alone for their class: of W the address is 0, no noise."""
+    """A wrapper has the address 0, which would stand for no noise."""
     printed = ran(
         WRAPPER
         + """
@@ -139,7 +136,7 @@ def test_noise_that_is_a_subclass_is_added() -> None:
 
 
 def test_a_table_that_is_a_subclass() -> None:
-    """step._Step.__call__: ``seen`` lacks the table's class; address 0 is read."""
+    """A wrapper has the address 0, which would be read."""
     printed = ran(
         WRAPPER
         + """
@@ -151,7 +148,7 @@ def test_a_table_that_is_a_subclass() -> None:
 
 
 def test_an_output_that_is_a_negated_view() -> None:
-    """run.Stepper.step and bound.Bound.launch read memory past the negative bit: add is_neg()."""
+    """The memory of a tensor that a bit negates holds the opposite values."""
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return torch.complex(x * 0.1, x * 0.5).conj().imag
@@ -162,7 +159,7 @@ def test_an_output_that_is_a_negated_view() -> None:
 
 
 def test_an_output_of_efficient_zeros() -> None:
-    """The same of _is_zerotensor(), which has no memory: the process ends."""
+    """A tensor of zeros alone has no memory, and reading it would end the process."""
     printed = ran(
         """
         model = lambda x, t: torch._efficientzerotensor(x.shape)
@@ -174,7 +171,7 @@ def test_an_output_of_efficient_zeros() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_jit_trace_sees_the_step() -> None:
-    """bound.watched: torch._C._get_tracing_state() is not asked; the trace holds memory as it was."""
+    """A trace that does not see the step would hold its result as a constant."""
     coefficients = table()
 
     def step(x: Tensor, output: Tensor) -> Tensor:
@@ -186,7 +183,7 @@ def test_jit_trace_sees_the_step() -> None:
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_sampler_inside_of_torch_compile(warm: bool) -> None:
-    """bound.Bound.launch and the launches are traced: ask is_compiling() and go by the op."""
+    """torch.compile makes a symbol of the row's number."""
     printed = ran(
         f"""
         ddim, net = fastddim.DDIM(4, eta=1.0), torch.nn.Conv2d(3, 3, 1)
@@ -202,7 +199,7 @@ def test_a_sampler_inside_of_torch_compile(warm: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_symbolic_shapes() -> None:
-    """step._Step.__call__: symbolic sizes have no hash, and the look-up is outside of the try."""
+    """Sizes that are symbols have no hash."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def step(x: Tensor, output: Tensor, coefficients: Tensor) -> Tensor:
@@ -213,7 +210,7 @@ def test_symbolic_shapes() -> None:
 
 
 def test_a_clip_that_is_a_tensor_is_read_each_time() -> None:
-    """step.ddim_step: the key holds the tensor itself, which is equal to itself: key by the float."""
+    """A tensor equals itself, whatever has been written into it since."""
     clip: Any = torch.tensor(1.0)
     ddim_step(10 * X, OUTPUT, table(), 1, clip=clip)
     clip.fill_(0.25)
@@ -224,7 +221,7 @@ def test_a_clip_that_is_a_tensor_is_read_each_time() -> None:
 
 @pytest.mark.parametrize("lies", ["contiguous", "transposed"])
 def test_a_table_is_freed_by_the_torch_backend(lies: str) -> None:
-    """blocked._kept: the factors are views, whose base the table is, so that it never dies."""
+    """Factors that were views would hold their table, so that it would never be freed."""
     from fastddim import blocked
 
     with fastddim.using("torch"):
@@ -242,7 +239,7 @@ def test_a_table_is_freed_by_the_torch_backend(lies: str) -> None:
 
 
 def test_a_loop_stays_with_its_backend_while_it_is_watched() -> None:
-    """NEW. bound.by_op asks for the backend anew: a loop changes its noise's bits half way."""
+    """A loop that goes on under a profiler keeps its backend, and its noise its bits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watching(TorchDispatchMode):
@@ -267,7 +264,7 @@ def test_a_loop_stays_with_its_backend_while_it_is_watched() -> None:
 
 
 def test_two_threads_that_bind_at_once_count_far_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NEW. fused._counting: another thread's shorter array may be the last: row 4000 lies beyond."""
+    """The array that another thread adds last may be shorter."""
     from fastddim import fused
 
     class Counted(list[Any]):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fastddim
-from benchmarks import gpu, ladder
+from benchmarks import gpu, ladder, plain
 from benchmarks.children import Deadline
 from benchmarks.ladder import BESIDE_COMPILE, CAPTURE, MODELS, PLAIN, RUNGS, SEED, TORCH_COMPILE
 from benchmarks.timing import Record, wall_seconds
@@ -278,12 +278,13 @@ def test_the_cases_are_what_they_are_called_and_in_the_order_of_their_worth() ->
         ("robot policy, beside torch.compile, float32", BESIDE_COMPILE),
     ]
     assert len({name for name, *_ in plan}) == len(plan) == 9
-    assert list(RUNGS)[:5] == [
+    assert list(RUNGS)[:6] == [
         SEED,
         "DDIM.sample",
         CAPTURE,
         "eager step, factors made before",
         TORCH_COMPILE,
+        plain.NUMBERS,
     ]
 
 

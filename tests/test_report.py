@@ -115,6 +115,29 @@ def test_figures_name_the_worst_shape_and_whether_they_are_met() -> None:
     assert "90.00% (80.00%–100.00%)" in shown
 
 
+def test_the_plain_loop_is_a_figure_and_a_loss_where_it_was_measured() -> None:
+    section = {
+        "rows": [
+            row("plain", 0, [1, 16, 7], times_plain=[1.0, 1.0, 1.0], times_tensors=[0.7] * 3),
+            row("scheduler", 0, [1, 16, 7], times_plain=[0.8, 0.7, 0.9], times_tensors=[0.5] * 3),
+            row("numba", 0, [1, 16, 7], times_plain=[2.0, 1.9, 2.1], times_tensors=[1.5] * 3),
+        ]
+    }
+    scheduler, numba = report.figures(section).splitlines()[2:]
+    assert scheduler.endswith("against a plain loop, factors made before | any shape, here 1x16x7 "
+                              "| ≥ 1× | 0.8× (0.7–0.9) | **no** |")  # fmt: skip
+    assert numba.endswith("| 2× (1.9–2.1) | yes |")
+    first, second = report.losses(section).splitlines()
+    assert first.endswith("1.25 times as long (1.11–1.43) as a plain loop, factors made before")
+    assert second.endswith("2 times as long (2–2) as a plain loop, factors made before as tensors")
+    # Records made before it was a peer are shown without it.
+    of_gpu = {"loop": "DDIM.sample", "shape": [1, 16, 7], "eta": 0, "us_per_step": [2.0] * 3}
+    old = of_gpu | {"times_faster": [9.0, 8.0, 10.0]}
+    table = gpu_report.loops([old, old | {"loop": "new", "times_plain": [3.0, 2.0, 4.0]}])
+    assert cells(table, "DDIM.sample")[-1].startswith("9× (8–10)")
+    assert cells(table, "new")[-2:] == ["9× (8–10)", "3× (2–4)"]
+
+
 # A GPU's record
 
 
@@ -168,6 +191,28 @@ def test_a_gpus_tables_say_what_was_met_and_what_is_wrong() -> None:
     assert table.endswith("† Held against the addition: reasons.")
     assert "**wrong**: out differs" in cells(table, "astray")
     assert "no time" in cells(table, "late")
+
+
+def test_the_hosts_limits_stand_beside_what_was_measured() -> None:
+    theirs, ours = (of["told CUDA tensors"] for of in (gpu_sections.THEIRS, gpu_sections.FAST))
+    table = gpu_report.host(
+        [
+            {"call": "old", "us": 6.3},
+            {"call": "free", "us": 6.3, "of_add": 1.0},
+            {"call": "kept", "us": 15.0, "of_add": 2.4, "asked": 2.5},
+            {"call": "lost", "us": 30.0, "of_add": 4.1, "asked": 4.0},
+            {"call": "ratio", "times": 8.5, "asked_at_least": 8.0},
+            {"call": theirs, "failed": "ImportError: diffusers"},
+        ]
+    )
+    assert "| `old` | 6.3 |  |  |  |" in table
+    assert "| `free` | 6.3 | 1× |  |  |" in table
+    assert cells(table, "`kept`")[1:] == ["15", "2.4×", "≤ 2.5×", "yes"]
+    assert cells(table, "`lost`")[1:] == ["30", "4.1×", "≤ 4×", "**no**"]
+    assert cells(table, "`ratio`")[1:] == ["8.5×", "", "≥ 8×", "yes"]
+    assert "ImportError: diffusers" in cells(table, f"`{theirs}`")[1]
+    assert set(gpu_sections.OF_ADD.values()) == {2.5, 4.0}
+    assert ours in gpu_sections.OF_ADD
 
 
 def test_what_must_not_exceed_a_figure_is_met_below_it() -> None:
@@ -307,7 +352,8 @@ def test_ratios_are_those_of_a_round() -> None:
 def test_every_peer_gives_what_it_must(eta: float) -> None:
     for shape in ((1, 16, 7), (2, 3, 5, 7), (1, 2, 3, 5, 7)):
         loops = Loops(shape, 5, eta)
-        for name in ("seed", "diffusers", "scheduler", "pytorch", *here("numba")):
+        names = ("seed", "diffusers", "plain", "tensors", "scheduler", "pytorch")
+        for name in (*names, *here("numba")):
             PEERS[name].ready(loops)
 
 
@@ -357,7 +403,7 @@ def test_what_is_wrong_or_missing_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
     peers["pytorch"] = Peer("ours", doubled, PEERS["pytorch"].check, "none")
     monkeypatch.setattr(bench_step, "PEERS", peers)
     table = Table(TINY, 0, ["compile", "pytorch", "diffusers"], BRIEF)
-    assert sorted(table.taken) == ["copy", "diffusers", "seed"]
+    assert sorted(table.taken) == sorted(["copy", "diffusers", *bench_step.BESIDE])
     assert table.missing == {"compile": "RuntimeError: No working C++ compiler found"}
     assert str(table.wrong["pytorch"]).startswith("ours at 1x16x7, η = 0: it is not")
     with pytest.raises(MissingError, match="No working"):
@@ -368,6 +414,7 @@ def test_what_is_wrong_or_missing_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
     found = table.row("diffusers")
     assert found["bytes_per_element"] == 56
     assert found["rounds"] == 2
+    assert {"times_seed", "times_plain", "times_tensors"} <= set(found)
     seconds = found["us_per_step"][0] / 1e6
     assert found["gb_per_s"] == pytest.approx(56 * 112 / seconds / 1e9, rel=1e-3)
     assert "times_compile" not in found
