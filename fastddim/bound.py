@@ -97,7 +97,7 @@ class Bound:
             output.stride(),
             table.shape,
             table.stride(),
-            None if isinstance(row, int) else row.stride(),  # type: ignore[union-attr]
+            None if isinstance(row, int) else row.stride(),
             None if seeds is None else seeds.stride(),
             None if noise is None else noise.stride(),
             None if guidance is None else guidance.stride(),
@@ -138,8 +138,11 @@ def is_plain(tensor: Tensor) -> bool:
 
 def watched() -> bool:
     """Returns whether a call of the op would be seen: compiled, traced, profiled, or by a mode."""
-    return bool(
-        torch.compiler.is_compiling() or _dispatch_modes() or _profiled() or _traced() is not None
+    return (
+        torch.compiler.is_compiling()
+        or _dispatch_modes() > 0
+        or _profiled()
+        or _traced() is not None
     )
 
 

@@ -184,7 +184,7 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
     )
     x = noise.initial() if x_T is None else x_T.to(torch.float32)
     known = None
-    if plan.forward is not None:
+    if plan.forward is not None and not (given.get("known") is given.get("mask") is None):
         clean = (*(False for _ in plan.pairs), plan.pairs[-1][1] < 0)
         known = checked_known(given.get("known"), given.get("mask"), x, plan.forward, clean)
     if known is not None and noise.given is not None:

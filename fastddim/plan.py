@@ -60,6 +60,18 @@ class Plan:
         return (self.table[:, _C1] != 0).tolist()  # type: ignore[no-any-return]
 
     @cached_property
+    def given(self) -> list[int]:
+        """What the step of each row is given, by its place in ``PREDICTIONS``."""
+        if self.backwards:
+            return [PREDICTIONS.index("sample" if x0 else "epsilon") for x0 in self.by_x0]
+        return [PREDICTIONS.index(self.prediction)] * len(self.table)
+
+    @cached_property
+    def kinds(self) -> list[int]:
+        """The kind of each row, without guidance and without a next input."""
+        return [16 * said + adds for said, adds in zip(self.given, self.noisy, strict=True)]
+
+    @cached_property
     def _on_cpu(self) -> Tensor:
         # A tensor that is made in inference mode could not be used outside of it.
         with torch.inference_mode(False):
@@ -107,39 +119,32 @@ def rows_of(
     # Each run has levels of its own, because a model may write into what it is given.
     levels = torch.tensor(plan.levels, device=device).unsqueeze(1)
     once = levels.expand(-1, batch).unbind()
-    # Where w is 1 for every sample, the model gets the condition alone: it then does half the work,
-    # and c is exact, which u + 1·(c − u) is not.
-    guided = [False] * count if guidance is None else (guidance != 1).any(1).tolist()
     none: list[Any] = [None] * count
-    asked, w = once, none
-    if guidance is not None:
-        twice = levels.expand(-1, 2 * batch).unbind()
-        asked = tuple((twice if double else once)[i] for i, double in enumerate(guided))
-        w = [row if double else None for row, double in zip(guidance, guided, strict=True)]
+    shifts = none if plan.shift is None else torch.tensor(plan.shift, device=device).unbind()
     # A float32 model that gets each sample once takes x itself, so that nothing is written for it.
     dtype = predictor.dtype
     writable = dtype in OUTPUTS and not inpainted
-    fed = [writable and (double or dtype != torch.float32) for double in guided]
-    feeds = [0] * count
-    for i, following in pairwise(plan.order):
-        feeds[i] = fed[following] * (1 + guided[following])
-    given = [PREDICTIONS.index(plan.prediction)] * count
-    if plan.backwards:
-        given = [PREDICTIONS.index("sample" if x0 else "epsilon") for x0 in plan.by_x0]
-    alike = zip(plan.noisy, guided, feeds, given, strict=True)
-    kinds = [16 * said + 4 * copies + 2 * double + adds for adds, double, copies, said in alike]
+    asked, w = once, none
+    if guidance is None and (dtype == torch.float32 or not writable):
+        feeds, kinds = [0] * count, plan.kinds
+    else:
+        # Where w is 1 for every sample, the model gets the condition alone: it then does half the
+        # work, and c is exact, which u + 1·(c − u) is not.
+        guided = [False] * count if guidance is None else (guidance != 1).any(1).tolist()
+        if guidance is not None:
+            twice = levels.expand(-1, 2 * batch).unbind()
+            asked = tuple((twice if double else once)[i] for i, double in enumerate(guided))
+            w = [row if double else None for row, double in zip(guidance, guided, strict=True)]
+        fed = [writable and (double or dtype != torch.float32) for double in guided]
+        feeds = [0] * count
+        for i, following in pairwise(plan.order):
+            feeds[i] = fed[following] * (1 + guided[following])
+        alike = zip(plan.kinds, feeds, guided, strict=True)
+        kinds = [kind + 4 * copies + 2 * double for kind, copies, double in alike]
+    numbers = range(count)
     columns = (
-        range(count),
-        plan.pairs,
-        range(count),
-        once,
-        asked,
-        w,
-        none if plan.shift is None else torch.tensor(plan.shift, device=device).unbind(),
-        plan.noisy,
-        feeds,
-        given,
-        kinds,
+        *(numbers, plan.pairs, numbers, once, asked, w, shifts),
+        *(plan.noisy, feeds, plan.given, kinds),
     )
-    rows = list(map(Row, *columns))
+    rows = list(map(Row._make, zip(*columns, strict=True)))
     return tuple([rows[i] for i in plan.order])

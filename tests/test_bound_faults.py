@@ -1,4 +1,4 @@
-"""What is remembered between calls never shows: in other modes, devices, graphs, kinds of tensor."""
+"""What is remembered between calls never shows: in modes, devices, graphs, kinds of tensor."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_a_loop_stays_with_its_backend_while_it_is_watched() -> None:
 
     *_, wanted = begun()
     steps = begun()
-    with Watching():
+    with Watching():  # type: ignore[no-untyped-call]
         *_, found = steps
     assert torch.equal(found.x, wanted.x)
 
