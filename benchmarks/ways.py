@@ -123,10 +123,10 @@ class Ways:
         kernel.packed_metadata = 2
 
         def bind(fixed: Any, x: Tensor, output: Tensor, table: Tensor, row: int, *rest: Any) -> Any:
-            rows = torch.arange(STEPS, dtype=torch.int32)
-            first = x, output, table, rows[:1].expand(len(x)), *rest
-            made = launch.BoundStep(x, rows, *launch._choices(*first, *fixed), kernel)
-            made._device = 0  # A tensor on the CPU has no number of a device.
+            first = x, output, table, row, *rest
+            made = launch.BoundStep(x, table, *launch._choices(*first, *fixed))
+            made.direct, made._device = True, 0  # as if the tensors were on a GPU
+            made.adopt(kernel, x)
             return made
 
         # These two would ask a driver that is not there, and each costs less than 0.1 µs.

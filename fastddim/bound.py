@@ -88,7 +88,7 @@ class Bound:
             or not (threshold is None or is_plain(threshold))
             or watched()
         ):
-            return partial(by_op, self.backend.name, self.fixed)
+            return partial(by_op, self.fixed)
         key = (
             x.shape,
             x.stride(),
@@ -153,7 +153,6 @@ _profiled: Callable[[], bool] = _autograd._profiler_enabled
 
 
 def by_op(
-    name: str | None,
     fixed: Fixed,
     x: Tensor,
     output: Tensor,
@@ -170,8 +169,13 @@ def by_op(
     """Launches by the op, which torch.compile, dispatch modes, subclasses and the profiler see."""
     rows, number = (row, None) if isinstance(row, Tensor) else (None, row)
     inputs = x, output, table, rows, seeds, noise, guidance, threshold
+    torch.ops.fastddim.ddim_step.default(*inputs, *fixed, out, x0, next_input, number)
+
+
+def by_op_again(name: str | None, fixed: Fixed, *given: Any) -> None:
+    """Launches by the op, with the backend that was chosen when the step was bound."""
     with again(name):
-        torch.ops.fastddim.ddim_step.default(*inputs, *fixed, out, x0, next_input, number)
+        by_op(fixed, *given)
 
 
 _steps: dict[tuple[Backend, Fixed, torch.device], Bound] = {}

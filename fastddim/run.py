@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastddim.backends import Fixed, Launch, backend
-from fastddim.bound import is_plain, step_of, watched
+from fastddim.backends import Fixed, Launch, backend, chosen
+from fastddim.bound import by_op_again, is_plain, step_of, watched
 from fastddim.buffers import FRESH, Spare
 from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.inpaint import Known
@@ -135,6 +136,7 @@ class Stepper:
 
     __slots__ = (
         "_backend",
+        "_chosen",
         "_clip",
         "_direct",
         "_heard",
@@ -163,7 +165,7 @@ class Stepper:
         """True if a model that gets each sample once gets the state itself."""
         self._self_condition = run.predictor.self_condition is not None
         self._wants_x0 = wants_x0 or self._self_condition
-        self._backend = backend(run.predictor.device)
+        self._backend, self._chosen = backend(run.predictor.device), chosen()
         self._launches: dict[int, tuple[Any, ...]] = {}
         """The launch of each kind of row, and the dtype, shape and strides of its output."""
         self._states: Spare | None = None
@@ -294,10 +296,11 @@ class Stepper:
         """Binds the step, and keeps the launch where all rows of this kind will lie alike."""
         fixed = Fixed(row.prediction, True, self._clip, False)
         step = step_of(self._backend, fixed, x.device)
+        if watched():
+            return partial(by_op_again, self._chosen, fixed)
         launch = step.launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
         # A tensor of the caller's may lie otherwise than the next one: do not keep its launch.
-        plain = is_plain(output) and not watched()
-        if plain and x is self._made and self._noise.given is None:
+        if is_plain(output) and x is self._made and self._noise.given is None:
             self._launches[row.kind] = output.dtype, output.shape, output.stride(), launch
         return launch
 

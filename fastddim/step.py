@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from fastddim import bound, layout
 from fastddim.backends import Fixed, Launch, again, backend, chosen
-from fastddim.bound import by_op, is_plain, watched
+from fastddim.bound import by_op, by_op_again, is_plain, watched
 from fastddim.check import finite, kind, whole
 from fastddim.coefficients import COLUMNS, PREDICTIONS
 from fastddim.op import written
@@ -305,7 +305,7 @@ class _Step:
         given = x, output, *rest
         plain = all(is_plain(tensor) for tensor in given if isinstance(tensor, Tensor))
         if watched() or transformed() or not plain:
-            return partial(by_op, self._chosen, self.fixed)
+            return partial(by_op_again, self._chosen, self.fixed)
         launch = self._launches.get(seen)
         if launch is None or not seen:
             with again(self._chosen):
@@ -365,7 +365,7 @@ def _traced(
         threshold = threshold.expand(batch)
     out = torch.empty_like(x) if out is None else out
     x0 = x0_out if x0_out is not None or not want_x0 else torch.empty_like(x)
-    by_op(chosen(), fixed, x, output, table, rows, seeds, noise, w, threshold, out, x0, next_input)
+    by_op(fixed, x, output, table, rows, seeds, noise, w, threshold, out, x0, next_input)
     return out, x0
 
 
