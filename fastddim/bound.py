@@ -138,18 +138,20 @@ def is_plain(tensor: Tensor) -> bool:
 
 def watched() -> bool:
     """Returns whether a call of the op would be seen: compiled, traced, profiled, or by a mode."""
-    return (
-        torch.compiler.is_compiling()
-        or _dispatch_modes() > 0
-        or _profiled()
-        or _traced() is not None
-    )
+    return compiled() or moded() > 0 or profiled()
 
 
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+def compiled() -> bool:
+    """Returns whether torch.compile or torch.jit.trace notes what this code does."""
+    return torch.compiler.is_compiling() or _traced() is not None
+
+
+moded: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""Returns how many dispatch modes are on."""
 _traced: Callable[[], object] = torch._C._get_tracing_state
 _autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009 its types do not name it
-_profiled: Callable[[], bool] = _autograd._profiler_enabled
+profiled: Callable[[], bool] = _autograd._profiler_enabled
+"""Returns whether PyTorch's profiler is on."""
 
 
 def by_op(

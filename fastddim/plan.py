@@ -8,6 +8,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -58,6 +60,11 @@ class Plan:
     def noisy(self) -> list[bool]:
         """This says of each row whether it adds noise."""
         return (self.table[:, _C1] != 0).tolist()  # type: ignore[no-any-return]
+
+    @cached_property
+    def told(self) -> npt.NDArray[np.int64]:
+        """``levels`` as PyTorch copies them fastest."""
+        return np.array(self.levels, dtype=np.int64)
 
     @cached_property
     def given(self) -> list[int]:
@@ -117,7 +124,7 @@ def rows_of(
     """Returns the rows of ``plan`` in its order; ``guidance`` is w (rows, batch) on the device."""
     batch, device, count = predictor.batch, predictor.device, len(plan.table)
     # Each run has levels of its own, because a model may write into what it is given.
-    levels = torch.tensor(plan.levels, device=device).unsqueeze(1)
+    levels = torch.tensor(plan.told, device=device).unsqueeze(1)
     once = levels.expand(-1, batch).unbind()
     none: list[Any] = [None] * count
     shifts = none if plan.shift is None else torch.tensor(plan.shift, device=device).unbind()

@@ -145,7 +145,7 @@ class Predictor:
             before = None
         try:
             if self.autocast is None:
-                output = self.model(x_in, t, **keywords)
+                output = self.model(x_in, t, **keywords) if keywords else self.model(x_in, t)
             else:
                 with torch.autocast(self.device.type, dtype=self.autocast):
                     output = self.model(x_in, t, **keywords)

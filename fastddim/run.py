@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from fastddim.backends import Fixed, Launch, backend, chosen
-from fastddim.bound import by_op_again, is_plain, step_of, watched
+from fastddim.bound import (
+    by_op_again,
+    compiled,
+    is_plain,
+    moded,
+    profiled,
+    step_of,
+    watched,
+)
 from fastddim.buffers import FRESH, Spare
 from fastddim.coefficients import PREDICTIONS, Prediction
 from fastddim.inpaint import Known
@@ -138,6 +146,7 @@ class Stepper:
         "_backend",
         "_chosen",
         "_clip",
+        "_compiled",
         "_direct",
         "_heard",
         "_input",
@@ -166,6 +175,8 @@ class Stepper:
         self._self_condition = run.predictor.self_condition is not None
         self._wants_x0 = wants_x0 or self._self_condition
         self._backend, self._chosen = backend(run.predictor.device), chosen()
+        self._compiled = compiled()
+        """True if a compiler follows this run from its beginning to its end."""
         self._launches: dict[int, tuple[Any, ...]] = {}
         """The launch of each kind of row, and the dtype, shape and strides of its output."""
         self._states: Spare | None = None
@@ -266,7 +277,8 @@ class Stepper:
             or output.__class__ is not Tensor
             or output.is_neg()
             or output._is_zerotensor()
-            or watched()
+            or moded()
+            or profiled()
         ):
             launch = self._bound(x, output, row, seeds, z, w, x_s, x0, into)
         launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
@@ -296,7 +308,7 @@ class Stepper:
         """Binds the step, and keeps the launch where all rows of this kind will lie alike."""
         fixed = Fixed(row.prediction, True, self._clip, False)
         step = step_of(self._backend, fixed, x.device)
-        if watched():
+        if self._compiled or watched():
             return partial(by_op_again, self._chosen, fixed)
         launch = step.launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
         # A tensor of the caller's may lie otherwise than the next one: do not keep its launch.
