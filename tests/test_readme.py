@@ -100,6 +100,13 @@ def test_the_readme_names_every_extra_and_every_page() -> None:
         assert f"]({page.relative_to(ROOT)})" in README
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_links_between_pages_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert links
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 def test_options_in_the_map_from_diffusers_exist() -> None:
     import inspect
 
