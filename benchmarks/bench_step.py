@@ -13,7 +13,7 @@ Nothing is timed whose result is wrong; its row fails. ``extra_info`` has, of ea
     bytes_per_element   read and written by its operations, as counted (``benchmarks.counts``)
     gb_per_s            of these bytes
     us_per_step         [median, low, high], as are
-    times_seed          how often the step fits into that of the loop people run
+    times_seed          how often the step fits into that of the original loop
     times_diffusers, times_compile      or into that of these
     times_plain, times_tensors  or into that of a plain loop, its factors made before as numbers, or
                         as tensors of no dimensions, on a CPU the faster of the two

@@ -120,7 +120,7 @@ def counted(eta: float, choose: Callable[[Loops], Run]) -> Record:
 
 
 LOOPS: dict[str, Callable[[Loops], Run]] = {
-    "seed's loop": lambda loops: loops.seed,
+    "original loop": lambda loops: loops.seed,
     "diffusers' DDIMScheduler": lambda loops: loops.scheduled("DDIMScheduler"),
     PEERS["plain"].title: PEERS["plain"].make,
     "FastDDIMScheduler": lambda loops: loops.scheduled("FastDDIMScheduler"),

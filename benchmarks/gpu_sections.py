@@ -554,7 +554,7 @@ def replays(deadline: Deadline) -> Iterator[Record]:
 
 
 def loops(shape: tuple[int, ...], steps: int, eta: float, deadline: Deadline) -> Iterator[Record]:
-    """The loop without its model against the loops people run, results of all being checked."""
+    """The loop without its model against the original loop, results of all being checked."""
     label = {"shape": list(shape), "eta": eta, "steps": steps}
     with limit(deadline.left()):
         try:

@@ -1,4 +1,4 @@
-"""What each idea gains: from the loop people run, rung by rung, to one graph a sample.
+"""What each idea gains: from the original loop, rung by rung, to one graph a sample.
 
 ``benchmarks.gpu`` runs this as its section "ladder", and ``marginal`` as a part of its section
 "graph". A rung is a whole call, from x_T on the device to the last x. Its results are compared with

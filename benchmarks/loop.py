@@ -1,10 +1,10 @@
-"""The loop without its model, against the loop people run: the README's table.
+"""The loop without its model, against the original loop: the README's table.
 
     python -m benchmarks.loop           # keeps it as "loop" of benchmarks/results/<machine>.json
     python -m benchmarks.loop --busy    # beside one other busy process, as "loop-busy"
     python -m benchmarks.loop --shape 1 16 7 --repeats 20    # any other shape, not kept
 
-Every contender's result is checked before anything is timed: the drop-in against the seed's loop,
+Every contender's result is checked before anything is timed: the drop-in against the original loop,
 ``DDIM.sample`` against the reference step on its own table, all bit for bit, and other people's
 steps as ``benchmarks.peers`` says. Where numba is installed fastddim's run twice, on PyTorch's
 operations and on the fused pass.
@@ -38,7 +38,7 @@ from benchmarks.timing import (
 from fastddim import backends
 from fastddim.provenance import cpu_name
 
-SEED = "seed's loop"
+SEED = "original loop"
 SHAPE = (64, 3, 256, 256)
 LEAST = 6
 """The fewest repeats of which the least and the greatest are a 95% interval."""
@@ -59,14 +59,16 @@ def contenders(
     wanted_native = native_eager()
     runs: dict[str, Run] = {SEED: loops.seed}
     drop_ins = [loops.drop_in, loops.drop_in_last] if len(shape) == 4 else []  # theirs is of images
-    if device != "cpu":  # where what the seed's loop pays for most is its copies to the CPU
+    if device != "cpu":  # where what the original loop pays for most is its copies to the CPU
         runs["reference.ddim_step"] = native_eager
     for path in paths(device):
         with path() as name:
             for run in drop_ins:
                 torch.manual_seed(4)
                 if not (torch.equal(run(), wanted) and torch.equal(rng_state(), left)):
-                    raise SystemExit(f"{run.__name__}{name} is not the seed's loop: nothing timed")
+                    raise SystemExit(
+                        f"{run.__name__}{name} is not the original loop: nothing was timed"
+                    )
             if not torch.equal(loops.sample(), wanted_native):
                 raise SystemExit(f"DDIM.sample{name} is not the reference: nothing was timed")
             counter = bool(eta) and path is not pytorch

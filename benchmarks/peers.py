@@ -135,7 +135,7 @@ class Loops:
     # As people run it
 
     def seed(self) -> Tensor:
-        """The loop people run. Its factors have four dimensions, and so must what they scale."""
+        """The original loop. Its factors have four dimensions, and so must what they scale."""
         x, model = self.x, self.model
         if x.dim() != 4:
             x = x.view(len(x), 1, 1, -1)
@@ -238,7 +238,7 @@ class Loops:
         torch.manual_seed(4)
         want = (self.eager(None) if expected is None else expected()).double()
         torch.manual_seed(4)
-        gap = run().to(want.device).double() - want  # the seed's loop ends on the CPU
+        gap = run().to(want.device).double() - want  # the original loop ends on the CPU
         off = (gap.square().mean() / want.square().mean()).sqrt().item()
         if not off <= TOLERANCE:  # NaN is beyond it too
             raise WrongResultError(f"it is {off:.3g} off the reference, allowed: {TOLERANCE:g}")
@@ -331,7 +331,7 @@ def by_numba(loops: Loops) -> Run:
 
 PEERS = {
     "seed": Peer(
-        "the loop people run",
+        "the original loop",
         lambda loops: loops.seed,
         Loops.near,
         "torch.randn_like",

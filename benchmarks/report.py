@@ -30,7 +30,7 @@ NONE = "Not yet measured."
 LARGE = [64, 3, 256, 256]
 OURS = ("scheduler", "pytorch", "numba", "triton")
 THEIRS = ("seed", "diffusers", "plain", "tensors", "compile")
-SEED = "seed's loop"
+SEED = "original loop"
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def cost(results: Results) -> str:
     return (
         f"{loops(section, lambda ratio: f'{ratio[0]:.3g}×')}\n\n{by(section['shape'])} float32, "
         f"medians of {section['repeats']} interleaved runs of {section['steps']} steps, beside the "
-        f"ratios to the loop people run. {made(machine, section)}."
+        f"ratios to the original loop. {made(machine, section)}."
     )
 
 

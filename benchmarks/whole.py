@@ -1,4 +1,4 @@
-"""The loop with a model: what is spent outside it by the loops people run, and by fastddim's.
+"""The loop with a model: what is spent outside it by the original loop, and by fastddim's.
 
     python -m benchmarks.whole    # keeps it as "whole" of benchmarks/results/<machine>.json
 
@@ -27,7 +27,7 @@ from benchmarks.records import keep, provenance
 from benchmarks.timing import Record, WrongResultError, interval, rounded, times, turn
 from fastddim import embedded
 
-SEED, PIPELINE = "seed's loop", "DDIMPipeline"
+SEED, PIPELINE = "original loop", "DDIMPipeline"
 
 
 class Clocked:
@@ -101,7 +101,7 @@ def whole(name: str, rounds: int) -> list[Record]:
         expected = (want / 2 + 0.5).clamp(0, 1) if loop.startswith(PIPELINE) else want
         off = ((run() - expected).norm() / expected.norm()).item()
         if not off <= TOLERANCE[torch.float32]:
-            raise WrongResultError(f"{name}: {loop} is {off:.3g} off the seed's loop")
+            raise WrongResultError(f"{name}: {loop} is {off:.3g} off the original loop")
     total: dict[str, list[float]] = {loop: [] for loop in runs}
     outside: dict[str, list[float]] = {loop: [] for loop in runs}
     gc.disable()

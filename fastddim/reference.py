@@ -73,7 +73,7 @@ def generalized_steps(
     b: Tensor,
     eta: float = 0.0,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The loop people run today (ermongroup/ddim), operation for operation.
+    """The original loop (ermongroup/ddim), operation for operation.
 
     Its one change: it runs on x's device, where the original names "cuda". It draws noise at
     every step, at η = 0 too, and moves every state to the CPU and back.

@@ -42,7 +42,7 @@ def test_a_page_that_says_otherwise_is_noticed_and_mended(
 ) -> None:
     page = tmp_path / "README.md"
     right = (ROOT / "README.md").read_text()
-    page.write_text(right.replace("| the loop people run | ", "| the loop people run | 1"))
+    page.write_text(right.replace("| the original loop | ", "| the original loop | 1"))
     assert page.read_text() != right
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "PAGES", (page,))
@@ -303,7 +303,7 @@ def test_what_the_page_counts_is_what_is_dispatched() -> None:
     assert found == json.loads((records.RESULTS / "counts.json").read_text())["rows"]
     of = {(r["loop"], r["eta"]): [r[name] for name in counts.NAMES] for r in found}
     for eta in (0.0, 1.0):
-        assert of["seed's loop", eta] == [43, 9, 80, 3, 0]
+        assert of["original loop", eta] == [43, 9, 80, 3, 0]
         assert of["DDIM.sample(seeds=)", eta] == [1, 1, 12, 0, 0]
 
 
