@@ -442,7 +442,8 @@ def host(deadline: Deadline) -> Iterator[Record]:
     differ(f"the step on 1x{by(SMALL)}", differing(found))
     step = as_step(found)
     op = torch.ops.fastddim.ddim_step.default
-    in_order = [found.get(argument.name) for argument in op._schema.arguments]
+    of_op = found | {"rows": None, "row": found["rows"]}
+    in_order = [of_op.get(argument.name) for argument in op._schema.arguments]
     launches: list[tuple[Any, Any, Any]] = []
 
     class Recorder:
