@@ -17,6 +17,8 @@ from torch import Tensor
 
 import fastddim
 from fastddim import DDIM, ddim_step
+from fastddim.dropins._shared import Buffers
+from tests.paths import use
 from tests.tape import Tape
 
 X, OUTPUT = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
@@ -278,3 +280,41 @@ def test_two_threads_that_bind_at_once_count_far_enough(monkeypatch: pytest.Monk
     found, _ = fastddim.bind(coefficients)(x, x, 4000)
     wanted, _ = ddim_step(x, x, coefficients, torch.tensor(4000, dtype=torch.int32))
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_a_drop_ins_samples_on_one_row_and_then_on_rows_of_their_own(backend: str) -> None:
+    """A launch for one row reads the first sample's row for all."""
+    coefficients, buffers, x = table(), Buffers(), torch.randn(2, 3, 8, 8)
+    with use(backend):
+        for rows in (torch.tensor([1], dtype=torch.int32).expand(2), torch.tensor([1, 3]).int()):
+            found, _ = buffers.stepped(coefficients, x, 0.1 * x, rows, checked=True)
+            wanted, _ = ddim_step(x, 0.1 * x, coefficients, rows, noise_first=False)
+            assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_a_drop_ins_output_that_has_a_variance_after_one_that_has_none(backend: str) -> None:
+    """Both outputs of one sample may have the same strides."""
+    coefficients, buffers, x = table(), Buffers(), torch.randn(1, 3, 8, 8)
+    both = torch.randn(1, 6, 8, 8)
+    with use(backend):
+        for output in (both[:, :3], both):
+            found, _ = buffers.stepped(coefficients, x, output, 1, checked=True)
+            wanted, _ = ddim_step(x, both[:, :3].clone(), coefficients, 1)
+            assert torch.equal(found, wanted)
+
+
+def test_a_drop_ins_state_of_zeros_alone() -> None:
+    """A tensor of zeros alone has no memory, and reading it would end the process."""
+    printed = ran(
+        """
+        from fastddim.dropins._shared import Buffers
+        buffers, rows, output = Buffers(), torch.rand(4, 7) + 0.5, torch.randn(2, 3, 4, 4)
+        for x in (torch.zeros(2, 3, 4, 4), torch._efficientzerotensor(2, 3, 4, 4)):
+            found = buffers.stepped(rows, x, output, 1, checked=True)[0]
+        wanted = fastddim.ddim_step(torch.zeros(2, 3, 4, 4), output, rows, 1)[0]
+        print(torch.equal(found, wanted))
+        """
+    )
+    assert printed == "True"

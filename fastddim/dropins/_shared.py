@@ -198,9 +198,12 @@ class Buffers:
             and guidance is None
             and threshold is None
             and next_input is None
+            # These are the questions of ``is_plain``, whose two calls a small step would notice.
             and x.__class__ is Tensor
             and output.__class__ is Tensor
-            and not (x.is_neg() or output.is_neg() or output._is_zerotensor() or watched())
+            and not (x.is_neg() or x._is_zerotensor())
+            and not (output.is_neg() or output._is_zerotensor())
+            and not watched()
         )
         like = None
         if plain:
@@ -212,9 +215,10 @@ class Buffers:
                 x.shape,
                 x.stride(),
                 output.dtype,
+                output.shape,
                 output.stride(),
                 x0 is None,
-                isinstance(rows, int),
+                None if isinstance(rows, int) else rows.stride(),
             )
             before, of, launch = self._latest
             if like == before and of is table:
@@ -226,7 +230,7 @@ class Buffers:
         launch = step.launch(
             x, output, table, rows, seeds, noise, guidance, threshold, x_s, x0, next_input
         )
-        if plain and output.shape == x.shape:
+        if plain:
             self._latest = like, table, launch
         return launch
 
