@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastddim import layout
 from fastddim.backends import Backend, Fixed, Launch, again
@@ -138,12 +139,13 @@ def is_plain(tensor: Tensor) -> bool:
 
 def watched() -> bool:
     """Returns whether a call of the op would be seen: compiled, traced, profiled, or by a mode."""
-    return compiled() or moded() > 0 or profiled()
+    # Each step asks this, so that no question is a call within a call.
+    return is_compiling() or moded() > 0 or profiled() or _traced() is not None
 
 
 def compiled() -> bool:
     """Returns whether torch.compile or torch.jit.trace notes what this code does."""
-    return torch.compiler.is_compiling() or _traced() is not None
+    return is_compiling() or _traced() is not None
 
 
 moded: Callable[[], int] = torch._C._len_torch_dispatch_stack

@@ -207,11 +207,10 @@ class Buffers:
         )
         like = None
         if plain:
-            # x_s and x0 lie as x does, or as it makes them lie.
+            # x_s and x0 lie as x does, or as it makes them lie. All are on the table's device.
             like = (
                 options,
                 chosen(),
-                x.device,
                 x.shape,
                 x.stride(),
                 output.dtype,

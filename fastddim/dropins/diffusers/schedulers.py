@@ -88,9 +88,11 @@ class _Fast(Base):
         # each time. These are the attributes and items that it would leave.
         made_as: Any = self._result
         result = made_as.__new__(made_as)
-        for name, value in zip(("prev_sample", "pred_original_sample"), found, strict=True):
-            result.__dict__[name] = value
-            OrderedDict.__setitem__(result, name, value)
+        x_s, x0 = found
+        attributes = result.__dict__
+        attributes["prev_sample"], attributes["pred_original_sample"] = x_s, x0
+        OrderedDict.__setitem__(result, "prev_sample", x_s)
+        OrderedDict.__setitem__(result, "pred_original_sample", x0)
         return result
 
 
