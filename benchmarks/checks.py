@@ -9,14 +9,14 @@ from torch import Tensor
 
 import fastddim
 from benchmarks.timing import WrongResultError, captured
-from fastddim import reference
 from fastddim.coefficients import PREDICTIONS
-from fastddim.noise import STEP, normals
+from fastddim.step import reference
+from fastddim.step.philox import STEP, normals
 
 Given: TypeAlias = dict[str, Any]
 """The arguments of ``fastddim.ddim_step``, or of ``fastddim_kernels.ddim_step``."""
 NORMAL_MAX = 1e-3
-"""How far normals drawn on a CPU and a GPU may be apart (fastddim.noise)."""
+"""How far normals drawn on a CPU and a GPU may be apart (fastddim.step.philox)."""
 
 
 def zeros_as(tensor: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def as_step(launch: Given) -> Given:
 
 
 def contract_error(given: Given, z: Tensor, samples: tuple[int, ...]) -> Tensor:
-    """How far the noise of these samples is from what ``fastddim.noise`` says it is."""
+    """How far the noise of these samples is from what ``fastddim.step.philox`` says it is."""
     chosen = list(samples)
     truth = normals(
         given["seeds"][chosen].cpu().numpy(),

@@ -24,7 +24,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-# tests/test_gpu.py has these from here.
+# tests/kernels/test_gpu.py has these from here.
 from benchmarks.checks import Given as Given
 from benchmarks.checks import by_reference as by_reference
 from benchmarks.checks import contract_error as contract_error

@@ -56,9 +56,9 @@ from benchmarks.timing import (
     wall_seconds,
 )
 from benchmarks.variants import VARIANTS, Variant, launch_arguments
-from fastddim import backends, reference
-from fastddim.bound import Bound
-from fastddim.noise import STEP
+from fastddim.step import backends, reference
+from fastddim.step.bound import Bound
+from fastddim.step.philox import STEP
 
 DEVICE = "cuda"
 ELEMENTS = 64 * 3 * 256 * 256

@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
         return child(args.child, args.rounds)
     # Late, so that a child has not imported this checkout's package.
     from benchmarks.records import commit, keep, provenance
-    from fastddim import backends
+    from fastddim.step import backends
 
     others = [path.resolve() for path in args.beside]
     if ROOT in others:

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastddim.folder import MANIFEST, Folder
-from fastddim.quality import Gaussian
+from fastddim.tools.folder import MANIFEST, Folder
+from fastddim.tools.quality import Gaussian
 
 SHAPE = (3, 8, 8)
 FORMATS = ("npy", "png")

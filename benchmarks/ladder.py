@@ -36,10 +36,10 @@ from benchmarks.timing import (
     times,
     wall_seconds,
 )
-from fastddim import reference
 from fastddim.dropins import ermongroup
-from fastddim.graph import record
-from fastddim.predict import stacked
+from fastddim.loop.graph import record
+from fastddim.loop.model import stacked
+from fastddim.step import reference
 
 Model: TypeAlias = Callable[..., Tensor]
 Run: TypeAlias = Callable[[], Tensor]

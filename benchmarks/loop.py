@@ -35,8 +35,8 @@ from benchmarks.timing import (
     times,
     turn,
 )
-from fastddim import backends
-from fastddim.provenance import cpu_name
+from fastddim.step import backends
+from fastddim.tools.provenance import cpu_name
 
 SEED = "original loop"
 SHAPE = (64, 3, 256, 256)

@@ -20,8 +20,8 @@ from torch import Tensor
 import fastddim
 from benchmarks import plain
 from benchmarks.timing import WrongResultError, by, last_line
-from fastddim import backends, reference
-from fastddim.noise import STEP
+from fastddim.step import backends, reference
+from fastddim.step.philox import STEP
 
 Run: TypeAlias = Callable[[], Tensor]
 Model: TypeAlias = Callable[[Tensor, Tensor], Tensor]

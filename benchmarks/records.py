@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Record
-from fastddim.provenance import cpu_name
+from fastddim.tools.provenance import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numba", "triton", "diffusers")

@@ -17,7 +17,7 @@ WORST = ("passed", "skipped", "failed")
 
 def files() -> list[str]:
     """The files with GPU tests: others may import what is not installed on a GPU's machine."""
-    found = sorted((ROOT / "tests").glob("test_*.py"))
+    found = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(path.relative_to(ROOT)) for path in found if "mark.gpu" in path.read_text()]
 
 

@@ -115,7 +115,7 @@ class Ways:
         return lambda: sampler.sample(STEPS, n, size, x_T=self.x, verbose=False)[0]
 
     def driverless(self) -> Run:
-        names = "fastddim_kernels.launch", "fastddim.backends", "fastddim.bound"
+        names = "fastddim_kernels.launch", "fastddim.step.backends", "fastddim.step.bound"
         modules: list[Any] = [importlib.import_module(name) for name in names]
         launch, backends, bound = modules
         given: list[Any] = []

@@ -25,8 +25,8 @@ import fastddim
 from benchmarks.records import keep, provenance
 from benchmarks.timing import Record, rounded
 from fastddim import DDIM, embedded
-from fastddim.folder import FORMATS, Folder
-from fastddim.quality import Gaussian
+from fastddim.tools.folder import FORMATS, Folder
+from fastddim.tools.quality import Gaussian
 
 STEPS, BATCH, SHAPE = 50, 64, (1, 28, 28)
 COUNTS = (1_000, 100_000)

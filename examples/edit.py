@@ -15,7 +15,8 @@ import argparse
 import torch
 
 import fastddim
-from fastddim import embedded, images
+from fastddim import embedded
+from fastddim.tools import images
 
 
 def main() -> None:

@@ -18,26 +18,29 @@ measures steps against η. Each name is imported when it is first used.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
+from fastddim._moved import Finder
+
 if TYPE_CHECKING:
-    from fastddim import checkpoints as checkpoints
     from fastddim import dropins as dropins
     from fastddim import embedded as embedded
-    from fastddim import profile as profile
-    from fastddim.backends import using as using
     from fastddim.check import SamplingWarning as SamplingWarning
     from fastddim.coefficients import make_table as make_table
     from fastddim.dropins.ermongroup import generalized_steps as generalized_steps
-    from fastddim.generate import generate as generate
     from fastddim.latents import slerp as slerp
-    from fastddim.sampler import DDIM as DDIM
+    from fastddim.loop.sampler import DDIM as DDIM
+    from fastddim.loop.trajectory import Step as Step
+    from fastddim.loop.trajectory import Trajectory as Trajectory
+    from fastddim.models import checkpoints as checkpoints
     from fastddim.schedule import NoiseSchedule as NoiseSchedule
-    from fastddim.step import bind as bind
-    from fastddim.step import ddim_step as ddim_step
+    from fastddim.step.backends import using as using
+    from fastddim.step.checked import bind as bind
+    from fastddim.step.checked import ddim_step as ddim_step
     from fastddim.timesteps import make_pairs as make_pairs
-    from fastddim.trajectory import Step as Step
-    from fastddim.trajectory import Trajectory as Trajectory
+    from fastddim.tools import profile as profile
+    from fastddim.tools.shards import generate as generate
 
 __version__ = "0.1.0"
 
@@ -61,31 +64,37 @@ __all__ = (
     "using",
 )
 
+_MODULES = {
+    "checkpoints": "models.checkpoints",
+    "dropins": "dropins",
+    "embedded": "embedded",
+    "generate": "tools.shards",
+    "profile": "tools.profile",
+}
+"""The names that are modules. The one of ``generate`` can be called as that function."""
+
 _FROM = {
-    "DDIM": "sampler",
+    "DDIM": "loop.sampler",
     "NoiseSchedule": "schedule",
     "SamplingWarning": "check",
-    "Step": "trajectory",
-    "Trajectory": "trajectory",
-    "bind": "step",
-    "ddim_step": "step",
+    "Step": "loop.trajectory",
+    "Trajectory": "loop.trajectory",
+    "bind": "step.checked",
+    "ddim_step": "step.checked",
     "generalized_steps": "dropins.ermongroup",
     "make_pairs": "timesteps",
     "make_table": "coefficients",
     "slerp": "latents",
-    "using": "backends",
+    "using": "step.backends",
 }
-"""The modules of the names that are no modules themselves.
-
-``generate`` is one: the module can be called as the function of its name.
-"""
+"""The modules of the other names."""
 
 
 def __getattr__(name: str) -> Any:
     """Imports ``name``. Torch alone takes a second, which ``fastddim --help`` need not wait for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_FROM.get(name, name)}")
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name) or _FROM[name]}")
     found = getattr(module, name) if name in _FROM else module
     globals()[name] = found
     return found
@@ -93,3 +102,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+sys.meta_path.append(Finder())

@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fastddim import launch
 from fastddim.extras import explained, extra_of
+from fastddim.tools import launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,10 +9,34 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastddim import DDIM, reference
-from tests.test_sampler import column, counter_noise, drawn, last
+from fastddim import DDIM
+from fastddim.step import reference
 
-__all__ = ["Dispatched", "by_hand", "column", "conditioned", "counter_noise", "drawn", "last"]
+
+def column(t: Tensor, x: Tensor) -> Tensor:
+    return t.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def drawn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def counter_noise(ddim: DDIM, seeds: list[int], shape: tuple[int, ...]) -> list[Tensor | None]:
+    """z of each row as this device draws it, which has tests of its own."""
+    from fastddim.step.philox import STEP
+
+    def z(row: int) -> Tensor:
+        out = torch.full(shape, float("nan"))
+        rows = torch.full(shape[:1], row, dtype=torch.int32)
+        torch.ops.fastddim.normal_(out, torch.tensor(seeds), rows, STEP)
+        return out
+
+    return [z(row) if ddim.table[row, 5] else None for row in range(len(ddim.pairs))]
+
+
+def last(states: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    *_, (x, _) = states
+    return x
 
 
 def conditioned(x: Tensor, t: Tensor, c: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim import noise as counter
-from fastddim.backends import Backend, Fixed, Launch
-from fastddim.layout import write_next
+from fastddim.step import philox as counter
+from fastddim.step.backends import Backend, Fixed, Launch
+from fastddim.step.layout import write_next
 
 Floats = npt.NDArray[Any]
 
@@ -84,7 +84,7 @@ def step(
 
 
 def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
-    """See ``backends.Backend``: ``fastddim.noise`` is this backend's noise."""
+    """See ``backends.Backend``: ``fastddim.step.philox`` is this backend's noise."""
     if out.numel():
         flat = out.view(len(out), -1).numpy()
         counter.normals(seeds.numpy(), rows.numpy(), flat.shape[1], stream, out=flat)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddim import backends, bound
-from fastddim import step as step_module
-from fastddim.bound import Bound
+from fastddim.step import backends, bound
+from fastddim.step import checked as step_module
+from fastddim.step.bound import Bound
 
 CPU = ("torch", "numba")
 """A CPU's own."""

@@ -135,7 +135,7 @@ def small_sizes() -> None:
     import triton
 
     from benchmarks import gpu_sections, ladder, timing, variants
-    from fastddim import backends
+    from fastddim.step import backends
 
     torch.set_num_threads(1)
     for name, v in variants.VARIANTS.items():

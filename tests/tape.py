@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastddim import graph
+from fastddim.loop import graph
 
 aten: Any = torch.ops.aten
 ALLOCATIONS = {

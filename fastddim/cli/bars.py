@@ -17,7 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from fastddim.pace import There
+from fastddim.tools.pace import There
 
 SOON, LATER = 5, 60
 """Seconds from the first line of progress to the second, and from then on to the next."""

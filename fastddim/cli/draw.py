@@ -26,7 +26,7 @@ from fastddim.cli.options import (
 
 if TYPE_CHECKING:
     from fastddim.cli.network import Asked
-    from fastddim.sampler import DDIM
+    from fastddim.loop.sampler import DDIM
 
 MANY_CALLS = 20
 """From here on the model is prepared by a call of its own, which no rate should hold."""
@@ -61,22 +61,22 @@ def sample(
     with bars.spinner("loading", machine.quiet):
         import torch
 
-        from fastddim import images, sheet
         from fastddim.cli.network import prepare
+        from fastddim.tools import draw, images, sheet, timing
 
         png = images.check_png(out)
         asked = prepare(machine, network)
         images.check_channels(asked.shape[0])
         ddim = asked.ddim(steps, eta=noise, spacing=spacing)
-        timed = images.Timed(asked.model, asked.device)
+        timed = timing.Timed(asked.model, asked.device)
         told = asked.options(batch_size)
         total = calls(ddim, len(wanted), batch_size)
         # One more call of the model would be a large part of the time of few.
         first = timed if total >= MANY_CALLS else lambda x, t, **_: torch.zeros_like(x)
-        images.warm_up(ddim, first, asked.shape, batch_size, asked.device, **told)
+        timing.warm_up(ddim, first, asked.shape, batch_size, asked.device, **told)
     with bars.bar("sampling", total, machine.quiet) as progress:
         timed.start()
-        samples = images.by_seed(
+        samples = draw.by_seed(
             ddim,
             timed,
             wanted,
@@ -111,7 +111,7 @@ def say_not_finite(seeds: Sequence[int], retried: bool = False) -> None:
         seeds: of each image, perhaps of several the same.
         retried: whoever started this would start it again for that, in vain: the status is 0.
     """
-    from fastddim.folder import holding
+    from fastddim.tools.folder import holding
 
     if said := holding(seeds):
         print(f"fastddim: {said}", file=sys.stderr)
@@ -158,8 +158,8 @@ def interpolate(
     options.check_cells("pairs of seeds x columns", rows, columns)
     options.check_common(batch_size, spacing)
     with bars.spinner("loading", machine.quiet):
-        from fastddim import images, sheet
         from fastddim.cli.network import prepare
+        from fastddim.tools import draw, images, sheet
 
         png = images.check_png(out)
         asked = prepare(machine, network)
@@ -167,7 +167,7 @@ def interpolate(
         ddim = asked.ddim(steps, spacing=spacing)
     total = calls(ddim, rows * columns, batch_size)
     with bars.bar("interpolating", total, machine.quiet) as progress:
-        between = images.interpolations(
+        between = draw.interpolations(
             ddim,
             asked.model,
             wanted,
@@ -228,18 +228,18 @@ def sequence(
     noise = options.parse_eta(eta)
     options.check_common(batch_size, spacing)
     with bars.spinner("loading", machine.quiet):
-        from fastddim import images, sheet
         from fastddim.cli.network import prepare
+        from fastddim.tools import draw, images, sheet
 
         png = images.check_png(out)
         asked = prepare(machine, network)
         images.check_channels(asked.shape[0])
         ddim = asked.ddim(steps, eta=noise, spacing=spacing)
         n = min(10, len(ddim.pairs)) if columns is None else columns
-        kept = [ddim.pairs[row] for row in images.kept_rows(ddim, n)]
+        kept = [ddim.pairs[row] for row in draw.kept_rows(ddim, n)]
         options.check_cells("seeds x columns", len(wanted), n)
     with bars.bar("sampling", calls(ddim, len(wanted), batch_size), machine.quiet) as progress:
-        batches = images.sequences(
+        batches = draw.sequences(
             ddim,
             asked.model,
             wanted,
@@ -286,7 +286,8 @@ def recipe(
     **rest: Any,
 ) -> dict[str, Any]:
     """What a picture was made from, as plain values for its metadata."""
-    from fastddim import __version__, provenance
+    from fastddim import __version__
+    from fastddim.tools import provenance
 
     return {
         "command": command,

@@ -19,7 +19,7 @@ from fastddim.cli.options import (
     number,
     option,
 )
-from fastddim.pace import There
+from fastddim.tools.pace import There
 
 
 def generate(
@@ -104,7 +104,7 @@ def generate(
         if seeds is not None or out is not None:
             raise ValueError("verify must be given alone, without seeds and out")
         with bars.spinner("reading", machine.quiet):
-            from fastddim.folder import Folder
+            from fastddim.tools.folder import Folder
 
             folder = Folder.read(verify)
             folder.verify()
@@ -124,11 +124,11 @@ def generate(
     with bars.spinner("loading", machine.quiet), for_all():
         import torch
 
-        from fastddim import images
         from fastddim.cli.network import prepare
-        from fastddim.folder import Folder, Seeds
-        from fastddim.generate import Worker
-        from fastddim.generate import generate as generated
+        from fastddim.tools import images
+        from fastddim.tools.folder import Folder, Seeds
+        from fastddim.tools.shards import Worker
+        from fastddim.tools.shards import generate as generated
 
         wanted = Seeds(ranges)
         worker = Worker.here()

@@ -26,18 +26,20 @@ def info(machine: Machine) -> None:
     with bars.spinner("looking", machine.quiet):
         import torch
 
-        from fastddim import __version__, images, provenance
+        from fastddim import __version__
         from fastddim.cli.network import usable
+        from fastddim.loop import devices
+        from fastddim.tools import provenance
 
         chosen = usable(machine)
         packages = ["torch", "triton", "numpy"]
         packages += [name for modules, _ in EXTRAS.values() for name in modules.values() if name]
         found = provenance.versions(*packages)
-        devices = [str(chosen)] if machine.device else images.devices()
-        takes = {device: _step_on(device) for device in devices}
+        usable_here = [str(chosen)] if machine.device else devices.devices()
+        takes = {device: _step_on(device) for device in usable_here}
     print(f"fastddim {__version__}, Python {platform.python_version()} on {sys.platform}")
     print(", ".join(f"{name} {found[name]}" for name in packages if name in found))
-    for device in devices:
+    for device in usable_here:
         what = provenance.machine(torch.device(device))
         print(f"{device}: {what}; {takes[device]}")
     for extra, (modules, what) in EXTRAS.items():
@@ -57,7 +59,7 @@ def info(machine: Machine) -> None:
 
 def _step_on(device: str) -> str:
     """What takes a step there, or why the backend that is asked for takes none."""
-    from fastddim import backends
+    from fastddim.step import backends
 
     try:
         name = backends.backend(device).name

@@ -24,8 +24,8 @@ from fastddim.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from fastddim.profile import Cell, Judge, Settings
-    from fastddim.reconstruction import Reconstruction
+    from fastddim.tools.profile import Cell, Judge, Settings
+    from fastddim.tools.reconstruction import Reconstruction
 
 DRAWN = 50
 """The steps in which ``reconstruct`` draws the images it is not given: those of ``sample``."""
@@ -122,8 +122,8 @@ def reconstruct(
     with bars.spinner("loading", machine.quiet):
         import torch
 
-        from fastddim import images, reconstruction, sheet, sources
         from fastddim.cli.network import prepare
+        from fastddim.tools import draw, images, reconstruction, sheet, sources
 
         png = None if out is None else images.check_png(out)
         asked = prepare(machine, network)
@@ -150,7 +150,7 @@ def reconstruct(
     try:
         with bars.bar("reconstructing", total, machine.quiet) as progress:
             if given is None:
-                samples = images.by_seed(
+                samples = draw.by_seed(
                     drawn,
                     asked.model,
                     wanted,
@@ -253,10 +253,10 @@ def evaluate(
     if inception is not None and reference is None:
         raise ValueError(f"inception must be left out without fid, got {str(inception)!r}")
     with bars.spinner("reading", machine.quiet):
-        from fastddim import embedded, sources
-        from fastddim import evaluate as judges
+        from fastddim import embedded
         from fastddim.cli.network import usable
-        from fastddim.embedded import distance
+        from fastddim.tools import distance, sources
+        from fastddim.tools import evaluate as judges
 
         where = usable(machine)
         made = sources.opened(folder)
@@ -351,9 +351,9 @@ def profile(
         raise ValueError(f"{name} must be left out with oracle, got {str(value)!r}")
     with bars.spinner("loading", machine.quiet):
         from fastddim import embedded
-        from fastddim import profile as measured
         from fastddim.cli.network import prepare, usable
-        from fastddim.sampler import DDIM
+        from fastddim.loop.sampler import DDIM
+        from fastddim.tools import profile as measured
 
         measured.check_folder(out)
         model: Any
@@ -415,7 +415,7 @@ def profile(
 
 
 def print_cells(done: "list[Cell]", settings: "Settings") -> None:
-    from fastddim.profile import label
+    from fastddim.tools.profile import label
 
     judged = settings["distance"]
     names = ["S", "eta", "update ms", "model ms", "images/s", "MB"]

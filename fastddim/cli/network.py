@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastddim import checkpoints, images
 from fastddim.check import whole
 from fastddim.cli.options import DTYPES, Machine, Network, parse_number, parse_shape
 from fastddim.coefficients import checked_prediction
-from fastddim.predict import Model
-from fastddim.sampler import DDIM
+from fastddim.loop import devices
+from fastddim.loop.model import Model
+from fastddim.loop.sampler import DDIM
+from fastddim.models import checkpoints
 from fastddim.schedule import NoiseSchedule
 
 HIDDEN = ("transformers", "torchvision", "peft", "scipy", "accelerate")
@@ -117,7 +118,7 @@ def usable(machine: Machine, device: str | None = None) -> torch.device:
     """The device, with as many threads as were asked for."""
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    return images.usable_device(machine.device or device)
+    return devices.usable_device(machine.device or device)
 
 
 def overruled(loaded: checkpoints.Loaded, network: Network) -> checkpoints.Loaded:

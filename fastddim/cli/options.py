@@ -193,7 +193,7 @@ class Network:
             "Or your own model: package.module:factory, in the current folder or anywhere on "
             "Python's path. The factory takes no arguments and returns a model, called as "
             "model(x, t), or (model, (channels, height, width)), or a "
-            "fastddim.checkpoints.Loaded.",
+            "fastddim.models.checkpoints.Loaded.",
             show_default="none",
             rich_help_panel=NETWORK,
         ),

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim.backends import Fixed, Launch, backend, chosen
-from fastddim.blocked import BLOCK
-from fastddim.bound import nothing, step_of, watched
-from fastddim.buffers import FRESH, Spare, fitting, memory
 from fastddim.coefficients import COLUMNS, PREDICTIONS, Prediction
-from fastddim.step import ddim_step
+from fastddim.step.backends import Fixed, Launch, backend, chosen
+from fastddim.step.bound import nothing, step_of, watched
+from fastddim.step.buffers import FRESH, Spare, fitting, memory
+from fastddim.step.checked import ddim_step
+from fastddim.step.on_torch import BLOCK
 
 C1 = COLUMNS.index("c1")
 """This column holds the noise's factor."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import Prediction
 from fastddim.dropins._shared import C1, Buffers, Own, checked_factors, pack_rows, passed_over
-from fastddim.predict import shapes, stack
-from fastddim.step import OUTPUTS, check_untransformed
+from fastddim.loop.model import shapes, stack
+from fastddim.step.checked import OUTPUTS, check_untransformed
 
 PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
 

@@ -10,9 +10,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from fastddim import reference
 from fastddim.check import finite, whole
 from fastddim.dropins._shared import Buffers, checked_factors, pack_rows, passed_over
+from fastddim.step import reference
 
 Step: TypeAlias = tuple[Tensor, Tensor | None]
 """(x_s, x0)"""
@@ -29,7 +29,7 @@ def generalized_steps(
     """The paper's loop, unchanged for its caller: bit-identical in float32 on the same device.
 
     The generator is left where that loop leaves it: it draws at every step, at η = 0 too. Other
-    dtypes, torch's default one included, run that loop itself (``fastddim.reference``).
+    dtypes, torch's default one included, run that loop itself (``fastddim.step.reference``).
 
     Args:
         x: x_T, (batch, channels, height, width).

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastddim.check import kind
 from fastddim.coefficients import Prediction
 from fastddim.dropins._shared import Buffers, Own
+from fastddim.dropins._transfer import sent_pinned
 from fastddim.dropins.diffusers.tables import (
     CPU,
     Cache,
@@ -22,8 +23,7 @@ from fastddim.dropins.diffusers.tables import (
     Tables,
     version,
 )
-from fastddim.step import transformed
-from fastddim.transfer import sent_pinned
+from fastddim.step.checked import transformed
 
 NAMES: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 

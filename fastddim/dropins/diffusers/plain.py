@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddim.dropins._shared import Buffers, pack_rows
+from fastddim.dropins._transfer import sent
 from fastddim.dropins.diffusers.base import (
     Base,
     Generators,
@@ -19,8 +20,7 @@ from fastddim.dropins.diffusers.base import (
     like,
 )
 from fastddim.dropins.diffusers.tables import Made, Tables
-from fastddim.step import transformed
-from fastddim.transfer import sent
+from fastddim.step.checked import transformed
 
 
 class Plain:

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastddim.dropins.diffusers.base import Base, Generators, Strategy
 from fastddim.dropins.diffusers.plain import Plain
 from fastddim.dropins.diffusers.strict import Strict
-from fastddim.op import initial_noise
+from fastddim.step.op import initial_noise
 
 _PLAIN, _STRICT = Plain(), Strict()
 
@@ -53,7 +53,7 @@ class _Fast(Base):
         """From now on an image's noise comes from its own seed (strict only); None ends it.
 
         Steps then ignore ``generator``, which pipelines pass on. Where the noise of a step comes
-        from is described in ``fastddim.noise``; rows are counted along the chosen timesteps.
+        from is described in ``fastddim.step.philox``; rows are counted along the chosen timesteps.
         """
         self._seeds = self._strategy.checked_seeds(seeds)
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim.buffers import Shadows
 from fastddim.check import kind, whole
 from fastddim.coefficients import make_table, pack
 from fastddim.dropins._shared import C1, Buffers
+from fastddim.dropins._transfer import sent
 from fastddim.dropins.diffusers.base import (
     NAMES,
     Base,
@@ -22,11 +22,11 @@ from fastddim.dropins.diffusers.base import (
     like,
 )
 from fastddim.dropins.diffusers.tables import CPU, Chosen, Made, Tables
-from fastddim.options import checked_seeds
+from fastddim.loop.options import checked_seeds
 from fastddim.schedule import NoiseSchedule
-from fastddim.step import OUTPUTS, check_untransformed, transformed
+from fastddim.step.buffers import Shadows
+from fastddim.step.checked import OUTPUTS, check_untransformed, transformed
 from fastddim.timesteps import Pair, make_pairs
-from fastddim.transfer import sent
 
 NEARLY_ZERO = 2.0**-24
 """An ε model's ᾱ_T takes this value where the schedule ends at 0, because ε alone says nothing of

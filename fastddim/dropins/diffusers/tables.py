@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddim.dropins._shared import stream_of
-from fastddim.transfer import sent
+from fastddim.dropins._transfer import sent
 
 CPU = torch.device("cpu")
 

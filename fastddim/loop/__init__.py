@@ -1,0 +1,1 @@
+"""The loop: ``DDIM``, its options, and what happens between two steps."""

@@ -1,0 +1,468 @@
+"""The loop captured: one CUDA graph that is replayed with other seeds, conditions and guidance."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastddim.check import kind, shown
+from fastddim.loop.devices import check_not_capturing
+from fastddim.loop.held import weights_of
+from fastddim.loop.model import Model, same, stacked
+from fastddim.loop.normals import drawn_seeds
+from fastddim.loop.options import (
+    CaptureOptions,
+    Guidance,
+    checked_guidance,
+    checked_seeds,
+    checked_state,
+    prepare,
+)
+from fastddim.loop.plan import Plan, Row
+from fastddim.loop.run import Run
+from fastddim.step.layout import input_like
+from fastddim.step.op import initial_noise
+
+Replay: TypeAlias = Callable[[], Tensor]
+Loop: TypeAlias = Callable[[Run, Tensor], Iterator[tuple[Row, Tensor, Tensor | None]]]
+
+WHOLE = 100
+"""The most steps in one graph. Beyond them a step is captured and replayed for each row: a graph
+holds a node for every kernel, and a U-Net has hundreds in each of its calls."""
+
+
+class Captured:
+    """A sampler whose whole loop is a CUDA graph: what ``DDIM.capture`` returns.
+
+        act = ddim.capture(model, (1, 16, 7), cond=dict(global_cond=obs))
+        a = act(seeds=[tick], cond=dict(global_cond=obs))
+
+    A call copies its arguments into the memory that the graph reads, replays it and returns a copy
+    of the result, bit for bit that of ``DDIM.sample``. What is not given stays as it was. The model
+    runs once for every row when it is captured, and never again in Python: what it did then, it
+    does in each replay. Its weights are those at their addresses: loading others in place works.
+    Where a module is moved or given other tensors, the graph goes on with those it was captured
+    with, and holds their memory. Other shapes, dtypes and arguments that are no tensors need a
+    capture of their own.
+
+    Up to 100 steps are one graph. Beyond them there is a graph of one step for either of two
+    buffers, and the row is counted on the device.
+
+    Where there are no CUDA graphs (a CPU, say) a call runs the loop itself, in the same way, so
+    that a program runs anywhere.
+
+    Calls write the same memory. Threads may share a captured loop: their calls take turns, and what
+    a call leaves out is what the last call gave, in whichever thread. On more than one CUDA stream,
+    each must still wait for the one before.
+
+    Raises:
+        TypeError, ValueError: as ``DDIM.sample`` does, in ``capture`` and in each call.
+        RuntimeError: the model cannot be captured, and the message says why; or another graph is
+            being captured; or the loop is called by the model that it runs.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        plan: Plan,
+        model: Model,
+        size: tuple[int, ...],
+        device: torch.device,
+        options: CaptureOptions,
+    ) -> None:
+        self._size, self._plan, self._turn, self._runs_in = size, plan, threading.Lock(), 0
+        cond, uncond = options.get("cond"), options.get("uncond")
+        with _lasting():
+            self._x_T = torch.zeros(size, dtype=torch.float32, device=device)
+            # Copies: what a call writes here must not be seen in the caller's own tensors.
+            self._cond = _copied(cond)
+            self._uncond = _copied(uncond, cond, self._cond, size[0])
+            memory = {"seeds": [0] * size[0], "cond": self._cond, "uncond": self._uncond}
+            self._run = prepare(plan, model, self._x_T, {**options, **memory})
+        assert self._run.noise.seeds is not None
+        self._seeds = self._run.noise.seeds
+        whole = len(self._run.rows) <= WHOLE
+        replay = self._whole(loop) if whole else self._stepwise()
+        # The weights are read after the capture, because that materialises lazy ones.
+        weights = weights_of(self._run.predictor.model, self._run.predictor.cond_fn)
+        self._replay = partial(_replayed, replay, weights)
+
+    def __call__(
+        self,
+        *,
+        seeds: Sequence[int] | Tensor | None = None,
+        x_T: Tensor | None = None,
+        cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+        guidance: Guidance | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """One replay.
+
+        Args:
+            seeds: an integer in [0, 2⁶³) for each sample; by default they come from torch's
+                default generator.
+            x_T: where to begin, of the captured shape; from the seeds by default. Required where
+                the capture has a ``start`` beyond row 0.
+            cond, uncond: the tensors that are others than before, of the same shape and dtype.
+            guidance: w, where guidance was captured. A row captured with w = 1 throughout has no
+                unconditional half and keeps w = 1.
+            out: where the result goes, float32 of the captured shape; made if not given.
+
+        Returns:
+            ``out``, or a new tensor, float32.
+        """
+        thread = threading.get_ident()
+        if self._runs_in == thread:
+            raise RuntimeError("a captured loop must not be called by the model that it runs")
+        with self._turn:
+            self._runs_in = thread
+            try:
+                return self._called(seeds, x_T, cond, uncond, guidance, out)
+            finally:
+                self._runs_in = 0
+
+    def _called(
+        self,
+        seeds: Sequence[int] | Tensor | None,
+        x_T: Tensor | None,
+        cond: Mapping[str, Any] | None,
+        uncond: Mapping[str, Any] | None,
+        guidance: Guidance | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        """One replay, while no other thread makes one."""
+        device = self._x_T.device
+        check_not_capturing(device)
+        if x_T is not None:
+            checked_state("x_T", x_T, device)
+            if x_T.shape != self._x_T.shape:
+                raise ValueError(f"x_T must have shape {self._size}, got {tuple(x_T.shape)}")
+        elif start := self._plan.order[0]:
+            raise ValueError(f"x_T must be given with start = {start}: noise is at row 0")
+        if out is not None:
+            checked_state("out", out, device)
+            if out.shape != self._x_T.shape or out.dtype != torch.float32:
+                raise ValueError(
+                    f"out must be float32 of shape {self._size}, got {out.dtype} {tuple(out.shape)}"
+                )
+        keys = None
+        if seeds is not None or x_T is None or any(row.noisy for row in self._run.rows):
+            given = drawn_seeds(self._size[0]) if seeds is None else seeds
+            keys = checked_seeds(given, self._size[0])
+        w = self._weights(guidance)
+        copies = self._renewed(cond, uncond)
+        # Nothing above has written anything: a call that is refused leaves all as it was.
+        with torch.no_grad():
+            if keys is not None:
+                self._seeds.copy_(keys, non_blocking=True)
+            if x_T is not None:
+                self._x_T.copy_(x_T)
+            else:
+                initial_noise(self._seeds, self._size, out=self._x_T)
+            if w is not None and self._run.guidance is not None:
+                self._run.guidance.copy_(w, non_blocking=True)
+            for into, value in copies:
+                into.copy_(value)
+            predictor = self._run.predictor
+            if copies and predictor.uncond is not None:
+                both = stacked(predictor.uncond, predictor.cond, self._size[0])
+                for into, value in _matched("cond", predictor.both, both):
+                    into.copy_(value)
+            result = self._replay()
+            return result.clone() if out is None else out.copy_(result)
+
+    def _weights(self, guidance: Guidance | None) -> Tensor | None:
+        """w of a call, (rows, batch), where it is given."""
+        if guidance is None:
+            return None
+        w = checked_guidance(guidance, self, self._size[0], self._plan.levels)
+        assert w is not None
+        for row in self._run.rows:
+            if row.guidance is None and (w[row.number] != 1).any():
+                raise ValueError(
+                    f"guidance must be 1 in row {row.number}, which was captured without its "
+                    f"unconditional half, got {w[row.number].tolist()}"
+                )
+        return torch.from_numpy(w)
+
+    def _renewed(
+        self, cond: Mapping[str, Any] | None, uncond: Mapping[str, Any] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(memory, value) of each tensor that a call brings."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for name, given, held in (("cond", cond, self._cond), ("uncond", uncond, self._uncond)):
+            if given is None:
+                continue
+            if not isinstance(given, Mapping):
+                raise TypeError(f"{name} must map names to values, got {kind(given)}")
+            for key, value in given.items():
+                if key not in (held or {}):
+                    raise ValueError(f"{name} must hold what was captured, got {key!r}")
+                new = _matched(f"{name}[{key!r}]", held[key], value)
+                if name == "uncond":
+                    shared = {id(tensor) for tensor in _tensors(self._cond)}
+                    brought = {(id(into), id(tensor)) for into, tensor in found}
+                    if any(
+                        id(into) in shared and (id(into), id(tensor)) not in brought
+                        for into, tensor in new
+                    ):
+                        raise ValueError(
+                            f"uncond[{key!r}] was captured as one with cond's and must be what "
+                            f"cond is given, got {kind(value)}"
+                        )
+                found += new
+        return found
+
+    def _whole(self, loop: Loop) -> Replay:
+        """All steps as one graph."""
+        run, x_T = self._run, self._x_T
+
+        def body() -> Tensor:
+            x = x_T
+            with run.predictor.one_cast():
+                for _, x, _ in loop(run, x_T):  # noqa: B007
+                    pass
+            return x
+
+        return record(body, x_T.device)
+
+    def _stepwise(self) -> Replay:
+        """A graph of one step for each kind of row there is, which counts the rows itself."""
+        # Do not capture self: the cycle would delay freeing the graph's memory.
+        run, x_T, batch = self._run, self._x_T, self._size[0]
+        rows, device = run.rows, x_T.device
+        with _lasting():
+            n = torch.zeros(1, dtype=torch.int64, device=device)
+            index = torch.tensor([row.number for row in rows], dtype=torch.int32, device=device)
+            level = torch.tensor([row.pair[0] for row in rows], device=device)
+            shifts = [row.shift for row in rows if row.shift is not None]
+            shift = torch.stack(shifts) if shifts else None
+            states, x0s = ([torch.empty_like(x_T) for _ in range(2)] for _ in range(2))
+            inputs = {
+                copies: [input_like(x_T, run.predictor.dtype, copies) for _ in range(2)]
+                for copies in {1 if row.guidance is None else 2 for row in rows}
+            }
+
+        def body(row: Row, side: int, first: bool, fed: bool) -> None:
+            x, other = states[side], 1 - side
+            which = index.index_select(0, n)
+            t = level.index_select(0, n)
+            w = None
+            if row.guidance is not None and run.guidance is not None:
+                w = run.guidance.index_select(0, which)[0]
+            here = row._replace(
+                rows=which.expand(batch),
+                t=t.expand(batch),
+                asked=t.expand(len(row.asked)),
+                guidance=w,
+                shift=None if shift is None else shift.index_select(0, n)[0],
+            )
+            run.step_between(
+                here,
+                x,
+                inputs[1 if row.guidance is None else 2][side] if fed else None,
+                None if first else x0s[side],
+                states[other],
+                inputs[row.feeds][other] if row.feeds else None,
+                x0s[other],
+            )
+            n.add_(1)
+
+        memory = Memory.on(device)
+        steps: dict[Any, Replay] = {}
+        order = []
+        fed = False
+        for i, row in enumerate(rows):
+            alike = (i % 2, i == 0, fed, row.guidance is not None, row.noisy, row.feeds)
+            if alike not in steps:
+                n.zero_()
+                steps[alike] = record(partial(body, row, i % 2, i == 0, fed), device, memory)
+            order.append(steps[alike])
+            fed = row.feeds > 0
+
+        def replay() -> Tensor:
+            n.zero_()
+            states[0].copy_(x_T)
+            for step in order:
+                step()
+            return states[len(rows) % 2]
+
+        return replay
+
+
+def _replayed(replay: Replay, weights: list[Tensor]) -> Tensor:
+    """Replays a graph that reads ``weights`` by their addresses alone."""
+    return replay()
+
+
+class Memory(NamedTuple):
+    """Where graphs take theirs. Those that share it are replayed one at a time."""
+
+    pool: Any
+    stream: torch.cuda.Stream
+
+    @classmethod
+    def on(cls, device: torch.device) -> Memory | None:
+        """None where there are no CUDA graphs."""
+        if device.type != "cuda":
+            return None
+        # A stream of its own, on this device: torch.cuda.graph's default is on the device that was
+        # the first to need it. Nor that of the warm-up: the workspace that cuBLAS keeps for a
+        # stream then belongs to the pool, and is nobody else's when others clear their own.
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+
+
+def record(body: Callable[[], Any], device: torch.device, memory: Memory | None = None) -> Replay:
+    """``body`` as a graph: what is returned replays it, and gives what ``body`` gave.
+
+    ``body`` itself where there are no CUDA graphs. What is returned holds ``body`` as well: a graph
+    has nothing but addresses, and what ``body`` reads and writes must stand there for as long as
+    the graph can be replayed.
+
+    Raises:
+        RuntimeError: it cannot be captured. All else goes on as before.
+    """
+    memory = Memory.on(device) if memory is None else memory
+    if memory is None:
+        return body
+    pool, stream = memory
+    with torch.cuda.device(device), torch.no_grad():
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            body()  # compiles the kernels and has the libraries choose theirs
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        before = sys.exc_info()[1]
+        # Clear autocast's cache: warm-up casts may be freed while the graph lives, and casts made
+        # during capture hold no values.
+        torch.clear_autocast_cache()
+        try:
+            # The outer one, for torch.cuda.graph keeps its stream current where a capture fails.
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool, stream=stream):
+                result = body()
+        except RuntimeError as error:
+            _abandon(graph, device, pool)
+            reason = _reason(error, before)
+            raise RuntimeError(f"the model cannot be captured: {reason}") from error
+        finally:
+            torch.clear_autocast_cache()
+
+    return Recorded(graph, result, body, device)
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A graph, what its replay gives, and what holds the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Any
+    body: Callable[[], Any]
+    device: torch.device
+
+    def __call__(self) -> Any:
+        with torch.cuda.device(self.device):
+            self.graph.replay()
+        return self.result
+
+
+_abandoned: list[torch.cuda.CUDAGraph] = []
+"""Captures that failed: allocators go on asking them whether memory is theirs."""
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
+    """Ends what torch leaves as it was where a capture fails.
+
+    Up to 2.12 the allocator believes in the capture for ever (pytorch#180395), and up to 2.11 the
+    generator does, so that any ``torch.randn`` on the GPU would fail (pytorch#176753).
+    """
+    _abandoned.append(graph)
+    with suppress(RuntimeError, AttributeError):  # raised where torch has done it
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """For tensors that later calls write: inference mode's could be written in that mode alone."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _reason(error: BaseException, before: BaseException | None) -> str:
+    """The first thing that went wrong since ``before``, and the line of the model it did in."""
+    while error.__context__ is not None and error.__context__ is not before:
+        error = error.__context__  # ending a broken capture fails as well
+    said = (str(error).splitlines() or [kind(error)])[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f"{os.sep}torch{os.sep}" not in f.filename]
+    where = f" ({own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
+    return (
+        f"{said}{where}. A graph holds no reading of values (.item(), .cpu(), branches on a "
+        f"tensor), no copy from the host and no shapes that depend on data"
+    )
+
+
+def _copied(value: Any, beside: Any = None, copy: Any = None, batch: int = 0) -> Any:
+    """``value`` with a copy of each tensor.
+
+    What both halves share, being the very tensor that stands in its place in cond (``beside``) and
+    no sample's, is that one's copy.
+    """
+    if isinstance(value, Tensor):
+        shared = value is beside and (value.dim() == 0 or len(value) != batch)
+        return copy if shared else value.detach().clone()
+    if isinstance(value, Mapping):
+        found = beside if isinstance(beside, Mapping) else {}
+        return {
+            key: _copied(item, found[key], copy[key], batch) if key in found else _copied(item)
+            for key, item in value.items()
+        }
+    if type(value) in (list, tuple):
+        if type(beside) is not type(value) or len(beside) != len(value):
+            return type(value)([_copied(item) for item in value])
+        three = zip(value, beside, copy, strict=True)
+        return type(value)([_copied(item, b, c, batch) for item, b, c in three])
+    return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if type(value) in (list, tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def _matched(name: str, held: Any, value: Any) -> list[tuple[Tensor, Tensor]]:
+    """(tensor held, tensor given) for each in two values that must be alike in all else."""
+    if isinstance(held, Tensor):
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (held.shape, held.dtype):
+            got = (
+                f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else kind(value)
+            )
+            raise ValueError(
+                f"{name} must be {held.dtype} {tuple(held.shape)}, as captured, got {got}"
+            )
+        return [] if value is held else [(held, value)]
+    if isinstance(held, Mapping) and isinstance(value, Mapping) and held.keys() == value.keys():
+        return [pair for k in held for pair in _matched(f"{name}[{k!r}]", held[k], value[k])]
+    if type(held) in (list, tuple) and type(value) is type(held) and len(value) == len(held):
+        both = enumerate(zip(held, value, strict=True))
+        return [pair for i, (h, v) in both for pair in _matched(f"{name}[{i}]", h, v)]
+    if isinstance(held, (Mapping, list, tuple)) or not same(held, value):
+        raise ValueError(f"{name} is part of the graph, {shown(held)}, got {shown(value)}")
+    return []

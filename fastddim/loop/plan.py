@@ -1,0 +1,157 @@
+"""A plan holds the order of a loop's rows; a row holds what its step reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastddim.coefficients import COLUMNS, PREDICTIONS, Float32, Prediction
+from fastddim.loop.model import Predictor
+from fastddim.step.bound import watched
+from fastddim.step.checked import OUTPUTS
+from fastddim.timesteps import Pair
+
+_C1 = COLUMNS.index("c1")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """A sampler decides this before it sees a tensor: its table, and the order of its rows.
+
+    Attributes:
+        table: the coefficients.
+        order: the rows to take, in order.
+        levels: the t that the model is called with, by the table's rows.
+        pairs: the (from, to) levels of each row.
+        shift: the factor of cond_fn's gradient in each row; None without a cond_fn.
+        prediction, clip: the step's options of these names.
+        heard: for a loop that runs backwards, the table by which a step turns the model's output
+            into ε, or into x0 in the rows of ``by_x0``; None forwards.
+        by_x0: for a loop that runs backwards, whether a row keeps the model's x0 and computes ε
+            from x_s, instead of keeping ε.
+        forward: returns the table from clean data to each row's t and to the final s. It is None
+            for a loop that runs backwards, which does not inpaint.
+    """
+
+    table: Float32
+    order: range
+    levels: tuple[int, ...]
+    pairs: tuple[Pair, ...]
+    shift: Float32 | None
+    prediction: Prediction
+    clip: float | None
+    heard: Float32 | None = None
+    by_x0: tuple[bool, ...] = ()
+    forward: Callable[[], Float32] | None = None
+
+    @property
+    def backwards(self) -> bool:
+        return self.heard is not None
+
+    @cached_property
+    def noisy(self) -> list[bool]:
+        """This says of each row whether it adds noise."""
+        return (self.table[:, _C1] != 0).tolist()  # type: ignore[no-any-return]
+
+    @cached_property
+    def told(self) -> npt.NDArray[np.int64]:
+        """``levels`` as PyTorch copies them fastest."""
+        return np.array(self.levels, dtype=np.int64)
+
+    @cached_property
+    def given(self) -> list[int]:
+        """What the step of each row is given, by its place in ``PREDICTIONS``."""
+        if self.backwards:
+            return [PREDICTIONS.index("sample" if x0 else "epsilon") for x0 in self.by_x0]
+        return [PREDICTIONS.index(self.prediction)] * len(self.table)
+
+    @cached_property
+    def kinds(self) -> list[int]:
+        """The kind of each row, without guidance and without a next input."""
+        return [16 * said + adds for said, adds in zip(self.given, self.noisy, strict=True)]
+
+    @cached_property
+    def _on_cpu(self) -> Tensor:
+        # A tensor that is made in inference mode could not be used outside of it.
+        with torch.inference_mode(False):
+            return torch.tensor(self.table, device="cpu")
+
+    def table_on(self, device: torch.device) -> Tensor:
+        """Returns the table as steps read it. On a CPU all runs share one, which none writes."""
+        # A tensor that a dispatch mode has made, a fake one say, is no tensor outside of it.
+        if device.type != "cpu" or watched():
+            return torch.tensor(self.table, device=device)
+        return self._on_cpu
+
+
+class Row(NamedTuple):
+    """A step reads this. All of it is on the device before the first model call."""
+
+    number: int
+    pair: Pair
+    """The step goes from the first of these levels to the second."""
+    rows: int | Tensor
+    """This is ``number`` as the step takes it: int32 (batch,) in a graph that counts its rows."""
+    t: Tensor
+    """The model is called with this level, int64 (batch,)."""
+    asked: Tensor
+    """This is t for each sample that the model is given: twice the batch with guidance."""
+    guidance: Tensor | None
+    """This is w, float32 (batch,), where the model is given twice the batch, and None elsewhere."""
+    shift: Tensor | None
+    """This factor multiplies cond_fn's gradient, float32 ()."""
+    noisy: bool
+    """True if the step adds noise."""
+    feeds: int
+    """The step writes this many copies of the batch for the next model call, or none."""
+    prediction: int
+    """The step is given this prediction, named by its place in ``PREDICTIONS``."""
+    kind: int
+    """Rows of one kind give the step the same arguments: noise, w, the next input, ε or x0."""
+
+
+def rows_of(
+    plan: Plan, predictor: Predictor, guidance: Tensor | None, inpainted: bool
+) -> tuple[Row, ...]:
+    """Returns the rows of ``plan`` in its order; ``guidance`` is w (rows, batch) on the device."""
+    batch, device, count = predictor.batch, predictor.device, len(plan.table)
+    # Each run has levels of its own, because a model may write into what it is given.
+    levels = torch.tensor(plan.told, device=device).unsqueeze(1)
+    once = levels.expand(-1, batch).unbind()
+    none: list[Any] = [None] * count
+    shifts = none if plan.shift is None else torch.tensor(plan.shift, device=device).unbind()
+    # A float32 model that gets each sample once takes x itself, so that nothing is written for it.
+    dtype = predictor.dtype
+    writable = dtype in OUTPUTS and not inpainted
+    asked, w = once, none
+    if guidance is None and (dtype == torch.float32 or not writable):
+        feeds, kinds = [0] * count, plan.kinds
+    else:
+        # Where w is 1 for every sample, the model gets the condition alone: it then does half the
+        # work, and c is exact, which u + 1·(c − u) is not.
+        guided = [False] * count if guidance is None else (guidance != 1).any(1).tolist()
+        if guidance is not None:
+            twice = levels.expand(-1, 2 * batch).unbind()
+            asked = tuple((twice if double else once)[i] for i, double in enumerate(guided))
+            w = [row if double else None for row, double in zip(guidance, guided, strict=True)]
+        fed = [writable and (double or dtype != torch.float32) for double in guided]
+        feeds = [0] * count
+        for i, following in pairwise(plan.order):
+            feeds[i] = fed[following] * (1 + guided[following])
+        alike = zip(plan.kinds, feeds, guided, strict=True)
+        kinds = [kind + 4 * copies + 2 * double for kind, copies, double in alike]
+    numbers = range(count)
+    columns = (
+        *(numbers, plan.pairs, numbers, once, asked, w, shifts),
+        *(plan.noisy, feeds, plan.given, kinds),
+    )
+    rows = list(map(Row._make, zip(*columns, strict=True)))
+    return tuple([rows[i] for i in plan.order])

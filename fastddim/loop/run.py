@@ -1,0 +1,337 @@
+"""A run holds what is fixed before the loop begins; its stepper takes the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import InitVar, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddim.coefficients import PREDICTIONS, Prediction
+from fastddim.loop.inpaint import Known
+from fastddim.loop.model import Predictor
+from fastddim.loop.normals import Noise
+from fastddim.loop.plan import Row
+from fastddim.step.backends import Fixed, Launch, backend, chosen
+from fastddim.step.bound import by_op_again, compiled, is_plain, moded, profiled, step_of, watched
+from fastddim.step.buffers import FRESH, Spare
+from fastddim.step.checked import ddim_step
+from fastddim.step.layout import input_like
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """The arguments of one run of the loop, checked and on the device: nothing changes them.
+
+    Attributes:
+        x: where to begin; the first loop takes it.
+        made: True if x is fresh memory, which the loop may overwrite.
+        predictor: the model and what goes with its calls.
+        table: the coefficients.
+        rows: the steps to take, in order.
+        prediction, clip: the step's options of these names.
+        heard: for a loop that runs backwards, the table by which a step turns the model's output
+            into ε or x0, guidance included; None forwards.
+        guidance: w, float32 (rows of the table, batch), or None.
+        noise: the source of z.
+        known: the part of the image that is known, for inpainting.
+        dtype: the result's dtype.
+        progress: the function that wraps the rows.
+    """
+
+    x: InitVar[Tensor]
+    made: bool
+    predictor: Predictor
+    table: Tensor
+    rows: tuple[Row, ...]
+    prediction: Prediction
+    clip: float | None
+    heard: Tensor | None
+    guidance: Tensor | None
+    noise: Noise
+    known: Known | None
+    dtype: torch.dtype
+    progress: Callable[[Iterable[Any]], Iterable[Any]]
+    _start: list[Tensor] = field(init=False, repr=False)
+    """This list holds x until a loop takes it. A field would keep the loop from reusing x."""
+
+    def __post_init__(self, x: Tensor) -> None:
+        object.__setattr__(self, "_start", [x])
+
+    def begin(self, x: Tensor | None = None, wants_x0: bool = False) -> tuple[Tensor, Stepper]:
+        """Returns the x to begin with, and the stepper that goes on from it.
+
+        Args:
+            x: where to begin instead of at the run's own x. The loop never writes it.
+            wants_x0: whether each step gives x0.
+        """
+        made = self.made and x is None
+        x = self._start.pop() if x is None else x
+        stepper = Stepper(self, wants_x0)
+        stepper.allocate(x, made, self.rows)
+        if self.known is not None:
+            x = self.known.put_back(x, self.rows[0].number, self.noise)
+        return x, stepper
+
+    def step_between(
+        self,
+        row: Row,
+        x: Tensor,
+        x_in: Tensor | None,
+        x0: Tensor | None,
+        out: Tensor,
+        next_input: Tensor | None,
+        x0_out: Tensor,
+    ) -> None:
+        """Takes one step between given buffers, as a graph of one step does.
+
+        Args:
+            row: the row to step from.
+            x: the state.
+            x_in: the state as the model takes it, or None.
+            x0: the x0 of the step before, or None.
+            out: the next state is written here.
+            next_input: the next model input is written here, if the row writes one.
+            x0_out: x0 is written here, with self-conditioning.
+        """
+        stepper = Stepper(self)
+        stepper.use(x, x_in, x0, out, next_input, x0_out)
+        stepper.step(x, stepper.predict(x, row), row)
+
+    def empty_result(self) -> Tensor:
+        """Returns an empty tensor for the result, laid out as x is."""
+        return torch.empty_like(self._start[0], dtype=self.dtype)
+
+    def part(self, samples: Tensor, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> Run:
+        """Returns the same run for some of the samples."""
+        n = len(samples)
+        some = None if self.guidance is None else self.guidance[:, samples]
+
+        def narrowed(row: Row) -> Row:
+            w = None if row.guidance is None or some is None else some[row.number]
+            asked = row.t[:1].expand(n if w is None else 2 * n)
+            return row._replace(t=row.t[:1].expand(n), asked=asked, guidance=w)
+
+        return replace(
+            self,
+            x=self._start[0][samples],
+            made=True,
+            predictor=self.predictor.part(samples),
+            rows=tuple(narrowed(row) for row in self.rows),
+            guidance=some,
+            noise=self.noise.part(samples),
+            known=None if self.known is None else self.known.part(samples),
+            progress=progress,
+        )
+
+
+class Stepper:
+    """The part of a run that moves: it predicts and steps, and holds the buffers of both.
+
+    It copies what the run fixes, since each name that a step looks up costs the host time.
+    """
+
+    __slots__ = (
+        "_backend",
+        "_chosen",
+        "_clip",
+        "_compiled",
+        "_direct",
+        "_heard",
+        "_input",
+        "_inputs",
+        "_known",
+        "_launches",
+        "_made",
+        "_noise",
+        "_prediction",
+        "_predictor",
+        "_self_condition",
+        "_states",
+        "_table",
+        "_wants_x0",
+        "_x0",
+        "_x0s",
+        "_z",
+    )
+
+    def __init__(self, run: Run, wants_x0: bool = False) -> None:
+        self._predictor, self._noise, self._known = run.predictor, run.noise, run.known
+        self._table, self._heard, self._clip = run.table, run.heard, run.clip
+        self._prediction = PREDICTIONS.index(run.prediction)
+        self._direct = run.predictor.dtype == torch.float32
+        """True if a model that gets each sample once gets the state itself."""
+        self._self_condition = run.predictor.self_condition is not None
+        self._wants_x0 = wants_x0 or self._self_condition
+        self._backend, self._chosen = backend(run.predictor.device), chosen()
+        self._compiled = compiled()
+        """True if a compiler follows this run from its beginning to its end."""
+        self._launches: dict[int, tuple[Any, ...]] = {}
+        """The launch of each kind of row, and the dtype, shape and strides of its output."""
+        self._states: Spare | None = None
+        self._x0s: Spare | None = None
+        """Buffers that earlier steps wrote. None where fresh memory costs no more."""
+        self._inputs: dict[int, Spare] = {1: Spare(), 2: Spare()}
+        """Buffers for the model's inputs, by the copies of the batch in them."""
+        self._made: Tensor | None = None
+        """The latest state, if the loop may overwrite it."""
+        self._input: Tensor | None = None
+        """``_made`` as the model is given it."""
+        self._x0: Tensor | None = None
+        """The last x0, for a model that is conditioned on it."""
+        self._z: Tensor | None = None
+        """The last z. A generator writes the next one into it."""
+
+    def allocate(self, x: Tensor, made: bool, rows: Sequence[Row]) -> None:
+        """Allocates on a CPU, before the first model call, all that the steps of ``rows`` write."""
+        self._made = x if made else None
+        if x.device.type != "cpu":
+            return
+        if x.numel() >= FRESH:
+            self._states = Spare(*(torch.empty_like(x) for _ in range(1 if made else 2)))
+            self._x0s = Spare(*(torch.empty_like(x) for _ in range(2 * self._self_condition)))
+        for copies in {row.feeds for row in rows} - {0}:
+            self._inputs[copies] = Spare(input_like(x, self._predictor.dtype, copies))
+
+    def use(
+        self,
+        x: Tensor,
+        x_in: Tensor | None,
+        x0: Tensor | None,
+        out: Tensor,
+        next_input: Tensor | None,
+        x0_out: Tensor,
+    ) -> None:
+        """Sets the state and the memory of the next step: see ``Run.step_between``."""
+        self._made, self._input, self._x0 = x, x_in, x0
+        self._states, self._x0s = _Fixed(out), _Fixed(x0_out)
+        if next_input is not None:
+            self._inputs = dict.fromkeys((1, 2), _Fixed(next_input))
+
+    def predict(self, x: Tensor, row: Row) -> Tensor:
+        """Returns the model's output; backwards, the ε or x0 that the output gives."""
+        twice = row.guidance is not None
+        x_in, self._input = self._input, None
+        written = x_in is not None and x is self._made and len(x_in) == len(row.asked)
+        if x_in is None or not written:
+            x_in = x if self._direct and not twice else self._predictor.input(x, twice)
+        output = self._predictor(x_in, row.asked, self._x0, twice)
+        if written:  # by a step; what has been made here may lie otherwise
+            self._inputs[1 + twice].keep(x_in)
+        if row.shift is not None:
+            output = self._predictor.shifted(output, x, row.t, row.shift)
+        if self._heard is None:
+            return output
+        if row.prediction == self._prediction and row.guidance is None:
+            return output
+        # A step with the factors 0·x0 + 1·ε turns any output into ε, and 1·x0 + 0·ε into x0.
+        found, _ = ddim_step(
+            x,
+            output,
+            self._heard,
+            row.rows,
+            guidance=row.guidance,
+            prediction=PREDICTIONS[self._prediction],
+            want_x0=False,
+        )
+        return found
+
+    def step(self, x: Tensor, output: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
+        """Returns (x_s, x0). The model's next input is written in the same pass over memory."""
+        if x is not self._made:
+            self._look_at(x)
+        seeds = z = into = x0 = None
+        if row.noisy:
+            seeds, z = self._noise.step(row.number, self._z)
+            self._z = z
+        if row.feeds:
+            into = self._inputs[row.feeds].take()
+            if into is None:
+                into = input_like(x, self._predictor.dtype, row.feeds)
+        x_s = None if self._states is None else self._states.take()
+        if x_s is None:
+            x_s = torch.empty_like(x)
+        if self._wants_x0:
+            x0 = None if self._x0s is None else self._x0s.take()
+            if x0 is None:
+                x0 = torch.empty_like(x)
+        w = row.guidance if self._heard is None else None
+        # Only the output may lie otherwise than when a row of this kind was bound, because the
+        # stepper allocates the rest itself.
+        dtype, shape, stride, launch = self._launches.get(row.kind, _NONE)
+        if (
+            output.dtype is not dtype
+            or output.shape != shape
+            or output.stride() != stride
+            or output.__class__ is not Tensor
+            or output.is_neg()
+            or output._is_zerotensor()
+            or moded()
+            or profiled()
+        ):
+            launch = self._bound(x, output, row, seeds, z, w, x_s, x0, into)
+        launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
+        if x is self._made and self._states is not None:
+            self._states.keep(x)
+        if self._self_condition:
+            if self._x0 is not None and self._x0s is not None:
+                self._x0s.keep(self._x0)
+            self._x0 = x0
+        self._made, self._input = x_s, into
+        if self._known is not None:
+            x_s = self._known.put_back(x_s, row.number + 1, self._noise)
+        return x_s, x0
+
+    def _bound(
+        self,
+        x: Tensor,
+        output: Tensor,
+        row: Row,
+        seeds: Tensor | None,
+        z: Tensor | None,
+        w: Tensor | None,
+        x_s: Tensor,
+        x0: Tensor | None,
+        into: Tensor | None,
+    ) -> Launch:
+        """Binds the step, and keeps the launch where all rows of this kind will lie alike."""
+        fixed = Fixed(row.prediction, True, self._clip, False)
+        step = step_of(self._backend, fixed, x.device)
+        if self._compiled or watched():
+            return partial(by_op_again, self._chosen, fixed)
+        launch = step.launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
+        # A tensor of the caller's may lie otherwise than the next one: do not keep its launch.
+        if is_plain(output) and x is self._made and self._noise.given is None:
+            self._launches[row.kind] = output.dtype, output.shape, output.stride(), launch
+        return launch
+
+    def _look_at(self, x: Tensor) -> None:
+        """Forgets launches and buffers where the caller's state lies otherwise than the last."""
+        if self._made is not None and self._made.stride() != x.stride():
+            self._launches.clear()
+            if self._states is not None:
+                self._states = Spare()
+            if self._x0s is not None:
+                self._x0s = Spare()
+            self._inputs = {1: Spare(), 2: Spare()}
+
+
+_NONE: tuple[Any, ...] = None, None, None, None
+"""Rows of a kind that has not been bound have this in place of a launch."""
+
+
+class _Fixed(Spare):
+    """Gives the same buffer to every step, because a captured step writes fixed addresses."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self._tensor = tensor
+
+    def keep(self, tensor: Tensor) -> None:
+        pass
+
+    def take(self) -> Tensor:
+        return self._tensor

@@ -1,0 +1,240 @@
+"""A loop gives its caller steps on the way, and keeps states on the device or on the host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastddim.check import kind, whole
+from fastddim.loop.plan import Row
+from fastddim.step.buffers import FRESH, Spare, fitting
+from fastddim.timesteps import Pair
+
+NAMES = ("x", "x0")
+_log = logging.getLogger("fastddim")
+
+
+Callback: TypeAlias = Callable[["Step"], "Tensor | bool | None"]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one step of the loop leaves behind. Its ``repr`` prints the tensors' shapes.
+
+    ``x`` and ``x0`` are copies, and the caller's to keep and to write to: nothing that follows
+    writes to them, and what is written into them does not reach the loop. A callback changes the
+    course of the loop by the tensor that it returns.
+
+    Attributes:
+        index: the step's row in the table, 0 for the noisiest. ``sample(model, step.x,
+            start=step.index + 1)`` goes on from there; from a step of the loop run backwards,
+            ``start=step.index``.
+        t, s: the levels it went from and to; −1 is clean data.
+        x: x_s.
+        x0: the x0 predicted from x_t.
+    """
+
+    index: int
+    t: int
+    s: int
+    x: Tensor
+    x0: Tensor
+
+    def __repr__(self) -> str:
+        return (
+            f"Step(index={self.index}, t={self.t}, s={self.s}, x={shape_of(self.x)}, "
+            f"x0={shape_of(self.x0)})"
+        )
+
+
+class Copies:
+    """Makes the ``Step`` that a caller gets, of copies in the result's dtype.
+
+    Args:
+        dtype: of the result.
+        reads_x0: whether the loop or a trajectory reads a step's x0 after the caller has it.
+    """
+
+    def __init__(self, dtype: torch.dtype, reads_x0: bool) -> None:
+        self._dtype, self._reads_x0 = dtype, reads_x0
+        self._spare = Spare()
+
+    def step(self, row: Row, x: Tensor, x0: Tensor | None) -> Step:
+        assert x0 is not None
+        copy_of_x0 = x0.to(self._dtype, copy=self._reads_x0)
+        return Step(row.number, *row.pair, self._copy(x), copy_of_x0)
+
+    def _copy(self, x: Tensor) -> Tensor:
+        if x.dtype != self._dtype:
+            return x.to(self._dtype)
+        if not x.is_cpu or x.numel() < FRESH:
+            return x.clone()
+        own = fitting(self._spare.take(), x)
+        own = torch.empty_like(x) if own is None else own
+        own.copy_(x)
+        self._spare.keep(own)
+        # The caller gets an alias: what it sets on the tensor, as requires_grad, must not stay.
+        return own.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """What a sampler passed through. Its ``repr`` prints the tensors' dtypes and shapes.
+
+    Attributes:
+        index: the rows after which states were kept.
+        pairs: the (t, s) of each of them; the states are those at s.
+        x: x_s of each, (kept, batch, ...), or None where it was not asked for.
+        x0: the x0 predicted at each, likewise.
+    """
+
+    index: tuple[int, ...]
+    pairs: tuple[Pair, ...]
+    x: Tensor | None
+    x0: Tensor | None
+
+    def __repr__(self) -> str:
+        return (
+            f"Trajectory(index={self.index}, pairs={self.pairs}, x={shape_of(self.x)}, "
+            f"x0={shape_of(self.x0)})"
+        )
+
+
+def shape_of(x: Tensor | None) -> str:
+    """``float32 (4, 3, 32, 32)`` for a tensor; a device that is not the CPU follows."""
+    if x is None:
+        return "None"
+    where = "" if x.device.type == "cpu" else f" on {x.device}"
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{where}"
+
+
+class Recorder:
+    """Fills a trajectory. Its memory is found, or refused, before the first step.
+
+    Args:
+        names: of what is kept: ``"x"``, ``"x0"`` or both.
+        every: k, to keep every k-th state, and always the last.
+        offload: whether to keep them on the host, in pinned memory, each copied on a stream of
+            its own while the next steps run.
+        order: the rows that will be taken.
+        pairs: the (t, s) of every row.
+        size, dtype, device: of a state.
+
+    Raises:
+        TypeError, ValueError: naming the argument, or the memory that it would take.
+    """
+
+    def __init__(
+        self,
+        names: Any,
+        every: int,
+        offload: bool,
+        order: Sequence[int],
+        pairs: Sequence[Pair],
+        size: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        names = (names,) if isinstance(names, str) else names
+        if not isinstance(names, (tuple, list)):
+            raise TypeError(f'trajectory must be ("x", "x0") or one of them, got {kind(names)}')
+        if not names or set(names) - set(NAMES) or len(set(names)) < len(names):
+            raise ValueError(f'trajectory must be ("x", "x0") or one of them, got {names!r}')
+        k = whole("every", every, low=1)
+        rows = tuple(i for n, i in enumerate(order, 1) if n % k == 0 or n == len(order))
+        self.place = {i: n for n, i in enumerate(rows)}
+        self.pairs = pairs
+        where = torch.device("cpu") if offload else device
+        self.bytes = len(names) * len(rows) * torch.Size(size).numel() * dtype.itemsize
+        what = (
+            f"the trajectory, {len(rows)} states of {size} as {' and '.join(names)}, takes "
+            f"{shown_bytes(self.bytes)} on {where}"
+        )
+        free = free_bytes(where)
+        if free is not None and self.bytes > free:
+            raise ValueError(
+                f"{what}, where {shown_bytes(free)} are free: keep fewer with every="
+                + ("" if offload or device.type == "cpu" else ", or offload=True")
+            )
+        _log.info(what)
+        pinned = offload and device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if pinned else None
+        self.kept: dict[str, Tensor] = {
+            name: torch.empty((len(rows), *size), dtype=dtype, device=where, pin_memory=pinned)
+            for name in names
+        }
+        self.reached: set[int] = set()
+
+    def wants(self, name: str) -> bool:
+        return name in self.kept
+
+    def keep(
+        self, index: int, samples: slice, x: Tensor, x0: Tensor | None, stopped: bool = False
+    ) -> None:
+        """Keeps what row ``index`` left for these samples, if it is one of those to keep.
+
+        So is the row where the loop has ``stopped``, which is the last.
+        """
+        if stopped:
+            self.place.setdefault(index, len(self.reached))
+        if index not in self.place:
+            return
+        self.reached.add(index)
+        for name, state in (("x", x), ("x0", x0)):
+            if name not in self.kept or state is None:
+                continue
+            slot = self.kept[name][self.place[index], samples]
+            state = state[: len(slot)]
+            if self.stream is None:
+                slot.copy_(state)
+                continue
+            self.stream.wait_stream(torch.cuda.current_stream(state.device))
+            with torch.cuda.stream(self.stream):
+                slot.copy_(state, non_blocking=True)
+            state.record_stream(self.stream)  # or its memory could be another's before it is read
+
+    def finished(self) -> Trajectory:
+        """The trajectory, as far as the loop has come; what was streamed has arrived."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        index = tuple(i for i in self.place if i in self.reached)
+        states = {name: tensor[: len(index)] for name, tensor in self.kept.items()}
+        return Trajectory(
+            index, tuple(self.pairs[i] for i in index), states.get("x"), states.get("x0")
+        )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be had there; None where nobody says."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + cached)
+    if device.type != "cpu":
+        return None
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(next(int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable")))
+    except (OSError, StopIteration):
+        return None
+    try:  # a container's own limit, where it has one
+        group = Path("/sys/fs/cgroup")
+        most = int((group / "memory.max").read_text())
+        found.append(most - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return min(found)
+
+
+def shown_bytes(n: int) -> str:
+    """1.2 GB for 1,234,567,890."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n} bytes"

@@ -1,0 +1,215 @@
+"""The table of backends says what takes the steps on a device, and ``using`` chooses another."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastddim.check import shown
+
+VARIABLE = "FASTDDIM_BACKEND"
+"""This environment variable names the backend of every step of a process."""
+
+
+class Fixed(NamedTuple):
+    """The options of the step that stay the same throughout a run.
+
+    Attributes:
+        prediction: what the model returns: 0 epsilon, 1 v, 2 sample (``coefficients.PREDICTIONS``).
+        noise_first: whether c1·z is added before c2·ε or after it.
+        clip: x0 is clamped to ±clip; None leaves it alone.
+        rederive: whether ε is computed again from the clamped x0.
+    """
+
+    prediction: int = 0
+    noise_first: bool = True
+    clip: float | None = None
+    rederive: bool = False
+
+
+Launch: TypeAlias = Callable[..., None]
+"""A launch takes one step, of tensors that lie in memory as those it was bound to.
+
+    launch(x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input)
+
+``row`` is the row of the table that all samples are on, or int32 (batch,) with one for each. The
+launch writes x_s to ``out`` and, where they are given, x0 to ``x0`` and x_s once more to
+``next_input``, in the dtype of each. Any thread may call a launch, and several threads at once.
+"""
+
+
+def reads_as_it_lies(x: Tensor, output: Tensor) -> bool:
+    """Returns False: a backend that reads outputs in another order than x's has its own answer."""
+    return False
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """One way to take a step. Each module in the table defines one, named ``BACKEND``.
+
+    Attributes:
+        name: its name in the table, in ``FASTDDIM_BACKEND`` and in records.
+        bind: ``bind(fixed, x, output, table, row, ...)`` takes ``Launch``'s arguments, looks at the
+            first tensors, compiles where there is something to compile, and returns the ``Launch``
+            for all tensors that lie alike. They are already checked: x is dense float32
+            (batch, ...); noise, out and x0 have its strides; each sample of the output lies as one
+            of x's.
+        normal_: ``normal_(out, seeds, rows, stream)`` fills a contiguous float32 (batch, ...) with
+            the counter noise that ``fastddim.step.philox`` defines.
+        reads: ``reads(x, output)`` says whether a launch reads an output whose samples lie in
+            another order than x's. Where it does not, the output is copied first.
+        in_order: whether a launch with seeds needs x to be contiguous or channels last.
+    """
+
+    name: str
+    bind: Callable[..., Launch]
+    normal_: Callable[[Tensor, Tensor, Tensor, int], None]
+    reads: Callable[[Tensor, Tensor], bool] = reads_as_it_lies
+    in_order: bool = False
+
+
+class Entry(NamedTuple):
+    """A line of the table says where a backend can run, and which module defines it."""
+
+    devices: tuple[str, ...] | None
+    """These are the kinds of device it runs on; None stands for any."""
+    module: str
+    """The first step imports it, since a compiler takes long to import and may be missing."""
+
+
+TABLE: dict[str, Entry] = {
+    "triton": Entry(("cuda",), "fastddim.step.on_triton"),
+    "numba": Entry(("cpu",), "fastddim.step.on_numba"),
+    "torch": Entry(None, "fastddim.step.on_torch"),
+}
+"""The backends by name. The first that runs on a device and can be imported takes its steps."""
+
+_using: ContextVar[str | None] = ContextVar("fastddim backend", default=None)
+# The environment is read once, because asking it costs as much as a small step.
+_environment = os.environ.get(VARIABLE) or None
+
+
+def backend(device: torch.device | str, name: str | None = None) -> Backend:
+    """Returns the backend that takes the steps on a device: nothing else decides this.
+
+    It is the backend called ``name``, or else the one that ``using`` names, or else the one that
+    ``FASTDDIM_BACKEND`` names, or else the first of the table that can run there.
+
+    Raises:
+        ValueError: the backend that is named is not in the table or cannot run on such a device.
+        ImportError: the backend that is named cannot be imported.
+    """
+    kind = device if isinstance(device, str) and ":" not in device else torch.device(device).type
+    return _found(kind, name or chosen())
+
+
+def chosen() -> str | None:
+    """Returns the name that ``using`` or ``FASTDDIM_BACKEND`` gives, or None without either."""
+    return _using.get() or _environment
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Has the named backend take the steps of this thread, within the block.
+
+        with fastddim.using("torch"):
+            images = ddim.sample(model, x_T)
+
+    What was bound before stays with its backend: a sampler's loop that has begun, and a step that
+    ``bind`` returned.
+
+    Raises:
+        ValueError: there is no backend of this name.
+    """
+    _checked(name, "using")
+    with again(name):
+        yield
+
+
+def available(device: torch.device | str) -> list[str]:
+    """Returns the names of the backends that can take steps on this device here, best first."""
+    kind = torch.device(device).type
+    return [name for name in TABLE if _runs_on(name, kind) and _imported(name) is not None]
+
+
+@contextmanager
+def again(name: str | None) -> Iterator[None]:
+    """Restores a choice that ``chosen`` returned before, within the block."""
+    token = _using.set(name)
+    try:
+        yield
+    finally:
+        _using.reset(token)
+
+
+def forked() -> bool:
+    """Returns whether this process is a forked child, which has none of its parent's threads.
+
+    PyTorch shares its operations out to those threads all the same, and then waits for ever.
+    """
+    return _is_forked
+
+
+_is_forked = False
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+# The hook stands here because a forked child may be the first to import a backend.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+@functools.cache
+def _found(kind: str, name: str | None) -> Backend:
+    if name is None:
+        return next(b for n in TABLE if _runs_on(n, kind) and (b := _imported(n)) is not None)
+    _checked(name, VARIABLE)
+    if not _runs_on(name, kind) and not _interprets(name):
+        raise ValueError(
+            f"backend must be one that runs on {kind} ({', '.join(available(kind))}), got {name!r}"
+        )
+    try:
+        return _load(name)
+    except ImportError as error:
+        raise ImportError(f"backend {name!r} cannot be imported here: {error}") from error
+
+
+def _checked(name: str, of: str) -> None:
+    if name not in TABLE:
+        raise ValueError(f"{of} must name one of {', '.join(TABLE)}, got {shown(name)}")
+
+
+def _runs_on(name: str, kind: str) -> bool:
+    devices = TABLE[name].devices
+    return devices is None or kind in devices
+
+
+def _interprets(name: str) -> bool:
+    """Returns whether Triton's interpreter replaces the GPU: it reads a CPU's memory as well."""
+    asked = os.environ.get("TRITON_INTERPRET", "0").lower()
+    return name == "triton" and asked in ("1", "true", "on", "yes")
+
+
+def _imported(name: str) -> Backend | None:
+    try:
+        return _load(name)
+    except ImportError:
+        return None
+
+
+def _load(name: str) -> Backend:
+    found: Backend = importlib.import_module(TABLE[name].module).BACKEND
+    return found

@@ -1,0 +1,459 @@
+"""The backend ``torch`` takes steps by PyTorch's operations, on a CPU in cache-sized blocks."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastddim.coefficients import COLUMNS, PREDICTIONS
+from fastddim.step import backends, layout, reference
+from fastddim.step import philox as counter
+from fastddim.step.backends import Backend, Fixed, Launch
+
+Factors: TypeAlias = tuple[Tensor, ...]
+"""These are the table's columns: () where all samples are on one row, else (batch, 1)."""
+
+C1 = COLUMNS.index("c1")
+
+# A block of so many elements stays in a core's cache. The number is just below the 32,768 elements
+# that PyTorch hands to OpenMP, and a multiple of 16, torch.randn's own stride, and so of four, the
+# elements of one Philox call.
+BLOCK = 32752
+
+# An operation takes so many elements at a time for each thread that shares it: enough that neither
+# Python nor the barrier at its end counts, and few enough to be in the cache for the next one.
+PART = 4 * BLOCK
+
+# Where samples have numbers of their own, the fused pass takes them one by one, 70 ns each. Below
+# this many elements that costs more than PyTorch's operations over many samples at once.
+SMALL = 64
+
+
+def bind(
+    fixed: Fixed,
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    row: int | Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
+    out: Tensor,
+    x0: Tensor | None,
+    next_input: Tensor | None,
+) -> Launch:
+    """Chooses between the blocked step and the reference: see ``backends.Backend``."""
+    return _on_cpu(fixed, x) if x.is_cpu else partial(_by_reference, fixed)
+
+
+def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
+    """Returns the launch on a CPU, which takes a batch of one block as a whole."""
+    total, batch = x.numel(), len(x)
+    light = fixed.prediction == 0 and fixed.clip is None and not fixed.rederive
+    """Where x0 is not wanted, such a step needs no memory for it."""
+    each = (-1, *[1] * (x.dim() - 1))
+
+    def launch(
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        row: int | Tensor,
+        seeds: Tensor | None,
+        noise: Tensor | None,
+        guidance: Tensor | None,
+        threshold: Tensor | None,
+        out: Tensor,
+        x0: Tensor | None,
+        next_input: Tensor | None,
+    ) -> None:
+        if total > BLOCK and total > _together():
+            _in_blocks(fixed, x, output, table, row, seeds, noise, guidance, threshold, out, x0)
+        else:
+            factors = factors_of(table, row)
+            if factors[0].dim():
+                factors = tuple(f.view(each) for f in factors)
+            if seeds is not None and factors[C1].any():  # Draw none where c1 = 0, as it is at last.
+                noise = drawn(x, seeds, row, _numpy_normal_)
+            # Making views of the scratch costs as much as an operation: a thread keeps its last.
+            if _own.terms[0] is not launch:
+                _own.terms = launch, *_terms(x)
+            _, term, scaled, x0_own, said = _own.terms
+            if output.dtype is not torch.float32:
+                output = output.float()
+            if guidance is not None:
+                uncond, cond = output[:batch], output[batch:]
+                w = guidance.view(each) if guidance.stride(0) else guidance[0]
+                output = torch.sub(cond, uncond, out=said).mul_(w).add_(uncond)
+            if light and noise is None and threshold is None and x0 is None:
+                a_t, _, b_t, _, a_s, _, c2 = factors
+                torch.mul(output, b_t, out=term)
+                torch.sub(x, term, out=out).div_(a_t).mul_(a_s)
+                out.add_(torch.mul(output, c2, out=term))
+            else:
+                _step(
+                    fixed,
+                    x,
+                    output,
+                    factors,
+                    noise,
+                    None if threshold is None else scaled.copy_(threshold.view(each)),
+                    out,
+                    x0_own if x0 is None else x0,
+                    term,
+                    scaled,
+                )
+        if next_input is not None:
+            layout.write_next(next_input, out)
+
+    return launch
+
+
+def _terms(x: Tensor) -> list[Tensor]:
+    """Returns memory for the four terms of a step, laid out as x."""
+    count, scratch = x.numel(), _scratch(4 * x.numel())
+    return [scratch.as_strided(x.shape, x.stride(), k * count) for k in range(4)]
+
+
+def _in_blocks(
+    fixed: Fixed,
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    row: int | Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
+    out: Tensor,
+    x0: Tensor | None,
+) -> None:
+    """Takes the step of a batch that is more than one block."""
+    batch = x.shape[0]
+    n = x.numel() // batch
+    if guidance is not None and n < SMALL and batch > 1:
+        guidance = _one_if_equal(guidance)
+    factors = _factors(table, row)
+    if seeds is not None and not factors[C1].any():
+        seeds = None  # The last step adds no noise: do not compute any.
+    if seeds is not None and not x.is_contiguous():
+        noise, seeds = drawn(x, seeds, row, _numpy_normal_), None
+    rows = None if seeds is None else rows_of(row, batch)
+
+    apart = guidance is not None or by_sample(row, guidance, threshold) or _apart(output, x)
+    whole = apart or seeds is not None
+    room = min(_together(), x.numel())
+    scratch = _scratch(5 * room)
+    stride = output.stride(0) if whole and output.shape[0] > 1 else n
+    for sample, samples, first, count in _blocks(batch, n, whole):
+        start, group = sample * n + first, slice(sample, sample + samples)
+
+        def own(k: int, size: tuple[int, int] = (samples, count)) -> Tensor:
+            return scratch.as_strided(size, (size[1], 1), k * room)
+
+        term = scaled = own(0)
+        if noise is not None or seeds is not None:
+            scaled = own(1)
+        said = _block(output, sample * stride + first, samples, count, stride).float()
+        if guidance is not None:
+            of_cond = (batch + sample) * stride + first
+            cond = _block(output, of_cond, samples, count, stride).float()
+            each = batch > 1 and guidance.stride(0) != 0
+            w = guidance[group, None] if each else guidance[0]
+            said = torch.sub(cond, said, out=own(2)).mul_(w).add_(said)
+        z = None if noise is None else _block(noise, start, samples, count, n)
+        if seeds is not None and rows is not None:
+            z = scaled
+            counter.normals(
+                seeds[group].numpy(),
+                rows[group].numpy(),
+                count,
+                counter.STEP,
+                first=first,
+                out=z.numpy(),
+            )
+        _step(
+            fixed,
+            _block(x, start, samples, count, n),
+            said,
+            tuple(f[group] for f in factors) if factors[0].dim() else factors,
+            z,
+            None if threshold is None else own(3).copy_(threshold[group, None]),
+            _block(out, start, samples, count, n),
+            own(4) if x0 is None else _block(x0, start, samples, count, n),
+            term,
+            scaled,
+        )
+
+
+def _by_reference(
+    fixed: Fixed,
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    row: int | Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
+    out: Tensor,
+    x0: Tensor | None,
+    next_input: Tensor | None,
+) -> None:
+    """Launches the reference, on devices without Triton and without a path of their own."""
+    if seeds is not None:
+        noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        normal_(noise, seeds, rows_of(row, len(x)), counter.STEP)
+    each = (-1, *[1] * (x.dim() - 1))
+    factors = table[row] if isinstance(row, int) else table[row].view(*each, len(COLUMNS))
+    x_s, predicted = reference.ddim_step(
+        x,
+        output.float(),
+        factors,
+        noise,
+        PREDICTIONS[fixed.prediction],
+        fixed.clip,
+        fixed.noise_first,
+        None if guidance is None else guidance.reshape(each),
+        None if threshold is None else threshold.reshape(each),
+        fixed.rederive,
+    )
+    out.copy_(x_s)
+    if x0 is not None:
+        x0.copy_(predicted)
+    if next_input is not None:
+        layout.write_next(next_input, out)
+
+
+def by_sample(row: int | Tensor, guidance: Tensor | None, threshold: Tensor | None) -> bool:
+    """Returns whether samples may have numbers of their own."""
+    of_guidance = guidance is not None and guidance.stride(0) != 0
+    return threshold is not None or of_guidance or _rows_differ(row)
+
+
+def _rows_differ(row: int | Tensor) -> bool:
+    """Returns whether samples may be on rows of their own."""
+    return isinstance(row, Tensor) and row.stride(0) != 0 and len(row) > 1
+
+
+def _one_if_equal(numbers: Tensor) -> Tensor:
+    """Returns the numbers, with a stride of 0 where they are equal: one then serves all samples."""
+    count = numbers.shape[0]
+    if numbers.stride(0) == 0 or count == 1:
+        return numbers
+    low, high = torch.aminmax(numbers)
+    return numbers[:1].expand(count) if low == high else numbers
+
+
+def rows_of(row: int | Tensor, batch: int) -> Tensor:
+    """Returns ``row`` as int32 (batch,). A number becomes a tensor on the CPU."""
+    if isinstance(row, Tensor):
+        return row
+    return torch.full((1,), row, dtype=torch.int32, device="cpu").expand(batch)
+
+
+def drawn(
+    x: Tensor,
+    seeds: Tensor,
+    row: int | Tensor,
+    fill: Callable[[Tensor, Tensor, Tensor, int], None],
+) -> Tensor:
+    """Returns counter noise laid out as x. It belongs to the logical element in any layout."""
+    logical = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    fill(logical, seeds, rows_of(row, len(x)), counter.STEP)
+    return logical if x.is_contiguous() else torch.empty_like(x).copy_(logical)
+
+
+_kept: dict[int, tuple[weakref.ref[Tensor], int, dict[int, Factors]]] = {}
+"""This keeps the factors of living tables, by their ids: each table, its address, its rows."""
+
+
+def factors_of(table: Tensor, row: int | Tensor) -> Factors:
+    """Returns the factors of a row, as ``_factors`` does.
+
+    They are views of the table, which follow what is written there. Making them costs a small step
+    as much as two of its operations, so those of a number are kept for as long as the table.
+    """
+    if not isinstance(row, int):
+        return _factors(table, row)
+    key = id(table)
+    kept = _kept.get(key)
+    if kept is None or kept[0]() is not table or kept[1] != table.data_ptr():
+        # The callback runs before the table's id can be another's.
+        ref = weakref.ref(table, lambda _: _kept.pop(key, None))
+        kept = _kept[key] = ref, table.data_ptr(), {}
+    found = kept[2].get(row)
+    if found is None:
+        # A view of the table would hold it, so that it and its factors would never go.
+        apart = torch.empty(0, dtype=table.dtype, device=table.device)
+        apart.set_(table.untyped_storage(), table.storage_offset(), table.shape, table.stride())
+        found = kept[2][row] = _factors(apart, row)
+    return found
+
+
+def _factors(table: Tensor, row: int | Tensor) -> Factors:
+    """Returns the table's columns, as ``Factors``.
+
+    A column multiplied into a block of samples gives each what its own number would.
+    """
+    if isinstance(row, int):
+        lowest = highest = row
+    elif row.stride(0) == 0 or row.shape[0] == 1:
+        lowest = highest = int(row[0])
+    else:
+        lowest, highest = (int(each) for each in torch.aminmax(row))
+    if lowest < 0 or highest >= table.shape[0]:
+        raise ValueError(f"rows must lie in [0, {len(table)}), got {lowest} to {highest}")
+    if lowest == highest:
+        return table[lowest].unbind()
+    assert isinstance(row, Tensor)
+    return torch.embedding(table, row).unsqueeze(-1).unbind(1)
+
+
+def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
+    """Fills ``out``, contiguous float32 (batch, ...), with counter noise."""
+    if out.is_cpu:
+        _numpy_normal_(out, seeds, rows, stream)
+        return
+    on_cpu = torch.empty(out.shape, dtype=torch.float32, device="cpu")
+    backends.backend("cpu").normal_(on_cpu, seeds.cpu(), rows.cpu(), stream)
+    out.copy_(on_cpu)
+
+
+def _numpy_normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
+    if out.numel():
+        flat = out.view(out.shape[0], -1)
+        counter.normals(seeds.numpy(), rows.numpy(), flat.shape[1], stream, out=flat.numpy())
+
+
+def _step(
+    fixed: Fixed,
+    x: Tensor,
+    output: Tensor,
+    factors: Factors,
+    z: Tensor | None,
+    threshold: Tensor | None,
+    out: Tensor,
+    x0: Tensor,
+    term: Tensor,
+    scaled: Tensor,
+) -> None:
+    """Takes ``reference.ddim_step`` in place; factors and thresholds are a number or a column.
+
+    It never uses add_(alpha=), a fused multiply-add, which rounds once where the reference rounds
+    twice.
+    """
+    prediction, noise_first, clip, rederive = fixed
+    a_t, _, b_t, _, a_s, c1, c2 = factors
+    eps = output
+    if prediction == 0:
+        torch.mul(output, b_t, out=term)
+        torch.sub(x, term, out=x0).div_(a_t)
+    elif prediction == 1:
+        torch.mul(output, b_t, out=term)
+        torch.mul(x, a_t, out=x0).sub_(term)
+        torch.mul(output, a_t, out=out)
+        eps = torch.mul(x, b_t, out=term).add_(out)
+    else:
+        x0.copy_(output)
+        torch.mul(output, a_t, out=term)
+        eps = torch.sub(x, term, out=term).div_(b_t)
+    if clip is not None:
+        x0.clamp_(-clip, clip)
+    if threshold is not None:
+        x0.clamp_(-threshold, threshold).div_(threshold)
+    if rederive:
+        torch.mul(x0, a_t, out=term)
+        eps = torch.sub(x, term, out=term).div_(b_t)
+    torch.mul(x0, a_s, out=out)
+    direction = torch.mul(eps, c2, out=term)
+    if z is None:
+        out.add_(direction)
+        return
+    torch.mul(z, c1, out=scaled)
+    if noise_first:
+        out.add_(scaled).add_(direction)
+    else:
+        out.add_(direction).add_(scaled)
+
+
+def _most() -> int:
+    """Returns how many elements an operation gets at most. A forked child has one thread."""
+    return BLOCK if backends.forked() else PART * torch.get_num_threads()
+
+
+def _together() -> int:
+    """Returns how many elements a batch may have to be taken as one block."""
+    return BLOCK if backends.forked() else 2 * _most()
+
+
+class _Own(threading.local):
+    room: Tensor | None = None
+    terms: tuple[Any, ...] = (None,)
+    """This thread's last launch stands first, and its terms follow."""
+
+
+_own = _Own()
+
+
+def _scratch(count: int) -> Tensor:
+    """Returns memory for ``count`` elements or more, which this thread keeps for its next step.
+
+    Fresh memory costs more than the operations that write it: a page fault for each 4 KiB.
+    """
+    room = _own.room
+    if room is None or len(room) < count:
+        # Later steps could not write a tensor of inference mode outside of it.
+        with torch.inference_mode(False):
+            room = _own.room = torch.empty(count, dtype=torch.float32, device="cpu")
+    return room
+
+
+def _blocks(batch: int, n: int, whole: bool) -> Iterator[tuple[int, int, int, int]]:
+    """Yields blocks as (sample, samples, first element, elements of each).
+
+    With ``whole`` a block holds whole samples, as many small ones as there is room for, or a part
+    of one. Without it all samples count as one.
+
+    One thread takes the first block, which shows what an element costs it. Later blocks are shared
+    out for as long as that is cheaper: a barrier waits for every thread, and on a busy machine
+    one of them waits for a core, which takes a hundred times as long as its part of the work.
+    A batch of no more than two shared blocks is one block, because beginning one takes some 20 µs.
+    """
+    if not whole:
+        batch, n = 1, batch * n
+    size, cost = BLOCK if batch * n > _together() else _together(), 0.0
+    sample = first = 0
+    while sample < batch:
+        together = 1 if first else max(1, size // n)
+        samples, count = min(together, batch - sample), min(size, n - first)
+        began = time.perf_counter()
+        yield sample, samples, first, count
+        took = (time.perf_counter() - began) / (samples * count)
+        if not cost:
+            size, cost = _most(), took
+        elif took > cost:
+            size = BLOCK
+        first += count
+        if first == n:
+            sample, first = sample + samples, 0
+
+
+def _apart(output: Tensor, x: Tensor) -> bool:
+    """Returns whether there is a gap between one sample of the output and the next."""
+    return len(x) > 1 and output.stride(0) != x.stride(0)
+
+
+def _block(tensor: Tensor, first: int, samples: int, count: int, stride: int) -> Tensor:
+    """Returns ``count`` elements of each of some samples, ``stride`` apart in a tensor's memory."""
+    return tensor.as_strided((samples, count), (stride, 1), tensor.storage_offset() + first)
+
+
+BACKEND = Backend("torch", bind, normal_)

@@ -1,0 +1,250 @@
+"""Images asked for by seed or read from a file, and pictures of them."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastddim.check import whole
+
+FILES = (
+    "a picture such as a .png, a .npy or .npz of uint8 (N, H, W) or (N, H, W, C), or an idx file "
+    "of bytes, gzipped or not"
+)
+"""What ``read`` reads."""
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] → 0..255, to the nearest; what lies outside is clamped and NaN is black.
+
+    Whoever shows or keeps the pixels says how many samples ``not_finite`` finds.
+    """
+    return ((x.float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def not_finite(x: Tensor) -> list[int]:
+    """The places of the samples (N, ...) that hold NaN or infinity.
+
+    ``to_uint8`` makes black or white pixels of these, which look like any others.
+    """
+    low, high = x.flatten(1).aminmax(dim=1)  # NaN if one element is; one pass, no mask of x's size
+    odd: list[int] = (~(low.isfinite() & high.isfinite())).nonzero().flatten().tolist()
+    return odd
+
+
+def drawn(batches: Iterable[Tensor]) -> tuple[Tensor, list[int]]:
+    """(the pictures of all samples of ``batches``, on the CPU; the places of those that are
+    ``not_finite``)."""
+    pictures: list[Tensor] = []
+    odd: list[int] = []
+    first = 0
+    for x in batches:
+        pictures.append(to_uint8(x).cpu())
+        odd += [first + place for place in not_finite(x)]
+        first += len(x)
+    return torch.cat(pictures), odd
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """0..255 → [-1, 1], float32: what models are trained on."""
+    return pixels.float() / 127.5 - 1
+
+
+def read(path: Path | str, shape: Sequence[int] | None = None, count: int | None = None) -> Tensor:
+    """The images of a file, uint8 (N, C, H, W). Pickles are refused.
+
+    Args:
+        path: a picture that Pillow reads, grey or in colours, 8 bits each and opaque; a .npy or
+            .npz with one array (or one named ``arr_0``) of (N, H, W) or (N, H, W, C); or an idx
+            file as MNIST's, gzipped or not. The content decides, not the name.
+        shape: the (C, H, W) they must have.
+        count: the first so many; by default all there are.
+
+    Raises:
+        TypeError, ValueError, OSError: one line naming what was given and what is allowed.
+    """
+    path = Path(path)
+    n = None if count is None else whole("count", count, low=1)
+    if not path.is_file():
+        raise FileNotFoundError(f"images must be {FILES}, got {str(path)!r}, which is no file")
+    try:
+        with path.open("rb") as file:
+            pixels = _pixels(file, n)
+    except Exception as error:  # each reader has its own for a file that is cut or damaged
+        raise ValueError(f"images must be {FILES}, got {path}: {error}") from None
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or not pixels.size:
+        raise ValueError(
+            f"images must be {FILES}, got {pixels.dtype} {tuple(pixels.shape)} in {path}"
+        )
+    if n is not None and n > len(pixels):
+        raise ValueError(f"count must be an integer in [1, {len(pixels)}] for {path}, got {n}")
+    images = torch.from_numpy(np.array(pixels[:n]))
+    images = images.unsqueeze(1) if images.ndim == 3 else images.movedim(3, 1).contiguous()
+    check_shape(images.shape[1:], shape, path)
+    return images
+
+
+def check_shape(got: Sequence[int], wanted: Sequence[int] | None, path: Path) -> None:
+    """Raises ``ValueError`` unless the images in ``path`` have the (C, H, W) that is wanted."""
+    if wanted is not None and tuple(got) != tuple(wanted):
+        expected, found = (
+            f"{h}x{w} with {c} {'channel' if c == 1 else 'channels'}" for c, h, w in (wanted, got)
+        )
+        raise ValueError(f"images must all be {expected}, got {found} in {path}")
+
+
+def _pixels(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
+    """The array in a file of one of the known kinds; of an idx file what ``count`` needs."""
+    start = file.read(6)
+    file.seek(0)
+    if start.startswith(b"\x1f\x8b"):
+        with gzip.open(file) as unzipped:
+            return _idx(cast(IO[bytes], unzipped), count)
+    if start.startswith(b"\0\0"):
+        return _idx(file, count)
+    if start == b"\x93NUMPY":
+        return np.asarray(np.load(file, allow_pickle=False))
+    if start.startswith(b"PK"):
+        with np.load(file, allow_pickle=False) as arrays:
+            names = arrays.files
+            if "arr_0" not in names and len(names) != 1:
+                raise ValueError(f"holds {', '.join(names[:8]) or 'no array'}")
+            return np.asarray(arrays["arr_0" if "arr_0" in names else names[0]])
+    if start.startswith((b"\x89PNG", b"\xff\xd8", b"BM", b"RIFF", b"II*", b"MM\0*")):
+        return _picture(file)
+    raise ValueError("another kind of file")
+
+
+def _picture(file: IO[bytes]) -> np.ndarray[Any, Any]:
+    """One picture, (1, H, W) or (1, H, W, 3)."""
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        if picture.mode in ("1", "P", "PA", "LA", "RGBA") or "transparency" in picture.info:
+            full = picture.convert("RGBA")
+            if full.getchannel("A").getextrema() != (255, 255):
+                raise ValueError("a picture that is not opaque")
+            return np.asarray(full.convert("L" if picture.mode in ("1", "LA") else "RGB"))[None]
+        if picture.mode not in ("L", "RGB"):
+            raise ValueError(f"a picture of mode {picture.mode}, which is none of 8 bits")
+        return np.asarray(picture)[None]
+
+
+def _idx(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
+    """idx (LeCun, MNIST): two zeros, the type, how many dimensions, their sizes, the values."""
+    magic = file.read(4)
+    if magic[:3] != b"\0\0\x08" or magic[3:] not in (b"\3", b"\4"):
+        raise ValueError("another kind of file")
+    header = file.read(4 * magic[3])
+    if len(header) == 4 * magic[3]:
+        sizes = np.frombuffer(header, ">u4").tolist()
+        sizes[0] = sizes[0] if count is None else min(count, sizes[0])
+        values = file.read(math.prod(sizes))
+        file.read(1)  # a gzipped file's checksum is looked at where it ends, not before
+        if len(values) == math.prod(sizes):
+            return np.frombuffer(values, np.uint8).reshape(sizes)
+    raise ValueError("truncated")
+
+
+def grid(images: Tensor, padding: int = 2, columns: int | None = None) -> Tensor:
+    """N images (N, C, H, W) side by side as one (C, rows·(H+p)+p, columns·(W+p)+p), row by row.
+
+    There are ⌈√N⌉ columns by default, and as many rows as N needs. What no image covers is 0.
+    """
+    n, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(n)) if columns is None else whole("columns", columns, low=1)
+    rows = math.ceil(n / columns)
+    cells = images.new_zeros(rows * columns, channels, height + padding, width + padding)
+    cells[:n, :, padding:, padding:] = images
+    sheet = cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+    sheet = sheet.reshape(channels, rows * (height + padding), columns * (width + padding))
+    return torch.nn.functional.pad(sheet, (0, padding, 0, padding))
+
+
+def check_channels(channels: int) -> None:
+    """Raises ``ValueError`` unless a PNG has that many."""
+    if channels not in (1, 3):
+        raise ValueError(f"a PNG takes 1 channel (grey) or 3 (RGB), got {channels}")
+
+
+def check_png(path: Path | str) -> Path:
+    """``path``, if a PNG can be written there.
+
+    Raises:
+        ValueError, OSError: naming what was given and what is allowed.
+        ModuleNotFoundError: Pillow is missing, which is better known before there are images.
+    """
+    import PIL.Image  # noqa: F401
+
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"out must be a file name that ends in .png, got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"out must be a file name that ends in .png, got the folder {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"out must be in a folder that exists, got {path}")
+    temporary = _beside(path)
+    try:
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise type(error)(
+            f"out must be in a folder that can be written to, got {path}: {error.strerror}"
+        ) from None
+    temporary.unlink()
+    return path
+
+
+def save_png(image: Tensor, path: Path | str) -> bool:
+    """Writes uint8 (1 or 3, H, W) to ``path``: the whole picture, or nothing at all.
+
+    Returns:
+        Whether there was a file of that name, which is gone.
+    """
+    check_channels(image.shape[0])
+    there = Path(path).exists()
+    with replacing(Path(path)) as file:
+        write_png(image, file)
+    return there
+
+
+def write_png(image: Tensor, file: IO[bytes]) -> None:
+    """Writes uint8 (1 or 3, H, W) to an open file: the same bytes for the same picture."""
+    from PIL import Image
+
+    check_channels(image.shape[0])
+    mode = "L" if image.shape[0] == 1 else "RGB"
+    size = (image.shape[2], image.shape[1])
+    pixels = image.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()
+    Image.frombytes(mode, size, pixels).save(file, format="PNG")
+
+
+@contextmanager
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file to write, which takes ``path``'s place when it is whole, or not at all.
+
+    Until then it is ``temporary``, by default a hidden name in the same folder.
+    """
+    temporary = temporary or _beside(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name and no content
+        os.replace(temporary, path)
+    except BaseException:  # Ctrl-C too
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same folder, since replacing is atomic only within one file system."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

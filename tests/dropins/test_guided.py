@@ -1,0 +1,724 @@
+"""The functions for guided-diffusion: bit for bit its formulas, live and as they were recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from enum import Enum, auto
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastddim.dropins import guided
+from tests.refusals import refused
+from tests.waiting import no_waiting
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = {
+    case["name"]: case
+    for case in json.loads((GOLDEN / "index.json").read_text())
+    if case["system"].startswith("openai")
+}
+SHAPE = (3, 3, 8, 8)
+
+
+class ModelMeanType(Enum):
+    PREVIOUS_X = auto()
+    START_X = auto()
+    EPSILON = auto()
+
+
+class ModelVarType(Enum):
+    LEARNED = auto()
+    FIXED_SMALL = auto()
+    FIXED_LARGE = auto()
+    LEARNED_RANGE = auto()
+
+
+class Original:
+    """GaussianDiffusion and, with ``kept`` timesteps, SpacedDiffusion of guided-diffusion 22e0df8:
+    what DDIM computes there, operation for operation, float64 tables read as float32."""
+
+    def __init__(
+        self,
+        betas: Any,
+        kept: set[int] | None = None,
+        mean: str = "EPSILON",
+        var: str = "FIXED_LARGE",
+        rescale: bool = False,
+    ) -> None:
+        self.original_steps = len(betas)
+        if kept is not None:
+            self.timestep_map = sorted(kept)
+            self.original_num_steps = len(betas)
+            new, last = [], 1.0
+            for i, abar in enumerate(np.cumprod(1.0 - betas)):
+                if i in kept:
+                    new.append(1 - abar / last)
+                    last = abar
+            betas = np.array(new)
+        self.betas = betas
+        self.num_timesteps = len(betas)
+        self.alphas_cumprod = np.cumprod(1.0 - betas)
+        self.model_mean_type = ModelMeanType[mean]
+        self.model_var_type = ModelVarType[var]
+        self.rescale_timesteps = rescale
+
+    def at(self, table: Any, t: Tensor, x: Tensor) -> Tensor:
+        level = torch.from_numpy(table).to(t.device)[t].float()
+        return level.view(-1, *[1] * (x.dim() - 1)).expand(x.shape)
+
+    def seen(self, t: Tensor) -> Tensor:
+        t = torch.tensor(getattr(self, "timestep_map", range(len(self.betas))), device=t.device)[t]
+        return t.float() * (1000.0 / self.original_steps) if self.rescale_timesteps else t
+
+    def predict(
+        self,
+        model: Any,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Any = None,
+        cond_fn: Any = None,
+        model_kwargs: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(x0, ε), cond_fn's part included."""
+        abar = self.at(self.alphas_cumprod, t, x)
+        scale = self.at(np.sqrt(1.0 / self.alphas_cumprod), t, x)
+        noisy = self.at(np.sqrt(1.0 / self.alphas_cumprod - 1), t, x)
+        kwargs = model_kwargs or {}
+        x0 = model(x, self.seen(t), **kwargs)
+        if self.model_var_type.name.startswith("LEARNED"):
+            x0, _ = torch.split(x0, x.shape[1], dim=1)
+        assert x0.shape == x.shape
+        if self.model_mean_type is ModelMeanType.EPSILON:
+            x0 = scale * x - noisy * x0
+        if denoised_fn is not None:
+            x0 = denoised_fn(x0)
+        if clip_denoised:
+            x0 = x0.clamp(-1, 1)
+        if cond_fn is not None:
+            eps = (scale * x - x0) / noisy
+            eps = eps - (1 - abar).sqrt() * cond_fn(x, self.seen(t), **kwargs)
+            x0 = scale * x - noisy * eps
+        return x0, (scale * x - x0) / noisy
+
+    def ddim_sample(
+        self, model: Any, x: Tensor, t: Tensor, eta: float = 0.0, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        x0, eps = self.predict(model, x, t, **kwargs)
+        abar = self.at(self.alphas_cumprod, t, x)
+        abar_s = self.at(np.append(1.0, self.alphas_cumprod[:-1]), t, x)
+        sigma = eta * torch.sqrt((1 - abar_s) / (1 - abar)) * torch.sqrt(1 - abar / abar_s)
+        z = torch.randn_like(x)
+        mean = x0 * torch.sqrt(abar_s) + torch.sqrt(1 - abar_s - sigma**2) * eps
+        moving = (t != 0).float().view(-1, *[1] * (x.dim() - 1))
+        return {"sample": mean + moving * sigma * z, "pred_xstart": x0}
+
+    def ddim_reverse_sample(
+        self, model: Any, x: Tensor, t: Tensor, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        x0, eps = self.predict(model, x, t, **kwargs)
+        abar_s = self.at(np.append(self.alphas_cumprod[1:], 0.0), t, x)
+        return {
+            "sample": x0 * torch.sqrt(abar_s) + torch.sqrt(1 - abar_s) * eps,
+            "pred_xstart": x0,
+        }
+
+    @torch.no_grad()
+    def ddim_sample_loop_progressive(
+        self, model: Any, shape: Any, noise: Any = None, device: Any = "cpu", **kwargs: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        x = torch.randn(*shape, device=device) if noise is None else noise
+        for i in range(self.num_timesteps)[::-1]:
+            out = self.ddim_sample(model, x, torch.tensor([i] * shape[0], device=device), **kwargs)
+            yield out
+            x = out["sample"]
+
+
+def linear(T: int = 1000) -> Any:
+    return np.linspace(1000 / T * 0.0001, 1000 / T * 0.02, T, dtype=np.float64)
+
+
+def cosine(T: int = 1000) -> Any:
+    levels = [math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(T + 1)]
+    return np.array([min(1 - levels[i + 1] / levels[i], 0.999) for i in range(T)])
+
+
+FIFTY = set(range(0, 1000, 20))
+LINEAR = Original(linear(), FIFTY)
+
+
+def toy(x: Tensor, t: Tensor) -> Tensor:
+    """Rounds alike wherever it runs."""
+    return 0.8 * x.clamp(-1.5, 1.5) + 1e-3 * (t % 97).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def model(x: Tensor, t: Tensor, y: Tensor | None = None, variance: bool = False) -> Tensor:
+    """One that draws from the global stream too, as dropout would, and keeps nothing."""
+    eps = toy(x, t) + 0.01 * torch.randn_like(x)
+    if y is not None:
+        eps = eps + 0.1 * y.view(-1, *[1] * (x.dim() - 1))
+    return torch.cat([eps, 0.3 * x], 1) if variance else eps
+
+
+def score(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad((-0.125 * x**2 + 1e-4 * t.view(-1, 1, 1, 1) * x).sum(), x)[0]
+
+
+def darker(x0: Tensor) -> Tensor:
+    return 0.9 * x0 - 0.01
+
+
+def start(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kept(outs: Any) -> list[Tensor]:
+    return [tensor for out in outs for tensor in (out["sample"], out["pred_xstart"])]
+
+
+def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(ours) == len(theirs)
+    for mine, own in zip(ours, theirs, strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, own)
+        assert mine.isfinite().all()
+
+
+def assert_identical(diffusion: Original, net: Any, x: Tensor, **kwargs: Any) -> None:
+    """Every state and x0 of the loop, and the state it leaves the generator in."""
+    shape = tuple(x.shape)
+    torch.manual_seed(0)
+    ours = list(
+        guided.ddim_sample_loop_progressive(diffusion, net, shape, x, device="cpu", **kwargs)
+    )
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    theirs = kept(diffusion.ddim_sample_loop_progressive(net, shape, x, **kwargs))
+    assert_equal(kept(ours), theirs)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(0)
+    last = guided.ddim_sample_loop(diffusion, net, shape, x, device="cpu", **kwargs)
+    assert torch.equal(last, ours[-1]["sample"])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def recorded_run(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(states, x0s, the timesteps seen) of ours, and what was recorded."""
+    golden = load_file(GOLDEN / f"{case['name']}.safetensors")
+    names = ("timestep_respacing", "learn_sigma", "predict_xstart", "rescale_timesteps")
+    diffusion = guided.Diffusion(
+        noise_schedule=case["schedule"], **{name: case[name] for name in names}
+    )
+    seen: list[Tensor] = []
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        return torch.cat([toy(x, t), 0.3 * x], 1) if case["learn_sigma"] else toy(x, t)
+
+    torch.manual_seed(case["generator_seed"])
+    x, clip = golden["x_T"], case["clip_denoised"]
+    if case["function"] == "ddim_reverse_sample":
+        outs = []
+        for i in range(diffusion.num_timesteps):
+            t = torch.full((len(x),), i)
+            outs.append(guided.ddim_reverse_sample(diffusion, net, x, t, clip_denoised=clip))
+            x = outs[-1]["sample"]
+    else:
+        cond_fn = None if case["cond_fn"] is None else lambda x, t: -0.25 * x
+        outs = list(
+            guided.ddim_sample_loop_progressive(
+                diffusion,
+                net,
+                x.shape,
+                noise=x,
+                clip_denoised=clip,
+                cond_fn=cond_fn,
+                eta=case["eta"],
+            )
+        )
+    states, x0s = ([out[name] for out in outs] for name in ("sample", "pred_xstart"))
+    return torch.stack(states), torch.stack(x0s), torch.stack(seen), golden
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_recorded_trajectories_are_met_bit_for_bit(name: str, recorders_root: None) -> None:
+    states, x0s, seen, golden = recorded_run(CASES[name])
+    state = torch.get_rng_state()
+    assert torch.equal(states, golden["xs"])
+    assert torch.equal(x0s, golden["x0_preds"])
+    assert torch.equal(seen.double(), golden["t"].double())
+    assert seen.dtype == (torch.float32 if CASES[name]["rescale_timesteps"] else torch.int64)
+    torch.manual_seed(CASES[name]["generator_seed"])
+    assert all(torch.equal(torch.randn_like(z), z) for z in golden["noise"])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_this_machines_square_roots_the_recorded_trajectories_are_within_1e_5(
+    name: str,
+) -> None:
+    states, x0s, _, golden = recorded_run(CASES[name])
+    for ours, theirs in ((states, golden["xs"]), (x0s, golden["x0_preds"])):
+        largest = theirs.flatten(1).abs().amax(1).clamp(min=1)
+        assert ((ours - theirs).flatten(1).abs().amax(1) <= 1e-5 * largest).all()
+
+
+@pytest.mark.parametrize(
+    ("clip_denoised", "eta"),
+    [
+        (True, 0.0),
+        (False, 0.7),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in [(True, 1.0), (False, 0.0)]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("denoised_fn", "cond_fn"),
+    [(None, None), (None, score), (darker, None), (darker, score)],
+    ids=["plain", "cond", "denoised", "both"],
+)
+@pytest.mark.parametrize(
+    "diffusion",
+    [
+        LINEAR,
+        Original(linear(), FIFTY, var="LEARNED_RANGE", rescale=True),
+        Original(cosine(), FIFTY, mean="START_X", rescale=True),
+        Original(cosine(50), mean="START_X", var="LEARNED"),
+        Original(linear(70), rescale=True, var="FIXED_SMALL"),
+    ],
+    ids=["epsilon", "variance", "x0", "x0-variance", "unspaced"],
+)
+def test_fifty_steps_and_more_are_bit_identical_and_leave_the_same_stream(
+    diffusion: Original, denoised_fn: Any, cond_fn: Any, clip_denoised: bool, eta: float
+) -> None:
+    variance = diffusion.model_var_type.name.startswith("LEARNED")
+    assert_identical(
+        diffusion,
+        partial(model, variance=variance),
+        start(*SHAPE),
+        clip_denoised=clip_denoised,
+        denoised_fn=denoised_fn,
+        cond_fn=cond_fn,
+        model_kwargs={"y": torch.arange(3)},
+        eta=eta,
+    )
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        start(1, 1, 1, 1),
+        start(2, 3, 17, 3),
+        start(2, 5),
+        start(2, 3, 2, 4, 5),
+        start(2, 3, 105, 104),
+        start(3, 4, 6, 5).contiguous(memory_format=torch.channels_last),
+        start(4, 5, 6, 9)[1:3, 1:4, ::2, 2:],
+        start(2, 6, 5, 3).transpose(1, 3),
+        start(1, 3, 4, 4).expand(3, -1, -1, -1),
+    ],
+    ids=lambda x: f"{tuple(x.shape)}{tuple(x.stride())}",
+)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("variance", [False, True])
+def test_odd_sizes_and_layouts_are_bit_identical(x: Tensor, eta: float, variance: bool) -> None:
+    diffusion = Original(
+        linear(), set(range(0, 1000, 100)), var="LEARNED_RANGE" if variance else "FIXED_LARGE"
+    )
+    assert_identical(diffusion, partial(model, variance=variance), x, eta=eta)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_half_precision_noise_and_models_are_bit_identical_in_float32(
+    dtype: torch.dtype, eta: float
+) -> None:
+    def half(x: Tensor, t: Tensor) -> Tensor:
+        return toy(x.to(dtype), t)
+
+    cond_fn = lambda x, t: (-0.25 * x).to(dtype)  # noqa: E731
+    assert_identical(LINEAR, half, start(*SHAPE).to(dtype), eta=eta)
+    assert_identical(LINEAR, half, start(*SHAPE), eta=eta, cond_fn=cond_fn)
+
+
+@pytest.mark.parametrize("guide", [None, score])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_step_takes_each_sample_at_its_own_timestep(layout: Any, guide: Any) -> None:
+    x = start(5, 3, 6, 7).contiguous(memory_format=layout)
+    t = torch.tensor([49, 0, 7, 0, 20])
+    torch.manual_seed(0)
+    ours = guided.ddim_sample(LINEAR, model, x, t, eta=1.0, cond_fn=guide)
+    torch.manual_seed(0)
+    theirs = LINEAR.ddim_sample(model, x, t, eta=1.0, cond_fn=guide)
+    assert_equal(kept([ours]), kept([theirs]))
+
+
+@pytest.mark.parametrize("denoised_fn", [None, torch.tanh])
+@pytest.mark.parametrize("clip_denoised", [True, False])
+@pytest.mark.parametrize("mean", ["EPSILON", "START_X"])
+def test_reverse_steps_are_bit_identical_and_draw_nothing(
+    mean: str, clip_denoised: bool, denoised_fn: Any
+) -> None:
+    diffusion = Original(linear(), FIFTY, mean=mean, rescale=True)
+    ours, theirs = (
+        partial(step, model=toy, clip_denoised=clip_denoised, denoised_fn=denoised_fn)
+        for step in (partial(guided.ddim_reverse_sample, diffusion), diffusion.ddim_reverse_sample)
+    )
+    state = torch.get_rng_state()
+    x = start(*SHAPE).clamp(-1, 1)
+    mixed = {"x": x, "t": torch.tensor([7, 49, 0])}
+    assert_equal(kept([ours(**mixed)]), kept([theirs(**mixed)]))
+    for i in range(50):
+        t = torch.full((3,), i)
+        out = ours(x=x, t=t)
+        assert_equal(kept([out]), kept([theirs(x=x, t=t)]))
+        x = out["sample"]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_batch_of_none_stays_one() -> None:
+    for out in guided.ddim_sample_loop_progressive(LINEAR, toy, (0, 3, 4, 4), device="cpu"):
+        assert out["sample"].shape == out["pred_xstart"].shape == (0, 3, 4, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_full_trajectory_is_bit_identical(eta: float) -> None:
+    assert_identical(Original(linear(), set(range(1000))), toy, start(2, 1, 3, 3), eta=eta)
+
+
+@pytest.mark.parametrize(
+    ("T", "respacing", "steps"),
+    [
+        (1000, "", range(1000)),
+        (1000, None, range(1000)),
+        (1000, "ddim50", range(0, 1000, 20)),
+        (1000, "ddim1000", range(1000)),
+        (4000, "ddim25", range(0, 4000, 160)),
+        (30, "ddim2", (0, 15)),
+        (10, "1,0,2", (0, 7, 9)),
+        (30, "10,5,1", (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 19, 20)),
+        (30, [2, 3], (0, 14, 15, 22, 29)),
+        (50, "6", (0, 10, 20, 29, 39, 49)),
+        (39, "13", (0, 3, 6, 10, 13, 16, 19, 22, 25, 29, 32, 35, 38)),
+        (7, "2,2,2", (0, 2, 3, 4, 5, 6)),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_respacing_and_its_tables_are_the_originals(
+    T: int, respacing: Any, steps: Any, schedule: str
+) -> None:
+    if schedule == "linear" and T < 21:
+        return
+    ours = guided.Diffusion(T, respacing, schedule)
+    theirs = Original(linear(T) if schedule == "linear" else cosine(T), set(steps))
+    assert ours.timestep_map == theirs.timestep_map
+    assert ours.num_timesteps == theirs.num_timesteps
+    for name in ("betas", "alphas_cumprod"):
+        mine, own = getattr(ours, name), getattr(theirs, name)
+        assert mine.dtype == own.dtype == np.float64
+        if schedule == "linear":
+            assert (mine == own).all()
+        else:  # NumPy's cosines and those of the C library differ in the last place
+            np.testing.assert_allclose(mine, own, rtol=1e-11)
+            assert (mine.astype(np.float32) == own.astype(np.float32)).all()
+
+
+def test_62_of_1000_strides_are_feasible_and_the_others_name_two_that_are() -> None:
+    feasible = {len(range(0, 1000, stride)) for stride in range(1, 1000)}
+    assert len(feasible) == 62
+    for n in range(1001):
+        if n in feasible:
+            assert guided.Diffusion(timestep_respacing=f"ddim{n}").num_timesteps == n
+        else:
+            with pytest.raises(ValueError, match="timestep_respacing") as caught:
+                guided.Diffusion(timestep_respacing=f"ddim{n}")
+            message = str(caught.value)
+            near = {max((m for m in feasible if m < n), default=None)}
+            near |= {min((m for m in feasible if m > n), default=None)}
+            named = {int(word) for word in re.findall(r" ddim(\d+)", message)}
+            assert named == near - {None}, message
+
+
+def test_the_callers_sample_is_where_the_next_step_starts() -> None:
+    def steered(loop: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        states = []
+        for i, out in enumerate(loop):
+            if i == 3:
+                out["sample"] = out["sample"][:, :, 1:, ::2].half()
+            elif i == 6:
+                out["sample"].mul_(0.5)
+            states += [tensor.clone() for tensor in kept([out])]
+        return states
+
+    x = start(*SHAPE)
+    ours = steered(guided.ddim_sample_loop_progressive(LINEAR, model, x.shape, x, eta=1.0))
+    theirs = steered(LINEAR.ddim_sample_loop_progressive(model, x.shape, x, eta=1.0))
+    assert len(ours) == 100
+    assert all(torch.equal(mine, own) for mine, own in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("cond_fn", [None, score])
+@pytest.mark.parametrize("mean", ["EPSILON", "START_X"])
+def test_what_is_kept_never_changes_and_nothing_of_the_callers_is_written(
+    mean: str, cond_fn: Any
+) -> None:
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def hold(*tensors: Tensor) -> None:
+        held.extend((tensor, tensor.clone()) for tensor in tensors)
+
+    def keeping(x: Tensor, t: Tensor) -> Tensor:
+        output = toy(x, t)
+        hold(x, t, output)
+        return output
+
+    def denoised(x0: Tensor) -> Tensor:
+        hold(x0)
+        return x0
+
+    array = np.ones(SHAPE, dtype=np.float32)
+    x = torch.from_numpy(array)
+    diffusion = Original(linear(), FIFTY, mean=mean)
+    for out in guided.ddim_sample_loop_progressive(
+        diffusion, keeping, SHAPE, x, denoised_fn=denoised, cond_fn=cond_fn, eta=1.0
+    ):
+        hold(*kept([out]))
+    assert len(held) == 50 * 6
+    assert all(torch.equal(tensor, copy) for tensor, copy in held)
+    assert (array == 1).all()
+
+
+def test_what_is_let_go_of_is_written_again() -> None:
+    states, x0s = set(), set()
+    shape = (2, 3, 80, 80)  # fresh memory serves what is smaller
+    x = start(*shape)
+    for out in guided.ddim_sample_loop_progressive(LINEAR, toy, shape, x):
+        states.add(out["sample"].data_ptr())
+        x0s.add(out["pred_xstart"].data_ptr())
+    assert len(states) == len(x0s) == 2
+    assert x.data_ptr() not in states
+
+
+def test_gradients_are_off_in_the_loop_and_as_they_were_outside() -> None:
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        return weight * x
+
+    weight = torch.nn.Parameter(torch.tensor(0.5))
+    for out in guided.ddim_sample_loop_progressive(LINEAR, net, SHAPE, start(*SHAPE)):
+        assert torch.is_grad_enabled()
+        assert not out["sample"].requires_grad
+    assert not guided.ddim_sample(LINEAR, net, start(1, 1), torch.tensor([3]))["sample"].grad_fn
+
+
+def test_inference_mode_may_begin_and_end_between_two_steps() -> None:
+    x = start(*SHAPE)
+    loop = guided.ddim_sample_loop_progressive(LINEAR, toy, SHAPE, x, eta=1.0)
+    torch.manual_seed(0)
+    states = []
+    for i in range(50):
+        with torch.inference_mode(i % 5 < 3):
+            states.append(next(loop)["sample"].clone())
+    torch.manual_seed(0)
+    theirs = LINEAR.ddim_sample_loop_progressive(toy, SHAPE, x, eta=1.0)
+    assert all(torch.equal(a, out["sample"]) for a, out in zip(states, theirs, strict=True))
+
+
+def test_noise_comes_from_the_global_generator_and_the_device_from_the_model() -> None:
+    net = torch.nn.Conv2d(3, 3, 1)
+    apply = lambda x, t: toy(net(x), t)  # noqa: E731
+    apply.parameters = net.parameters  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    mine = guided.ddim_sample_loop(LINEAR, apply, SHAPE)
+    torch.manual_seed(0)
+    assert torch.equal(mine, kept(LINEAR.ddim_sample_loop_progressive(apply, SHAPE))[-2])
+    refused(lambda: guided.ddim_sample_loop(LINEAR, toy, SHAPE), ValueError, "device")
+
+
+def test_progress_shows_a_bar_or_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tqdm")
+    x = start(*SHAPE)
+    loop: Callable[..., Tensor] = partial(guided.ddim_sample_loop, LINEAR, toy, SHAPE, x)
+    assert torch.equal(loop(progress=True), loop())
+    assert "50/50" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    refused(lambda: loop(progress=True), ImportError, "progress", "tqdm")
+
+
+@pytest.mark.parametrize("steps", [range(0, 1000, 20), (0, 1), (0, 500, 999)])
+def test_the_largest_eta_named_works_and_no_larger_one(steps: Any) -> None:
+    diffusion, x = Original(linear(), set(steps)), start(1, 1, 2, 2)
+    loop = partial(guided.ddim_sample_loop_progressive, diffusion, toy, x.shape, x)
+    with pytest.raises(ValueError, match="eta must be at most") as caught:
+        loop(eta=1e4)
+    most = float(str(caught.value).split()[5])
+    assert_identical(diffusion, toy, x, eta=most)
+    more = (round(most * 1e6) + 1) / 1e6
+    refused(lambda: loop(eta=more), ValueError, "eta", str(most))
+    theirs = kept(diffusion.ddim_sample_loop_progressive(toy, x.shape, x, eta=more))
+    assert theirs[-2].isnan().any()
+
+
+X, T = start(2, 3, 4, 4), torch.tensor([3, 0])
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "changed"),
+    [
+        (TypeError, "diffusion", {"diffusion": toy}),
+        (
+            ValueError,
+            "diffusion.model_mean_type",
+            {"diffusion": Original(linear(), mean="PREVIOUS_X")},
+        ),
+        (ValueError, "diffusion.alphas_cumprod", {"diffusion": Original(linear(20))}),
+        (TypeError, "model", {"model": None}),
+        (TypeError, "model", {"model": lambda x, t: (x, t)}),
+        (ValueError, "model", {"model": lambda x, t: torch.cat([x, x], 1)}),
+        (TypeError, "model", {"model": lambda x, t: x.double()}),
+        (TypeError, "denoised_fn", {"denoised_fn": 1.0}),
+        (TypeError, "denoised_fn", {"denoised_fn": lambda x0: None}),
+        (ValueError, "denoised_fn", {"denoised_fn": lambda x0: x0[:1]}),
+        (TypeError, "cond_fn", {"cond_fn": "classifier"}),
+        (TypeError, "cond_fn", {"cond_fn": lambda x, t: None}),
+        (ValueError, "cond_fn", {"cond_fn": lambda x, t: x.mean()}),
+        (ValueError, "eta", {"eta": -0.1}),
+        (ValueError, "eta", {"eta": float("nan")}),
+        (TypeError, "eta", {"eta": "hat"}),
+    ],
+)
+def test_bad_arguments_are_refused_by_steps_and_loops(
+    error: type[Exception], name: str, changed: dict[str, Any]
+) -> None:
+    given: dict[str, Any] = {"diffusion": LINEAR, "model": toy} | changed
+    refused(lambda: guided.ddim_sample(**given, x=X, t=T), error, name)
+    refused(lambda: guided.ddim_sample_loop(**given, shape=X.shape, noise=X), error, name)
+    if "cond_fn" not in given:
+        refused(lambda: guided.ddim_reverse_sample(**given, x=X, t=T), error, name)
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "changed"),
+    [
+        (TypeError, "x", {"x": [1.0]}),
+        (ValueError, "x", {"x": X[0, 0, 0]}),
+        (TypeError, "x", {"x": X.double()}),
+        (ValueError, "x", {"x": X.clone().requires_grad_()}),
+        (TypeError, "t", {"t": 3}),
+        (TypeError, "t", {"t": T.float()}),
+        (TypeError, "t", {"t": T[:1]}),
+        (ValueError, "t", {"t": T.to("meta")}),
+        (ValueError, "t", {"t": T - 1}),
+        (ValueError, "t", {"t": T + 47}),
+    ],
+)
+def test_bad_states_are_refused(error: type[Exception], name: str, changed: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"x": X, "t": T} | changed
+    refused(lambda: guided.ddim_sample(LINEAR, toy, **given), error, name)
+    refused(lambda: guided.ddim_reverse_sample(LINEAR, toy, **given), error, name)
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "changed"),
+    [
+        (TypeError, "shape", {"shape": 3}),
+        (TypeError, "shape", {"shape": torch.ones(4)}),
+        (TypeError, "shape", {"shape": (2,)}),
+        (ValueError, "shape[2]", {"shape": (2, 3, -4, 4)}),
+        (TypeError, "shape[0]", {"shape": (2.0, 3, 4, 4)}),
+        (ValueError, "noise", {"shape": (3, 3, 4, 4)}),
+        (TypeError, "noise", {"noise": 0}),
+        (TypeError, "noise", {"noise": X.long()}),
+        (ValueError, "noise", {"noise": X.clone().requires_grad_()}),
+        (ValueError, "noise", {"device": "meta"}),
+    ],
+)
+def test_bad_arguments_are_refused_by_loops_at_the_call(
+    error: type[Exception], name: str, changed: dict[str, Any]
+) -> None:
+    given: dict[str, Any] = {"shape": X.shape, "noise": X} | changed
+    refused(lambda: guided.ddim_sample_loop_progressive(LINEAR, toy, **given), error, name)
+
+
+def test_a_sample_put_in_is_checked() -> None:
+    loop = guided.ddim_sample_loop_progressive(LINEAR, toy, X.shape, X)
+    next(loop)["sample"] = X.double()
+    refused(lambda: next(loop), TypeError, "sample")
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "changed"),
+    [
+        (ValueError, "diffusion_steps", {"diffusion_steps": 20}),
+        (ValueError, "diffusion_steps", {"diffusion_steps": 0, "noise_schedule": "cosine"}),
+        (TypeError, "diffusion_steps", {"diffusion_steps": 1e3}),
+        (ValueError, "noise_schedule", {"noise_schedule": "quad"}),
+        (ValueError, "noise_schedule", {"noise_schedule": None}),
+        (ValueError, "timestep_respacing", {"timestep_respacing": "ddim"}),
+        (ValueError, "timestep_respacing", {"timestep_respacing": "ddim-5"}),
+        (ValueError, "timestep_respacing", {"timestep_respacing": "ddim1001"}),
+        (ValueError, "timestep_respacing", {"timestep_respacing": "ddim1"}),
+        (ValueError, "timestep_respacing", {"timestep_respacing": "10,,20"}),
+        (ValueError, "timestep_respacing", {"timestep_respacing": "fast27"}),
+        (ValueError, "timestep_respacing", {"timestep_respacing": "-1,20"}),
+        (ValueError, "timestep_respacing", {"timestep_respacing": "0,0"}),
+        (ValueError, "timestep_respacing", {"timestep_respacing": [2.5]}),
+        (ValueError, "timestep_respacing", {"timestep_respacing": "334,334,334"}),
+        (TypeError, "timestep_respacing", {"timestep_respacing": 50}),
+    ],
+)
+def test_a_diffusion_that_cannot_be_is_refused(
+    error: type[Exception], name: str, changed: dict[str, Any]
+) -> None:
+    refused(lambda: guided.Diffusion(**changed), error, name)
+
+
+def test_eta_is_refused_towards_noise() -> None:
+    refused(
+        lambda: guided.ddim_reverse_sample(LINEAR, toy, X, T, eta=0.5), ValueError, "eta", "0.5"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("cond_fn", [None, score])
+def test_on_a_gpu_fifty_steps_are_bit_identical(cond_fn: Any, layout: Any, eta: float) -> None:
+    x = start(3, 3, 17, 9).cuda().contiguous(memory_format=layout)
+    results = []
+    for loop in (
+        partial(guided.ddim_sample_loop_progressive, LINEAR),
+        partial(LINEAR.ddim_sample_loop_progressive, device="cuda"),
+    ):
+        torch.manual_seed(0)
+        states = kept(loop(model, x.shape, x, cond_fn=cond_fn, eta=eta))
+        results.append((states, torch.cuda.get_rng_state()))
+    (ours, our_state), (theirs, their_state) = results
+    assert_equal(ours, theirs)
+    assert torch.equal(our_state, their_state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_on_a_gpu_no_single_step_waits_for_its_tables(eta: float) -> None:
+    x, t = start(3, 3, 17, 9).cuda(), torch.full((3,), 7, device="cuda")
+    first = guided.ddim_sample(LINEAR, model, x, t, eta=eta)["sample"]
+    with no_waiting():
+        second = guided.ddim_sample(LINEAR, model, first, t - 1, eta=eta)["sample"]
+    assert second.isfinite().all()
