@@ -43,6 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = [str(config.rootpath / "benchmarks")]
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One process a core for the whole suite, and none beside this one for files named or timed."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    return 0 if named or config.getoption("benchmark") else None
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Benchmarks alone where they are asked for, tests alone where they are not."""
     if collection_path.is_dir() or collection_path.name == "__init__.py":
