@@ -18,6 +18,7 @@ from torch import Tensor
 from fastddim.check import kind, shown
 from fastddim.loop.devices import check_not_capturing
 from fastddim.loop.held import weights_of
+from fastddim.loop.loops import denoise
 from fastddim.loop.model import Model, same, stacked
 from fastddim.loop.normals import drawn_seeds
 from fastddim.loop.options import (
@@ -29,12 +30,10 @@ from fastddim.loop.options import (
     prepare,
 )
 from fastddim.loop.plan import Plan, Row
-from fastddim.loop.run import Run
 from fastddim.step.layout import input_like
 from fastddim.step.op import initial_noise
 
 Replay: TypeAlias = Callable[[], Tensor]
-Loop: TypeAlias = Callable[[Run, Tensor], Iterator[tuple[Row, Tensor, Tensor | None]]]
 
 WHOLE = 100
 """The most steps in one graph. Beyond them a step is captured and replayed for each row: a graph
@@ -73,7 +72,6 @@ class Captured:
 
     def __init__(
         self,
-        loop: Loop,
         plan: Plan,
         model: Model,
         size: tuple[int, ...],
@@ -92,7 +90,7 @@ class Captured:
         assert self._run.noise.seeds is not None
         self._seeds = self._run.noise.seeds
         whole = len(self._run.rows) <= WHOLE
-        replay = self._whole(loop) if whole else self._stepwise()
+        replay = self._whole() if whole else self._stepwise()
         # The weights are read after the capture, because that materialises lazy ones.
         weights = weights_of(self._run.predictor.model, self._run.predictor.cond_fn)
         self._replay = partial(_replayed, replay, weights)
@@ -224,18 +222,18 @@ class Captured:
                 found += new
         return found
 
-    def _whole(self, loop: Loop) -> Replay:
+    def _whole(self) -> Replay:
         """All steps as one graph."""
         run, x_T = self._run, self._x_T
 
         def body() -> Tensor:
             x = x_T
             with run.predictor.one_cast():
-                for _, x, _ in loop(run, x_T):  # noqa: B007
+                for _, x, _ in denoise(run, x_T):  # noqa: B007
                     pass
             return x
 
-        return record(body, x_T.device)
+        return capture(body, x_T.device)
 
     def _stepwise(self) -> Replay:
         """A graph of one step for each kind of row there is, which counts the rows itself."""
@@ -262,9 +260,9 @@ class Captured:
             if row.guidance is not None and run.guidance is not None:
                 w = run.guidance.index_select(0, which)[0]
             here = row._replace(
-                rows=which.expand(batch),
+                table_index=which.expand(batch),
                 t=t.expand(batch),
-                asked=t.expand(len(row.asked)),
+                model_t=t.expand(len(row.model_t)),
                 guidance=w,
                 shift=None if shift is None else shift.index_select(0, n)[0],
             )
@@ -287,7 +285,7 @@ class Captured:
             alike = (i % 2, i == 0, fed, row.guidance is not None, row.noisy, row.feeds)
             if alike not in steps:
                 n.zero_()
-                steps[alike] = record(partial(body, row, i % 2, i == 0, fed), device, memory)
+                steps[alike] = capture(partial(body, row, i % 2, i == 0, fed), device, memory)
             order.append(steps[alike])
             fed = row.feeds > 0
 
@@ -323,7 +321,7 @@ class Memory(NamedTuple):
         return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
 
 
-def record(body: Callable[[], Any], device: torch.device, memory: Memory | None = None) -> Replay:
+def capture(body: Callable[[], Any], device: torch.device, memory: Memory | None = None) -> Replay:
     """``body`` as a graph: what is returned replays it, and gives what ``body`` gave.
 
     ``body`` itself where there are no CUDA graphs. What is returned holds ``body`` as well: a graph
@@ -359,11 +357,11 @@ def record(body: Callable[[], Any], device: torch.device, memory: Memory | None 
         finally:
             torch.clear_autocast_cache()
 
-    return Recorded(graph, result, body, device)
+    return Graph(graph, result, body, device)
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded:
+class Graph:
     """A graph, what its replay gives, and what holds the memory that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph

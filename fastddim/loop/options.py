@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.check import finite, kind, shown, whole
-from fastddim.loop.devices import check_not_capturing, place_of, usable
+from fastddim.check import kind, shown, whole
+from fastddim.loop.devices import check_not_capturing, place_of, usable_device
 from fastddim.loop.inpaint import checked_known
 from fastddim.loop.model import Model, Predictor, warn_of_training
 from fastddim.loop.normals import Noise, Noises, drawn_seeds
@@ -187,7 +187,7 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
     if plan.forward is not None and not (given.get("known") is given.get("mask") is None):
         clean = (*(False for _ in plan.pairs), plan.pairs[-1][1] < 0)
         known = checked_known(given.get("known"), given.get("mask"), x, plan.forward, clean)
-    if known is not None and noise.given is not None:
+    if known is not None and noise.tensors is not None:
         raise ValueError("known needs seeds or a generator, got noise, which is the steps'")
     scales = None if w is None else torch.tensor(w, device=where)
     return Run(
@@ -198,7 +198,7 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
         rows=rows_of(plan, predictor, scales, known is not None),
         prediction=plan.prediction,
         clip=plan.clip,
-        heard=None if plan.heard is None else torch.tensor(plan.heard, device=where),
+        conversion=None if plan.conversion is None else torch.tensor(plan.conversion, device=where),
         guidance=scales,
         noise=noise,
         known=known,
@@ -228,7 +228,7 @@ def checked_noise(
         _check_noises(noise, size, device, steps)
         # Unbound once, since taking a row of a tensor is a call of torch's dispatcher.
         rows = noise.unbind() if isinstance(noise, Tensor) else noise
-        return Noise(size, device, given=rows)
+        return Noise(size, device, tensors=rows)
     if generator is not None:
         _check_generator(generator, device)
         return Noise(size, device, generator=generator)
@@ -355,7 +355,7 @@ def checked_state(name: str, x: Any, device: torch.device | str | None) -> Tenso
         raise ValueError(
             f"{name} requires grad, which sampling does not carry: pass {name}.detach()"
         )
-    if device is not None and usable(device) != x.device:
+    if device is not None and usable_device(device) != x.device:
         raise ValueError(f"device must be {name}'s, {x.device}, or left out, got {str(device)!r}")
     return x
 
@@ -389,10 +389,3 @@ def checked_progress(progress: Progress) -> Callable[[Iterable[Any]], Iterable[A
             "serves too"
         ) from None
     return lambda steps: track(steps, description="sampling")
-
-
-def checked_temperature(temperature: Any) -> float:
-    value = finite("temperature", temperature)
-    if value < 0:
-        raise ValueError(f"temperature must be ≥ 0, got {value:g}")
-    return value

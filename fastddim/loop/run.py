@@ -33,8 +33,8 @@ class Run:
         table: the coefficients.
         rows: the steps to take, in order.
         prediction, clip: the step's options of these names.
-        heard: for a loop that runs backwards, the table by which a step turns the model's output
-            into ε or x0, guidance included; None forwards.
+        conversion: for a loop that runs backwards, the table by which a step turns the model's
+            output into ε or x0, guidance included; None forwards.
         guidance: w, float32 (rows of the table, batch), or None.
         noise: the source of z.
         known: the part of the image that is known, for inpainting.
@@ -49,7 +49,7 @@ class Run:
     rows: tuple[Row, ...]
     prediction: Prediction
     clip: float | None
-    heard: Tensor | None
+    conversion: Tensor | None
     guidance: Tensor | None
     noise: Noise
     known: Known | None
@@ -112,8 +112,8 @@ class Run:
 
         def narrowed(row: Row) -> Row:
             w = None if row.guidance is None or some is None else some[row.number]
-            asked = row.t[:1].expand(n if w is None else 2 * n)
-            return row._replace(t=row.t[:1].expand(n), asked=asked, guidance=w)
+            model_t = row.t[:1].expand(n if w is None else 2 * n)
+            return row._replace(t=row.t[:1].expand(n), model_t=model_t, guidance=w)
 
         return replace(
             self,
@@ -139,8 +139,8 @@ class Stepper:
         "_chosen",
         "_clip",
         "_compiled",
+        "_conversion",
         "_direct",
-        "_heard",
         "_input",
         "_inputs",
         "_known",
@@ -160,7 +160,7 @@ class Stepper:
 
     def __init__(self, run: Run, wants_x0: bool = False) -> None:
         self._predictor, self._noise, self._known = run.predictor, run.noise, run.known
-        self._table, self._heard, self._clip = run.table, run.heard, run.clip
+        self._table, self._conversion, self._clip = run.table, run.conversion, run.clip
         self._prediction = PREDICTIONS.index(run.prediction)
         self._direct = run.predictor.dtype == torch.float32
         """True if a model that gets each sample once gets the state itself."""
@@ -215,15 +215,15 @@ class Stepper:
         """Returns the model's output; backwards, the ε or x0 that the output gives."""
         twice = row.guidance is not None
         x_in, self._input = self._input, None
-        written = x_in is not None and x is self._made and len(x_in) == len(row.asked)
+        written = x_in is not None and x is self._made and len(x_in) == len(row.model_t)
         if x_in is None or not written:
             x_in = x if self._direct and not twice else self._predictor.input(x, twice)
-        output = self._predictor(x_in, row.asked, self._x0, twice)
+        output = self._predictor(x_in, row.model_t, self._x0, twice)
         if written:  # by a step; what has been made here may lie otherwise
             self._inputs[1 + twice].keep(x_in)
         if row.shift is not None:
             output = self._predictor.shifted(output, x, row.t, row.shift)
-        if self._heard is None:
+        if self._conversion is None:
             return output
         if row.prediction == self._prediction and row.guidance is None:
             return output
@@ -231,8 +231,8 @@ class Stepper:
         found, _ = ddim_step(
             x,
             output,
-            self._heard,
-            row.rows,
+            self._conversion,
+            row.table_index,
             guidance=row.guidance,
             prediction=PREDICTIONS[self._prediction],
             want_x0=False,
@@ -258,7 +258,7 @@ class Stepper:
             x0 = None if self._x0s is None else self._x0s.take()
             if x0 is None:
                 x0 = torch.empty_like(x)
-        w = row.guidance if self._heard is None else None
+        w = row.guidance if self._conversion is None else None
         # Only the output may lie otherwise than when a row of this kind was bound, because the
         # stepper allocates the rest itself.
         dtype, shape, stride, launch = self._launches.get(row.kind, _NONE)
@@ -273,7 +273,7 @@ class Stepper:
             or profiled()
         ):
             launch = self._bound(x, output, row, seeds, z, w, x_s, x0, into)
-        launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
+        launch(x, output, self._table, row.table_index, seeds, z, w, None, x_s, x0, into)
         if x is self._made and self._states is not None:
             self._states.keep(x)
         if self._self_condition:
@@ -302,9 +302,11 @@ class Stepper:
         step = step_of(self._backend, fixed, x.device)
         if self._compiled or watched():
             return partial(by_op_again, self._chosen, fixed)
-        launch = step.launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
+        launch = step.launch(
+            x, output, self._table, row.table_index, seeds, z, w, None, x_s, x0, into
+        )
         # A tensor of the caller's may lie otherwise than the next one: do not keep its launch.
-        if is_plain(output) and x is self._made and self._noise.given is None:
+        if is_plain(output) and x is self._made and self._noise.tensors is None:
             self._launches[row.kind] = output.dtype, output.shape, output.stride(), launch
         return launch
 

@@ -1,31 +1,23 @@
-"""DDIM: the sampler. Its loops are the paper's, and read like it."""
+"""``DDIM``: the sampler and its methods, whose docstrings are the manual."""
 
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim.check import SamplingWarning, finite, kind, whole
-from fastddim.coefficients import (
-    Eta,
-    Float32,
-    Prediction,
-    PredictionSynonym,
-    checked_eta,
-    checked_prediction,
-    levels,
-    make_table,
-    pack,
-)
-from fastddim.loop.devices import place_of, usable
+from fastddim.check import kind, whole
+from fastddim.coefficients import Eta, Float32, Prediction, PredictionSynonym, checked_prediction
+from fastddim.coefficients import levels as levels_of
+from fastddim.loop import loops
+from fastddim.loop.devices import place_of, usable_device
+from fastddim.loop.drive import batches_of, last_of, sampled, steps_of
+from fastddim.loop.fields import checked_fields
+from fastddim.loop.inversion import reverse_plan
 from fastddim.loop.model import Model
 from fastddim.loop.normals import Noises
 from fastddim.loop.options import (
@@ -40,30 +32,21 @@ from fastddim.loop.options import (
     checked_noise,
     checked_shape,
     checked_state,
-    checked_temperature,
     list_options,
     options_in,
     prepare,
 )
-from fastddim.loop.plan import Plan, Row
-from fastddim.loop.run import Run
+from fastddim.loop.plan import Plan, forward_table, gradient_factors
 from fastddim.loop.trajectory import Callback, Copies, Recorder, Step, Trajectory
 from fastddim.schedule import NoiseSchedule
 from fastddim.step.backends import backend
 from fastddim.step.checked import ddim_step
-from fastddim.timesteps import Pair, Spacing, make_pairs
+from fastddim.timesteps import Pair, Spacing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fastddim.loop.graph import Captured
-
-State: TypeAlias = tuple[Row, Tensor, Tensor | None]
-States: TypeAlias = Generator[State, Tensor | None, None]
-FAR = 0.2
-"""√ᾱ of a first level from which on a sampler warns that noise is not what its model expects: the
-paper's own spacings stay below it from S = 3 on (0.105, linear β), and so does stable diffusion's
-(0.192 at S = 5)."""
 
 
 @functools.cache
@@ -112,60 +95,25 @@ class DDIM:
     table: Float32 = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, NoiseSchedule):
-            raise TypeError(f"schedule must be a NoiseSchedule, got {kind(self.schedule)}")
-        prediction = checked_prediction(self.prediction)
-        clip = None if self.clip is None else finite("clip", self.clip)
-        if clip is not None and clip <= 0:
-            raise ValueError(f"clip must be > 0, got {clip:g}")
-        steps = 50 if self.steps is None else self.steps
-        spacing = self.spacing
-        pairs = make_pairs(spacing, steps, len(self.schedule))
-        if not isinstance(spacing, str):
-            if self.steps not in (None, len(pairs)):
-                raise ValueError(
-                    f"steps must be left out or {len(pairs)}, the length of spacing, "
-                    f"got {self.steps!r}"
-                )
-            steps, spacing = len(pairs), pairs  # frozen, unlike the list it came from
-        else:
-            steps = whole("steps", steps, low=1)
-            _check_first_level(self.schedule, spacing, steps, pairs[0][0])
-        noisiest, cleanest = self.schedule.alphas_cumprod[[pairs[0][0], pairs[-1][0]]]
-        if noisiest == 0 and prediction == "epsilon":
-            raise ValueError(
-                f"prediction must be v or sample where ᾱ is 0, as it is at t = {pairs[0][0]} of "
-                f"this schedule, got 'epsilon'"
-            )
-        final = finite("final_alpha_cumprod", self.final_alpha_cumprod)
-        if not cleanest <= final <= 1:
-            raise ValueError(
-                f"final_alpha_cumprod must lie between {cleanest:.6g}, the level of the last "
-                f"step, and 1, got {final:g}"
-            )
-        temperature = checked_temperature(self.temperature)
-        table = make_table(self.schedule, pairs, self.eta, final, temperature)
-        table.setflags(write=False)
-        derived = {
-            "steps": steps,
-            "spacing": spacing,
-            "eta": checked_eta(self.eta),
-            "prediction": prediction,
-            "clip": clip,
-            "final_alpha_cumprod": final,
-            "temperature": temperature,
-            "pairs": pairs,
-            "table": table,
-        }
+        derived = checked_fields(
+            steps=self.steps,
+            eta=self.eta,
+            schedule=self.schedule,
+            spacing=self.spacing,
+            prediction=self.prediction,
+            clip=self.clip,
+            final_alpha_cumprod=self.final_alpha_cumprod,
+            temperature=self.temperature,
+        )
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies make a plan of their own."""
+        """Leaves out the cached plan, which each copy makes again."""
         return {name: value for name, value in self.__dict__.items() if name != "_all_rows"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # pickle and deepcopy copy an array without its write protection.
+        # pickle and deepcopy drop an array's write protection.
         state["table"].setflags(write=False)
         self.__dict__.update(state)
 
@@ -290,7 +238,7 @@ class DDIM:
         run = prepare(self._plan(start, cond_fn is not None), model, x_T, options)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {kind(callback)}")
-        batches = _batches(run, batch_size, callback)
+        batches = batches_of(run, batch_size, callback)
         path = None
         if trajectory is not None:
             order = [row.number for row in run.rows]
@@ -298,11 +246,11 @@ class DDIM:
             path = Recorder(trajectory, every, offload, order, self.pairs, size, run.dtype, where)
         with run.predictor.one_cast():
             if batches is None:
-                out = self._sampled(run, path, callback)
+                out = sampled(run, path, callback)
             else:
                 out = run.empty_result()
                 for samples, part in batches:
-                    state = self._sampled(part, path, None, samples)
+                    state = sampled(part, path, None, samples)
                     out[samples] = state[: samples.stop - samples.start]
         return out if path is None else (out, path.finished())
 
@@ -352,10 +300,10 @@ class DDIM:
             plan = self._plan(options.get("start", 0), shifted)
         run = prepare(plan, model, x_T, options)
         if reverse:
-            states = self._backwards(run, refine, wants_x0=True)
+            states = loops.invert(run, refine, wants_x0=True)
         else:
-            states = self._loop(run, wants_x0=True)
-        return _steps(states, Copies(run.dtype, run.predictor.self_condition is not None))
+            states = loops.denoise(run, wants_x0=True)
+        return steps_of(states, Copies(run.dtype, run.predictor.self_condition is not None))
 
     def invert(
         self,
@@ -400,11 +348,7 @@ class DDIM:
         refine = whole("refine", refine, low=0)
         plan = self._reverse_plan(until, options.get("cond_fn") is not None)
         run = prepare(plan, model, x0, options)
-        x = None
-        with _no_grad(), run.predictor.one_cast():
-            for _, x, _ in self._backwards(run, refine):  # noqa: B007
-                pass
-        return _reached(x).to(run.dtype)
+        return last_of(loops.invert(run, refine), run)
 
     def add_noise(
         self,
@@ -434,9 +378,8 @@ class DDIM:
         given = None if noise is None else [noise]
         source = checked_noise(tuple(x0.shape), x0.device, 1, seeds, generator, given)
         eps = source.initial() if noise is None else noise.detach()
-        table = torch.tensor(
-            _forward_table(self.schedule, self.pairs)[row : row + 1], device=x0.device
-        )
+        factors = forward_table(self.schedule, self.pairs)[row : row + 1]
+        table = torch.tensor(factors, device=x0.device)
         # Forward from clean data is the ODE's own step back from it, the noise standing for ε.
         x, _ = ddim_step(x0.to(torch.float32), eps, table, 0, want_x0=False)
         return x.to(x0.dtype)
@@ -459,7 +402,7 @@ class DDIM:
         check_names("DDIM.capture", options, CaptureOptions)
         size, where = checked_shape(shape), place_of(options.get("device"), model)
         plan = self._plan(options.get("start", 0), options.get("cond_fn") is not None)
-        return Captured(self._loop, plan, model, size, where, options)
+        return Captured(plan, model, size, where, options)
 
     def describe(self, device: torch.device | str | None = None) -> None:
         """Prints each step's levels and factors, the number of model calls, and the backend.
@@ -471,7 +414,7 @@ class DDIM:
             ValueError, ImportError: the device cannot be used, or the backend that is asked for
                 cannot take the steps there.
         """
-        where = usable(device)
+        where = usable_device(device)
         eta = self.eta if isinstance(self.eta, str) else f"{self.eta:g}"
         spacing = self.spacing if isinstance(self.spacing, str) else "given"
         print(
@@ -482,74 +425,21 @@ class DDIM:
         for row, ((t, s), f) in enumerate(zip(self.pairs, self.table.tolist(), strict=True)):
             print(f"{row:>5}{t:>6}{s:>6}{f[0]:>11.6f}{f[4]:>11.6f}{f[5]:>11.6f}{f[6]:>11.6f}")
 
-    def _loop(self, run: Run, x_T: Tensor | None = None, *, wants_x0: bool = False) -> States:
-        """Yields (row, x_s, x0) after each step. A tensor that is sent takes the place of x_s.
-
-        All that the loop reads is on the device before it begins.
-        """
-        x, stepper = run.begin(x_T, wants_x0)
-        for row in run.progress(run.rows):  # τ_S → τ_1
-            output = stepper.predict(x, row)
-            x, x0 = stepper.step(x, output, row)
-            del output  # Drop our reference so that the next step can reuse this buffer.
-            instead = yield row, x, x0
-            if instead is not None:
-                x = instead
-                yield row, x, x0  # This is what send returns.
-
-    def _backwards(self, run: Run, refine: int, *, wants_x0: bool = False) -> States:
-        """Yields (row, x_t, x0) after each step up.
-
-        x_t is the fixed point of x_s = step(x_t); each of ``refine`` iterations brings it closer.
-        """
-        x, stepper = run.begin(None, wants_x0)
-        for row in run.progress(run.rows):  # τ_1 → τ_S
-            y, x0 = stepper.step(x, stepper.predict(x, row), row)
-            for _ in range(refine):
-                y, x0 = stepper.step(x, stepper.predict(y, row), row)
-            x = y
-            del y
-            yield row, x, x0
-
-    def _sampled(
-        self,
-        run: Run,
-        path: Recorder | None,
-        callback: Callback | None,
-        samples: slice = slice(None),
-    ) -> Tensor:
-        """Runs the loop and returns the last x, in the result's dtype.
-
-        Calls the callback and records the trajectory after each step.
-        """
-        kept = path is not None and path.wants("x0")
-        copies = Copies(run.dtype, kept or run.predictor.self_condition is not None)
-        x = None
-        states = self._loop(run, wants_x0=kept or callback is not None)
-        with _no_grad() if callback is None else _AS_IT_IS:
-            for row, x, x0 in states if callback is None else _without_grad(states):
-                answer = None if callback is None else callback(copies.step(row, x, x0))
-                if answer is not None and not isinstance(answer, bool):
-                    _, x, _ = states.send(_replacing(answer, x))
-                if path is not None:
-                    path.keep(row.number, samples, x, x0, stopped=answer is True)
-                if answer is True:
-                    break
-        return _reached(x).to(run.dtype)
-
     @property
     def _prediction(self) -> Prediction:
-        """``prediction``, which has been a synonym at construction only."""
+        """``prediction`` with the type that ``checked_prediction`` gave it at construction."""
         return checked_prediction(self.prediction)
 
     def _plan(self, start: int, shifted: bool) -> Plan:
-        """The table's rows from ``start`` on; ``shifted`` by a cond_fn or not."""
+        """Returns the table's rows from ``start`` on; ``shifted`` says whether by a cond_fn."""
         first = whole("start", start, low=0, high=len(self.pairs) - 1)
-        plain = self._all_rows
         if not first and not shifted:
-            return plain
-        shift = self._shift() if shifted else None
-        return replace(plain, order=range(first, len(self.pairs)), shift=shift)
+            return self._all_rows
+        shift = None
+        if shifted:
+            abar, _ = levels_of(self.schedule, self.pairs, self.final_alpha_cumprod)
+            shift = gradient_factors(abar, self._prediction)
+        return replace(self._all_rows, order=range(first, len(self.pairs)), shift=shift)
 
     @functools.cached_property
     def _all_rows(self) -> Plan:
@@ -561,52 +451,21 @@ class DDIM:
             shift=None,
             prediction=self._prediction,
             clip=self.clip,
-            forward=functools.partial(_forward_table, self.schedule, self.pairs),
+            forward=functools.partial(forward_table, self.schedule, self.pairs),
         )
 
     def _reverse_plan(self, until: int | None, shifted: bool) -> Plan:
-        """The same rows, each from its s to its t, from the last to ``until``."""
-        if self.eta != 0:  # at a temperature of 0 too, where c2 still is that of η
-            raise ValueError(
-                f"eta must be 0 to run backwards, got {self.eta}: noise that was added cannot be "
-                f"taken away"
-            )
-        if self.clip is not None:
-            raise ValueError(
-                f"clip must be None to run backwards, got {self.clip:g}: a clamp has no inverse"
-            )
-        last = whole("until", 0 if until is None else until, low=0, high=len(self.pairs) - 1)
-        up = tuple((s, t) for t, s in self.pairs)
-        abar, abar_s = levels(self.schedule, self.pairs, self.final_alpha_cumprod)
-        if ((abar == 0) & (abar_s == 1))[last:].any():
-            raise ValueError(
-                "the way up cannot lead from clean data to ᾱ = 0 in one step, since x_T is no "
-                "function of them: take more steps"
-            )
-        # Of its error in y the one iteration keeps (b_t·a_s − a_t·b_s)/(b_t·a_s) as ∂x0/∂y tends
-        # to 0, and of data with unit variance the other keeps (b_t·a_s − a_t·b_s)·a_t/b_s.
-        a, b, a_s, b_s = (np.sqrt(n) for n in (abar, 1 - abar, abar_s, 1 - abar_s))
-        by_x0 = (a * b_s < 0.1 * a_s * b) & (a * a_s < b * b_s)
-        zeros = np.zeros_like(abar)
-        return Plan(
-            table=make_table(self.schedule, up, 0.0, self.final_alpha_cumprod),
-            order=range(len(up) - 1, last - 1, -1),
-            levels=tuple(t for t, _ in self.pairs),
-            pairs=up,
-            shift=self._shift() if shifted else None,
-            prediction=self._prediction,
-            clip=None,
-            heard=pack(abar, np.where(by_x0, 1.0, 0.0), zeros, np.where(by_x0, 0.0, 1.0)),
-            by_x0=tuple(by_x0.tolist()),
+        """Returns the same rows, each from its s to its t, from the last to ``until``."""
+        return reverse_plan(
+            self.schedule,
+            self.pairs,
+            self.final_alpha_cumprod,
+            self._prediction,
+            eta=self.eta,
+            clip=self.clip,
+            until=until,
+            shifted=shifted,
         )
-
-    def _shift(self) -> Float32:
-        """The factor of cond_fn's gradient, ε − √(1−ᾱ_t)·∇, in the model's own terms."""
-        abar, _ = levels(self.schedule, self.pairs, self.final_alpha_cumprod)
-        b = np.sqrt(1 - abar)
-        with np.errstate(divide="ignore"):  # refused where it is asked for
-            factors = {"epsilon": -b, "v": -b / np.sqrt(abar), "sample": b**2 / np.sqrt(abar)}
-        return factors[self._prediction].astype(np.float32)
 
 
 for _method, _options in (
@@ -615,105 +474,3 @@ for _method, _options in (
     (DDIM.capture, CaptureOptions),
 ):
     list_options(_method, _options, like=DDIM.sample)
-
-
-def _forward_table(schedule: NoiseSchedule, pairs: tuple[Pair, ...]) -> Float32:
-    """From clean data to each row's t, and last to the final s (itself where that is −1)."""
-    t = [t for t, _ in pairs]
-    return make_table(schedule, [(-1, i) for i in (*t, max(pairs[-1][1], 0))])
-
-
-def _check_first_level(schedule: NoiseSchedule, spacing: str, steps: int, t: int) -> None:
-    """That a loop from noise begins where noise is.
-
-    A list of timesteps is not asked: it says itself where it begins, as image to image does.
-    """
-    last = len(schedule) - 1
-    if t == 0 < last:
-        raise ValueError(
-            f"steps must be 2 or more with spacing {spacing!r}, whose one step goes from t = 0, "
-            f"where noise stays noise (spacing 'trailing' has one from t = {last}), got {steps}"
-        )
-    signal, least = np.sqrt(schedule.alphas_cumprod[[t, last]])
-    if signal > max(FAR, 2 * least):
-        warnings.warn(
-            f"spacing {spacing!r} with {steps} steps begins at t = {t}, where the model expects "
-            f"{signal:.3g} (√ᾱ) of an image in x, and noise holds none: spacing 'trailing' begins "
-            f"at t = {last}, where it expects {least:.3g}",
-            SamplingWarning,
-            stacklevel=4,  # the line that calls DDIM(...), through __init__ and __post_init__
-        )
-
-
-_AS_IT_IS = nullcontext()
-
-
-def _no_grad() -> AbstractContextManager[None]:
-    """``torch.no_grad()``, or nothing where gradients are off: a call costs 5 % of a small step."""
-    return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
-
-
-def _batches(
-    run: Run, batch_size: int | None, callback: Callback | None
-) -> Iterator[tuple[slice, Run]] | None:
-    """(samples, their run) of each full batch, or None for all at once."""
-    if batch_size is None:
-        return None
-    size, count = whole("batch_size", batch_size, low=1), run.noise.size[0]
-    if callback is not None:
-        raise ValueError("batch_size and callback exclude each other: give it one batch at a time")
-    if run.noise.generator is not None and (run.known or any(row.noisy for row in run.rows)):
-        raise ValueError(
-            "batch_size needs seeds or noise where steps add noise: a generator's stream belongs "
-            "to the whole batch"
-        )
-
-    def batches() -> Iterator[tuple[slice, Run]]:
-        firsts = range(0, count, size)
-        ticks = iter(run.progress([row for _ in firsts for row in run.rows]))
-
-        def counted(rows: Iterable[Row]) -> Iterable[Row]:
-            return (row for row, _ in zip(rows, ticks, strict=False))
-
-        for first in firsts:
-            last = min(first + size, count)
-            index = torch.arange(first, first + size, device=run.noise.device)
-            yield slice(first, last), run.part(index.clamp_(max=last - 1), counted)
-        for _ in ticks:
-            pass
-
-    return batches()
-
-
-def _without_grad(states: States) -> Iterator[State]:
-    """Yields ``states``, computed without gradients. Between two the caller's grad mode holds."""
-    while True:
-        with _no_grad():
-            state = next(states, None)
-        if state is None:
-            return
-        yield state
-        del state  # Drop our reference so that the next step can reuse these buffers.
-
-
-def _steps(states: States, copies: Copies) -> Iterator[Step]:
-    """Yields the ``Step`` of each state."""
-    for row, x, x0 in _without_grad(states):
-        yield copies.step(row, x, x0)
-
-
-def _reached(x: Tensor | None) -> Tensor:
-    if x is None:
-        raise ValueError("progress must yield the steps it wraps, got a wrapper that yields none")
-    return x
-
-
-def _replacing(answer: object, x: Tensor) -> Tensor:
-    """What a callback has returned to take x's place."""
-    if not isinstance(answer, Tensor) or answer.shape != x.shape or answer.device != x.device:
-        got = tuple(answer.shape) if isinstance(answer, Tensor) else kind(answer)
-        raise ValueError(
-            f"callback must return None, True to stop, or a tensor of x's shape, "
-            f"{tuple(x.shape)}, on {x.device}, got {got}"
-        )
-    return answer.detach().to(torch.float32, copy=True)
