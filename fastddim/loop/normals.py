@@ -1,4 +1,4 @@
-"""Normals come from a seed for each sample, from a generator, or from tensors that are given."""
+"""Normals come from a seed for each sample, from a generator, or from the caller's tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Noise:
     def initial(self) -> Tensor:
         """Returns x_T: stream 1 of the seeds, or the generator's next normals."""
         if self.tensors is not None:
-            raise ValueError("x_T must be given with noise, which holds the steps' only")
+            raise ValueError("x_T must be given with noise, which holds the steps' z only")
         if self.seeds is not None:
             return initial_noise(self.seeds, self.size)
         return self._drawn()
@@ -45,7 +45,7 @@ class Noise:
     def step(self, row: int, into: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Returns (seeds, z) for a step that adds noise: one is a tensor, the other None.
 
-        A generator writes z into ``into``, where that is given.
+        A generator writes z into ``into``, unless ``into`` is None.
         """
         if self.tensors is not None:
             return None, self.tensors[row]

@@ -61,26 +61,27 @@ class DDIM:
         x0  = (x_t − √(1−ᾱ_t)·ε(x_t, t)) / √ᾱ_t
         x_s = √ᾱ_s·x0 + c1·z + c2·ε(x_t, t),   c1 = σ_t,   c2 = √(1 − ᾱ_s − σ_t²)
 
-    A bad value raises ``TypeError`` or ``ValueError`` here, naming the argument, the value and
-    what is allowed; none is left to be found out while sampling. A named spacing whose first
-    level is far from noise gives a ``SamplingWarning`` with its √ᾱ. Samplers of equal arguments
-    are equal and have one hash, after ``pickle`` and ``deepcopy`` too.
+    The constructor checks every argument: a bad value raises ``TypeError`` or ``ValueError``, which
+    names the argument, the value and what is allowed. A named spacing whose first level is far
+    from noise gives a ``SamplingWarning`` with the level's √ᾱ. Samplers of equal arguments are
+    equal and have one hash, after ``pickle`` and ``deepcopy`` too.
 
     Args:
-        steps: S, the number of steps; 50 where neither it nor a list of timesteps is given.
+        steps: S, the number of steps. It is 50 by default, or the length of a list in ``spacing``.
         eta: η ≥ 0 (0 is DDIM, 1 is DDPM on τ), or ``"hat"`` for the paper's σ̂.
         schedule: ᾱ; linear β with T = 1000 by default.
-        spacing: how τ is chosen, or τ itself: see ``make_pairs``.
-        prediction: what the model returns: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0). Names
-            that other systems use, such as ``"v_prediction"`` and ``"x0"``, become one of these.
-        clip: the predicted x0 is clamped to ±clip; None leaves it alone.
+        spacing: the name of a rule that chooses τ, or τ itself: see ``make_pairs``.
+        prediction: the model's output: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0). Names that
+            other systems use, such as ``"v_prediction"`` and ``"x0"``, become one of these.
+        clip: the step clamps the predicted x0 to ±clip; None leaves x0 as it is.
         final_alpha_cumprod: ᾱ_s of the step to s = −1. 1 is clean data; Stable Diffusion ends
             at ᾱ_0.
-        temperature: what c1 is multiplied by, ≥ 0; c2 stays as it is.
+        temperature: a factor ≥ 0 of c1; c2 stays as it is.
 
     Attributes:
-        pairs: the (t, s) of each step, in the order in which they are taken.
-        table: the coefficients, float32, one row a step: see ``make_table``.
+        pairs: the (t, s) of each step, in the order of the steps.
+        table: the coefficients, float32, one row for each step: see ``make_table``. Row 0 is the
+            noisiest step.
     """
 
     steps: int | None = None
@@ -164,75 +165,80 @@ class DDIM:
         offload: bool = False,
         progress: Progress = False,
     ) -> Tensor | tuple[Tensor, Trajectory]:
-        """Samples: the loop from the noisiest level down to clean data.
+        """Samples: runs the loop from the noisiest level down to clean data.
 
-        Between two model calls there is one kernel and nothing else, and nothing is asked of the
-        host: what the steps read is on the device before the first call.
+        Between two model calls the device runs one kernel, without a host sync: everything that
+        the steps read is on the device before the first call.
 
         Args:
-            model: called as ``model(x, t, **cond)`` without gradients, t being int64 of shape
-                (batch,). Returns a tensor of x's shape, or one with twice the channels (a learned
-                variance, which is not used), or a tuple or an object with ``.sample`` that holds
-                one. A network in training mode whose dropout or batch norm is at work gets a
-                ``SamplingWarning``, once.
-            x_T: where to begin, (batch, ...), float32, bfloat16 or float16; never written.
-            shape: (batch, ...) to begin with noise, where x_T is not given.
-            seeds: an integer in [0, 2⁶³) for each sample. What is drawn for a sample is a
-                function of its seed, the row and the element, whatever batch it is in: the same
-                bits on one backend, and from one backend to another (a CPU with numba, without
-                it, a GPU) the same normals but for the rounding of ln, sin and cos, some 1e-5.
-                So the sampler gives a seed the same bits in any batch, if the model does: networks
-                whose kernels round by batch size give it the same image to about 1e-6, and
-                ``batch_size`` mends that.
-            generator: or torch's own stream, a generator of the sampling device: x_T first, then
-                z for each step that adds noise.
-            noise: or z itself: for each row a float32 tensor of x_T's shape. With none of the
-                three, seeds come from torch's default generator, as ``torch.manual_seed`` sets it.
-            device: where to sample. x_T's by default; without an x_T that of the model's
-                parameters where it has any (a network, its method, or a partial of one), else
+            model: called as ``model(x, t, **cond)`` without gradients; t is int64 (batch,). The
+                model returns a tensor of x's shape, or one with twice the channels (the step
+                ignores a learned variance), or a tuple or an object with ``.sample`` that holds
+                the tensor. A network in training mode, where dropout or batch norm changes the
+                samples, gets a ``SamplingWarning``, once.
+            x_T: the state to begin with, (batch, ...), float32, bfloat16 or float16; never written.
+            shape: (batch, ...) instead of x_T, to begin with noise.
+            seeds: an integer in [0, 2⁶³) for each sample. A sample's noise is a function of its
+                seed, the row and the element, whatever batch the sample is in. One backend always
+                gives the same bits; two backends (a CPU with numba, without numba, a GPU) give
+                the same normals up to the rounding of ln, sin and cos, some 1e-5. So a seed's
+                image has the same bits in any batch, if the model's output does. A network whose
+                kernels round by batch size changes the image by about 1e-6, unless ``batch_size``
+                fixes the size.
+            generator: instead of seeds, a torch generator of the sampling device. It draws x_T
+                first, then z for each step that adds noise.
+            noise: instead of seeds, z itself: for each row a float32 tensor of x_T's shape. Without
+                seeds, generator and noise, seeds come from torch's default generator, which
+                ``torch.manual_seed`` sets.
+            device: the device to sample on. The default is x_T's device; without x_T that of the
+                parameters, if the model is a network, its method or a partial of one, else
                 torch's default device.
-            dtype: what x is cast to for the model; x_T's by default. The state stays float32.
+            dtype: the dtype of the model's x; x_T's by default. The state stays float32.
                 A network with bfloat16 parameters needs ``dtype=torch.bfloat16`` or ``autocast``.
-            autocast: ``torch.autocast`` around the model: its dtype, or True for the device's own.
+            autocast: a dtype for ``torch.autocast`` around the model, or True for the device's own.
             cond: keyword arguments for the model.
-            uncond: those that stand in their place without the condition. What has a row for
-                each sample is stacked once, uncond before cond, and the model is called with
-                twice the batch; the rest is the same for both. One that leaves all of ``cond``
-                as it is is refused.
-            guidance: w of classifier-free guidance, u + w·(c − u) (Ho and Salimans 2022; they
+            uncond: the values that replace those of ``cond`` without the condition; at least one
+                must differ. Tensors with a row for each sample are stacked once, uncond before
+                cond, and the model is called with twice the batch; both halves share the rest.
+            guidance: w of classifier-free guidance, u + w·(c − u) (Ho and Salimans 2022, who
                 write 1 + w): a number, (batch,) for each sample, (rows, 1) for each step, (rows,
-                batch) for both, or a function of t that gives one of the first two. In a row
-                where w is 1 throughout, the model is asked with cond alone.
+                batch) for both, or a function of t that returns one of the first two. In a row
+                where w is 1 throughout, the model is called with cond alone.
             cond_fn: ``cond_fn(x, t, **cond)`` = ∇_x ln p(y | x_t) for classifier guidance: ε
-                becomes ε − √(1−ᾱ_t)·∇ (Dhariwal and Nichol 2021, algorithm 2). x is float32; it
-                enables gradients itself. ``clip`` bounds the x0 that follows.
-            self_condition: the model's keyword for the x0 that the step before has predicted,
-                zeros at first (Chen et al. 2023, Analog Bits).
-            start: the row to begin with; x_T is then x at that row's t, as ``add_noise``,
-                ``invert`` or a ``Step`` gives it. Rows and their noise keep their numbers.
-            known, mask: inpainting: an image of x_T's shape and a mask in [0, 1] that broadcasts
-                to it. Where the mask is 1 each state is the image, noised to the state's level
-                (stream 2 of the seeds).
-            batch_size: how many samples the model gets at once (twice as many with guidance).
-                The last batch is padded with its last sample, so that each call of the model has
-                this very shape, however many samples are asked for. A sample's bits are then the
-                same wherever its seed stands among the seeds, if the model's answer for a row
-                depends on that row and the shape alone. Another ``batch_size`` may round otherwise.
-            callback: called with the ``Step`` after each, whose tensors are copies: what it
-                writes into them changes nothing. A tensor it returns takes x's place, ``step.x``
-                included; True ends the loop there, and what is returned is x at that level.
-            trajectory: ``"x"``, ``"x0"`` or both, kept along the way.
-            every: k, to keep each k-th state, and always the last.
-            offload: whether they are kept on the host instead, copied while the loop goes on.
+                becomes ε − √(1−ᾱ_t)·∇ (Dhariwal and Nichol 2021, algorithm 2). x is float32, and
+                the function enables gradients itself. ``clip`` bounds the resulting x0.
+            self_condition: the model's keyword for the x0 that the last step predicted, zeros at
+                first (Chen et al. 2023, Analog Bits).
+            start: the row to begin with; x_T is then x at that row's t, from ``add_noise``,
+                ``invert`` or a ``Step``. Rows and their noise keep their numbers.
+            known, mask: for inpainting, an image of x_T's shape and a mask in [0, 1] that
+                broadcasts to it. Where the mask is 1, each state is the image, noised to the
+                state's level (stream 2 of the seeds).
+            batch_size: the number of samples in a model call (twice as many with guidance). The
+                last batch is padded with its last sample, so every call has the same shape. A
+                sample's bits then do not depend on the place of its seed among the seeds, if the
+                model's output for a sample depends on that sample and the shape alone. Another
+                ``batch_size`` may round otherwise.
+            callback: called with each ``Step``. The step's tensors are copies: writing to them
+                does not change the loop. A tensor that the callback returns replaces x, and may
+                be ``step.x``; True ends the loop, which then returns x at that level.
+            trajectory: ``"x"``, ``"x0"`` or both: the states to keep.
+            every: k, to keep every k-th state, and always the last.
+            offload: whether to keep the states on the host, copied while the loop goes on.
             progress: True for a bar (needs the ``cli`` extra), or a wrapper such as ``tqdm.tqdm``.
 
         Returns:
             The last x, in x_T's dtype, float32 by default. With ``trajectory``, (x, Trajectory).
 
         Raises:
-            TypeError, ValueError: before any work, naming the argument, what was given and what
-                is allowed; or, when the model has returned something that is no such tensor.
+            TypeError, ValueError: before any work, naming the argument, the value and what is
+                allowed; or during the loop, if the model returns another kind of output.
             RuntimeError: before any work, while a CUDA graph is being captured.
+
+        Example:
+            >>> x = DDIM(steps=10).sample(lambda x, t: 0.1 * x, shape=(4, 3, 8, 8), seeds=range(4))
+            >>> x.shape
+            torch.Size([4, 3, 8, 8])
         """
         options = options_in(locals())  # Only the arguments are in locals() at this point.
         run = prepare(self._plan(start, cond_fn is not None), model, x_T, options)
@@ -264,29 +270,28 @@ class DDIM:
         refine: int = 0,
         **options: Unpack[IterateOptions],
     ) -> Iterator[Step]:
-        """``sample``, or with ``reverse`` ``invert``, one step at a time, with each step's x0.
+        """Runs ``sample``, or with ``reverse`` ``invert``, one step at a time.
 
-        The tensors of a step are copies, and the caller's to keep and to write to: nothing that
-        follows writes to them, and nothing that is written into them steers the loop, in any
-        dtype. ``sample(callback=...)`` is the loop that can be steered.
+        The tensors of a step are copies, which the caller may keep and write to: later steps do
+        not write to them, and the loop does not read them. ``sample(callback=...)`` can change
+        the loop's state.
 
         Args:
             model: as in ``sample``.
-            x_T: where to begin; with ``reverse`` the data, as ``invert`` takes them.
+            x_T: the state to begin with; with ``reverse`` the data, as x0 of ``invert``.
             reverse: whether the loop runs backwards, from data to noise.
             until, refine: with ``reverse``, as in ``invert``.
-            options: as in ``sample``. How the model is called: ``cond``, ``uncond``, ``guidance``,
-                ``cond_fn``, ``self_condition``, ``dtype``, ``autocast``, ``device``. Where the
-                loop begins: ``shape``, ``start``. Its noise: ``seeds``, ``generator``, ``noise``.
-                Inpainting: ``known``, ``mask``. ``progress``. With ``reverse`` those that
-                ``invert`` takes, and ``device``.
+            options: as in ``sample``. The model's calls: ``cond``, ``uncond``, ``guidance``,
+                ``cond_fn``, ``self_condition``, ``dtype``, ``autocast``, ``device``. The first
+                state: ``shape``, ``start``. The noise: ``seeds``, ``generator``, ``noise``.
+                Inpainting: ``known``, ``mask``. The bar: ``progress``. With ``reverse`` the
+                options of ``invert``, and ``device``.
 
         Returns:
             An iterator over one ``Step`` for each row.
 
         Raises:
-            TypeError, ValueError: as ``sample`` and ``invert`` do, before the first step is asked
-                for.
+            TypeError, ValueError: as ``sample`` and ``invert`` do, when ``iterate`` is called.
         """
         check_names("DDIM.iterate", options, IterateOptions)
         shifted = options.get("cond_fn") is not None
@@ -314,17 +319,17 @@ class DDIM:
         refine: int = 0,
         **options: Unpack[InvertOptions],
     ) -> Tensor:
-        """The loop run backwards, from data to the noise it comes from: the ODE of η = 0.
+        """Runs the loop backwards, from data to the noise that leads to the data (at η = 0).
 
             x_t = √ᾱ_t·(x_s − √(1−ᾱ_s)·ε)/√ᾱ_s + √(1−ᾱ_t)·ε,   ε = ε(x_s, t)
 
-        where exactness asks for ε(x_t, t): x_t is the fixed point of x_s = step(x_t), and each of
+        The exact inverse has ε(x_t, t): x_t is the fixed point of x_s = step(x_t), and each of
         ``refine`` iterations brings it closer. ``sample`` takes the fixed point back to x_s. The
         model is called with the target level's t, because clean data has no timestep.
 
-        Where x_t holds next to nothing of the data (ᾱ_t = 0, or √ᾱ_t·√(1−ᾱ_s) below a tenth of
-        √ᾱ_s·√(1−ᾱ_t)) ε is almost x_t itself, and that iteration stands still. There x0 is asked
-        for and ε follows, which is the same equation solved for its other unknown:
+        Where x_t holds almost none of the data (ᾱ_t = 0, or √ᾱ_t·√(1−ᾱ_s) below a tenth of
+        √ᾱ_s·√(1−ᾱ_t)), ε is almost x_t itself, and that iteration does not converge. There the
+        step keeps the model's x0 and computes ε, which solves the same equation for x0:
 
             x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·(x_s − √ᾱ_s·x0)/√(1−ᾱ_s),   x0 = x0(x_s, t)
 
@@ -332,17 +337,17 @@ class DDIM:
             x0: clean data, (batch, ...), float32, bfloat16 or float16; never written.
             until: the row to stop before: the result is x at that row's t, and ``sample(model,
                 x, start=until)`` takes it back. 0 by default: the noisiest level.
-            refine: how many more times the model is asked in each step.
+            refine: the number of further model calls in each step.
             model: as in ``sample``.
             options: as in ``sample``: ``cond``, ``uncond``, ``guidance``, ``cond_fn``, ``dtype``,
-                ``autocast``, ``progress``. A guidance for each step counts the same rows.
+                ``autocast``, ``progress``. A guidance for each step has the same rows.
 
         Returns:
             x at the level of row ``until``, in x0's dtype.
 
         Raises:
             TypeError, ValueError: as ``sample`` does; η must be 0, clip None, and no step may
-                lead from ᾱ = 0 to clean data, of which x_T is no function.
+                lead from clean data to ᾱ = 0, where x_T is no function of the data.
         """
         check_names("DDIM.invert", options, InvertOptions)
         refine = whole("refine", refine, low=0)
@@ -359,37 +364,36 @@ class DDIM:
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """x at row ``start``'s t, for ``sample(..., start=start)``: image to image.
+        """Returns x at row ``start``'s t, for ``sample(..., start=start)``: image to image.
 
             x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε
 
         Args:
             x0: clean data, (batch, ...), float32, bfloat16 or float16; never written.
-            start: the row that will be the first.
-            seeds, generator: where ε comes from, as ``sample`` draws an x_T (stream 1 of the
-                seeds).
-            noise: or ε itself, float32 of x0's shape.
+            start: the first row that ``sample`` will take.
+            seeds, generator: the source of ε, as ``sample`` draws an x_T (stream 1 of the seeds).
+            noise: instead of both, ε itself, float32 of x0's shape.
 
         Returns:
             x_t in x0's dtype.
         """
         x0 = checked_state("x0", x0, None)
         row = whole("start", start, low=0, high=len(self.pairs) - 1)
-        given = None if noise is None else [noise]
-        source = checked_noise(tuple(x0.shape), x0.device, 1, seeds, generator, given)
+        rows = None if noise is None else [noise]
+        source = checked_noise(tuple(x0.shape), x0.device, 1, seeds, generator, rows)
         eps = source.initial() if noise is None else noise.detach()
         factors = forward_table(self.schedule, self.pairs)[row : row + 1]
         table = torch.tensor(factors, device=x0.device)
-        # Forward from clean data is the ODE's own step back from it, the noise standing for ε.
+        # The forward process is the step at η = 0 from clean data, with the noise for ε.
         x, _ = ddim_step(x0.to(torch.float32), eps, table, 0, want_x0=False)
         return x.to(x0.dtype)
 
     def capture(
         self, model: Model, shape: Sequence[int], **options: Unpack[CaptureOptions]
     ) -> Captured:
-        """The loop as a CUDA graph, to be replayed: see ``fastddim.loop.graph.Captured``.
+        """Captures the loop as a CUDA graph to replay: see ``fastddim.loop.graph.Captured``.
 
-        Each call may bring other ``seeds``, another ``x_T``, other tensors of ``cond`` and
+        Each call may pass other ``seeds``, another ``x_T``, other tensors of ``cond`` and
         ``uncond``, and another ``guidance``. All other arguments are captured as they are.
 
         Args:
@@ -408,11 +412,11 @@ class DDIM:
         """Prints each step's levels and factors, the number of model calls, and the backend.
 
         Args:
-            device: where the steps would be taken; torch's default device if it is left out.
+            device: the device to sample on; torch's default device if left out.
 
         Raises:
-            ValueError, ImportError: the device cannot be used, or the backend that is asked for
-                cannot take the steps there.
+            ValueError, ImportError: torch cannot use the device, or the chosen backend cannot take
+                steps there.
         """
         where = usable_device(device)
         eta = self.eta if isinstance(self.eta, str) else f"{self.eta:g}"
