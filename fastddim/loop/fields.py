@@ -13,9 +13,9 @@ from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import make_pairs
 
 FAR = 0.2
-"""A sampler warns if √ᾱ of its first level is above this, where noise is not what the model
-expects. The paper's own spacings stay below it from S = 3 on (0.105, linear β), and so does Stable
-Diffusion's (0.192 at S = 5)."""
+"""A sampler warns if √ᾱ of its first level exceeds this bound, because the model expects less
+noise there than x_T holds. The paper's own spacings stay below the bound from S = 3 on (0.105,
+linear β), and so does Stable Diffusion's (0.192 at S = 5)."""
 
 
 def checked_fields(

@@ -95,7 +95,7 @@ def option_names(options: Any) -> tuple[str, ...]:
 
 
 def options_in(arguments: Mapping[str, Any]) -> Options:
-    """Returns those of a function's arguments that are options."""
+    """Returns the options among a function's arguments."""
     return cast(Options, {name: arguments[name] for name in option_names(Options)})
 
 

@@ -1,4 +1,4 @@
-"""A plan holds the order of a loop's rows; a row holds what its step reads."""
+"""A plan orders the rows of a loop; a row holds everything that its step reads."""
 
 from __future__ import annotations
 

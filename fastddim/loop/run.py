@@ -242,7 +242,7 @@ class Stepper:
     def step(self, x: Tensor, output: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
         """Returns (x_s, x0). The model's next input is written in the same pass over memory."""
         if x is not self._made:
-            self._look_at(x)
+            self._check_layout(x)
         seeds = z = into = x0 = None
         if row.noisy:
             seeds, z = self._noise.step(row.number, self._z)
@@ -310,7 +310,7 @@ class Stepper:
             self._launches[row.kind] = output.dtype, output.shape, output.stride(), launch
         return launch
 
-    def _look_at(self, x: Tensor) -> None:
+    def _check_layout(self, x: Tensor) -> None:
         """Forgets launches and buffers if the caller's state has other strides than the last."""
         if self._made is not None and self._made.stride() != x.stride():
             self._launches.clear()

@@ -152,17 +152,17 @@ class Recorder:
         self.pairs = pairs
         where = torch.device("cpu") if offload else device
         self.bytes = len(names) * len(rows) * torch.Size(size).numel() * dtype.itemsize
-        what = (
+        need = (
             f"the trajectory, {len(rows)} states of {size} as {' and '.join(names)}, takes "
             f"{shown_bytes(self.bytes)} on {where}"
         )
         free = free_bytes(where)
         if free is not None and self.bytes > free:
             raise ValueError(
-                f"{what}, where {shown_bytes(free)} are free: keep fewer with every="
+                f"{need}, where {shown_bytes(free)} are free: keep fewer with every="
                 + ("" if offload or device.type == "cpu" else ", or offload=True")
             )
-        _log.info(what)
+        _log.info(need)
         pinned = offload and device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if pinned else None
         self.kept: dict[str, Tensor] = {
