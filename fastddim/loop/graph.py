@@ -36,8 +36,8 @@ from fastddim.step.op import initial_noise
 Replay: TypeAlias = Callable[[], Tensor]
 
 WHOLE = 100
-"""The most steps in one graph. Beyond them a step is captured and replayed for each row: a graph
-holds a node for every kernel, and a U-Net has hundreds in each of its calls."""
+"""The most steps in one graph. A longer loop replays graphs of one step: a graph holds a node for
+every kernel, and each call of a U-Net runs hundreds."""
 
 
 class Captured:
@@ -47,11 +47,11 @@ class Captured:
         a = act(seeds=[tick], cond=dict(global_cond=obs))
 
     A call copies its arguments into the memory that the graph reads, replays the graph and returns
-    a copy of the result, bit for bit that of ``DDIM.sample``. Arguments left out keep their last
-    values. The model runs in Python only during the capture; each replay repeats its operations.
-    The graph reads the weights at their addresses, so weights loaded in place take effect. If a
-    module is moved or gets other tensors, the graph still reads the captured tensors, and holds
-    their memory. Other shapes, dtypes and arguments that are no tensors need another capture.
+    a copy of the result, bit for bit that of ``DDIM.sample``. Conditions and guidance left out keep
+    their last values. The model runs in Python only during the capture; each replay repeats its
+    operations. The graph reads the weights at their addresses, so weights loaded in place take
+    effect. If a module is moved or gets other tensors, the graph still reads the captured tensors,
+    and holds their memory. Other shapes, dtypes and non-tensor arguments need another capture.
 
     Up to 100 steps are one graph. A longer loop replays graphs of one step, which alternate
     between two buffers and count the rows on the device.
@@ -59,9 +59,9 @@ class Captured:
     On a device without CUDA graphs, such as a CPU, a call runs the loop itself with the same
     result.
 
-    Calls write the same memory. Threads may share a captured loop: their calls take turns, and an
-    argument left out keeps the value of the last call in any thread. Calls on several CUDA streams
-    must wait for one another.
+    Calls write the same memory. Threads may share a captured loop: their calls take turns, and the
+    last values may be those of another thread. Calls on several CUDA streams must wait for one
+    another.
 
     Raises:
         TypeError, ValueError: as ``DDIM.sample`` does, in ``capture`` and in each call.
@@ -90,7 +90,7 @@ class Captured:
         self._seeds = self._run.noise.seeds
         whole = len(self._run.rows) <= WHOLE
         replay = self._whole() if whole else self._stepwise()
-        # The weights are read after the capture, because that materialises lazy ones.
+        # Read the weights after the capture, because the first model call makes lazy ones.
         weights = weights_of(self._run.predictor.model, self._run.predictor.cond_fn)
         self._replay = partial(_replayed, replay, weights)
 
