@@ -37,7 +37,7 @@ from benchmarks.timing import (
     wall_seconds,
 )
 from fastddim.dropins import ermongroup
-from fastddim.loop.graph import record
+from fastddim.loop.graph import capture
 from fastddim.loop.model import stacked
 from fastddim.step import reference
 
@@ -408,7 +408,7 @@ class Replayed:
 
 
 def in_a_graph(run: Run, ready: Ready) -> Run:
-    return Replayed(record(run, ready.x.device), run)
+    return Replayed(capture(run, ready.x.device), run)
 
 
 def model_alone(ready: Ready, model: Model) -> Run:
@@ -627,7 +627,7 @@ def chain(shape: tuple[int, ...], eta: float, steps: int, device: str) -> tuple[
             one.add_(1)
         return one
 
-    return Replayed(act._replay, act), Replayed(record(small, one.device), one)
+    return Replayed(act._replay, act), Replayed(capture(small, one.device), one)
 
 
 def marginal(

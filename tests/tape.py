@@ -113,7 +113,7 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 def tapes_for_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    """From now on ``graph.record`` records tapes, on a CPU; they are added to the list returned."""
+    """Makes ``graph.capture`` record tapes, on a CPU, and returns the list that they join."""
     tapes: list[Tape] = []
 
     class Stream:

@@ -31,11 +31,11 @@ def info(machine: Machine) -> None:
         from fastddim.loop import devices
         from fastddim.tools import provenance
 
-        chosen = usable(machine)
+        usable(machine)
         packages = ["torch", "triton", "numpy"]
         packages += [name for modules, _ in EXTRAS.values() for name in modules.values() if name]
         found = provenance.versions(*packages)
-        usable_here = [str(chosen)] if machine.device else devices.devices()
+        usable_here = [machine.device] if machine.device else devices.devices()
         takes = {device: _step_on(device) for device in usable_here}
     print(f"fastddim {__version__}, Python {platform.python_version()} on {sys.platform}")
     print(", ".join(f"{name} {found[name]}" for name in packages if name in found))

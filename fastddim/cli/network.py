@@ -118,7 +118,8 @@ def usable(machine: Machine, device: str | None = None) -> torch.device:
     """The device, with as many threads as were asked for."""
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    return devices.usable_device(machine.device or device)
+    name = machine.device or device or devices.preferred_device()
+    return devices.usable_device(name, computes=True)
 
 
 def overruled(loaded: checkpoints.Loaded, network: Network) -> checkpoints.Loaded:

@@ -1,1 +1,1 @@
-"""The loop: ``DDIM``, its options, and what happens between two steps."""
+"""The loop: ``DDIM``, its options, and its runs."""

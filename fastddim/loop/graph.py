@@ -18,6 +18,7 @@ from torch import Tensor
 from fastddim.check import kind, shown
 from fastddim.loop.devices import check_not_capturing
 from fastddim.loop.held import weights_of
+from fastddim.loop.loops import denoise
 from fastddim.loop.model import Model, same, stacked
 from fastddim.loop.normals import drawn_seeds
 from fastddim.loop.options import (
@@ -29,51 +30,47 @@ from fastddim.loop.options import (
     prepare,
 )
 from fastddim.loop.plan import Plan, Row
-from fastddim.loop.run import Run
 from fastddim.step.layout import input_like
 from fastddim.step.op import initial_noise
 
 Replay: TypeAlias = Callable[[], Tensor]
-Loop: TypeAlias = Callable[[Run, Tensor], Iterator[tuple[Row, Tensor, Tensor | None]]]
 
 WHOLE = 100
-"""The most steps in one graph. Beyond them a step is captured and replayed for each row: a graph
-holds a node for every kernel, and a U-Net has hundreds in each of its calls."""
+"""The most steps in one graph. A longer loop replays graphs of one step: a graph holds a node for
+every kernel, and each call of a U-Net runs hundreds."""
 
 
 class Captured:
-    """A sampler whose whole loop is a CUDA graph: what ``DDIM.capture`` returns.
+    """A sampler whose whole loop is a CUDA graph. ``DDIM.capture`` returns it.
 
         act = ddim.capture(model, (1, 16, 7), cond=dict(global_cond=obs))
         a = act(seeds=[tick], cond=dict(global_cond=obs))
 
-    A call copies its arguments into the memory that the graph reads, replays it and returns a copy
-    of the result, bit for bit that of ``DDIM.sample``. What is not given stays as it was. The model
-    runs once for every row when it is captured, and never again in Python: what it did then, it
-    does in each replay. Its weights are those at their addresses: loading others in place works.
-    Where a module is moved or given other tensors, the graph goes on with those it was captured
-    with, and holds their memory. Other shapes, dtypes and arguments that are no tensors need a
-    capture of their own.
+    A call copies its arguments into the memory that the graph reads, replays the graph and returns
+    a copy of the result, bit for bit that of ``DDIM.sample``. Conditions and guidance left out keep
+    their last values. The model runs in Python only during the capture; each replay repeats its
+    operations. The graph reads the weights at their addresses, so weights loaded in place take
+    effect. If a module is moved or gets other tensors, the graph still reads the captured tensors,
+    and holds their memory. Other shapes, dtypes and non-tensor arguments need another capture.
 
-    Up to 100 steps are one graph. Beyond them there is a graph of one step for either of two
-    buffers, and the row is counted on the device.
+    Up to 100 steps are one graph. A longer loop replays graphs of one step, which alternate
+    between two buffers and count the rows on the device.
 
-    Where there are no CUDA graphs (a CPU, say) a call runs the loop itself, in the same way, so
-    that a program runs anywhere.
+    On a device without CUDA graphs, such as a CPU, a call runs the loop itself with the same
+    result.
 
-    Calls write the same memory. Threads may share a captured loop: their calls take turns, and what
-    a call leaves out is what the last call gave, in whichever thread. On more than one CUDA stream,
-    each must still wait for the one before.
+    Calls write the same memory. Threads may share a captured loop: their calls take turns, and the
+    last values may be those of another thread. Calls on several CUDA streams must wait for one
+    another.
 
     Raises:
         TypeError, ValueError: as ``DDIM.sample`` does, in ``capture`` and in each call.
-        RuntimeError: the model cannot be captured, and the message says why; or another graph is
-            being captured; or the loop is called by the model that it runs.
+        RuntimeError: the model cannot be captured, for the reason in the message; or another graph
+            is being captured; or the model calls the loop that runs it.
     """
 
     def __init__(
         self,
-        loop: Loop,
         plan: Plan,
         model: Model,
         size: tuple[int, ...],
@@ -84,7 +81,7 @@ class Captured:
         cond, uncond = options.get("cond"), options.get("uncond")
         with _lasting():
             self._x_T = torch.zeros(size, dtype=torch.float32, device=device)
-            # Copies: what a call writes here must not be seen in the caller's own tensors.
+            # Copy the conditions, because calls overwrite them, and the caller's must not change.
             self._cond = _copied(cond)
             self._uncond = _copied(uncond, cond, self._cond, size[0])
             memory = {"seeds": [0] * size[0], "cond": self._cond, "uncond": self._uncond}
@@ -92,8 +89,8 @@ class Captured:
         assert self._run.noise.seeds is not None
         self._seeds = self._run.noise.seeds
         whole = len(self._run.rows) <= WHOLE
-        replay = self._whole(loop) if whole else self._stepwise()
-        # The weights are read after the capture, because that materialises lazy ones.
+        replay = self._whole() if whole else self._stepwise()
+        # Read the weights after the capture, because the first model call makes lazy ones.
         weights = weights_of(self._run.predictor.model, self._run.predictor.cond_fn)
         self._replay = partial(_replayed, replay, weights)
 
@@ -107,17 +104,17 @@ class Captured:
         guidance: Guidance | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """One replay.
+        """Replays the loop once.
 
         Args:
             seeds: an integer in [0, 2⁶³) for each sample; by default they come from torch's
                 default generator.
-            x_T: where to begin, of the captured shape; from the seeds by default. Required where
-                the capture has a ``start`` beyond row 0.
-            cond, uncond: the tensors that are others than before, of the same shape and dtype.
-            guidance: w, where guidance was captured. A row captured with w = 1 throughout has no
+            x_T: the state to begin with, of the captured shape; drawn from the seeds by default.
+                Required if the capture has a ``start`` beyond row 0.
+            cond, uncond: the tensors that change, of the captured shapes and dtypes.
+            guidance: w, if guidance was captured. A row captured with w = 1 throughout has no
                 unconditional half and keeps w = 1.
-            out: where the result goes, float32 of the captured shape; made if not given.
+            out: a tensor for the result, float32 of the captured shape; made if left out.
 
         Returns:
             ``out``, or a new tensor, float32.
@@ -141,7 +138,7 @@ class Captured:
         guidance: Guidance | None,
         out: Tensor | None,
     ) -> Tensor:
-        """One replay, while no other thread makes one."""
+        """Replays once, while no other thread does."""
         device = self._x_T.device
         check_not_capturing(device)
         if x_T is not None:
@@ -162,7 +159,7 @@ class Captured:
             keys = checked_seeds(given, self._size[0])
         w = self._weights(guidance)
         copies = self._renewed(cond, uncond)
-        # Nothing above has written anything: a call that is refused leaves all as it was.
+        # Write only after every check has passed: a refused call leaves the arguments as they were.
         with torch.no_grad():
             if keys is not None:
                 self._seeds.copy_(keys, non_blocking=True)
@@ -183,7 +180,7 @@ class Captured:
             return result.clone() if out is None else out.copy_(result)
 
     def _weights(self, guidance: Guidance | None) -> Tensor | None:
-        """w of a call, (rows, batch), where it is given."""
+        """Returns the call's w, (rows, batch), or None if the call leaves guidance out."""
         if guidance is None:
             return None
         w = checked_guidance(guidance, self, self._size[0], self._plan.levels)
@@ -199,7 +196,7 @@ class Captured:
     def _renewed(
         self, cond: Mapping[str, Any] | None, uncond: Mapping[str, Any] | None
     ) -> list[tuple[Tensor, Tensor]]:
-        """(memory, value) of each tensor that a call brings."""
+        """Returns (memory, value) of each tensor that a call passes."""
         found: list[tuple[Tensor, Tensor]] = []
         for name, given, held in (("cond", cond, self._cond), ("uncond", uncond, self._uncond)):
             if given is None:
@@ -208,37 +205,37 @@ class Captured:
                 raise TypeError(f"{name} must map names to values, got {kind(given)}")
             for key, value in given.items():
                 if key not in (held or {}):
-                    raise ValueError(f"{name} must hold what was captured, got {key!r}")
+                    raise ValueError(f"{name} must hold captured keys only, got {key!r}")
                 new = _matched(f"{name}[{key!r}]", held[key], value)
                 if name == "uncond":
                     shared = {id(tensor) for tensor in _tensors(self._cond)}
-                    brought = {(id(into), id(tensor)) for into, tensor in found}
+                    renewed = {(id(into), id(tensor)) for into, tensor in found}
                     if any(
-                        id(into) in shared and (id(into), id(tensor)) not in brought
+                        id(into) in shared and (id(into), id(tensor)) not in renewed
                         for into, tensor in new
                     ):
                         raise ValueError(
-                            f"uncond[{key!r}] was captured as one with cond's and must be what "
-                            f"cond is given, got {kind(value)}"
+                            f"uncond[{key!r}] is cond's own tensor in the capture and must be "
+                            f"cond's new tensor, got {kind(value)}"
                         )
                 found += new
         return found
 
-    def _whole(self, loop: Loop) -> Replay:
-        """All steps as one graph."""
+    def _whole(self) -> Replay:
+        """Captures all steps as one graph."""
         run, x_T = self._run, self._x_T
 
         def body() -> Tensor:
             x = x_T
             with run.predictor.one_cast():
-                for _, x, _ in loop(run, x_T):  # noqa: B007
+                for _, x, _ in denoise(run, x_T):  # noqa: B007
                     pass
             return x
 
-        return record(body, x_T.device)
+        return capture(body, x_T.device)
 
     def _stepwise(self) -> Replay:
-        """A graph of one step for each kind of row there is, which counts the rows itself."""
+        """Captures a graph of one step for each kind of row. The graphs count the rows."""
         # Do not capture self: the cycle would delay freeing the graph's memory.
         run, x_T, batch = self._run, self._x_T, self._size[0]
         rows, device = run.rows, x_T.device
@@ -262,9 +259,9 @@ class Captured:
             if row.guidance is not None and run.guidance is not None:
                 w = run.guidance.index_select(0, which)[0]
             here = row._replace(
-                rows=which.expand(batch),
+                table_index=which.expand(batch),
                 t=t.expand(batch),
-                asked=t.expand(len(row.asked)),
+                model_t=t.expand(len(row.model_t)),
                 guidance=w,
                 shift=None if shift is None else shift.index_select(0, n)[0],
             )
@@ -287,7 +284,7 @@ class Captured:
             alike = (i % 2, i == 0, fed, row.guidance is not None, row.noisy, row.feeds)
             if alike not in steps:
                 n.zero_()
-                steps[alike] = record(partial(body, row, i % 2, i == 0, fed), device, memory)
+                steps[alike] = capture(partial(body, row, i % 2, i == 0, fed), device, memory)
             order.append(steps[alike])
             fed = row.feeds > 0
 
@@ -302,36 +299,36 @@ class Captured:
 
 
 def _replayed(replay: Replay, weights: list[Tensor]) -> Tensor:
-    """Replays a graph that reads ``weights`` by their addresses alone."""
+    """Replays a graph. The argument keeps ``weights`` alive: the graph has only their addresses."""
     return replay()
 
 
 class Memory(NamedTuple):
-    """Where graphs take theirs. Those that share it are replayed one at a time."""
+    """The pool and the stream of a capture. Graphs that share a pool must replay one at a time."""
 
     pool: Any
     stream: torch.cuda.Stream
 
     @classmethod
     def on(cls, device: torch.device) -> Memory | None:
-        """None where there are no CUDA graphs."""
+        """Returns a new pool and stream, or None on a device without CUDA graphs."""
         if device.type != "cuda":
             return None
-        # A stream of its own, on this device: torch.cuda.graph's default is on the device that was
-        # the first to need it. Nor that of the warm-up: the workspace that cuBLAS keeps for a
-        # stream then belongs to the pool, and is nobody else's when others clear their own.
+        # torch.cuda.graph's default stream is on the device that first needed one, so make one
+        # here. It is not the warm-up's stream either: cuBLAS keeps a workspace for each stream, and
+        # the pool must own the graph's, so that other code cannot clear it.
         return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
 
 
-def record(body: Callable[[], Any], device: torch.device, memory: Memory | None = None) -> Replay:
-    """``body`` as a graph: what is returned replays it, and gives what ``body`` gave.
+def capture(body: Callable[[], Any], device: torch.device, memory: Memory | None = None) -> Replay:
+    """Captures ``body`` as a graph; returns a function that replays it and returns its result.
 
-    ``body`` itself where there are no CUDA graphs. What is returned holds ``body`` as well: a graph
-    has nothing but addresses, and what ``body`` reads and writes must stand there for as long as
-    the graph can be replayed.
+    On a device without CUDA graphs, returns ``body`` itself. The function also holds ``body``,
+    because a graph has only addresses: the memory that ``body`` reads and writes must live as long
+    as the graph.
 
     Raises:
-        RuntimeError: it cannot be captured. All else goes on as before.
+        RuntimeError: ``body`` cannot be captured. Other CUDA work can continue.
     """
     memory = Memory.on(device) if memory is None else memory
     if memory is None:
@@ -341,7 +338,7 @@ def record(body: Callable[[], Any], device: torch.device, memory: Memory | None 
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):
-            body()  # compiles the kernels and has the libraries choose theirs
+            body()  # Warm up: compile the kernels, and let libraries choose theirs.
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         before = sys.exc_info()[1]
@@ -349,7 +346,7 @@ def record(body: Callable[[], Any], device: torch.device, memory: Memory | None 
         # during capture hold no values.
         torch.clear_autocast_cache()
         try:
-            # The outer one, for torch.cuda.graph keeps its stream current where a capture fails.
+            # The outer context resets the stream, which torch.cuda.graph does not if it fails.
             with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool, stream=stream):
                 result = body()
         except RuntimeError as error:
@@ -359,12 +356,12 @@ def record(body: Callable[[], Any], device: torch.device, memory: Memory | None 
         finally:
             torch.clear_autocast_cache()
 
-    return Recorded(graph, result, body, device)
+    return Graph(graph, result, body, device)
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded:
-    """A graph, what its replay gives, and what holds the memory that it reads and writes."""
+class Graph:
+    """A graph, the result of its replay, and ``body``, which holds the graph's memory."""
 
     graph: torch.cuda.CUDAGraph
     result: Any
@@ -378,17 +375,17 @@ class Recorded:
 
 
 _abandoned: list[torch.cuda.CUDAGraph] = []
-"""Captures that failed: allocators go on asking them whether memory is theirs."""
+"""Captures that failed: the allocator still calls them to ask whether memory is theirs."""
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
-    """Ends what torch leaves as it was where a capture fails.
+    """Resets the state that torch does not reset when a capture fails.
 
-    Up to 2.12 the allocator believes in the capture for ever (pytorch#180395), and up to 2.11 the
-    generator does, so that any ``torch.randn`` on the GPU would fail (pytorch#176753).
+    Up to torch 2.12 the allocator still records into the pool (pytorch#180395). Up to 2.11 the
+    generator still counts as captured, so any ``torch.randn`` on the GPU fails (pytorch#176753).
     """
     _abandoned.append(graph)
-    with suppress(RuntimeError, AttributeError):  # raised where torch has done it
+    with suppress(RuntimeError, AttributeError):  # torch has already ended the capture
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
     generator = torch.cuda.default_generators[device.index]
@@ -397,30 +394,30 @@ def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> No
 
 @contextmanager
 def _lasting() -> Iterator[None]:
-    """For tensors that later calls write: inference mode's could be written in that mode alone."""
+    """Makes tensors that later calls can write; only inference mode can write its own tensors."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 def _reason(error: BaseException, before: BaseException | None) -> str:
-    """The first thing that went wrong since ``before``, and the line of the model it did in."""
+    """Returns the first error since ``before``, and the model's line that raised it."""
     while error.__context__ is not None and error.__context__ is not before:
-        error = error.__context__  # ending a broken capture fails as well
-    said = (str(error).splitlines() or [kind(error)])[0]
+        error = error.__context__  # Ending a broken capture raises one more error.
+    first = (str(error).splitlines() or [kind(error)])[0]
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if f"{os.sep}torch{os.sep}" not in f.filename]
     where = f" ({own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
     return (
-        f"{said}{where}. A graph holds no reading of values (.item(), .cpu(), branches on a "
-        f"tensor), no copy from the host and no shapes that depend on data"
+        f"{first}{where}. A graph can hold no host sync (.item(), .cpu(), branches on a tensor), "
+        f"no copy from the host and no shapes that depend on data"
     )
 
 
 def _copied(value: Any, beside: Any = None, copy: Any = None, batch: int = 0) -> Any:
-    """``value`` with a copy of each tensor.
+    """Returns ``value`` with a copy of each tensor.
 
-    What both halves share, being the very tensor that stands in its place in cond (``beside``) and
-    no sample's, is that one's copy.
+    ``beside`` is the value of cond in the same place, and ``copy`` its copy. Where ``value`` is the
+    same tensor and has no row for each sample, both halves share ``copy``.
     """
     if isinstance(value, Tensor):
         shared = value is beside and (value.dim() == 0 or len(value) != batch)
@@ -448,7 +445,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _matched(name: str, held: Any, value: Any) -> list[tuple[Tensor, Tensor]]:
-    """(tensor held, tensor given) for each in two values that must be alike in all else."""
+    """Returns (held tensor, new tensor) for each tensor of two values that agree in all else."""
     if isinstance(held, Tensor):
         if not isinstance(value, Tensor) or (value.shape, value.dtype) != (held.shape, held.dtype):
             got = (

@@ -1,4 +1,4 @@
-"""The weights of a model, as they must be held by whoever has nothing but their addresses."""
+"""Keeps a model's weights alive for a CUDA graph, which has only their addresses."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 
 def weights_of(*functions: Any) -> list[Tensor]:
-    """The parameters and buffers of the modules that these functions are or name, as they are now.
+    """Returns the current parameters and buffers of the modules that these functions use.
 
-    A module that is moved (``.to``) or given other weights (``load_state_dict(assign=True)``) lets
-    go of the memory of the former ones, its parameters often being the same objects as before.
-    Hence what is returned are other tensors on the same memory.
+    A module that moves (``.to``) or gets other weights (``load_state_dict(assign=True)``) frees the
+    former memory, although its parameters may be the same objects. So the returned tensors are new
+    objects on the same memory.
     """
     return [
         tensor.detach()
@@ -25,7 +25,7 @@ def weights_of(*functions: Any) -> list[Tensor]:
 
 
 def _modules(functions: tuple[Any, ...]) -> list[nn.Module]:
-    """Those that a function is, is bound to, is a partial of, closes over or names."""
+    """Returns the modules that a function is, is bound to, wraps, closes over or names."""
     found: list[nn.Module] = []
     seen: set[int] = set()
     waiting = list(functions)

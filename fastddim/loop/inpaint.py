@@ -22,9 +22,11 @@ class Known:
     image: Tensor
     mask: Tensor
     table: Tensor
-    """Its rows lead from clean data to each row's t, and the last one to the final s."""
+    """Rows that lead from clean data to each row's t, and last to the final s."""
     rows: tuple[Tensor, ...]
+    """The indices of the table's rows, each int32 (batch,)."""
     clean: tuple[bool, ...]
+    """For each row, whether its level is clean data, which takes the image without noise."""
 
     def put_back(self, x: Tensor, row: int, noise: Noise) -> Tensor:
         """Returns x with the image, at the noise level of ``row``'s t, where the mask is 1."""
@@ -36,7 +38,7 @@ class Known:
         return torch.lerp(x, image, self.mask)
 
     def part(self, samples: Tensor) -> Known:
-        """Returns the same for some of the samples."""
+        """Returns the part for some of the samples."""
         mask = self.mask[samples] if len(self.mask) == len(self.image) else self.mask
         rows = tuple(row[:1].expand(len(samples)) for row in self.rows)
         return replace(self, image=self.image[samples], mask=mask, rows=rows)
@@ -54,7 +56,7 @@ def checked_known(
     ``table`` makes the table that leads from clean data to each level.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        TypeError, ValueError: naming the argument, the value and what is allowed.
     """
     if known is None and mask is None:
         return None
@@ -72,7 +74,7 @@ def checked_known(
         )
     mask = mask.to(torch.float32)
     if not bool(((mask >= 0) & (mask <= 1)).all()):
-        raise ValueError("mask must lie in [0, 1]: 1 keeps what is known, 0 leaves it to the model")
+        raise ValueError("mask must lie in [0, 1]: 1 takes the known image, 0 the model's")
     factors = torch.tensor(table(), device=x.device)
     rows = torch.arange(len(factors), dtype=torch.int32, device=x.device)
     return Known(
@@ -85,6 +87,7 @@ def checked_known(
 
 
 def _beside(name: str, tensor: Any, other: str, x: Tensor) -> Tensor:
+    """Returns ``tensor``, checked to be one on x's device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor where {other} is given, got {kind(tensor)}")
     if tensor.device != x.device:

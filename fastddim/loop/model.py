@@ -1,4 +1,4 @@
-"""The model as the loop calls it: its condition, guidance and precision, and what it returns."""
+"""The model as the loop calls it: its condition, guidance and precision, and its output."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Cond: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model and what goes with each of its calls.
+    """A model and the arguments of its calls.
 
     Attributes:
         model: ``model(x, t, **cond)``.
-        batch: how many samples there are; a call with guidance has twice as many.
-        device, dtype: of the x it is given.
-        cond, uncond: its keyword arguments; ``uncond`` is None without guidance.
+        batch: the number of samples; a call with guidance has twice as many.
+        device, dtype: of the model's x.
+        cond, uncond: keyword arguments; ``uncond`` is None without guidance.
         cond_fn: the gradient ∇_x ln p(y | x_t) of classifier guidance, ``cond_fn(x, t, **cond)``.
-        self_condition: the keyword under which it gets the x0 predicted by the step before.
+        self_condition: the model's keyword for the x0 that the last step predicted.
         autocast: the dtype of ``torch.autocast`` around each call; None for none.
     """
 
@@ -61,10 +61,10 @@ class Predictor:
         self_condition: str | None,
         autocast: torch.dtype | bool | None,
     ) -> Predictor:
-        """All of it found sound; the halves stacked.
+        """Checks the arguments and stacks ``uncond`` and ``cond``.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was given and what is allowed.
+            TypeError, ValueError: naming the argument, the value and what is allowed.
         """
         for name, function in (("model", model), ("cond_fn", cond_fn)):
             if not callable(function) and (name == "model" or function is not None):
@@ -83,9 +83,9 @@ class Predictor:
         both = {} if uncond is None else stacked(uncond, cond, batch)
         if uncond is not None and not differs(uncond, cond):
             raise ValueError(
-                f"uncond must hold what stands in the condition's place, such as the embedding of "
-                f"an empty prompt: {list(uncond) or 'an empty mapping'} leaves all of cond as it "
-                f"is, and guidance between the model and itself changes nothing"
+                f"uncond must replace a value of cond, such as a prompt's embedding by that of an "
+                f"empty prompt: {list(uncond) or 'an empty mapping'} leaves all of cond as it is, "
+                f"and guidance between two equal outputs changes nothing"
             )
         return cls(
             model,
@@ -101,7 +101,7 @@ class Predictor:
         )
 
     def part(self, samples: Tensor) -> Predictor:
-        """The same for some of the samples."""
+        """Returns the predictor for some of the samples."""
         cond = _taken(self.cond, samples, self.batch)
         # Stack the full batch's conditions first: only there is a per-sample tensor recognisable
         # by its length.
@@ -109,16 +109,16 @@ class Predictor:
         return replace(self, batch=len(samples), cond=cond, both=both)
 
     def input(self, x: Tensor, twice: bool) -> Tensor:
-        """x as the model is given it, stacked upon itself where it is asked ``twice``."""
+        """Returns x in the model's dtype, stacked ``twice`` for guidance."""
         x = x if x.dtype == self.dtype else x.to(self.dtype)
         return torch.cat([x, x]) if twice else x
 
     @contextmanager
     def one_cast(self) -> Iterator[None]:
-        """Inside, autocast keeps the weights it has cast from one call to the next.
+        """Makes autocast keep its cast weights from one call to the next.
 
-        It drops them where its outermost context ends; this one is around the calls' own, and is
-        autocast to nothing else.
+        Autocast drops them at the end of its outermost context. This context is around those of
+        the calls, and enables autocast for nothing else.
         """
         if self.autocast is None:
             yield
@@ -141,7 +141,7 @@ class Predictor:
             keywords = {**keywords, self.self_condition: last}
         try:
             before = x_in._version
-        except RuntimeError:  # Inference mode does not count what is written.
+        except RuntimeError:  # Inference mode does not count writes.
             before = None
         try:
             if self.autocast is None:
@@ -150,13 +150,13 @@ class Predictor:
                 with torch.autocast(self.device.type, dtype=self.autocast):
                     output = self.model(x_in, t, **keywords)
         except RuntimeError as error:
-            # Asked only now, since many networks cast what they are given themselves.
+            # Compare the dtypes only after a failure, since many networks cast x themselves.
             own = weights_dtype(self.model)
             at_odds = self.autocast is None and own not in (None, x_in.dtype)
             if not at_odds or "type" not in str(error):
                 raise
             raise ValueError(
-                f"dtype must be {own}, which the model's parameters are, got {x_in.dtype}: pass "
+                f"dtype must be {own}, the dtype of the model's parameters, got {x_in.dtype}: pass "
                 f"dtype={own} or autocast=True"
             ) from error
         if before is not None and x_in._version != before:
@@ -171,7 +171,7 @@ class Predictor:
         return unpacked(output, x_in)
 
     def shifted(self, output: Tensor, x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
-        """``output`` moved along the classifier's gradient at x, both halves alike."""
+        """Returns ``output`` plus ``shift`` times cond_fn's gradient at x, in both halves alike."""
         assert self.cond_fn is not None
         if not len(x):
             return output
@@ -189,15 +189,18 @@ class Predictor:
 
 
 def written(name: str) -> ValueError:
-    """What is said of a function that has written into its x. It is the loop's state, or a copy of
-    it: by dtype, so that what was written would count in one dtype and not in another."""
+    """Returns the error for a function that has written into its x.
+
+    x is the loop's state or a copy of it, depending on the dtype, so that a write would change the
+    samples in one dtype and not in another.
+    """
     return ValueError(
-        f"{name} must not write into x, which the step reads after it: let it clone x first"
+        f"{name} must not write into x, which the step reads after the call: clone x first"
     )
 
 
 def network(model: Model) -> nn.Module | None:
-    """The network that is called, where it can be seen: of a method or a partial, whose it is."""
+    """Returns the network that ``model`` is, is a method of, or a partial of; None for others."""
     while isinstance(model, functools.partial):
         model = model.func
     owner = getattr(model, "__self__", model)
@@ -205,7 +208,7 @@ def network(model: Model) -> nn.Module | None:
 
 
 def device_of(model: Model) -> torch.device | None:
-    """Where the model's first parameter or buffer is, if it has one."""
+    """Returns the device of the model's first parameter or buffer, if any."""
     net = network(model)
     if net is None:
         return None
@@ -214,7 +217,7 @@ def device_of(model: Model) -> torch.device | None:
 
 
 def weights_dtype(model: Model) -> torch.dtype | None:
-    """The one floating point type of the model's parameters, None without them or of several."""
+    """Returns the floating point dtype of the model's parameters, if all have the same."""
     net = network(model)
     found = {p.dtype for p in net.parameters() if p.is_floating_point()} if net else set()
     return found.pop() if len(found) == 1 else None
@@ -224,7 +227,7 @@ _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def warn_of_training(model: Model, stacklevel: int) -> None:
-    """Warns, once for each network, of one in training mode in which that mode changes results."""
+    """Warns, once for each network, if its training mode changes the samples."""
     net = network(model)
     if net is None or not net.training or net in _warned:
         return
@@ -232,28 +235,28 @@ def warn_of_training(model: Model, stacklevel: int) -> None:
     active = next((name for m in net.modules() if (name := _training_changes(m))), None)
     if active is not None:
         warnings.warn(
-            f"model is in training mode, and its {active} makes samples of other random numbers "
-            f"or of each other: call model.eval() before sampling",
+            f"model is in training mode, and its {active} makes samples depend on other random "
+            f"numbers or on each other: call model.eval() before sampling",
             SamplingWarning,
             stacklevel=stacklevel + 1,
         )
 
 
 def _training_changes(module: nn.Module) -> str | None:
-    """The name of what this module does otherwise in training mode, which it is in, or None."""
+    """Returns the name of what training mode changes in this module, or None."""
     if not module.training:
         return None
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return type(module).__name__ if module.p > 0 else None
     if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
         return type(module).__name__ if module.track_running_stats else None
-    # Attention and recurrent layers, torch's and others', hold theirs as a number.
+    # Attention and recurrent layers, torch's and others', hold their dropout as a number.
     rate = getattr(module, "dropout", None)
     return f"dropout of {rate:g}" if isinstance(rate, float) and rate > 0 else None
 
 
 def unpacked(output: Any, x_in: Tensor) -> Tensor:
-    """The tensor in what a model returned for ``x_in``."""
+    """Returns the tensor in the model's output for ``x_in``, checked."""
     if not isinstance(output, Tensor) and hasattr(output, "sample"):
         output = output.sample
     elif isinstance(output, tuple) and output:
@@ -264,7 +267,7 @@ def unpacked(output: Any, x_in: Tensor) -> Tensor:
     if tensor.dtype not in OUTPUTS:
         if tensor.dtype != torch.float64 or x_in.dtype != torch.float64:
             raise TypeError(f"model must return float32, bfloat16 or float16, got {tensor.dtype}")
-        tensor = tensor.float()  # float64 was asked for; the step's arithmetic is float32
+        tensor = tensor.float()  # The caller chose float64; the step's arithmetic is float32.
     if tensor.device != x_in.device:
         raise ValueError(f"model must return a tensor on {x_in.device}, got {tensor.device}")
     if tensor.shape == x_in.shape:
@@ -276,10 +279,10 @@ def unpacked(output: Any, x_in: Tensor) -> Tensor:
 
 
 def shapes(x_in: Sequence[int]) -> tuple[list[tuple[int, ...]], str]:
-    """What a model may return for an input of this shape, and how to say so.
+    """Returns the output shapes allowed for an input of this shape, and their description.
 
-    A learned variance follows in as many channels again. Where a sample is a vector, (batch, n),
-    there are no channels, and twice as many numbers are an error.
+    A learned variance doubles the channels. Samples that are vectors, (batch, n), have no channels,
+    and twice as many numbers are an error.
     """
     same = tuple(x_in)
     described = f"x's shape, {same}"
@@ -290,9 +293,9 @@ def shapes(x_in: Sequence[int]) -> tuple[list[tuple[int, ...]], str]:
 
 
 def stacked(uncond: Cond, cond: Cond, batch: int, samples: Tensor | None = None) -> dict[str, Any]:
-    """(uncond, cond) along the batch, value by value; what ``uncond`` lacks is ``cond``'s.
+    """Stacks ``uncond`` and ``cond`` along the batch; keys that ``uncond`` lacks are ``cond``'s.
 
-    ``samples``: only the rows of these.
+    ``samples`` selects some rows of the batch.
     """
     return _stacked("uncond", uncond, cond, batch, samples)
 
@@ -310,16 +313,17 @@ def _stacked(
 
 
 def stack(name: str, u: Any, c: Any, batch: int, samples: Tensor | None = None) -> Any:
-    """u and c one after the other along the batch, and so for each of a mapping's or a list's.
+    """Stacks u and c along the batch, and each item of a mapping or a list likewise.
 
-    Tensors whose first dimension is the batch belong to samples; the rest to both halves.
+    Tensors whose first dimension is the batch have a row for each sample; both halves share the
+    others.
     """
     if isinstance(u, Tensor) and isinstance(c, Tensor):
         if u is c and (c.dim() == 0 or len(c) != batch):
             return c
         if u.dim() != c.dim() or u.shape[1:] != c.shape[1:]:
             raise ValueError(
-                f"{name} must have the shape it has in cond, {tuple(c.shape)}, got {tuple(u.shape)}"
+                f"{name} must have the shape of cond's, {tuple(c.shape)}, got {tuple(u.shape)}"
             )
         if c.dim() == 0 or {len(u), len(c)} - {1, batch}:
             raise ValueError(
@@ -337,18 +341,18 @@ def stack(name: str, u: Any, c: Any, batch: int, samples: Tensor | None = None) 
         return type(c)([stack(f"{name}[{i}]", a, b, batch, samples) for i, (a, b) in pairs])
     if same(u, c):
         return c
-    raise ValueError(f"{name} must equal cond's where it is no tensor, got {kind(u)}")
+    raise ValueError(f"{name} must equal cond's unless both are tensors, got {kind(u)}")
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values that are no tensors are one, or equal; arrays are in each element."""
+    """Returns whether two values other than tensors are equal; arrays, in each element."""
     return a is b or (type(a) is type(b) and np.array_equal(a, b))
 
 
 def differs(u: Any, c: Any) -> bool:
-    """Whether anything of ``uncond`` is not what ``cond`` holds: another tensor, whatever is in it.
+    """Returns whether any tensor of ``uncond`` is another object than ``cond``'s.
 
-    Values that are no tensors are equal, or have been refused.
+    ``stack`` has already refused other values that differ.
     """
     if isinstance(u, Tensor):
         return u is not c
@@ -360,7 +364,7 @@ def differs(u: Any, c: Any) -> bool:
 
 
 def _taken(value: Any, samples: Tensor, batch: int) -> Any:
-    """``value`` with the rows of these samples of every tensor that has one for each."""
+    """Returns ``value`` with only these samples' rows in each tensor that has a row a sample."""
     if isinstance(value, Tensor):
         return value[samples.to(value.device)] if value.dim() and len(value) == batch else value
     if isinstance(value, Mapping):

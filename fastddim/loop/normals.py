@@ -1,4 +1,4 @@
-"""Normals come from a seed for each sample, from a generator, or from tensors that are given."""
+"""Normals come from a seed for each sample, from a generator, or from the caller's tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Noises: TypeAlias = Sequence[Tensor] | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """A source of normals. One of ``seeds``, ``generator`` and ``given`` is set, the others None.
+    """A source of normals. One of ``seeds``, ``generator`` and ``tensors`` is set, the others None.
 
     ``fastddim.loop.options.checked_noise`` makes it from a caller's arguments.
     """
@@ -26,18 +26,18 @@ class Noise:
     device: torch.device
     seeds: Tensor | None = None
     generator: torch.Generator | None = None
-    given: Sequence[Tensor] | None = None
+    tensors: Sequence[Tensor] | None = None
 
     def part(self, samples: Tensor) -> Noise:
         """Returns the source for some of the samples. A generator's stream cannot be divided."""
-        given = None if self.given is None else [z[samples] for z in self.given]
+        tensors = None if self.tensors is None else [z[samples] for z in self.tensors]
         seeds = None if self.seeds is None else self.seeds[samples]
-        return Noise((len(samples), *self.size[1:]), self.device, seeds, None, given)
+        return Noise((len(samples), *self.size[1:]), self.device, seeds, None, tensors)
 
     def initial(self) -> Tensor:
         """Returns x_T: stream 1 of the seeds, or the generator's next normals."""
-        if self.given is not None:
-            raise ValueError("x_T must be given with noise, which holds the steps' only")
+        if self.tensors is not None:
+            raise ValueError("x_T must be given with noise, which holds the steps' z only")
         if self.seeds is not None:
             return initial_noise(self.seeds, self.size)
         return self._drawn()
@@ -45,10 +45,10 @@ class Noise:
     def step(self, row: int, into: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Returns (seeds, z) for a step that adds noise: one is a tensor, the other None.
 
-        A generator writes z into ``into``, where that is given.
+        A generator writes z into ``into``, unless ``into`` is None.
         """
-        if self.given is not None:
-            return None, self.given[row]
+        if self.tensors is not None:
+            return None, self.tensors[row]
         if self.generator is not None:
             return None, self._drawn(into)
         return self.seeds, None

@@ -1,4 +1,4 @@
-"""Every option of a sampler stands here once, with its checks and the run that they make."""
+"""Lists every option of a sampler once, checks the options, and makes a run of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.check import finite, kind, shown, whole
-from fastddim.loop.devices import check_not_capturing, place_of, usable
+from fastddim.check import kind, shown, whole
+from fastddim.loop.devices import check_not_capturing, place_of, usable_device
 from fastddim.loop.inpaint import checked_known
 from fastddim.loop.model import Model, Predictor, warn_of_training
 from fastddim.loop.normals import Noise, Noises, drawn_seeds
@@ -30,47 +30,47 @@ Progress: TypeAlias = bool | Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class ConditionOptions(TypedDict, total=False):
-    """These are the model's keyword arguments."""
+    """The model's keyword arguments."""
 
     cond: Mapping[str, Any] | None
     uncond: Mapping[str, Any] | None
 
 
 class GuidanceOptions(TypedDict, total=False):
-    """These move the model's output towards the condition."""
+    """Options that move the model's output towards the condition."""
 
     guidance: Guidance | None
     cond_fn: Model | None
 
 
 class PrecisionOptions(TypedDict, total=False):
-    """These are the dtypes that the model computes in."""
+    """The dtypes that the model computes in."""
 
     dtype: torch.dtype | None
     autocast: torch.dtype | bool | None
 
 
 class DownOptions(GuidanceOptions, total=False):
-    """Every loop from noise to data takes these, that of ``generate`` included."""
+    """Options of every loop from noise to data, that of ``generate`` included."""
 
     self_condition: str | None
     device: torch.device | str | None
 
 
 class CaptureOptions(ConditionOptions, DownOptions, PrecisionOptions, total=False):
-    """``DDIM.capture`` takes these beside the model and the shape."""
+    """The options of ``DDIM.capture``, beside the model and the shape."""
 
     start: int
 
 
 class InvertOptions(ConditionOptions, GuidanceOptions, PrecisionOptions, total=False):
-    """``DDIM.invert`` takes these beside the model, x0, ``until`` and ``refine``."""
+    """The options of ``DDIM.invert``, beside the model, x0, ``until`` and ``refine``."""
 
     progress: Progress
 
 
 class IterateOptions(CaptureOptions, InvertOptions, total=False):
-    """``DDIM.iterate`` takes these beside the model, x_T, ``reverse``, ``until`` and ``refine``."""
+    """The options of ``DDIM.iterate``, beside those of ``reverse``, the model and x_T."""
 
     shape: Sequence[int] | None
     seeds: Sequence[int] | Tensor | None
@@ -81,7 +81,7 @@ class IterateOptions(CaptureOptions, InvertOptions, total=False):
 
 
 class Options(IterateOptions, total=False):
-    """``DDIM.sample`` takes these beside the model, x_T and ``trajectory``."""
+    """The options of ``DDIM.sample``, beside the model, x_T and ``trajectory``."""
 
     batch_size: int | None
     callback: Callback | None
@@ -90,18 +90,18 @@ class Options(IterateOptions, total=False):
 
 
 def option_names(options: Any) -> tuple[str, ...]:
-    """Returns the names of the options that one of these types has."""
+    """Returns the names of the options in one of these types."""
     return tuple(options.__annotations__)
 
 
 def options_in(arguments: Mapping[str, Any]) -> Options:
-    """Returns those of a function's arguments that are options."""
+    """Returns the options among a function's arguments."""
     return cast(Options, {name: arguments[name] for name in option_names(Options)})
 
 
-def check_names(method: str, given: Mapping[str, Any], options: Any) -> None:
+def check_names(method: str, passed: Mapping[str, Any], options: Any) -> None:
     """Raises ``TypeError``, as Python does, for an option that ``method`` does not take."""
-    for name in given:
+    for name in passed:
         if name not in options.__annotations__:
             raise TypeError(
                 f"{method}() got an unexpected keyword argument {name!r}: its options are "
@@ -109,11 +109,11 @@ def check_names(method: str, given: Mapping[str, Any], options: Any) -> None:
             )
 
 
-def check_backwards(given: IterateOptions) -> None:
-    """Raises ``ValueError`` for an option that means nothing in a loop that runs backwards."""
-    # A device may be named, since another than x0's is refused later; start=0 is the default.
-    allowed = {*option_names(InvertOptions), "device", *(() if given.get("start") else ("start",))}
-    for name, value in given.items():
+def check_backwards(passed: IterateOptions) -> None:
+    """Raises ``ValueError`` for an option that a loop which runs backwards does not take."""
+    # ``prepare`` refuses a device other than x0's; start=0 is the default.
+    allowed = {*option_names(InvertOptions), "device", *(() if passed.get("start") else ("start",))}
+    for name, value in passed.items():
         if value is not None and name not in allowed:
             raise ValueError(f"{name} has no place in a loop that runs backwards")
 
@@ -128,19 +128,19 @@ def list_options(method: Callable[..., Any], options: Any, like: Callable[..., A
 
 
 def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, object]) -> Run:
-    """Checks every argument, moves it to the device, and returns the run that they make.
+    """Checks every argument, moves it to the device, and returns the run.
 
     Args:
-        plan: the loop.
-        model, x_T: as in ``DDIM.sample``; backwards x_T is the data.
-        options: those of ``Options`` that the loop's method takes.
+        plan: the rows of the loop.
+        model, x_T: as in ``DDIM.sample``; backwards, x_T is the data.
+        options: the options that the loop's method takes.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        TypeError, ValueError: naming the argument, the value and what is allowed.
         RuntimeError: while a CUDA graph is being captured.
     """
-    given = cast(Options, options)
-    shape, device, start = given.get("shape"), given.get("device"), plan.order[0]
+    passed = cast(Options, options)
+    shape, device, start = passed.get("shape"), passed.get("device"), plan.order[0]
     if plan.backwards:
         x_T = checked_state("x0", x_T, device)
     elif (x_T is None) == (shape is None):
@@ -154,9 +154,9 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
     check_not_capturing(where)
     check_untransformed("sampling")
     state_dtype = torch.float32 if x_T is None else x_T.dtype
-    model_dtype = checked_dtype(given.get("dtype")) or state_dtype
-    uncond, self_condition = given.get("uncond"), given.get("self_condition")
-    w = checked_guidance(given.get("guidance"), uncond, size[0], plan.levels)
+    model_dtype = checked_dtype(passed.get("dtype")) or state_dtype
+    uncond, self_condition = passed.get("uncond"), passed.get("self_condition")
+    w = checked_guidance(passed.get("guidance"), uncond, size[0], plan.levels)
     if w is not None and (w == 1).all():
         uncond = w = None  # With w = 1 the output is that of the model with its condition.
     predictor = Predictor.of(
@@ -164,31 +164,33 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
         size[0],
         where,
         model_dtype,
-        given.get("cond"),
+        passed.get("cond"),
         uncond,
-        given.get("cond_fn"),
+        passed.get("cond_fn"),
         self_condition,
-        given.get("autocast"),
+        passed.get("autocast"),
     )
     if plan.shift is not None and not np.isfinite(plan.shift).all():
         raise ValueError("cond_fn cannot be used where ᾱ is 0, as it is in this schedule")
     warn_of_training(model, 3)
-    progress = checked_progress(given.get("progress", False))
+    progress = checked_progress(passed.get("progress", False))
     noise = checked_noise(
         size,
         where,
         len(plan.table),
-        given.get("seeds"),
-        given.get("generator"),
-        given.get("noise"),
+        passed.get("seeds"),
+        passed.get("generator"),
+        passed.get("noise"),
     )
     x = noise.initial() if x_T is None else x_T.to(torch.float32)
     known = None
-    if plan.forward is not None and not (given.get("known") is given.get("mask") is None):
+    if plan.forward is not None and not (passed.get("known") is passed.get("mask") is None):
         clean = (*(False for _ in plan.pairs), plan.pairs[-1][1] < 0)
-        known = checked_known(given.get("known"), given.get("mask"), x, plan.forward, clean)
-    if known is not None and noise.given is not None:
-        raise ValueError("known needs seeds or a generator, got noise, which is the steps'")
+        known = checked_known(passed.get("known"), passed.get("mask"), x, plan.forward, clean)
+    if known is not None and noise.tensors is not None:
+        raise ValueError(
+            "known needs seeds or a generator, got noise, which holds the steps' z only"
+        )
     scales = None if w is None else torch.tensor(w, device=where)
     return Run(
         x=x,
@@ -198,7 +200,7 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
         rows=rows_of(plan, predictor, scales, known is not None),
         prediction=plan.prediction,
         clip=plan.clip,
-        heard=None if plan.heard is None else torch.tensor(plan.heard, device=where),
+        conversion=None if plan.conversion is None else torch.tensor(plan.conversion, device=where),
         guidance=scales,
         noise=noise,
         known=known,
@@ -215,10 +217,10 @@ def checked_noise(
     generator: torch.Generator | None,
     noise: Noises | None,
 ) -> Noise:
-    """Returns the one source of normals: without any, seeds from torch's default generator.
+    """Returns the source of normals, by default seeds from torch's default generator.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        TypeError, ValueError: naming the argument, the value and what is allowed.
     """
     sources = {"seeds": seeds, "generator": generator, "noise": noise}
     given = [name for name, source in sources.items() if source is not None]
@@ -226,9 +228,9 @@ def checked_noise(
         raise ValueError(f"noise has one source, got {' and '.join(given)}")
     if noise is not None:
         _check_noises(noise, size, device, steps)
-        # Unbound once, since taking a row of a tensor is a call of torch's dispatcher.
+        # Unbind once, because indexing a tensor in each step would call torch's dispatcher.
         rows = noise.unbind() if isinstance(noise, Tensor) else noise
-        return Noise(size, device, given=rows)
+        return Noise(size, device, tensors=rows)
     if generator is not None:
         _check_generator(generator, device)
         return Noise(size, device, generator=generator)
@@ -269,9 +271,9 @@ def checked_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
 
 
 def _int64(numbers: Any) -> npt.NDArray[np.int64] | None:
-    """Returns a copy of int64 numbers, or None of anything else.
+    """Returns a copy of int64 numbers, or None for anything else.
 
-    It converts them all at once, because checking 100,000 one by one takes 0.1 s.
+    The conversion is one call, because checking 100,000 numbers one by one takes 0.1 s.
     """
     if isinstance(numbers, range):
         numbers = np.arange(numbers.start, numbers.stop, numbers.step)
@@ -293,7 +295,7 @@ def checked_guidance(
     """Returns w of each row and sample, float32 (rows, batch), or None without guidance.
 
     Raises:
-        TypeError, ValueError: naming what was given and what is allowed.
+        TypeError, ValueError: naming the argument, the value and what is allowed.
     """
     if guidance is None and uncond is None:
         return None
@@ -337,7 +339,7 @@ def _numbers(name: str, value: Any) -> npt.NDArray[np.float64]:
 
 
 def checked_state(name: str, x: Any, device: torch.device | str | None) -> Tensor:
-    """Returns x, a state to begin with: a floating point (batch, ...) without gradients."""
+    """Returns x, checked to be a floating point state (batch, ...) without gradients."""
     if not isinstance(x, Tensor):
         if name == "x_T" and isinstance(x, Sequence) and all(isinstance(n, int) for n in x):
             raise TypeError(
@@ -355,7 +357,7 @@ def checked_state(name: str, x: Any, device: torch.device | str | None) -> Tenso
         raise ValueError(
             f"{name} requires grad, which sampling does not carry: pass {name}.detach()"
         )
-    if device is not None and usable(device) != x.device:
+    if device is not None and usable_device(device) != x.device:
         raise ValueError(f"device must be {name}'s, {x.device}, or left out, got {str(device)!r}")
     return x
 
@@ -385,14 +387,7 @@ def checked_progress(progress: Progress) -> Callable[[Iterable[Any]], Iterable[A
         from rich.progress import track
     except ImportError:
         raise ValueError(
-            "progress=True needs rich (pip install 'fastddim[cli]'); a wrapper such as tqdm.tqdm "
-            "serves too"
+            "progress=True needs rich (pip install 'fastddim[cli]'); or pass a wrapper such as "
+            "tqdm.tqdm"
         ) from None
     return lambda steps: track(steps, description="sampling")
-
-
-def checked_temperature(temperature: Any) -> float:
-    value = finite("temperature", temperature)
-    if value < 0:
-        raise ValueError(f"temperature must be ≥ 0, got {value:g}")
-    return value

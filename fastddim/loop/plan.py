@@ -1,8 +1,8 @@
-"""A plan holds the order of a loop's rows; a row holds what its step reads."""
+"""A plan orders the rows of a loop; a row holds everything that its step reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.coefficients import COLUMNS, PREDICTIONS, Float32, Prediction
+from fastddim.coefficients import COLUMNS, PREDICTIONS, Float32, Prediction, make_table
 from fastddim.loop.model import Predictor
+from fastddim.schedule import NoiseSchedule
 from fastddim.step.bound import watched
 from fastddim.step.checked import OUTPUTS
 from fastddim.timesteps import Pair
@@ -33,8 +34,8 @@ class Plan:
         pairs: the (from, to) levels of each row.
         shift: the factor of cond_fn's gradient in each row; None without a cond_fn.
         prediction, clip: the step's options of these names.
-        heard: for a loop that runs backwards, the table by which a step turns the model's output
-            into ε, or into x0 in the rows of ``by_x0``; None forwards.
+        conversion: for a loop that runs backwards, the table by which a step turns the model's
+            output into ε, or into x0 in the rows of ``by_x0``; None forwards.
         by_x0: for a loop that runs backwards, whether a row keeps the model's x0 and computes ε
             from x_s, instead of keeping ε.
         forward: returns the table from clean data to each row's t and to the final s. It is None
@@ -48,27 +49,27 @@ class Plan:
     shift: Float32 | None
     prediction: Prediction
     clip: float | None
-    heard: Float32 | None = None
+    conversion: Float32 | None = None
     by_x0: tuple[bool, ...] = ()
     forward: Callable[[], Float32] | None = None
 
     @property
     def backwards(self) -> bool:
-        return self.heard is not None
+        return self.conversion is not None
 
     @cached_property
     def noisy(self) -> list[bool]:
-        """This says of each row whether it adds noise."""
+        """For each row, whether its step adds noise."""
         return (self.table[:, _C1] != 0).tolist()  # type: ignore[no-any-return]
 
     @cached_property
-    def told(self) -> npt.NDArray[np.int64]:
-        """``levels`` as PyTorch copies them fastest."""
+    def level_array(self) -> npt.NDArray[np.int64]:
+        """``levels`` as an array, which PyTorch copies faster than a tuple."""
         return np.array(self.levels, dtype=np.int64)
 
     @cached_property
-    def given(self) -> list[int]:
-        """What the step of each row is given, by its place in ``PREDICTIONS``."""
+    def step_predictions(self) -> list[int]:
+        """For each row, the prediction that its step receives, by its place in ``PREDICTIONS``."""
         if self.backwards:
             return [PREDICTIONS.index("sample" if x0 else "epsilon") for x0 in self.by_x0]
         return [PREDICTIONS.index(self.prediction)] * len(self.table)
@@ -76,7 +77,8 @@ class Plan:
     @cached_property
     def kinds(self) -> list[int]:
         """The kind of each row, without guidance and without a next input."""
-        return [16 * said + adds for said, adds in zip(self.given, self.noisy, strict=True)]
+        both = zip(self.step_predictions, self.noisy, strict=True)
+        return [16 * prediction + adds for prediction, adds in both]
 
     @cached_property
     def _on_cpu(self) -> Tensor:
@@ -86,36 +88,58 @@ class Plan:
 
     def table_on(self, device: torch.device) -> Tensor:
         """Returns the table as steps read it. On a CPU all runs share one, which none writes."""
-        # A tensor that a dispatch mode has made, a fake one say, is no tensor outside of it.
+        # A tensor that a dispatch mode makes (a fake one, say) is unusable outside of the mode.
         if device.type != "cpu" or watched():
             return torch.tensor(self.table, device=device)
         return self._on_cpu
 
 
+def forward_table(schedule: NoiseSchedule, pairs: Sequence[Pair]) -> Float32:
+    """Returns the table whose rows lead from clean data to each t, and to the final s.
+
+    The last row leads to t = 0 if the final s is −1, since clean data has no timestep.
+    """
+    t = [t for t, _ in pairs]
+    return make_table(schedule, [(-1, i) for i in (*t, max(pairs[-1][1], 0))])
+
+
+def gradient_factors(abar: npt.NDArray[np.float64], prediction: Prediction) -> Float32:
+    """Returns the factor of cond_fn's gradient at each ᾱ_t, in terms of the model's output.
+
+    ε becomes ε − √(1−ᾱ_t)·∇ (Dhariwal and Nichol 2021, algorithm 2); v and x0 follow from ε.
+    """
+    b = np.sqrt(1 - abar)
+    # Where ᾱ is 0 a factor is infinite, and ``prepare`` refuses a cond_fn.
+    with np.errstate(divide="ignore"):
+        factors = {"epsilon": -b, "v": -b / np.sqrt(abar), "sample": b**2 / np.sqrt(abar)}
+    return factors[prediction].astype(np.float32)
+
+
 class Row(NamedTuple):
-    """A step reads this. All of it is on the device before the first model call."""
+    """A step reads this. All tensors are on the device before the first model call."""
 
     number: int
+    """The row of the table."""
     pair: Pair
     """The step goes from the first of these levels to the second."""
-    rows: int | Tensor
-    """This is ``number`` as the step takes it: int32 (batch,) in a graph that counts its rows."""
+    table_index: int | Tensor
+    """``number`` as the step takes it: int32 (batch,) in a graph that counts its rows."""
     t: Tensor
-    """The model is called with this level, int64 (batch,)."""
-    asked: Tensor
-    """This is t for each sample that the model is given: twice the batch with guidance."""
+    """The level of each sample, int64 (batch,)."""
+    model_t: Tensor
+    """The t that the model is called with: ``t``, or ``t`` twice with guidance."""
     guidance: Tensor | None
-    """This is w, float32 (batch,), where the model is given twice the batch, and None elsewhere."""
+    """w, float32 (batch,), where the model is called with twice the batch, and None elsewhere."""
     shift: Tensor | None
-    """This factor multiplies cond_fn's gradient, float32 ()."""
+    """The factor of cond_fn's gradient, float32 ()."""
     noisy: bool
     """True if the step adds noise."""
     feeds: int
     """The step writes this many copies of the batch for the next model call, or none."""
     prediction: int
-    """The step is given this prediction, named by its place in ``PREDICTIONS``."""
+    """The prediction that the step receives, by its place in ``PREDICTIONS``."""
     kind: int
-    """Rows of one kind give the step the same arguments: noise, w, the next input, ε or x0."""
+    """Rows of one kind pass the step the same arguments: noise, w, the next input, ε or x0."""
 
 
 def rows_of(
@@ -123,15 +147,15 @@ def rows_of(
 ) -> tuple[Row, ...]:
     """Returns the rows of ``plan`` in its order; ``guidance`` is w (rows, batch) on the device."""
     batch, device, count = predictor.batch, predictor.device, len(plan.table)
-    # Each run has levels of its own, because a model may write into what it is given.
-    levels = torch.tensor(plan.told, device=device).unsqueeze(1)
+    # Each run has levels of its own, because a model may write into its arguments.
+    levels = torch.tensor(plan.level_array, device=device).unsqueeze(1)
     once = levels.expand(-1, batch).unbind()
     none: list[Any] = [None] * count
     shifts = none if plan.shift is None else torch.tensor(plan.shift, device=device).unbind()
-    # A float32 model that gets each sample once takes x itself, so that nothing is written for it.
+    # A float32 model that gets each sample once takes x itself, so a step writes no input for it.
     dtype = predictor.dtype
     writable = dtype in OUTPUTS and not inpainted
-    asked, w = once, none
+    model_t, w = once, none
     if guidance is None and (dtype == torch.float32 or not writable):
         feeds, kinds = [0] * count, plan.kinds
     else:
@@ -140,7 +164,7 @@ def rows_of(
         guided = [False] * count if guidance is None else (guidance != 1).any(1).tolist()
         if guidance is not None:
             twice = levels.expand(-1, 2 * batch).unbind()
-            asked = tuple((twice if double else once)[i] for i, double in enumerate(guided))
+            model_t = tuple((twice if double else once)[i] for i, double in enumerate(guided))
             w = [row if double else None for row, double in zip(guidance, guided, strict=True)]
         fed = [writable and (double or dtype != torch.float32) for double in guided]
         feeds = [0] * count
@@ -150,8 +174,8 @@ def rows_of(
         kinds = [kind + 4 * copies + 2 * double for kind, copies, double in alike]
     numbers = range(count)
     columns = (
-        *(numbers, plan.pairs, numbers, once, asked, w, shifts),
-        *(plan.noisy, feeds, plan.given, kinds),
+        *(numbers, plan.pairs, numbers, once, model_t, w, shifts),
+        *(plan.noisy, feeds, plan.step_predictions, kinds),
     )
     rows = list(map(Row._make, zip(*columns, strict=True)))
     return tuple([rows[i] for i in plan.order])

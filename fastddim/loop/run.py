@@ -1,4 +1,4 @@
-"""A run holds what is fixed before the loop begins; its stepper takes the steps."""
+"""A run holds the checked arguments of a loop; its stepper takes the steps."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from fastddim.step.layout import input_like
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """The arguments of one run of the loop, checked and on the device: nothing changes them.
+    """The arguments of one run of the loop, checked and on the device. A run never changes.
 
     Attributes:
-        x: where to begin; the first loop takes it.
-        made: True if x is fresh memory, which the loop may overwrite.
-        predictor: the model and what goes with its calls.
+        x: the state to begin with; the first loop takes it.
+        made: True if the loop allocated x and may overwrite it.
+        predictor: the model and the arguments of its calls.
         table: the coefficients.
         rows: the steps to take, in order.
         prediction, clip: the step's options of these names.
-        heard: for a loop that runs backwards, the table by which a step turns the model's output
-            into ε or x0, guidance included; None forwards.
+        conversion: for a loop that runs backwards, the table by which a step turns the model's
+            output into ε or x0, guidance included; None forwards.
         guidance: w, float32 (rows of the table, batch), or None.
         noise: the source of z.
         known: the part of the image that is known, for inpainting.
@@ -49,24 +49,24 @@ class Run:
     rows: tuple[Row, ...]
     prediction: Prediction
     clip: float | None
-    heard: Tensor | None
+    conversion: Tensor | None
     guidance: Tensor | None
     noise: Noise
     known: Known | None
     dtype: torch.dtype
     progress: Callable[[Iterable[Any]], Iterable[Any]]
     _start: list[Tensor] = field(init=False, repr=False)
-    """This list holds x until a loop takes it. A field would keep the loop from reusing x."""
+    """Holds x until a loop takes it. A field would keep the loop from reusing x."""
 
     def __post_init__(self, x: Tensor) -> None:
         object.__setattr__(self, "_start", [x])
 
     def begin(self, x: Tensor | None = None, wants_x0: bool = False) -> tuple[Tensor, Stepper]:
-        """Returns the x to begin with, and the stepper that goes on from it.
+        """Returns the x to begin with, and the stepper that continues from it.
 
         Args:
-            x: where to begin instead of at the run's own x. The loop never writes it.
-            wants_x0: whether each step gives x0.
+            x: the state to begin with instead of the run's own x. The loop never writes it.
+            wants_x0: whether each step returns x0.
         """
         made = self.made and x is None
         x = self._start.pop() if x is None else x
@@ -91,11 +91,11 @@ class Run:
         Args:
             row: the row to step from.
             x: the state.
-            x_in: the state as the model takes it, or None.
-            x0: the x0 of the step before, or None.
-            out: the next state is written here.
-            next_input: the next model input is written here, if the row writes one.
-            x0_out: x0 is written here, with self-conditioning.
+            x_in: the state in the model's dtype, or None.
+            x0: the x0 of the last step, or None.
+            out: the buffer for the next state.
+            next_input: the buffer for the next model input, if the row writes one.
+            x0_out: the buffer for x0, with self-conditioning.
         """
         stepper = Stepper(self)
         stepper.use(x, x_in, x0, out, next_input, x0_out)
@@ -106,14 +106,14 @@ class Run:
         return torch.empty_like(self._start[0], dtype=self.dtype)
 
     def part(self, samples: Tensor, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> Run:
-        """Returns the same run for some of the samples."""
+        """Returns the run for some of the samples."""
         n = len(samples)
         some = None if self.guidance is None else self.guidance[:, samples]
 
         def narrowed(row: Row) -> Row:
             w = None if row.guidance is None or some is None else some[row.number]
-            asked = row.t[:1].expand(n if w is None else 2 * n)
-            return row._replace(t=row.t[:1].expand(n), asked=asked, guidance=w)
+            model_t = row.t[:1].expand(n if w is None else 2 * n)
+            return row._replace(t=row.t[:1].expand(n), model_t=model_t, guidance=w)
 
         return replace(
             self,
@@ -129,9 +129,9 @@ class Run:
 
 
 class Stepper:
-    """The part of a run that moves: it predicts and steps, and holds the buffers of both.
+    """Calls the model and takes the steps of a run, and holds the buffers of both.
 
-    It copies what the run fixes, since each name that a step looks up costs the host time.
+    A stepper copies the run's attributes, since each name that a step looks up costs host time.
     """
 
     __slots__ = (
@@ -139,8 +139,8 @@ class Stepper:
         "_chosen",
         "_clip",
         "_compiled",
+        "_conversion",
         "_direct",
-        "_heard",
         "_input",
         "_inputs",
         "_known",
@@ -160,10 +160,10 @@ class Stepper:
 
     def __init__(self, run: Run, wants_x0: bool = False) -> None:
         self._predictor, self._noise, self._known = run.predictor, run.noise, run.known
-        self._table, self._heard, self._clip = run.table, run.heard, run.clip
+        self._table, self._conversion, self._clip = run.table, run.conversion, run.clip
         self._prediction = PREDICTIONS.index(run.prediction)
         self._direct = run.predictor.dtype == torch.float32
-        """True if a model that gets each sample once gets the state itself."""
+        """True if the state itself is the model's input without guidance."""
         self._self_condition = run.predictor.self_condition is not None
         self._wants_x0 = wants_x0 or self._self_condition
         self._backend, self._chosen = backend(run.predictor.device), chosen()
@@ -179,14 +179,14 @@ class Stepper:
         self._made: Tensor | None = None
         """The latest state, if the loop may overwrite it."""
         self._input: Tensor | None = None
-        """``_made`` as the model is given it."""
+        """``_made`` as the model's input."""
         self._x0: Tensor | None = None
         """The last x0, for a model that is conditioned on it."""
         self._z: Tensor | None = None
         """The last z. A generator writes the next one into it."""
 
     def allocate(self, x: Tensor, made: bool, rows: Sequence[Row]) -> None:
-        """Allocates on a CPU, before the first model call, all that the steps of ``rows`` write."""
+        """On a CPU, allocates the buffers of the steps of ``rows`` before the first model call."""
         self._made = x if made else None
         if x.device.type != "cpu":
             return
@@ -212,37 +212,37 @@ class Stepper:
             self._inputs = dict.fromkeys((1, 2), _Fixed(next_input))
 
     def predict(self, x: Tensor, row: Row) -> Tensor:
-        """Returns the model's output; backwards, the ε or x0 that the output gives."""
+        """Returns the model's output; backwards, ε or x0 computed from the output."""
         twice = row.guidance is not None
         x_in, self._input = self._input, None
-        written = x_in is not None and x is self._made and len(x_in) == len(row.asked)
+        written = x_in is not None and x is self._made and len(x_in) == len(row.model_t)
         if x_in is None or not written:
             x_in = x if self._direct and not twice else self._predictor.input(x, twice)
-        output = self._predictor(x_in, row.asked, self._x0, twice)
-        if written:  # by a step; what has been made here may lie otherwise
+        output = self._predictor(x_in, row.model_t, self._x0, twice)
+        if written:  # Keep only inputs that a step wrote; others may have other strides.
             self._inputs[1 + twice].keep(x_in)
         if row.shift is not None:
             output = self._predictor.shifted(output, x, row.t, row.shift)
-        if self._heard is None:
+        if self._conversion is None:
             return output
         if row.prediction == self._prediction and row.guidance is None:
             return output
         # A step with the factors 0·x0 + 1·ε turns any output into ε, and 1·x0 + 0·ε into x0.
-        found, _ = ddim_step(
+        converted, _ = ddim_step(
             x,
             output,
-            self._heard,
-            row.rows,
+            self._conversion,
+            row.table_index,
             guidance=row.guidance,
             prediction=PREDICTIONS[self._prediction],
             want_x0=False,
         )
-        return found
+        return converted
 
     def step(self, x: Tensor, output: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
         """Returns (x_s, x0). The model's next input is written in the same pass over memory."""
         if x is not self._made:
-            self._look_at(x)
+            self._check_layout(x)
         seeds = z = into = x0 = None
         if row.noisy:
             seeds, z = self._noise.step(row.number, self._z)
@@ -258,9 +258,9 @@ class Stepper:
             x0 = None if self._x0s is None else self._x0s.take()
             if x0 is None:
                 x0 = torch.empty_like(x)
-        w = row.guidance if self._heard is None else None
-        # Only the output may lie otherwise than when a row of this kind was bound, because the
-        # stepper allocates the rest itself.
+        w = row.guidance if self._conversion is None else None
+        # The stepper allocates all tensors but the output, so only the output's strides may differ
+        # from those at the time when a row of this kind was bound.
         dtype, shape, stride, launch = self._launches.get(row.kind, _NONE)
         if (
             output.dtype is not dtype
@@ -273,7 +273,7 @@ class Stepper:
             or profiled()
         ):
             launch = self._bound(x, output, row, seeds, z, w, x_s, x0, into)
-        launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
+        launch(x, output, self._table, row.table_index, seeds, z, w, None, x_s, x0, into)
         if x is self._made and self._states is not None:
             self._states.keep(x)
         if self._self_condition:
@@ -297,19 +297,21 @@ class Stepper:
         x0: Tensor | None,
         into: Tensor | None,
     ) -> Launch:
-        """Binds the step, and keeps the launch where all rows of this kind will lie alike."""
+        """Binds the step, and keeps the launch if all rows of this kind will have these strides."""
         fixed = Fixed(row.prediction, True, self._clip, False)
         step = step_of(self._backend, fixed, x.device)
         if self._compiled or watched():
             return partial(by_op_again, self._chosen, fixed)
-        launch = step.launch(x, output, self._table, row.rows, seeds, z, w, None, x_s, x0, into)
-        # A tensor of the caller's may lie otherwise than the next one: do not keep its launch.
-        if is_plain(output) and x is self._made and self._noise.given is None:
+        launch = step.launch(
+            x, output, self._table, row.table_index, seeds, z, w, None, x_s, x0, into
+        )
+        # A tensor of the caller's may have other strides than the next one: do not keep its launch.
+        if is_plain(output) and x is self._made and self._noise.tensors is None:
             self._launches[row.kind] = output.dtype, output.shape, output.stride(), launch
         return launch
 
-    def _look_at(self, x: Tensor) -> None:
-        """Forgets launches and buffers where the caller's state lies otherwise than the last."""
+    def _check_layout(self, x: Tensor) -> None:
+        """Forgets launches and buffers if the caller's state has other strides than the last."""
         if self._made is not None and self._made.stride() != x.stride():
             self._launches.clear()
             if self._states is not None:
@@ -320,7 +322,7 @@ class Stepper:
 
 
 _NONE: tuple[Any, ...] = None, None, None, None
-"""Rows of a kind that has not been bound have this in place of a launch."""
+"""The entry of a kind of row that is not bound yet."""
 
 
 class _Fixed(Spare):

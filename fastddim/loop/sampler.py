@@ -1,31 +1,23 @@
-"""DDIM: the sampler. Its loops are the paper's, and read like it."""
+"""``DDIM``: the sampler and its methods, whose docstrings are the manual."""
 
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim.check import SamplingWarning, finite, kind, whole
-from fastddim.coefficients import (
-    Eta,
-    Float32,
-    Prediction,
-    PredictionSynonym,
-    checked_eta,
-    checked_prediction,
-    levels,
-    make_table,
-    pack,
-)
-from fastddim.loop.devices import place_of, usable
+from fastddim.check import kind, whole
+from fastddim.coefficients import Eta, Float32, Prediction, PredictionSynonym, checked_prediction
+from fastddim.coefficients import levels as levels_of
+from fastddim.loop import loops
+from fastddim.loop.devices import place_of, usable_device
+from fastddim.loop.drive import batches_of, last_of, sampled, steps_of
+from fastddim.loop.fields import checked_fields
+from fastddim.loop.inversion import reverse_plan
 from fastddim.loop.model import Model
 from fastddim.loop.normals import Noises
 from fastddim.loop.options import (
@@ -40,30 +32,21 @@ from fastddim.loop.options import (
     checked_noise,
     checked_shape,
     checked_state,
-    checked_temperature,
     list_options,
     options_in,
     prepare,
 )
-from fastddim.loop.plan import Plan, Row
-from fastddim.loop.run import Run
+from fastddim.loop.plan import Plan, forward_table, gradient_factors
 from fastddim.loop.trajectory import Callback, Copies, Recorder, Step, Trajectory
 from fastddim.schedule import NoiseSchedule
 from fastddim.step.backends import backend
 from fastddim.step.checked import ddim_step
-from fastddim.timesteps import Pair, Spacing, make_pairs
+from fastddim.timesteps import Pair, Spacing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fastddim.loop.graph import Captured
-
-State: TypeAlias = tuple[Row, Tensor, Tensor | None]
-States: TypeAlias = Generator[State, Tensor | None, None]
-FAR = 0.2
-"""√ᾱ of a first level from which on a sampler warns that noise is not what its model expects: the
-paper's own spacings stay below it from S = 3 on (0.105, linear β), and so does stable diffusion's
-(0.192 at S = 5)."""
 
 
 @functools.cache
@@ -78,26 +61,27 @@ class DDIM:
         x0  = (x_t − √(1−ᾱ_t)·ε(x_t, t)) / √ᾱ_t
         x_s = √ᾱ_s·x0 + c1·z + c2·ε(x_t, t),   c1 = σ_t,   c2 = √(1 − ᾱ_s − σ_t²)
 
-    A bad value raises ``TypeError`` or ``ValueError`` here, naming the argument, the value and
-    what is allowed; none is left to be found out while sampling. A named spacing whose first
-    level is far from noise gives a ``SamplingWarning`` with its √ᾱ. Samplers of equal arguments
-    are equal and have one hash, after ``pickle`` and ``deepcopy`` too.
+    The constructor checks every argument: a bad value raises ``TypeError`` or ``ValueError``, which
+    names the argument, the value and what is allowed. A named spacing whose first level is far
+    from noise gives a ``SamplingWarning`` with the level's √ᾱ. Samplers of equal arguments are
+    equal and have one hash, after ``pickle`` and ``deepcopy`` too.
 
     Args:
-        steps: S, the number of steps; 50 where neither it nor a list of timesteps is given.
+        steps: S, the number of steps. It is 50 by default, or the length of a list in ``spacing``.
         eta: η ≥ 0 (0 is DDIM, 1 is DDPM on τ), or ``"hat"`` for the paper's σ̂.
         schedule: ᾱ; linear β with T = 1000 by default.
-        spacing: how τ is chosen, or τ itself: see ``make_pairs``.
-        prediction: what the model returns: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0). Names
-            that other systems use, such as ``"v_prediction"`` and ``"x0"``, become one of these.
-        clip: the predicted x0 is clamped to ±clip; None leaves it alone.
+        spacing: the name of a rule that chooses τ, or τ itself: see ``make_pairs``.
+        prediction: the model's output: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0). Names that
+            other systems use, such as ``"v_prediction"`` and ``"x0"``, become one of these.
+        clip: the step clamps the predicted x0 to ±clip; None leaves x0 as it is.
         final_alpha_cumprod: ᾱ_s of the step to s = −1. 1 is clean data; Stable Diffusion ends
             at ᾱ_0.
-        temperature: what c1 is multiplied by, ≥ 0; c2 stays as it is.
+        temperature: a factor ≥ 0 of c1; c2 stays as it is.
 
     Attributes:
-        pairs: the (t, s) of each step, in the order in which they are taken.
-        table: the coefficients, float32, one row a step: see ``make_table``.
+        pairs: the (t, s) of each step, in the order of the steps.
+        table: the coefficients, float32, one row for each step: see ``make_table``. Row 0 is the
+            noisiest step.
     """
 
     steps: int | None = None
@@ -112,60 +96,25 @@ class DDIM:
     table: Float32 = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, NoiseSchedule):
-            raise TypeError(f"schedule must be a NoiseSchedule, got {kind(self.schedule)}")
-        prediction = checked_prediction(self.prediction)
-        clip = None if self.clip is None else finite("clip", self.clip)
-        if clip is not None and clip <= 0:
-            raise ValueError(f"clip must be > 0, got {clip:g}")
-        steps = 50 if self.steps is None else self.steps
-        spacing = self.spacing
-        pairs = make_pairs(spacing, steps, len(self.schedule))
-        if not isinstance(spacing, str):
-            if self.steps not in (None, len(pairs)):
-                raise ValueError(
-                    f"steps must be left out or {len(pairs)}, the length of spacing, "
-                    f"got {self.steps!r}"
-                )
-            steps, spacing = len(pairs), pairs  # frozen, unlike the list it came from
-        else:
-            steps = whole("steps", steps, low=1)
-            _check_first_level(self.schedule, spacing, steps, pairs[0][0])
-        noisiest, cleanest = self.schedule.alphas_cumprod[[pairs[0][0], pairs[-1][0]]]
-        if noisiest == 0 and prediction == "epsilon":
-            raise ValueError(
-                f"prediction must be v or sample where ᾱ is 0, as it is at t = {pairs[0][0]} of "
-                f"this schedule, got 'epsilon'"
-            )
-        final = finite("final_alpha_cumprod", self.final_alpha_cumprod)
-        if not cleanest <= final <= 1:
-            raise ValueError(
-                f"final_alpha_cumprod must lie between {cleanest:.6g}, the level of the last "
-                f"step, and 1, got {final:g}"
-            )
-        temperature = checked_temperature(self.temperature)
-        table = make_table(self.schedule, pairs, self.eta, final, temperature)
-        table.setflags(write=False)
-        derived = {
-            "steps": steps,
-            "spacing": spacing,
-            "eta": checked_eta(self.eta),
-            "prediction": prediction,
-            "clip": clip,
-            "final_alpha_cumprod": final,
-            "temperature": temperature,
-            "pairs": pairs,
-            "table": table,
-        }
+        derived = checked_fields(
+            steps=self.steps,
+            eta=self.eta,
+            schedule=self.schedule,
+            spacing=self.spacing,
+            prediction=self.prediction,
+            clip=self.clip,
+            final_alpha_cumprod=self.final_alpha_cumprod,
+            temperature=self.temperature,
+        )
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies make a plan of their own."""
+        """Leaves out the cached plan, which each copy makes again."""
         return {name: value for name, value in self.__dict__.items() if name != "_all_rows"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # pickle and deepcopy copy an array without its write protection.
+        # pickle and deepcopy drop an array's write protection.
         state["table"].setflags(write=False)
         self.__dict__.update(state)
 
@@ -216,81 +165,86 @@ class DDIM:
         offload: bool = False,
         progress: Progress = False,
     ) -> Tensor | tuple[Tensor, Trajectory]:
-        """Samples: the loop from the noisiest level down to clean data.
+        """Samples: runs the loop from the noisiest level down to clean data.
 
-        Between two model calls there is one kernel and nothing else, and nothing is asked of the
-        host: what the steps read is on the device before the first call.
+        Between two model calls the device runs one kernel, without a host sync: everything that
+        the steps read is on the device before the first call.
 
         Args:
-            model: called as ``model(x, t, **cond)`` without gradients, t being int64 of shape
-                (batch,). Returns a tensor of x's shape, or one with twice the channels (a learned
-                variance, which is not used), or a tuple or an object with ``.sample`` that holds
-                one. A network in training mode whose dropout or batch norm is at work gets a
-                ``SamplingWarning``, once.
-            x_T: where to begin, (batch, ...), float32, bfloat16 or float16; never written.
-            shape: (batch, ...) to begin with noise, where x_T is not given.
-            seeds: an integer in [0, 2⁶³) for each sample. What is drawn for a sample is a
-                function of its seed, the row and the element, whatever batch it is in: the same
-                bits on one backend, and from one backend to another (a CPU with numba, without
-                it, a GPU) the same normals but for the rounding of ln, sin and cos, some 1e-5.
-                So the sampler gives a seed the same bits in any batch, if the model does: networks
-                whose kernels round by batch size give it the same image to about 1e-6, and
-                ``batch_size`` mends that.
-            generator: or torch's own stream, a generator of the sampling device: x_T first, then
-                z for each step that adds noise.
-            noise: or z itself: for each row a float32 tensor of x_T's shape. With none of the
-                three, seeds come from torch's default generator, as ``torch.manual_seed`` sets it.
-            device: where to sample. x_T's by default; without an x_T that of the model's
-                parameters where it has any (a network, its method, or a partial of one), else
+            model: called as ``model(x, t, **cond)`` without gradients; t is int64 (batch,). The
+                model returns a tensor of x's shape, or one with twice the channels (the step
+                ignores a learned variance), or a tuple or an object with ``.sample`` that holds
+                the tensor. A network in training mode, where dropout or batch norm changes the
+                samples, gets a ``SamplingWarning``, once.
+            x_T: the state to begin with, (batch, ...), float32, bfloat16 or float16; never written.
+            shape: (batch, ...) instead of x_T, to begin with noise.
+            seeds: an integer in [0, 2⁶³) for each sample. A sample's noise is a function of its
+                seed, the row and the element, whatever batch the sample is in. One backend always
+                gives the same bits; two backends (a CPU with numba, without numba, a GPU) give
+                the same normals up to the rounding of ln, sin and cos, some 1e-5. So a seed's
+                image has the same bits in any batch, if the model's output does. A network whose
+                kernels round by batch size changes the image by about 1e-6, unless ``batch_size``
+                fixes the size.
+            generator: instead of seeds, a torch generator of the sampling device. It draws x_T
+                first, then z for each step that adds noise.
+            noise: instead of seeds, z itself: for each row a float32 tensor of x_T's shape. Without
+                seeds, generator and noise, seeds come from torch's default generator, which
+                ``torch.manual_seed`` sets.
+            device: the device to sample on. The default is x_T's device; without x_T that of the
+                parameters, if the model is a network, its method or a partial of one, else
                 torch's default device.
-            dtype: what x is cast to for the model; x_T's by default. The state stays float32.
+            dtype: the dtype of the model's x; x_T's by default. The state stays float32.
                 A network with bfloat16 parameters needs ``dtype=torch.bfloat16`` or ``autocast``.
-            autocast: ``torch.autocast`` around the model: its dtype, or True for the device's own.
+            autocast: a dtype for ``torch.autocast`` around the model, or True for the device's own.
             cond: keyword arguments for the model.
-            uncond: those that stand in their place without the condition. What has a row for
-                each sample is stacked once, uncond before cond, and the model is called with
-                twice the batch; the rest is the same for both. One that leaves all of ``cond``
-                as it is is refused.
-            guidance: w of classifier-free guidance, u + w·(c − u) (Ho and Salimans 2022; they
+            uncond: the values that replace those of ``cond`` without the condition; at least one
+                must differ. Tensors with a row for each sample are stacked once, uncond before
+                cond, and the model is called with twice the batch; both halves share the rest.
+            guidance: w of classifier-free guidance, u + w·(c − u) (Ho and Salimans 2022, who
                 write 1 + w): a number, (batch,) for each sample, (rows, 1) for each step, (rows,
-                batch) for both, or a function of t that gives one of the first two. In a row
-                where w is 1 throughout, the model is asked with cond alone.
+                batch) for both, or a function of t that returns one of the first two. In a row
+                where w is 1 throughout, the model is called with cond alone.
             cond_fn: ``cond_fn(x, t, **cond)`` = ∇_x ln p(y | x_t) for classifier guidance: ε
-                becomes ε − √(1−ᾱ_t)·∇ (Dhariwal and Nichol 2021, algorithm 2). x is float32; it
-                enables gradients itself. ``clip`` bounds the x0 that follows.
-            self_condition: the model's keyword for the x0 that the step before has predicted,
-                zeros at first (Chen et al. 2023, Analog Bits).
-            start: the row to begin with; x_T is then x at that row's t, as ``add_noise``,
-                ``invert`` or a ``Step`` gives it. Rows and their noise keep their numbers.
-            known, mask: inpainting: an image of x_T's shape and a mask in [0, 1] that broadcasts
-                to it. Where the mask is 1 each state is the image, noised to the state's level
-                (stream 2 of the seeds).
-            batch_size: how many samples the model gets at once (twice as many with guidance).
-                The last batch is padded with its last sample, so that each call of the model has
-                this very shape, however many samples are asked for. A sample's bits are then the
-                same wherever its seed stands among the seeds, if the model's answer for a row
-                depends on that row and the shape alone. Another ``batch_size`` may round otherwise.
-            callback: called with the ``Step`` after each, whose tensors are copies: what it
-                writes into them changes nothing. A tensor it returns takes x's place, ``step.x``
-                included; True ends the loop there, and what is returned is x at that level.
-            trajectory: ``"x"``, ``"x0"`` or both, kept along the way.
-            every: k, to keep each k-th state, and always the last.
-            offload: whether they are kept on the host instead, copied while the loop goes on.
+                becomes ε − √(1−ᾱ_t)·∇ (Dhariwal and Nichol 2021, algorithm 2). x is float32, and
+                the function enables gradients itself. ``clip`` bounds the resulting x0.
+            self_condition: the model's keyword for the x0 that the last step predicted, zeros at
+                first (Chen et al. 2023, Analog Bits).
+            start: the row to begin with; x_T is then x at that row's t, from ``add_noise``,
+                ``invert`` or a ``Step``. Rows and their noise keep their numbers.
+            known, mask: for inpainting, an image of x_T's shape and a mask in [0, 1] that
+                broadcasts to it. Where the mask is 1, each state is the image, noised to the
+                state's level (stream 2 of the seeds).
+            batch_size: the number of samples in a model call (twice as many with guidance). The
+                last batch is padded with its last sample, so every call has the same shape. A
+                sample's bits then do not depend on the place of its seed among the seeds, if the
+                model's output for a sample depends on that sample and the shape alone. Another
+                ``batch_size`` may round otherwise.
+            callback: called with each ``Step``. The step's tensors are copies: writing to them
+                does not change the loop. A tensor that the callback returns replaces x, and may
+                be ``step.x``; True ends the loop, which then returns x at that level.
+            trajectory: ``"x"``, ``"x0"`` or both: the states to keep.
+            every: k, to keep every k-th state, and always the last.
+            offload: whether to keep the states on the host, copied while the loop goes on.
             progress: True for a bar (needs the ``cli`` extra), or a wrapper such as ``tqdm.tqdm``.
 
         Returns:
             The last x, in x_T's dtype, float32 by default. With ``trajectory``, (x, Trajectory).
 
         Raises:
-            TypeError, ValueError: before any work, naming the argument, what was given and what
-                is allowed; or, when the model has returned something that is no such tensor.
+            TypeError, ValueError: before any work, naming the argument, the value and what is
+                allowed; or during the loop, if the model returns another kind of output.
             RuntimeError: before any work, while a CUDA graph is being captured.
+
+        Example:
+            >>> x = DDIM(steps=10).sample(lambda x, t: 0.1 * x, shape=(4, 3, 8, 8), seeds=range(4))
+            >>> x.shape
+            torch.Size([4, 3, 8, 8])
         """
         options = options_in(locals())  # Only the arguments are in locals() at this point.
         run = prepare(self._plan(start, cond_fn is not None), model, x_T, options)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {kind(callback)}")
-        batches = _batches(run, batch_size, callback)
+        batches = batches_of(run, batch_size, callback)
         path = None
         if trajectory is not None:
             order = [row.number for row in run.rows]
@@ -298,11 +252,11 @@ class DDIM:
             path = Recorder(trajectory, every, offload, order, self.pairs, size, run.dtype, where)
         with run.predictor.one_cast():
             if batches is None:
-                out = self._sampled(run, path, callback)
+                out = sampled(run, path, callback)
             else:
                 out = run.empty_result()
                 for samples, part in batches:
-                    state = self._sampled(part, path, None, samples)
+                    state = sampled(part, path, None, samples)
                     out[samples] = state[: samples.stop - samples.start]
         return out if path is None else (out, path.finished())
 
@@ -316,29 +270,28 @@ class DDIM:
         refine: int = 0,
         **options: Unpack[IterateOptions],
     ) -> Iterator[Step]:
-        """``sample``, or with ``reverse`` ``invert``, one step at a time, with each step's x0.
+        """Runs ``sample``, or with ``reverse`` ``invert``, one step at a time.
 
-        The tensors of a step are copies, and the caller's to keep and to write to: nothing that
-        follows writes to them, and nothing that is written into them steers the loop, in any
-        dtype. ``sample(callback=...)`` is the loop that can be steered.
+        The tensors of a step are copies, which the caller may keep and write to: later steps do
+        not write to them, and the loop does not read them. ``sample(callback=...)`` can change
+        the loop's state.
 
         Args:
             model: as in ``sample``.
-            x_T: where to begin; with ``reverse`` the data, as ``invert`` takes them.
+            x_T: the state to begin with; with ``reverse`` the data, as x0 of ``invert``.
             reverse: whether the loop runs backwards, from data to noise.
             until, refine: with ``reverse``, as in ``invert``.
-            options: as in ``sample``. How the model is called: ``cond``, ``uncond``, ``guidance``,
-                ``cond_fn``, ``self_condition``, ``dtype``, ``autocast``, ``device``. Where the
-                loop begins: ``shape``, ``start``. Its noise: ``seeds``, ``generator``, ``noise``.
-                Inpainting: ``known``, ``mask``. ``progress``. With ``reverse`` those that
-                ``invert`` takes, and ``device``.
+            options: as in ``sample``. The model's calls: ``cond``, ``uncond``, ``guidance``,
+                ``cond_fn``, ``self_condition``, ``dtype``, ``autocast``, ``device``. The first
+                state: ``shape``, ``start``. The noise: ``seeds``, ``generator``, ``noise``.
+                Inpainting: ``known``, ``mask``. The bar: ``progress``. With ``reverse`` the
+                options of ``invert``, and ``device``.
 
         Returns:
             An iterator over one ``Step`` for each row.
 
         Raises:
-            TypeError, ValueError: as ``sample`` and ``invert`` do, before the first step is asked
-                for.
+            TypeError, ValueError: as ``sample`` and ``invert`` do, when ``iterate`` is called.
         """
         check_names("DDIM.iterate", options, IterateOptions)
         shifted = options.get("cond_fn") is not None
@@ -352,10 +305,10 @@ class DDIM:
             plan = self._plan(options.get("start", 0), shifted)
         run = prepare(plan, model, x_T, options)
         if reverse:
-            states = self._backwards(run, refine, wants_x0=True)
+            states = loops.invert(run, refine, wants_x0=True)
         else:
-            states = self._loop(run, wants_x0=True)
-        return _steps(states, Copies(run.dtype, run.predictor.self_condition is not None))
+            states = loops.denoise(run, wants_x0=True)
+        return steps_of(states, Copies(run.dtype, run.predictor.self_condition is not None))
 
     def invert(
         self,
@@ -366,17 +319,17 @@ class DDIM:
         refine: int = 0,
         **options: Unpack[InvertOptions],
     ) -> Tensor:
-        """The loop run backwards, from data to the noise it comes from: the ODE of η = 0.
+        """Runs the loop backwards, from data to the noise that leads to the data (at η = 0).
 
             x_t = √ᾱ_t·(x_s − √(1−ᾱ_s)·ε)/√ᾱ_s + √(1−ᾱ_t)·ε,   ε = ε(x_s, t)
 
-        where exactness asks for ε(x_t, t): x_t is the fixed point of x_s = step(x_t), and each of
+        The exact inverse has ε(x_t, t): x_t is the fixed point of x_s = step(x_t), and each of
         ``refine`` iterations brings it closer. ``sample`` takes the fixed point back to x_s. The
         model is called with the target level's t, because clean data has no timestep.
 
-        Where x_t holds next to nothing of the data (ᾱ_t = 0, or √ᾱ_t·√(1−ᾱ_s) below a tenth of
-        √ᾱ_s·√(1−ᾱ_t)) ε is almost x_t itself, and that iteration stands still. There x0 is asked
-        for and ε follows, which is the same equation solved for its other unknown:
+        Where x_t holds almost none of the data (ᾱ_t = 0, or √ᾱ_t·√(1−ᾱ_s) below a tenth of
+        √ᾱ_s·√(1−ᾱ_t)), ε is almost x_t itself, and that iteration does not converge. There the
+        step keeps the model's x0 and computes ε, which solves the same equation for x0:
 
             x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·(x_s − √ᾱ_s·x0)/√(1−ᾱ_s),   x0 = x0(x_s, t)
 
@@ -384,27 +337,23 @@ class DDIM:
             x0: clean data, (batch, ...), float32, bfloat16 or float16; never written.
             until: the row to stop before: the result is x at that row's t, and ``sample(model,
                 x, start=until)`` takes it back. 0 by default: the noisiest level.
-            refine: how many more times the model is asked in each step.
+            refine: the number of further model calls in each step.
             model: as in ``sample``.
             options: as in ``sample``: ``cond``, ``uncond``, ``guidance``, ``cond_fn``, ``dtype``,
-                ``autocast``, ``progress``. A guidance for each step counts the same rows.
+                ``autocast``, ``progress``. A guidance for each step has the same rows.
 
         Returns:
             x at the level of row ``until``, in x0's dtype.
 
         Raises:
             TypeError, ValueError: as ``sample`` does; η must be 0, clip None, and no step may
-                lead from ᾱ = 0 to clean data, of which x_T is no function.
+                lead from clean data to ᾱ = 0, where x_T is no function of the data.
         """
         check_names("DDIM.invert", options, InvertOptions)
         refine = whole("refine", refine, low=0)
         plan = self._reverse_plan(until, options.get("cond_fn") is not None)
         run = prepare(plan, model, x0, options)
-        x = None
-        with _no_grad(), run.predictor.one_cast():
-            for _, x, _ in self._backwards(run, refine):  # noqa: B007
-                pass
-        return _reached(x).to(run.dtype)
+        return last_of(loops.invert(run, refine), run)
 
     def add_noise(
         self,
@@ -415,38 +364,36 @@ class DDIM:
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """x at row ``start``'s t, for ``sample(..., start=start)``: image to image.
+        """Returns x at row ``start``'s t, for ``sample(..., start=start)``: image to image.
 
             x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε
 
         Args:
             x0: clean data, (batch, ...), float32, bfloat16 or float16; never written.
-            start: the row that will be the first.
-            seeds, generator: where ε comes from, as ``sample`` draws an x_T (stream 1 of the
-                seeds).
-            noise: or ε itself, float32 of x0's shape.
+            start: the first row that ``sample`` will take.
+            seeds, generator: the source of ε, as ``sample`` draws an x_T (stream 1 of the seeds).
+            noise: instead of both, ε itself, float32 of x0's shape.
 
         Returns:
             x_t in x0's dtype.
         """
         x0 = checked_state("x0", x0, None)
         row = whole("start", start, low=0, high=len(self.pairs) - 1)
-        given = None if noise is None else [noise]
-        source = checked_noise(tuple(x0.shape), x0.device, 1, seeds, generator, given)
+        rows = None if noise is None else [noise]
+        source = checked_noise(tuple(x0.shape), x0.device, 1, seeds, generator, rows)
         eps = source.initial() if noise is None else noise.detach()
-        table = torch.tensor(
-            _forward_table(self.schedule, self.pairs)[row : row + 1], device=x0.device
-        )
-        # Forward from clean data is the ODE's own step back from it, the noise standing for ε.
+        factors = forward_table(self.schedule, self.pairs)[row : row + 1]
+        table = torch.tensor(factors, device=x0.device)
+        # The forward process is the step at η = 0 from clean data, with the noise for ε.
         x, _ = ddim_step(x0.to(torch.float32), eps, table, 0, want_x0=False)
         return x.to(x0.dtype)
 
     def capture(
         self, model: Model, shape: Sequence[int], **options: Unpack[CaptureOptions]
     ) -> Captured:
-        """The loop as a CUDA graph, to be replayed: see ``fastddim.loop.graph.Captured``.
+        """Captures the loop as a CUDA graph to replay: see ``fastddim.loop.graph.Captured``.
 
-        Each call may bring other ``seeds``, another ``x_T``, other tensors of ``cond`` and
+        Each call may pass other ``seeds``, another ``x_T``, other tensors of ``cond`` and
         ``uncond``, and another ``guidance``. All other arguments are captured as they are.
 
         Args:
@@ -459,19 +406,19 @@ class DDIM:
         check_names("DDIM.capture", options, CaptureOptions)
         size, where = checked_shape(shape), place_of(options.get("device"), model)
         plan = self._plan(options.get("start", 0), options.get("cond_fn") is not None)
-        return Captured(self._loop, plan, model, size, where, options)
+        return Captured(plan, model, size, where, options)
 
     def describe(self, device: torch.device | str | None = None) -> None:
         """Prints each step's levels and factors, the number of model calls, and the backend.
 
         Args:
-            device: where the steps would be taken; torch's default device if it is left out.
+            device: the device to sample on; torch's default device if left out.
 
         Raises:
-            ValueError, ImportError: the device cannot be used, or the backend that is asked for
-                cannot take the steps there.
+            ValueError, ImportError: torch cannot use the device, or the chosen backend cannot take
+                steps there.
         """
-        where = usable(device)
+        where = usable_device(device)
         eta = self.eta if isinstance(self.eta, str) else f"{self.eta:g}"
         spacing = self.spacing if isinstance(self.spacing, str) else "given"
         print(
@@ -482,74 +429,21 @@ class DDIM:
         for row, ((t, s), f) in enumerate(zip(self.pairs, self.table.tolist(), strict=True)):
             print(f"{row:>5}{t:>6}{s:>6}{f[0]:>11.6f}{f[4]:>11.6f}{f[5]:>11.6f}{f[6]:>11.6f}")
 
-    def _loop(self, run: Run, x_T: Tensor | None = None, *, wants_x0: bool = False) -> States:
-        """Yields (row, x_s, x0) after each step. A tensor that is sent takes the place of x_s.
-
-        All that the loop reads is on the device before it begins.
-        """
-        x, stepper = run.begin(x_T, wants_x0)
-        for row in run.progress(run.rows):  # τ_S → τ_1
-            output = stepper.predict(x, row)
-            x, x0 = stepper.step(x, output, row)
-            del output  # Drop our reference so that the next step can reuse this buffer.
-            instead = yield row, x, x0
-            if instead is not None:
-                x = instead
-                yield row, x, x0  # This is what send returns.
-
-    def _backwards(self, run: Run, refine: int, *, wants_x0: bool = False) -> States:
-        """Yields (row, x_t, x0) after each step up.
-
-        x_t is the fixed point of x_s = step(x_t); each of ``refine`` iterations brings it closer.
-        """
-        x, stepper = run.begin(None, wants_x0)
-        for row in run.progress(run.rows):  # τ_1 → τ_S
-            y, x0 = stepper.step(x, stepper.predict(x, row), row)
-            for _ in range(refine):
-                y, x0 = stepper.step(x, stepper.predict(y, row), row)
-            x = y
-            del y
-            yield row, x, x0
-
-    def _sampled(
-        self,
-        run: Run,
-        path: Recorder | None,
-        callback: Callback | None,
-        samples: slice = slice(None),
-    ) -> Tensor:
-        """Runs the loop and returns the last x, in the result's dtype.
-
-        Calls the callback and records the trajectory after each step.
-        """
-        kept = path is not None and path.wants("x0")
-        copies = Copies(run.dtype, kept or run.predictor.self_condition is not None)
-        x = None
-        states = self._loop(run, wants_x0=kept or callback is not None)
-        with _no_grad() if callback is None else _AS_IT_IS:
-            for row, x, x0 in states if callback is None else _without_grad(states):
-                answer = None if callback is None else callback(copies.step(row, x, x0))
-                if answer is not None and not isinstance(answer, bool):
-                    _, x, _ = states.send(_replacing(answer, x))
-                if path is not None:
-                    path.keep(row.number, samples, x, x0, stopped=answer is True)
-                if answer is True:
-                    break
-        return _reached(x).to(run.dtype)
-
     @property
     def _prediction(self) -> Prediction:
-        """``prediction``, which has been a synonym at construction only."""
+        """``prediction`` with the type that ``checked_prediction`` gave it at construction."""
         return checked_prediction(self.prediction)
 
     def _plan(self, start: int, shifted: bool) -> Plan:
-        """The table's rows from ``start`` on; ``shifted`` by a cond_fn or not."""
+        """Returns the table's rows from ``start`` on; ``shifted`` says whether by a cond_fn."""
         first = whole("start", start, low=0, high=len(self.pairs) - 1)
-        plain = self._all_rows
         if not first and not shifted:
-            return plain
-        shift = self._shift() if shifted else None
-        return replace(plain, order=range(first, len(self.pairs)), shift=shift)
+            return self._all_rows
+        shift = None
+        if shifted:
+            abar, _ = levels_of(self.schedule, self.pairs, self.final_alpha_cumprod)
+            shift = gradient_factors(abar, self._prediction)
+        return replace(self._all_rows, order=range(first, len(self.pairs)), shift=shift)
 
     @functools.cached_property
     def _all_rows(self) -> Plan:
@@ -561,52 +455,21 @@ class DDIM:
             shift=None,
             prediction=self._prediction,
             clip=self.clip,
-            forward=functools.partial(_forward_table, self.schedule, self.pairs),
+            forward=functools.partial(forward_table, self.schedule, self.pairs),
         )
 
     def _reverse_plan(self, until: int | None, shifted: bool) -> Plan:
-        """The same rows, each from its s to its t, from the last to ``until``."""
-        if self.eta != 0:  # at a temperature of 0 too, where c2 still is that of η
-            raise ValueError(
-                f"eta must be 0 to run backwards, got {self.eta}: noise that was added cannot be "
-                f"taken away"
-            )
-        if self.clip is not None:
-            raise ValueError(
-                f"clip must be None to run backwards, got {self.clip:g}: a clamp has no inverse"
-            )
-        last = whole("until", 0 if until is None else until, low=0, high=len(self.pairs) - 1)
-        up = tuple((s, t) for t, s in self.pairs)
-        abar, abar_s = levels(self.schedule, self.pairs, self.final_alpha_cumprod)
-        if ((abar == 0) & (abar_s == 1))[last:].any():
-            raise ValueError(
-                "the way up cannot lead from clean data to ᾱ = 0 in one step, since x_T is no "
-                "function of them: take more steps"
-            )
-        # Of its error in y the one iteration keeps (b_t·a_s − a_t·b_s)/(b_t·a_s) as ∂x0/∂y tends
-        # to 0, and of data with unit variance the other keeps (b_t·a_s − a_t·b_s)·a_t/b_s.
-        a, b, a_s, b_s = (np.sqrt(n) for n in (abar, 1 - abar, abar_s, 1 - abar_s))
-        by_x0 = (a * b_s < 0.1 * a_s * b) & (a * a_s < b * b_s)
-        zeros = np.zeros_like(abar)
-        return Plan(
-            table=make_table(self.schedule, up, 0.0, self.final_alpha_cumprod),
-            order=range(len(up) - 1, last - 1, -1),
-            levels=tuple(t for t, _ in self.pairs),
-            pairs=up,
-            shift=self._shift() if shifted else None,
-            prediction=self._prediction,
-            clip=None,
-            heard=pack(abar, np.where(by_x0, 1.0, 0.0), zeros, np.where(by_x0, 0.0, 1.0)),
-            by_x0=tuple(by_x0.tolist()),
+        """Returns the same rows, each from its s to its t, from the last to ``until``."""
+        return reverse_plan(
+            self.schedule,
+            self.pairs,
+            self.final_alpha_cumprod,
+            self._prediction,
+            eta=self.eta,
+            clip=self.clip,
+            until=until,
+            shifted=shifted,
         )
-
-    def _shift(self) -> Float32:
-        """The factor of cond_fn's gradient, ε − √(1−ᾱ_t)·∇, in the model's own terms."""
-        abar, _ = levels(self.schedule, self.pairs, self.final_alpha_cumprod)
-        b = np.sqrt(1 - abar)
-        with np.errstate(divide="ignore"):  # refused where it is asked for
-            factors = {"epsilon": -b, "v": -b / np.sqrt(abar), "sample": b**2 / np.sqrt(abar)}
-        return factors[self._prediction].astype(np.float32)
 
 
 for _method, _options in (
@@ -615,105 +478,3 @@ for _method, _options in (
     (DDIM.capture, CaptureOptions),
 ):
     list_options(_method, _options, like=DDIM.sample)
-
-
-def _forward_table(schedule: NoiseSchedule, pairs: tuple[Pair, ...]) -> Float32:
-    """From clean data to each row's t, and last to the final s (itself where that is −1)."""
-    t = [t for t, _ in pairs]
-    return make_table(schedule, [(-1, i) for i in (*t, max(pairs[-1][1], 0))])
-
-
-def _check_first_level(schedule: NoiseSchedule, spacing: str, steps: int, t: int) -> None:
-    """That a loop from noise begins where noise is.
-
-    A list of timesteps is not asked: it says itself where it begins, as image to image does.
-    """
-    last = len(schedule) - 1
-    if t == 0 < last:
-        raise ValueError(
-            f"steps must be 2 or more with spacing {spacing!r}, whose one step goes from t = 0, "
-            f"where noise stays noise (spacing 'trailing' has one from t = {last}), got {steps}"
-        )
-    signal, least = np.sqrt(schedule.alphas_cumprod[[t, last]])
-    if signal > max(FAR, 2 * least):
-        warnings.warn(
-            f"spacing {spacing!r} with {steps} steps begins at t = {t}, where the model expects "
-            f"{signal:.3g} (√ᾱ) of an image in x, and noise holds none: spacing 'trailing' begins "
-            f"at t = {last}, where it expects {least:.3g}",
-            SamplingWarning,
-            stacklevel=4,  # the line that calls DDIM(...), through __init__ and __post_init__
-        )
-
-
-_AS_IT_IS = nullcontext()
-
-
-def _no_grad() -> AbstractContextManager[None]:
-    """``torch.no_grad()``, or nothing where gradients are off: a call costs 5 % of a small step."""
-    return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
-
-
-def _batches(
-    run: Run, batch_size: int | None, callback: Callback | None
-) -> Iterator[tuple[slice, Run]] | None:
-    """(samples, their run) of each full batch, or None for all at once."""
-    if batch_size is None:
-        return None
-    size, count = whole("batch_size", batch_size, low=1), run.noise.size[0]
-    if callback is not None:
-        raise ValueError("batch_size and callback exclude each other: give it one batch at a time")
-    if run.noise.generator is not None and (run.known or any(row.noisy for row in run.rows)):
-        raise ValueError(
-            "batch_size needs seeds or noise where steps add noise: a generator's stream belongs "
-            "to the whole batch"
-        )
-
-    def batches() -> Iterator[tuple[slice, Run]]:
-        firsts = range(0, count, size)
-        ticks = iter(run.progress([row for _ in firsts for row in run.rows]))
-
-        def counted(rows: Iterable[Row]) -> Iterable[Row]:
-            return (row for row, _ in zip(rows, ticks, strict=False))
-
-        for first in firsts:
-            last = min(first + size, count)
-            index = torch.arange(first, first + size, device=run.noise.device)
-            yield slice(first, last), run.part(index.clamp_(max=last - 1), counted)
-        for _ in ticks:
-            pass
-
-    return batches()
-
-
-def _without_grad(states: States) -> Iterator[State]:
-    """Yields ``states``, computed without gradients. Between two the caller's grad mode holds."""
-    while True:
-        with _no_grad():
-            state = next(states, None)
-        if state is None:
-            return
-        yield state
-        del state  # Drop our reference so that the next step can reuse these buffers.
-
-
-def _steps(states: States, copies: Copies) -> Iterator[Step]:
-    """Yields the ``Step`` of each state."""
-    for row, x, x0 in _without_grad(states):
-        yield copies.step(row, x, x0)
-
-
-def _reached(x: Tensor | None) -> Tensor:
-    if x is None:
-        raise ValueError("progress must yield the steps it wraps, got a wrapper that yields none")
-    return x
-
-
-def _replacing(answer: object, x: Tensor) -> Tensor:
-    """What a callback has returned to take x's place."""
-    if not isinstance(answer, Tensor) or answer.shape != x.shape or answer.device != x.device:
-        got = tuple(answer.shape) if isinstance(answer, Tensor) else kind(answer)
-        raise ValueError(
-            f"callback must return None, True to stop, or a tensor of x's shape, "
-            f"{tuple(x.shape)}, on {x.device}, got {got}"
-        )
-    return answer.detach().to(torch.float32, copy=True)

@@ -1,4 +1,4 @@
-"""A loop gives its caller steps on the way, and keeps states on the device or on the host."""
+"""The steps that a loop hands to its caller, and the states that it keeps."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Callback: TypeAlias = Callable[["Step"], "Tensor | bool | None"]
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What one step of the loop leaves behind. Its ``repr`` prints the tensors' shapes.
+    """The result of one step of the loop. Its ``repr`` prints the tensors' shapes.
 
-    ``x`` and ``x0`` are copies, and the caller's to keep and to write to: nothing that follows
-    writes to them, and what is written into them does not reach the loop. A callback changes the
-    course of the loop by the tensor that it returns.
+    ``x`` and ``x0`` are copies, which the caller may keep and write to: later steps do not write to
+    them, and the loop does not read them. A callback changes the loop's state by the tensor that
+    it returns.
 
     Attributes:
         index: the step's row in the table, 0 for the noisiest. ``sample(model, step.x,
-            start=step.index + 1)`` goes on from there; from a step of the loop run backwards,
-            ``start=step.index``.
-        t, s: the levels it went from and to; −1 is clean data.
+            start=step.index + 1)`` continues after the step; after a step of the loop run
+            backwards, ``start=step.index`` does.
+        t, s: the levels that the step went from and to; −1 is clean data.
         x: x_s.
         x0: the x0 predicted from x_t.
     """
@@ -54,11 +54,11 @@ class Step:
 
 
 class Copies:
-    """Makes the ``Step`` that a caller gets, of copies in the result's dtype.
+    """Makes each ``Step`` from copies in the result's dtype.
 
     Args:
         dtype: of the result.
-        reads_x0: whether the loop or a trajectory reads a step's x0 after the caller has it.
+        reads_x0: whether the loop or a trajectory reads a step's x0 after the caller gets it.
     """
 
     def __init__(self, dtype: torch.dtype, reads_x0: bool) -> None:
@@ -79,19 +79,19 @@ class Copies:
         own = torch.empty_like(x) if own is None else own
         own.copy_(x)
         self._spare.keep(own)
-        # The caller gets an alias: what it sets on the tensor, as requires_grad, must not stay.
+        # Return an alias, so that attributes which the caller sets (requires_grad) do not stay.
         return own.detach()
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """What a sampler passed through. Its ``repr`` prints the tensors' dtypes and shapes.
+    """The states that a sampler kept. Its ``repr`` prints the tensors' dtypes and shapes.
 
     Attributes:
-        index: the rows after which states were kept.
-        pairs: the (t, s) of each of them; the states are those at s.
-        x: x_s of each, (kept, batch, ...), or None where it was not asked for.
-        x0: the x0 predicted at each, likewise.
+        index: the rows of the kept steps.
+        pairs: the (t, s) of each kept step; its state is at level s.
+        x: x_s of each, (kept, batch, ...), or None if ``trajectory`` did not name it.
+        x0: the x0 predicted by each, likewise.
     """
 
     index: tuple[int, ...]
@@ -107,7 +107,7 @@ class Trajectory:
 
 
 def shape_of(x: Tensor | None) -> str:
-    """``float32 (4, 3, 32, 32)`` for a tensor; a device that is not the CPU follows."""
+    """Returns ``float32 (4, 3, 32, 32)`` for a tensor, with its device if not the CPU."""
     if x is None:
         return "None"
     where = "" if x.device.type == "cpu" else f" on {x.device}"
@@ -115,19 +115,19 @@ def shape_of(x: Tensor | None) -> str:
 
 
 class Recorder:
-    """Fills a trajectory. Its memory is found, or refused, before the first step.
+    """Fills a trajectory. It allocates, or refuses, the memory before the first step.
 
     Args:
-        names: of what is kept: ``"x"``, ``"x0"`` or both.
+        names: the states to keep: ``"x"``, ``"x0"`` or both.
         every: k, to keep every k-th state, and always the last.
-        offload: whether to keep them on the host, in pinned memory, each copied on a stream of
-            its own while the next steps run.
-        order: the rows that will be taken.
+        offload: whether to keep the states on the host, in pinned memory, copied on a separate
+            stream while the next steps run.
+        order: the rows in the loop's order.
         pairs: the (t, s) of every row.
         size, dtype, device: of a state.
 
     Raises:
-        TypeError, ValueError: naming the argument, or the memory that it would take.
+        TypeError, ValueError: naming the argument, or the memory that the states would take.
     """
 
     def __init__(
@@ -152,17 +152,17 @@ class Recorder:
         self.pairs = pairs
         where = torch.device("cpu") if offload else device
         self.bytes = len(names) * len(rows) * torch.Size(size).numel() * dtype.itemsize
-        what = (
+        need = (
             f"the trajectory, {len(rows)} states of {size} as {' and '.join(names)}, takes "
             f"{shown_bytes(self.bytes)} on {where}"
         )
         free = free_bytes(where)
         if free is not None and self.bytes > free:
             raise ValueError(
-                f"{what}, where {shown_bytes(free)} are free: keep fewer with every="
+                f"{need}, where {shown_bytes(free)} are free: keep fewer with every="
                 + ("" if offload or device.type == "cpu" else ", or offload=True")
             )
-        _log.info(what)
+        _log.info(need)
         pinned = offload and device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if pinned else None
         self.kept: dict[str, Tensor] = {
@@ -177,9 +177,9 @@ class Recorder:
     def keep(
         self, index: int, samples: slice, x: Tensor, x0: Tensor | None, stopped: bool = False
     ) -> None:
-        """Keeps what row ``index`` left for these samples, if it is one of those to keep.
+        """Keeps the states of these samples after row ``index``, if the trajectory holds it.
 
-        So is the row where the loop has ``stopped``, which is the last.
+        The trajectory also holds the row at which the loop ``stopped``, which is the last.
         """
         if stopped:
             self.place.setdefault(index, len(self.reached))
@@ -197,10 +197,10 @@ class Recorder:
             self.stream.wait_stream(torch.cuda.current_stream(state.device))
             with torch.cuda.stream(self.stream):
                 slot.copy_(state, non_blocking=True)
-            state.record_stream(self.stream)  # or its memory could be another's before it is read
+            state.record_stream(self.stream)  # Else its memory could be reused before the copy.
 
     def finished(self) -> Trajectory:
-        """The trajectory, as far as the loop has come; what was streamed has arrived."""
+        """Waits for the copies, and returns the trajectory as far as the loop has come."""
         if self.stream is not None:
             self.stream.synchronize()
         index = tuple(i for i in self.place if i in self.reached)
@@ -211,7 +211,7 @@ class Recorder:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What can still be had there; None where nobody says."""
+    """Returns the memory that can still be allocated there, or None if unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + cached)
@@ -223,7 +223,7 @@ def free_bytes(device: torch.device) -> int | None:
         found.append(next(int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable")))
     except (OSError, StopIteration):
         return None
-    try:  # a container's own limit, where it has one
+    try:  # A container may have a limit of its own.
         group = Path("/sys/fs/cgroup")
         most = int((group / "memory.max").read_text())
         found.append(most - int((group / "memory.current").read_text()))
@@ -233,7 +233,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def shown_bytes(n: int) -> str:
-    """1.2 GB for 1,234,567,890."""
+    """Returns ``1.2 GB`` for 1,234,567,890."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= size:
             return f"{n / size:.1f} {unit}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastddim.check import whole
 from fastddim.latents import slerp
-from fastddim.loop.devices import usable
+from fastddim.loop.devices import usable_device
 from fastddim.loop.model import Model
 from fastddim.loop.options import Progress
 from fastddim.loop.sampler import DDIM
@@ -163,7 +163,7 @@ def interpolations(
     check_pairs(keys)
     if ddim.eta != 0:
         raise ValueError(f"eta must be 0 to interpolate, got {ddim.eta}: noise would decide too")
-    own = torch.tensor(keys, dtype=torch.int64, device=usable(device))
+    own = torch.tensor(keys, dtype=torch.int64, device=usable_device(device))
     ends = initial_noise(own, (len(keys), *shape))
     between = slerp(ends[0::2], ends[1::2], [i / (n - 1) for i in range(n)])
     x = between.transpose(0, 1).flatten(0, 1)

@@ -192,7 +192,7 @@ def cells(
     if len(seeds) < least:
         raise ValueError(f"seeds must be {least} or more, got {len(seeds)}")
     draw.by_seed(DDIM(1), model, seeds, shape, size)  # refuses what is no seed
-    where = devices.usable_device(None if device is None else str(device))
+    where = _usable(device)
     floor = None if judge is None else judge.floor(len(seeds))
     spread = None if judge is None or judge.spread is None else judge.spread(len(seeds))
     timed = timing.Timed(model, where)
@@ -258,7 +258,7 @@ def trace(
     "model" and one named "update", which lasts until the model is asked again. The rest is what
     torch does in them.
     """
-    where = devices.usable_device(None if device is None else str(device))
+    where = _usable(device)
     activities = [ProfilerActivity.CPU]
     if where.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -272,6 +272,12 @@ def trace(
                 phases.end()
     with images.replacing(path) as file:
         file.write(_exported(profiled))
+
+
+def _usable(device: torch.device | str | None) -> torch.device:
+    """Returns the device: the preferred one where ``device`` is None."""
+    name = devices.preferred_device() if device is None else device
+    return devices.usable_device(name, computes=True)
 
 
 class _Phases:

@@ -211,7 +211,7 @@ def test_a_replay_keeps_what_its_graph_reads_alive(monkeypatch: pytest.MonkeyPat
         def __call__(self) -> Tensor:
             return torch.zeros(1)
 
-    monkeypatch.setattr(ladder, "record", lambda body, device: lambda: torch.zeros(1))
+    monkeypatch.setattr(ladder, "capture", lambda body, device: lambda: torch.zeros(1))
     ready = ladder.prepared(POLICY, "cpu")
     owner = Owner()
     held = weakref.ref(owner)

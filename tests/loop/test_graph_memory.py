@@ -148,7 +148,7 @@ def test_so_it_does_where_the_caller_has_autocast_on(tapes: list[Tape], steps: i
 def test_what_is_recorded_beside_a_sampler_is_held_as_well(tapes: list[Tape]) -> None:
     def recorded() -> graph.Replay:
         x = torch.ones(3)
-        return graph.record(lambda: x + 1, torch.device("cpu"))
+        return graph.capture(lambda: x + 1, torch.device("cpu"))
 
     replay = recorded()
     gc.collect()

@@ -424,4 +424,10 @@ def test_guidance_is_mixed_there_as_it_is_in_sample() -> None:
 
 def test_one_step_from_data_to_nothing_is_refused() -> None:
     ddim = DDIM(1, schedule=zero_terminal(), prediction="v")
-    refused(lambda: ddim.invert(exact(ddim), X0), ValueError, "the way up", "ᾱ = 0", "more steps")
+    refused(
+        lambda: ddim.invert(exact(ddim), X0),
+        ValueError,
+        "a loop that runs backwards",
+        "ᾱ = 0",
+        "more steps",
+    )

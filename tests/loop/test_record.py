@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 
 
 class Driver:
-    """What ``record`` asks of CUDA, noted down in order; the capture fails when it is told to."""
+    """What ``capture`` asks of CUDA, noted down in order; the capture fails when it is told to."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -110,7 +110,7 @@ def test_a_body_runs_once_aside_and_is_captured_on_another_stream(driver: Driver
         where.append(driver.streams[-1])
         return "result"
 
-    replay = graph.record(body, CUDA)
+    replay = graph.capture(body, CUDA)
     assert replay() == "result"
     assert len(where) == len(set(where)) == 2
     assert driver.streams == ["default"]
@@ -121,7 +121,7 @@ def test_a_body_runs_once_aside_and_is_captured_on_another_stream(driver: Driver
 def test_graphs_that_share_memory_are_captured_on_one_stream(driver: Driver) -> None:
     memory = graph.Memory.on(CUDA)
     for _ in range(2):
-        graph.record(lambda: None, CUDA, memory)
+        graph.capture(lambda: None, CUDA, memory)
     first, second = (line for line in driver.said if line.startswith("capture"))
     assert first == second
 
@@ -137,7 +137,7 @@ def test_a_capture_that_fails_says_why_and_leaves_nothing_behind(
             raise RuntimeError("operation not permitted")
 
     with pytest.raises(RuntimeError, match=r"cannot be captured: operation not permitted \(.*py:"):
-        graph.record(body, CUDA)
+        graph.capture(body, CUDA)
     assert driver.streams == ["default"]
     assert len(graph._abandoned) == 1
     ended = [] if ended_by_torch else ["end a pool", "release a pool"]
@@ -154,7 +154,7 @@ def test_what_went_wrong_before_is_not_the_captures(driver: Driver) -> None:
         raise KeyError("of before")
     except KeyError:
         with pytest.raises(RuntimeError, match="of the capture"):
-            graph.record(body, CUDA)
+            graph.capture(body, CUDA)
 
 
 @pytest.mark.parametrize("whole", [100, 2])

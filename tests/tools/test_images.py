@@ -194,11 +194,13 @@ def test_check_png_touches_nothing(tmp_path: Path) -> None:
 
 
 def test_usable_device() -> None:
-    assert devices.usable_device("cpu").type == "cpu"
-    assert devices.usable_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    preferred = devices.preferred_device()
+    assert preferred == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("cpu", preferred):
+        assert devices.usable_device(name, computes=True).type == name
     for name in ("nonsense", "cuda:999", "meta", ""):
         with pytest.raises(ValueError, match="device must be one that torch can use") as caught:
-            devices.usable_device(name)
+            devices.usable_device(name, computes=True)
         assert "\n" not in str(caught.value)
 
 
