@@ -390,8 +390,8 @@ def test_what_a_configuration_leaves_out_is_its_classes(folder: Path) -> None:
     ("fields", "said"),
     [
         ({"prediction_type": "flow_prediction"}, "prediction_type one of epsilon, v_prediction, s"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "a scheduler that knows β"),
-        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "a scheduler that knows β"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "a scheduler that has β"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "a scheduler that has β"),
         ({"beta_schedule": "laplacian"}, "beta_schedule must be linear, scaled_linear, squaredcos"),
         ({"beta_end": 2}, "beta_start and beta_end must satisfy"),
         ({"num_train_timesteps": "many"}, "num_train_timesteps must be an integer"),
