@@ -8,9 +8,9 @@ gradients (DDP over gloo); without torchrun, one process trains alone. The state
 minutes, and ``--resume`` continues from it; ``--start`` takes only the weights of an earlier run.
 ``--minutes`` is the whole budget, because the learning rate falls to zero over its last 40 %.
 
-The objective is the squared error of v. Nine in ten noise levels are drawn where the content of images is
-decided, ln σ ~ N(−0.9, 1.3²) with σ = √((1−ᾱ)/ᾱ) (Karras et al. 2022, table 1, for data of
-deviation 0.7 on this schedule's discrete levels); the tenth is uniform. Muon updates the hidden
+The objective is the squared error of v. Nine in ten noise levels are drawn where the content of
+images is decided, ln σ ~ N(−0.9, 1.3²) with σ = √((1−ᾱ)/ᾱ) (Karras et al. 2022, table 1, for data
+of deviation 0.7 on this schedule's discrete levels); the tenth is uniform. Muon updates the hidden
 weights (Jordan et al. 2024). It gave a held-out loss of .2347 for a network twice as large after
 three minutes on one core, where Adam gave .2471 (each at the better of two rates). The result is an
 exponential moving average of the weights, whose window grows with the run (Karras et al. 2024, eq.
