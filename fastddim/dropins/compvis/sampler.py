@@ -35,11 +35,11 @@ class _Own(Own):
 class DDIMSampler:
     """Samples as CompVis' ``DDIMSampler`` does: bit-identical in float32 on the same device.
 
-    The generator is left in the same state too. The sampler runs on the model's device. It prints
-    nothing and shows no progress bar; ``callback`` is called after each step. A later step reuses
-    the memory of a returned tensor once nobody references the tensor. Threads may share a sampler:
-    ``sample`` uses the schedule that its own call made, and every other method uses the schedule
-    that any thread made last.
+    The generator ends in the same state. The sampler runs on the model's device. It prints
+    nothing and shows no progress bar; ``callback`` is called after each step. A later step may
+    reuse the memory of a returned tensor once nobody references the tensor. Threads may share a
+    sampler: ``sample`` uses the schedule that its own call made, and every other method uses the
+    schedule that any thread made last.
 
     Args:
         model: a LatentDiffusion, or an object with its ``num_timesteps``, ``alphas_cumprod`` and
@@ -162,8 +162,8 @@ class DDIMSampler:
             score_corrector: its ``modify_score(model, ε, x, t, c, **corrector_kwargs)`` replaces ε.
             verbose: ignored, because nothing is printed.
             x_T: float32, bfloat16 or float16; drawn if not given. Never written.
-            log_every_t: the returned lists hold the first state, and each state whose index,
-                counted from the end, is a multiple of this number.
+            log_every_t: the returned lists hold the results of the first step, and of each step
+                whose index, counted from the end, is a multiple of this number.
             unconditional_guidance_scale: w in u + w·(c − u), if there is an
                 ``unconditional_conditioning``, which has the same form as ``conditioning``. The
                 model is then called once on both conditions, the unconditional one first.

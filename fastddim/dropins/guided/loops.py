@@ -135,8 +135,8 @@ def ddim_sample_loop_progressive(
     """Yields the result of each ``ddim_sample``, from the last timestep down to 0.
 
     The next step starts from the ``"sample"`` of the yielded dictionary, which the caller may
-    replace. A later step reuses the memory of a yielded tensor once nobody references the tensor;
-    a tensor that the caller keeps never changes.
+    replace. A later step may reuse the memory of a yielded tensor once nobody references the
+    tensor; a tensor that the caller keeps never changes.
 
     Args:
         shape: the shape of x_T, a tuple or list. If ``noise`` is given, only its batch must agree.
@@ -218,7 +218,7 @@ def _timesteps(t: Any, x: Tensor, count: int) -> Tensor:
         raise TypeError(f"t must be int64 of shape ({len(x)},), got {got}")
     if t.device != x.device:
         raise ValueError(f"t must be on {x.device} with x, got {t.device}")
-    # On a GPU, looking would wait for the device.
+    # On a GPU, this check would be a host sync.
     if t.device.type == "cpu" and ((t < 0) | (t >= count)).any():
         raise ValueError(f"t must lie in [0, {count}), got {t.min()} to {t.max()}")
     return t
