@@ -48,12 +48,12 @@ def recorders_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """
     import torch
 
-    from fastddim.dropins import guided
+    from fastddim.dropins.guided import step
 
     root = torch.Tensor.sqrt
     recorded_root = lambda a: (root(a.double()) * (1 - 2.0**-31)).to(a.dtype)  # noqa: E731
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "sqrt", recorded_root)
-        guided._tables.cache_clear()  # Tables of earlier tests have this machine's roots.
+        step.tables.cache_clear()  # Tables of earlier tests have this machine's roots.
         yield
-    guided._tables.cache_clear()
+    step.tables.cache_clear()

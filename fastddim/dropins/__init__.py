@@ -1,4 +1,4 @@
-"""Each drop-in replaces one system: it translates that system's names and schedule, no more."""
+"""Each drop-in replaces one system's sampler, and only translates its names and schedule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ("compvis", "diffusers", "ermongroup", "guided", "lucidrains")
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a drop-in when it is first used: diffusers takes seconds, and may be missing."""
+    """Imports a drop-in at its first use, because diffusers takes seconds and may be missing."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module(f"{__name__}.{name}")

@@ -1,4 +1,4 @@
-"""The drop-ins share tables of factors, the generator's stream, and the step itself."""
+"""Code that all drop-ins share: tables of factors, the generator's state, and the step's call."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fastddim.step.checked import ddim_step
 from fastddim.step.on_torch import BLOCK
 
 C1 = COLUMNS.index("c1")
-"""This column holds the noise's factor."""
+"""The column of the noise's factor."""
 
 
 def pack_rows(a_t: Tensor, b_t: Tensor, a_s: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
     """Returns the table, float32 (steps, 7), of factors that another system computes.
 
     The columns are those of ``COLUMNS``. The reciprocals are rounded from the float32 a_t and b_t,
-    because the compiled kernel divides by means of them; no other backend reads them.
+    because the compiled kernel divides by multiplying with them; no other backend reads them.
     """
     a_t, b_t, a_s, c1, c2 = (column.to(torch.float32) for column in (a_t, b_t, a_s, c1, c2))
     return torch.stack([a_t, 1 / a_t, b_t, 1 / b_t, a_s, c1, c2], dim=1)
@@ -37,11 +37,11 @@ def checked_factors(
     """Returns (c1, c2) = ``factors(eta)``, which a system's own float32 operations compute.
 
     Raises:
-        ValueError: where c2 holds a NaN, naming the largest η of these ``steps`` that gives none.
+        ValueError: c2 holds a NaN. The message names the largest η that gives none for ``steps``.
     """
     c1, c2 = factors(eta)
     if c2.isnan().any():
-        # The search uses the same float32 operations: at the exact bound they may give NaN.
+        # Search with the same float32 operations: they may give NaN at the exact bound.
         most, least = 0, math.ceil(eta * 1e6)
         while least - most > 1:
             middle = (most + least) // 2
@@ -59,7 +59,7 @@ def checked_factors(
 def stream_of(device: torch.device) -> int:
     """Returns the CUDA stream that is current on ``device``, or 0 on other devices.
 
-    Cached tables belong to one stream: another one would have to wait until they are made.
+    Cached tables belong to one stream, because another stream would have to wait for them.
     """
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
@@ -67,10 +67,11 @@ def stream_of(device: torch.device) -> int:
 def passed_over(x: Tensor) -> Callable[[], None]:
     """Returns a function that moves the generator as ``torch.randn_like(x)`` would.
 
-    Loops call it in place of drawing noise that has no effect.
+    Loops call it instead of drawing noise that has no effect.
 
-    On a CPU a contiguous tensor takes its normals sixteen at a time, in order. Blocks that stay in
-    the cache therefore move the generator alike, and cost no pass over memory.
+    On a CPU, PyTorch fills a contiguous tensor with normals sixteen at a time, in order. Drawing
+    block by block into the cache therefore moves the generator in the same way, and saves a pass
+    over memory.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
         z = torch.empty_like(x)
@@ -92,10 +93,10 @@ def passed_over(x: Tensor) -> Callable[[], None]:
 
 
 class Buffers:
-    """Takes steps into tensors that earlier steps returned and nobody holds any more.
+    """Takes steps, and reuses tensors of earlier steps that nobody references any more.
 
-    The buffers belong to one thread. A step whose result goes into another step needs buffers of
-    its own, or its results would push the states out.
+    The buffers belong to one thread. A step whose result is the input of another step needs
+    separate buffers, or its results would displace the states.
     """
 
     def __init__(self) -> None:
@@ -108,7 +109,7 @@ class Buffers:
         self._latest: tuple[Any, Tensor | None, Launch] = None, None, nothing
 
     def drawn(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws normals as ``torch.randn_like(like)`` does, into the same memory each time."""
+        """Draws normals as ``torch.randn_like(like)`` does, always into the same memory."""
         z = fitting(self.noise, like)
         if z is None:
             z = self.noise = torch.empty_like(like)
@@ -133,14 +134,14 @@ class Buffers:
         next_input: Tensor | None = None,
         checked: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns (x_s, x0) as ``fastddim.ddim_step`` does; drop-ins call the step only here.
+        """Returns (x_s, x0) as ``fastddim.ddim_step`` does. Drop-ins call the step only here.
 
-        A run fixes ``table`` and the keywords down to ``want_x0``; the others change from step to
-        step. ``checked`` promises that all arguments have the shapes and types that the op takes,
-        and that tensors among ``rows``, ``guidance`` and ``threshold`` have one value a sample.
-        They are then not checked again.
+        ``table`` and the keywords down to ``want_x0`` stay the same in a run; the others change
+        from step to step. ``checked`` skips the checks. It promises that all arguments have the
+        shapes and types that the op takes, and that tensors among ``rows``, ``guidance`` and
+        ``threshold`` have one value per sample.
         """
-        # Fresh memory costs a small step less than finding some that nobody holds.
+        # For a small state, allocating costs less than looking for an unreferenced tensor.
         large = x.numel() >= FRESH and x.is_cpu
         x_s = memory(self.states, x) if large else torch.empty_like(x)
         x0 = None
@@ -191,14 +192,14 @@ class Buffers:
         x0: Tensor | None,
         next_input: Tensor | None,
     ) -> Launch:
-        """Returns the launch of the step before where nothing but values has changed since."""
+        """Returns the previous step's launch if only the tensors' values have changed since."""
         plain = (
             seeds is None
             and noise is None
             and guidance is None
             and threshold is None
             and next_input is None
-            # These are the questions of ``is_plain``, whose two calls a small step would notice.
+            # ``is_plain`` checks the same, but its two calls would slow a small step.
             and x.__class__ is Tensor
             and output.__class__ is Tensor
             and not (x.is_neg() or x._is_zerotensor())
@@ -207,7 +208,7 @@ class Buffers:
         )
         like = None
         if plain:
-            # x_s and x0 lie as x does, or as it makes them lie. All are on the table's device.
+            # x decides the layout of x_s and x0. All tensors are on the table's device.
             like = (
                 options,
                 chosen(),
@@ -235,9 +236,9 @@ class Buffers:
 
 
 class Own(Buffers, threading.local):
-    """Gives every thread buffers of its own."""
+    """Gives every thread its own buffers."""
 
     def clear(self) -> None:
         super().clear()
         self.between = Buffers()
-        """These take the steps whose result goes into another step."""
+        """The buffers of steps whose result is the input of another step."""

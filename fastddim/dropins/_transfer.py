@@ -1,4 +1,4 @@
-"""Copies from the host to a device that the host does not wait for."""
+"""Copies from the host to a device, without making the host wait."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from torch import Tensor
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; on a GPU the host goes on while it is copied.
+    """Returns ``tensor`` on ``device``; a copy to a GPU does not make the host wait.
 
-    For what is small or copied once: CUDA has read memory that is not pinned by the time the call
-    returns, so that it may be freed, but first waits for the stream where there is much of it.
+    This is for tensors that are small or copied once. CUDA has read memory that is not pinned when
+    the call returns, so the caller may free ``tensor``; but for a large one it first waits for the
+    stream.
     """
-    return tensor.to(device, non_blocking=_goes_on(device))
+    return tensor.to(device, non_blocking=_non_blocking(device))
 
 
 def sent_pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same for what is large, by way of pinned memory, which PyTorch keeps for later copies."""
-    return sent(tensor.pin_memory() if _goes_on(device) else tensor, device)
+    """Returns a large ``tensor`` on ``device``, by way of pinned memory, which PyTorch reuses."""
+    return sent(tensor.pin_memory() if _non_blocking(device) else tensor, device)
 
 
-def _goes_on(device: torch.device) -> bool:
-    # On other devices ``non_blocking`` may read memory that has been freed by then. So would every
-    # replay of a graph that holds such a copy: a copy that waits is refused in a capture.
+def _non_blocking(device: torch.device) -> bool:
+    # On other devices, ``non_blocking`` may read memory after it was freed. So would each replay of
+    # a captured copy; a blocking copy makes the capture fail instead.
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()

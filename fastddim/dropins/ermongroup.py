@@ -1,4 +1,4 @@
-"""The loops of ermongroup/ddim: the same calls, the same results, one pass a step or two."""
+"""The original loops, of ermongroup/ddim: same calls and results, in one or two passes a step."""
 
 from __future__ import annotations
 
@@ -26,27 +26,31 @@ def generalized_steps(
     eta: float = 0,
     keep: Literal["all", "last"] = "all",
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The paper's loop, unchanged for its caller: bit-identical in float32 on the same device.
+    """Samples as the original loop does: bit-identical in float32 on the same device.
 
-    The generator is left where that loop leaves it: it draws at every step, at η = 0 too. Other
-    dtypes, torch's default one included, run that loop itself (``fastddim.step.reference``).
+    The generator ends in the same state: the loop draws at every step, at η = 0 too. If x, b or
+    torch's default dtype is not float32, ``fastddim.step.reference`` runs the original's
+    operations.
+
+        x0  = (x_t − √(1−ᾱ_t)·ε(x_t, t))/√ᾱ_t
+        x_s = √ᾱ_s·x0 + σ·z + √(1 − ᾱ_s − σ²)·ε                (Song et al. 2021, eq. 12)
 
     Args:
         x: x_T, (batch, channels, height, width).
-        seq: τ in increasing order, as ``range(0, T, T // S)``; repeated values are kept.
-        model: ε(x, t), t being float32 of shape (batch,).
+        seq: τ in increasing order, such as ``range(0, T, T // S)``; values may repeat.
+        model: ε(x, t), with t float32 of shape (batch,).
         b: β, float32 of shape (T,), on x's device.
         eta: η ≥ 0.
-        keep: ``"all"`` returns what the original does. ``"last"`` returns lists of one and keeps
-            nothing else, so that ``[0][-1]`` still holds the images.
+        keep: ``"all"`` returns the original's lists. ``"last"`` returns only the last element of
+            each, so that ``[0][-1]`` is the images in both cases.
 
     Returns:
-        (xs, x0_preds): len(seq) + 1 states from x on, and len(seq) predictions; on the CPU, those
-        of a GPU in pinned memory.
+        (xs, x0_preds): len(seq) + 1 states, the first of them x, and len(seq) predictions of x0.
+        They are on the CPU, in pinned memory if x is on a GPU.
 
     Raises:
-        TypeError, ValueError: naming the argument, the value and what is allowed. Where the
-            original would give NaN for a large η, the largest that works is named.
+        TypeError, ValueError: naming the argument, the value and what is allowed. If the original
+            would give NaN for this η, the message names the largest η that works.
     """
     tau = _checked(x, seq, model, b, eta, keep)
     if not _float32(x, tau, b):
@@ -69,16 +73,16 @@ def ddpm_steps(
     eta: object = None,
     keep: Literal["all", "last"] = "all",
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The DDPM loop beside it ("ddpm_noisy"), likewise bit-identical in float32.
+    """Samples as the original's DDPM loop does ("ddpm_noisy"), bit-identical in float32.
 
         mean = (√ᾱ_s·β·x0 + √(1−β)·(1−ᾱ_s)·x_t) / (1−ᾱ_t),   β = 1 − ᾱ_t/ᾱ_s
         x_s  = mean + √β·z, without the noise at t = 0
 
-    x0 being clamped to ±1. The mean has x0 and x_t in it where ``ddim_step`` has x0 and ε, so a
-    step is two passes: one to the sum of the two, one for the division and the noise.
+    x0 is clamped to [−1, 1]. The mean combines x0 and x_t, while ``ddim_step`` combines x0 and ε.
+    A step therefore takes two passes: the first makes the sum, the second divides and adds noise.
 
     Args:
-        eta: nothing, as in the original, which takes any keyword and reads none.
+        eta: ignored; the original accepts any keyword and reads none.
 
     All other arguments, the results and what is raised are those of ``generalized_steps``.
     """
@@ -89,7 +93,7 @@ def ddpm_steps(
     buffers, between = Buffers(), Buffers()
 
     def step(x: Tensor, eps: Tensor, row: Tensor, z: Tensor | None, want_x0: bool) -> Step:
-        # x0 is a difference of two products, as a v model's is; x_t is added in the noise's place.
+        # This x0 is a difference of two products, like the x0 of v. x_t takes the noise's place.
         total, x0 = between.stepped(
             sums,
             x,
@@ -115,8 +119,8 @@ def _loop(
     draw: Callable[[], Tensor | None],
     keep: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(xs, x0_preds) of ``step``, given the row and its noise."""
-    at_once = x.is_cuda  # States of a GPU go into pinned memory while the loop goes on.
+    """Runs the original loop with ``step`` and returns (xs, x0_preds)."""
+    at_once = x.is_cuda  # The loop does not wait while states are copied into pinned memory.
     rows = torch.arange(len(tau), dtype=torch.int32, device=x.device)
     xs: list[Tensor] = [x]
     x0_preds: list[Tensor] = []
@@ -133,22 +137,24 @@ def _loop(
             xs.append(x.to("cpu", non_blocking=at_once))
             x0_preds.append(x0.to("cpu", non_blocking=at_once))
     if at_once:
-        torch.cuda.current_stream(x.device).synchronize()  # The last states have arrived.
+        torch.cuda.current_stream(
+            x.device
+        ).synchronize()  # Wait until the last states have arrived.
     return xs, x0_preds
 
 
-def _kept(found: tuple[list[Tensor], list[Tensor]], keep: str) -> tuple[list[Tensor], list[Tensor]]:
-    return found if keep == "all" else (found[0][-1:], found[1][-1:])
+def _kept(lists: tuple[list[Tensor], list[Tensor]], keep: str) -> tuple[list[Tensor], list[Tensor]]:
+    return lists if keep == "all" else (lists[0][-1:], lists[1][-1:])
 
 
 def _float32(x: Tensor, tau: Sequence[int], b: Tensor) -> bool:
-    """Whether there are steps, and all that is computed is float32."""
+    """Tells whether there are steps, and all of them compute in float32."""
     return bool(tau) and {x.dtype, b.dtype, torch.get_default_dtype()} == {torch.float32}
 
 
 @torch.no_grad()
 def _table(tau: Sequence[int], b: Tensor, eta: float) -> Tensor:
-    """The coefficients by the original's own float32 operations, on β's device."""
+    """Returns the table by the original's own float32 operations, on β's device."""
     at, at_next = _levels(tau, b)
 
     def factors(eta: float) -> tuple[Tensor, Tensor]:
@@ -161,7 +167,7 @@ def _table(tau: Sequence[int], b: Tensor, eta: float) -> Tensor:
 
 @torch.no_grad()
 def _ddpm_tables(tau: Sequence[int], b: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that make √ᾱ_s·β·x0 + √(1−β)·(1−ᾱ_s)·x_t, and those that make x_s of it."""
+    """Returns the tables of the sum √ᾱ_s·β·x0 + √(1−β)·(1−ᾱ_s)·x_t, and of x_s from that sum."""
     at, at_next = _levels(tau, b)
     beta, zero, one = 1 - at / at_next, torch.zeros_like(at), torch.ones_like(at)
     from_x0, from_x = at_next.sqrt() * beta, (1 - beta).sqrt() * (1 - at_next)
@@ -171,7 +177,7 @@ def _ddpm_tables(tau: Sequence[int], b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _levels(tau: Sequence[int], b: Tensor) -> tuple[Tensor, Tensor]:
-    """(ᾱ_t, ᾱ_s) of each step, in the order they are taken."""
+    """Returns ᾱ_t and ᾱ_s of all steps, the first step first."""
     t = torch.tensor(tau[::-1], device=b.device)
     s = torch.tensor([-1, *tau[:-1]][::-1], device=b.device)
     at, at_next = (reference.compute_alpha(b, level).flatten() for level in (t, s))
@@ -181,7 +187,7 @@ def _levels(tau: Sequence[int], b: Tensor) -> tuple[Tensor, Tensor]:
 def _checked(
     x: Tensor, seq: Sequence[int], model: object, b: Tensor, eta: float, keep: str
 ) -> list[int]:
-    """The arguments found sound; ``seq`` as a list of ints."""
+    """Checks the arguments, and returns ``seq`` as a list of ints."""
     for name, tensor, dims in (("x", x, 4), ("b", b, 1)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")

@@ -2,7 +2,8 @@
 
     diffusion.ddim_sample = partial(lucidrains.ddim_sample, diffusion)
 
-From then on ``diffusion.sample(batch_size=16)`` uses it. Nothing of theirs is imported.
+After this line, ``diffusion.sample(batch_size=16)`` calls this function. The module imports nothing
+of lucidrains' package.
 """
 
 from __future__ import annotations
@@ -34,20 +35,25 @@ BUFFERS = ("alphas_cumprod", *ROOTS, "sqrt_recip_alphas_cumprod", "sqrt_recipm1_
 
 @torch.inference_mode()
 def ddim_sample(diffusion: Any, shape: Sequence[int], return_all_timesteps: bool = False) -> Tensor:
-    """Returns the method's result, of the user's own GaussianDiffusion and its arguments.
+    """Samples as the method of the user's own GaussianDiffusion does, with the same arguments.
 
-        x0  = √(1/ᾱ_t)·x_t − √(1/ᾱ_t − 1)·ε,  or √ᾱ_t·x_t − √(1−ᾱ_t)·v,  clamped to ±1
+        x0  = √(1/ᾱ_t)·x_t − √(1/ᾱ_t − 1)·ε,  or √ᾱ_t·x_t − √(1−ᾱ_t)·v,  clamped to [−1, 1]
         ε   = (√(1/ᾱ_t)·x_t − x0)/√(1/ᾱ_t − 1)
         x_s = √ᾱ_s·x0 + √(1 − ᾱ_s − σ²)·ε + σ·z
 
     The last step returns x0. Every other step draws noise, at η = 0 too, as the original does.
 
+    Args:
+        diffusion: a GaussianDiffusion, which holds S, η, the model and the schedule.
+        shape: the shape of the samples, (batch, ...).
+        return_all_timesteps: whether to return all states, (batch, S + 1, ...).
+
     Raises:
-        TypeError, ValueError: naming the argument, the value and what is allowed. Where the
-            original would give NaN for a large η, the largest that works is named.
+        TypeError, ValueError: naming the argument, the value and what is allowed. If the original
+            would give NaN for this η, the message names the largest η that works.
     """
     S, eta, size = _checked(diffusion, shape, return_all_timesteps)
-    # This call is the original's own, because its rounding decides which timesteps there are.
+    # Call linspace as the original does, because its rounding decides the timesteps.
     times = torch.linspace(-1, diffusion.num_timesteps - 1, steps=S + 1).int().tolist()[:0:-1]
     scale, table, from_v = _tables(diffusion, times, eta)
     prediction, of_v = PREDICTIONS[diffusion.objective], diffusion.objective == "pred_v"
@@ -64,19 +70,19 @@ def ddim_sample(diffusion: Any, shape: Sequence[int], return_all_timesteps: bool
         if output.device != x.device:
             raise ValueError(f"diffusion.model must return to {x.device}, got {output.device}")
         if kept is not None:
-            kept[:, i] = x  # The model may have written into it, which the original keeps too.
+            kept[:, i] = x  # After the model, which may write to x: the original keeps that too.
         z = None if last else buffers.drawn(x) if eta else skip()
-        given: dict[str, Any] = {"rows": i, "clip": 1.0, "rederive": True, "checked": True}
+        options: dict[str, Any] = {"rows": i, "clip": 1.0, "rederive": True, "checked": True}
         if of_v:
-            # x0 needs x_t itself and so a pass of its own, which makes x̃ too, as its noise term.
-            scaled, output = between.stepped(from_v, x, output, prediction="v", noise=x, **given)
+            # x0 needs x_t itself, hence a separate pass. The pass also makes x̃, as its noise term.
+            scaled, output = between.stepped(from_v, x, output, prediction="v", noise=x, **options)
         else:
             if prediction == "sample" and output.stride() != scaled.stride():
-                # The original's state is laid out as x0, and draws its next normals in that order.
+                # The original's state gets x0's strides, and its next normals follow their order.
                 scaled = torch.empty_like(output, dtype=torch.float32)
             torch.mul(x, scale[i], out=scaled)
-        given |= {"prediction": prediction, "want_x0": (conditioned or last) and not of_v}
-        x_s, x0 = buffers.stepped(table, scaled, output, noise=z, **given)
+        options |= {"prediction": prediction, "want_x0": (conditioned or last) and not of_v}
+        x_s, x0 = buffers.stepped(table, scaled, output, noise=z, **options)
         if of_v:
             x0 = output
         if x_s.stride() != x.stride():
@@ -90,10 +96,11 @@ def ddim_sample(diffusion: Any, shape: Sequence[int], return_all_timesteps: bool
 
 
 def _tables(diffusion: Any, times: list[int], eta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns √(1/ᾱ_t), the steps' rows, and the rows that make x0 and x̃ of x_t and v.
+    """Returns √(1/ᾱ_t), the table of the steps, and the table that makes x0 and x̃ of x_t and v.
 
-    In x̃ = √(1/ᾱ_t)·x_t the original's lines are the op's own, bit for bit, with 1 in √ᾱ_t's place
-    and √(1/ᾱ_t − 1) in √(1−ᾱ_t)'s: x0 = (x̃ − √(1/ᾱ_t − 1)·ε)/1, ε = (x̃ − 1·x0)/√(1/ᾱ_t − 1).
+    The original's order of operations differs from the fused step's. Both agree bit for bit if the
+    step gets x̃ = √(1/ᾱ_t)·x_t for x_t, 1 for √ᾱ_t and √(1/ᾱ_t − 1) for √(1−ᾱ_t):
+    x0 = (x̃ − √(1/ᾱ_t − 1)·ε)/1 and ε = (x̃ − 1·x0)/√(1/ᾱ_t − 1).
     """
     levels, a_t, b_t, scale, shift = (getattr(diffusion, name)[times] for name in BUFFERS)
     at, at_s = levels[:-1], levels[1:]
@@ -109,7 +116,7 @@ def _tables(diffusion: Any, times: list[int], eta: float) -> tuple[Tensor, Tenso
 
 
 def _checked(diffusion: Any, shape: Any, all_timesteps: Any) -> tuple[int, float, list[int]]:
-    """Returns S, η and the shape, or refuses what cannot be done."""
+    """Checks ``ddim_sample``'s arguments, and returns S, η and the shape."""
     check_untransformed("ddim_sample")
     cls, known = type(diffusion), "a GaussianDiffusion of denoising-diffusion-pytorch"
     for name in (*METHODS, *BUFFERS):

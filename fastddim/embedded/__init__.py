@@ -16,10 +16,10 @@ WEIGHTS = Path(__file__).with_name("garments.safetensors")
 
 
 def load(path: Path | str = WEIGHTS) -> GarmentModel:
-    """The garment model in evaluation mode, float32, on the CPU.
+    """Returns the garment model in evaluation mode, float32, on the CPU.
 
     Raises:
-        FileNotFoundError, ValueError: ``path`` is missing, or not such a file.
+        FileNotFoundError, ValueError: ``path`` is missing, or is no file of garment weights.
         ModuleNotFoundError: safetensors is missing; the extra ``cli`` has it.
 
     >>> import torch
@@ -36,7 +36,7 @@ def load(path: Path | str = WEIGHTS) -> GarmentModel:
     try:
         with torch.device("cpu"):
             model = GarmentModel(dict(json.loads(metadata["unet"])))
-    except Exception as error:  # each way of being no configuration has its own
+    except Exception as error:  # Each kind of bad configuration raises its own type.
         raise ValueError(f"{path} describes no garment model: {error}") from None
     config = model.unet.config
     if (channels := (config["in_channels"], config["out_channels"])) != (4, 4):

@@ -1,7 +1,7 @@
-"""The small classifier that judges garments: is this one, which, and features to compare sets by.
+"""The small classifier that judges garments, and whose features compare sets of images.
 
-Its weights ship beside this file; ``train_classifier.py`` is how they were made. A distance in its
-features is a distance in its features: never call it FID.
+Its weights ship beside this file; ``fastddim.training.classifier`` made them. The Fréchet distance
+of its features is called FD-clf. It is not FID, which uses another network's features.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(64, len(CLASSES))
 
     def features(self, x: Tensor) -> Tensor:
-        """What the linear layer sees, (N, 64), each ≥ 0."""
+        """Returns the input of the linear layer, (N, 64), each value ≥ 0."""
         if x.shape[1:] != (1, 28, 28):
             raise ValueError(f"x must have shape (N, 1, 28, 28), got {tuple(x.shape)}")
         for conv in self.convs:
@@ -55,19 +55,19 @@ class Classifier(nn.Module):
         return x.mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, (N, 10), in the order of ``CLASSES``."""
+        """Returns logits, (N, 10), in the order of ``CLASSES``."""
         logits: Tensor = self.head(self.features(x))
         return logits
 
 
 def load(path: str | os.PathLike[str] = WEIGHTS) -> Classifier:
-    """The trained classifier in evaluation mode, float32, on the CPU, its parameters frozen.
+    """Returns the trained classifier in evaluation mode, float32, on the CPU, with frozen weights.
 
     Args:
-        path: float16 or float32 safetensors; those that ship by default.
+        path: float16 or float32 safetensors; by default the weights that ship.
 
     Raises:
-        FileNotFoundError, ValueError: ``path`` is missing, or not such a file.
+        FileNotFoundError, ValueError: ``path`` is missing, or is no file of classifier weights.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -31,8 +31,8 @@ class GarmentModel(nn.Module):
 
     The network sees each 2x2 patch as four channels (14x14x4), which quarters its cost, and
     predicts v (Salimans and Ho 2022, section 4), whose error in x0 stays bounded at every noise
-    level. What leaves this module is ε = √ᾱ_t·v + √(1−ᾱ_t)·x, so that it stands wherever a loop
-    expects the paper's model.
+    level. The module returns ε = √ᾱ_t·v + √(1−ᾱ_t)·x, so that it fits every loop for the paper's
+    models.
 
     ``x``: (batch, 1, 28, 28) float32. ``t``: (batch,) timesteps in [0, 1000), any real dtype.
     """
@@ -46,7 +46,7 @@ class GarmentModel(nn.Module):
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
 
     def v(self, x: Tensor, t: Tensor) -> Tensor:
-        """The network's own prediction, v = √ᾱ_t·ε − √(1−ᾱ_t)·x0."""
+        """Returns the network's prediction of v = √ᾱ_t·ε − √(1−ᾱ_t)·x0."""
         return F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, 2), t), 2)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

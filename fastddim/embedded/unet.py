@@ -1,8 +1,8 @@
 """The U-Net of the garment model, in plain PyTorch.
 
-Its tensors have the names of diffusers' ``UNet2DModel``, its operations are the same in the same
-order, and so are its results, bit for bit. Importing diffusers takes longer than drawing a
-picture, and fails where one of the many packages that it looks for is broken.
+Its tensors have the names of diffusers' ``UNet2DModel``. It computes the same operations in the
+same order, so that its outputs are bit-identical. Importing diffusers takes longer than drawing an
+image, and fails if one of its many optional packages is broken.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ EPS = 1e-5
 class UNet(nn.Module):
     """A ``UNet2DModel`` of diffusers with residual blocks, and attention at the coarsest level.
 
-    The arguments are those of diffusers, whose defaults hold for all that is not an argument here.
+    The arguments are diffusers'. For diffusers' other arguments, its defaults hold.
 
     Args:
-        sample_size: the height and width that the network is made for, which it does not need.
-        in_channels, out_channels: of x, and of what is returned.
-        block_out_channels: of each level's blocks, the finest level first.
-        layers_per_block: residual blocks of a level on the way down; there is one more on the way
-            up.
-        down_block_types, up_block_types: for each level, in the order in which it is passed,
-            whether its blocks have attention: ``AttnDownBlock2D`` or ``DownBlock2D``.
-        norm_num_groups: of each group normalisation.
-        attention_head_dim: channels of a head.
+        sample_size: the height and width of an image, kept for ``config`` only.
+        in_channels, out_channels: the channels of x and of the output.
+        block_out_channels: the channels of each level's blocks, the finest level first.
+        layers_per_block: the number of residual blocks of a level on the way down; there is one
+            more on the way up.
+        down_block_types, up_block_types: for each level, in the order of the forward pass, whether
+            its blocks have attention: ``AttnDownBlock2D`` or ``DownBlock2D``.
+        norm_num_groups: the groups of each group normalisation.
+        attention_head_dim: the channels of a head.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(first, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """What the network predicts of x, (batch, in_channels, H, W), at timesteps t, (batch,)."""
+        """Returns the output for x, (batch, in_channels, H, W), at timesteps t, (batch,)."""
         width = self.config["block_out_channels"][0]
         emb = self.time_embedding(sinusoids(t, width).to(x.dtype))
         x = self.conv_in(x)
@@ -120,7 +120,7 @@ class UNet(nn.Module):
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
-    """cos and sin of t·10000^(−i/(width/2)), i = 0, 1, ..., side by side: (batch, width)."""
+    """Returns cos and sin of t·10000^(−i/(width/2)), i = 0, 1, ..., joined: (batch, width)."""
     half = width // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = t[:, None].float() * torch.exp(exponent)[None, :]
@@ -140,7 +140,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """The residual blocks of a level, and their attentions where heads have channels."""
+    """The residual blocks of a level, and their attentions if ``head``, their width, is not 0."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Block(nn.Module):
         self.upsamplers = nn.ModuleList()
 
     def attend(self, x: Tensor, i: int) -> Tensor:
-        """x after the ``i``-th attention, if there is one."""
+        """Applies the ``i``-th attention, if there is one."""
         return self.attentions[i](x) if i < len(self.attentions) else x
 
 
@@ -170,7 +170,7 @@ def _blocks(modules: nn.ModuleList) -> Iterator[Block]:
 
 
 class Resnet(nn.Module):
-    """A residual block that is told t."""
+    """A residual block that adds the embedding of t."""
 
     def __init__(self, inputs: int, width: int, embedded: int, groups: int) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Resnet(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention between all places of an image."""
+    """Self-attention between all positions of an image."""
 
     def __init__(self, width: int, groups: int, head: int) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        # Normalised in this layout, which is diffusers', since another one may round differently.
+        # Normalise in diffusers' layout, because another layout may round differently.
         places = x.view(batch, channels, height * width).transpose(1, 2)
         places = self.group_norm(places.transpose(1, 2)).transpose(1, 2)
         q, k, v = (
@@ -215,7 +215,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width, by a convolution."""
+    """Halves the height and width by a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width: the nearest place, and a convolution."""
+    """Doubles the height and width by nearest neighbours, then convolves."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Networks from the files people have."""
+"""Loads other people's networks from checkpoints."""

@@ -1,4 +1,4 @@
-"""The tensors by name that a checkpoint holds, whatever they are wrapped in."""
+"""Finds the tensors by name in a checkpoint, whatever dictionaries and wrappers are around them."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ EMA = (
     *("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema_model_state_dict"),
     *("ema_unet", "unet_ema", "ema_params"),
 )
-"""What dictionaries call the average of the weights over the training."""
+"""Dictionaries use these keys for the average of the weights over the training."""
 
 LAST = ("state_dict", "model", "model_state_dict", "unet", "net", "network", "params", "module")
-"""And the weights of the last step, or weights where there are no others."""
+"""Dictionaries use these keys for the weights of the last step, or for the only weights."""
 
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What DataParallel and averages, torch.compile, FSDP and checkpointing put into names."""
+"""Parts of names that DataParallel and averages, torch.compile, FSDP and checkpointing add."""
 
 COUNTERS = ("n_averaged", "num_updates", "decay")
-"""Numbers that averages of weights keep beside them, as tensors."""
+"""Averages of weights store these numbers beside the weights, as tensors."""
 
 NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-"""Of the file in a diffusers folder."""
+"""The names of the file of weights in a diffusers folder."""
 
 
 @dataclass(frozen=True)
 class File:
-    """What a file of weights holds."""
+    """The content of a file of weights."""
 
     path: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     part: str = ""
-    """Which of the networks in it the tensors are, if there can be several."""
+    """Says which of a checkpoint's networks the tensors are, if it can hold several."""
 
 
 def read(path: Path, ema: bool | None = None) -> File:
-    """The tensors of a safetensors file, or of a pickle without code.
+    """Returns the tensors of a safetensors file, or of a pickle without code.
 
     Args:
-        ema: whether to take the average of the weights; by default where there is one.
+        ema: whether to read the average of the weights. By default it is read if there is one.
 
     Raises:
-        ValueError: one line; it is neither, or there is no such part.
+        ValueError: one line; the file is neither, or has no such weights.
     """
     if not weights.is_pickle(start_of(path)):
         tensors, metadata = weights.read(path)
@@ -67,11 +67,11 @@ def read(path: Path, ema: bool | None = None) -> File:
 
 
 def in_folder(folder: Path) -> File:
-    """The weights in a folder of diffusers: of one file, of several, or of a variant.
+    """Returns the weights in a diffusers folder: in one file, in several, or of a variant.
 
     Raises:
-        FileNotFoundError: there are none, or one of several is missing.
-        ValueError: one line; a file is none, or there are several variants.
+        FileNotFoundError: the folder has no weights, or one of several files is missing.
+        ValueError: one line; a file holds no weights, or there are several variants.
     """
     for name in NAMES:
         if (folder / name).is_file():
@@ -116,7 +116,7 @@ def _sharded(index: Path) -> File:
 
 
 def _chosen(path: Path, held: Any, ema: bool | None) -> tuple[Any, str]:
-    """(what holds tensors by name, which part of ``held`` that is)."""
+    """Returns the mapping of tensors by name inside ``held``, and which part of ``held`` it is."""
     if isinstance(held, (list, tuple)):
         if len(held) not in (4, 5):
             raise ValueError(
@@ -152,7 +152,7 @@ def _without(held: Mapping[Any, Any]) -> str:
 
 
 def unwrapped(name: str) -> str:
-    """``name`` without what wrappers have put into it."""
+    """Returns ``name`` without the parts that wrappers have added."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -181,7 +181,7 @@ def _checked(path: Path, held: Any) -> dict[str, Tensor]:
 
 
 def prefixes(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """``tensors``, and then without each part that all their names begin with: "unet.", ..."""
+    """Yields ``tensors``, and then without each prefix that all names share: "unet.", ..."""
     tensors = dict(tensors)
     yield tensors
     while len(starts := {name.partition(".")[0] for name in tensors}) == 1:
@@ -193,21 +193,22 @@ def prefixes(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def is_one(path: Path) -> bool:
-    """Whether a file begins as those that ``read`` reads."""
+    """Tells whether a file begins like the kinds of file that ``read`` accepts."""
     start = start_of(path)
     return start[8:9] == b"{" or weights.is_pickle(start)
 
 
 def start_of(path: Path) -> bytes:
+    """Returns the first nine bytes, which tell safetensors and pickles apart."""
     with path.open("rb") as file:
         return file.read(9)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Raises:
-        ValueError: it is none, or holds something else.
+        ValueError: the file is no JSON, or holds another value than an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What the configuration of a diffusers scheduler says of how a model was trained."""
+"""Reads the training of a model from the configuration of its diffusers scheduler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastddim.check import finite, shown, whole
 from fastddim.schedule import NoiseSchedule
 
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
-"""diffusers' names of what a model returns, and ours."""
+"""diffusers' names of a model's prediction, and fastddim's."""
 
 _DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -32,7 +32,7 @@ _OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
     "LCMScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     "TCDScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
 }
-"""What a configuration that leaves it out means, by its class where that is one of these."""
+"""Defaults of these classes, which differ from ``_DEFAULTS``."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Trained:
     """How a model was trained.
 
     Attributes:
-        schedule: its noise.
-        prediction: what it returns, as ``DDIM`` has it.
-        clip: what the scheduler clamps x0 to; None for nothing.
+        schedule: the noise schedule.
+        prediction: the quantity that the model returns, as ``DDIM`` names it.
+        clip: the scheduler clamps x0 to ±clip; None for no clamp.
     """
 
     schedule: NoiseSchedule
@@ -51,9 +51,9 @@ class Trained:
 
 
 def read(config: Mapping[str, Any], source: Path) -> Trained:
-    """What ``config``, which ``source`` holds, says of training.
+    """Returns the training that ``config`` describes; ``source`` is its file, for messages.
 
-    ᾱ is multiplied up in float64, diffusers' in float32: they agree to 1e-5.
+    ᾱ is a product in float64, while diffusers' is one in float32; they agree to 1e-5.
 
     Raises:
         ValueError: one line naming ``source``, the entry, its value and what is allowed.
@@ -62,32 +62,33 @@ def read(config: Mapping[str, Any], source: Path) -> Trained:
     betas = ("beta_schedule", "beta_start", "trained_betas")
     if kind and kind not in _OTHER_DEFAULTS and not any(name in config for name in betas):
         raise ValueError(
-            f"{source} must be of a scheduler that knows β, such as DDPMScheduler, got {kind!r}: "
-            f"a model of another kind of noise is not for DDIM"
+            f"{source} must be of a scheduler that has β, such as DDPMScheduler, got {kind!r}: "
+            f"DDIM cannot sample a model of another kind of noise"
         )
-    asked = {**_DEFAULTS, **_OTHER_DEFAULTS.get(kind, {})}
-    asked |= {name: config[name] for name in asked if name in config}
-    kind_of = asked["prediction_type"]
+    settings = {**_DEFAULTS, **_OTHER_DEFAULTS.get(kind, {})}
+    settings |= {name: config[name] for name in settings if name in config}
+    prediction = settings["prediction_type"]
     if config.get("predict_epsilon") is False and "prediction_type" not in config:
-        kind_of = "sample"  # as it was written before 2023
-    if kind_of not in PREDICTIONS:
+        prediction = "sample"  # diffusers wrote it so before 2023.
+    if prediction not in PREDICTIONS:
         raise ValueError(
-            f"{source} must have prediction_type one of {', '.join(PREDICTIONS)}, got {kind_of!r}"
+            f"{source} must have prediction_type one of {', '.join(PREDICTIONS)}, "
+            f"got {prediction!r}"
         )
     try:
-        clip = finite("clip_sample_range", asked["clip_sample_range"])
-        schedule = _schedule(asked)
+        clip = finite("clip_sample_range", settings["clip_sample_range"])
+        schedule = _schedule(settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from None
-    return Trained(schedule, PREDICTIONS[kind_of], clip if asked["clip_sample"] else None)
+    return Trained(schedule, PREDICTIONS[prediction], clip if settings["clip_sample"] else None)
 
 
-def _schedule(asked: Mapping[str, Any]) -> NoiseSchedule:
-    T = whole("num_train_timesteps", asked["num_train_timesteps"], low=1)
-    ends = asked["beta_start"], asked["beta_end"]
-    name = asked["beta_schedule"]
-    if asked["trained_betas"] is not None:
-        schedule = NoiseSchedule.from_betas(asked["trained_betas"], name="trained_betas")
+def _schedule(settings: Mapping[str, Any]) -> NoiseSchedule:
+    T = whole("num_train_timesteps", settings["num_train_timesteps"], low=1)
+    ends = settings["beta_start"], settings["beta_end"]
+    name = settings["beta_schedule"]
+    if settings["trained_betas"] is not None:
+        schedule = NoiseSchedule.from_betas(settings["trained_betas"], name="trained_betas")
     elif name == "linear":
         schedule = NoiseSchedule.linear(T, *ends)
     elif name == "scaled_linear":
@@ -103,10 +104,10 @@ def _schedule(asked: Mapping[str, Any]) -> NoiseSchedule:
             f"beta_schedule must be linear, scaled_linear, squaredcos_cap_v2 or sigmoid, or "
             f"trained_betas be given, got {shown(name)}"
         )
-    if not asked["rescale_betas_zero_snr"]:
+    if not settings["rescale_betas_zero_snr"]:
         return schedule
-    # Lin et al. 2024, algorithm 1: √ᾱ is shifted so that the last is 0, and scaled so that the
-    # first is what it was.
+    # Lin et al. 2024, algorithm 1: shift √ᾱ so that the last value is 0, and scale it so that the
+    # first value stays the same.
     root = np.sqrt(schedule.alphas_cumprod)
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return NoiseSchedule(root**2, f"{schedule.name}, rescaled to zero terminal SNR")

@@ -1,4 +1,4 @@
-"""Other systems' U-Nets as diffusers' UNet2DModel: what the tensors tell, and where each goes."""
+"""Turns other systems' U-Nets into diffusers' UNet2DModel: layout, settings, names of tensors."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from fastddim.schedule import NoiseSchedule, guided_diffusions
 Tensors: TypeAlias = Mapping[str, Tensor]
 
 BUILT_ON = torch.device("cpu")
-"""Networks are built there, whatever the default device is, and their weights filled in."""
+"""Networks are built on this device, whatever torch's default device is, and then filled."""
 
 
 class Layout(NamedTuple):
-    """What the two systems' networks differ in among themselves, finest level first."""
+    """The sizes in which one system's networks differ, the finest level first."""
 
     channels: tuple[int, ...]
-    """Of each level's blocks."""
+    """The channels of each level's blocks."""
     layers: int
-    """Residual blocks of a level on the way down; one more on the way up."""
+    """The number of residual blocks of a level on the way down; there is one more on the way up."""
     attention: tuple[bool, ...]
-    """Whether a level's blocks are followed by attention."""
+    """For each level, whether attention follows its blocks."""
 
 
 def ermongroup_layout(tensors: Tensors, source: Path) -> Layout:
-    """The layout of a network of ermongroup/ddim (``models/diffusion.py``).
+    """Returns the layout of a network of ermongroup/ddim (``models/diffusion.py``).
 
     Raises:
         ValueError: the tensors are not such a network's.
@@ -47,7 +47,7 @@ def ermongroup_layout(tensors: Tensors, source: Path) -> Layout:
 
 
 def ermongroup(tensors: Tensors, layout: Layout, source: Path) -> nn.Module:
-    """A network of ermongroup/ddim with its weights.
+    """Returns a network of ermongroup/ddim with its weights.
 
     Raises:
         ValueError: naming the first few tensors that are missing, left over or of another shape.
@@ -74,7 +74,7 @@ def ermongroup(tensors: Tensors, layout: Layout, source: Path) -> nn.Module:
     return model
 
 
-# In this order: "to_" is what is left of "to_out.0".
+# The order matters: "to_" must come after "to_out.0", which contains it.
 _ERMONGROUP = {
     "down_blocks.": "down.",
     "mid_block.attentions.0": "mid.attn_1",
@@ -92,12 +92,12 @@ _ERMONGROUP = {
 
 
 def guided_layout(tensors: Tensors, source: Path) -> Layout:
-    """The layout of a ``UNetModel`` of guided-diffusion or improved-diffusion.
+    """Returns the layout of a ``UNetModel`` of guided-diffusion or improved-diffusion.
 
     Raises:
         ValueError: the tensors are not such a network's.
     """
-    # Each level but the coarsest goes up to the next: a convolution, or a block of its own.
+    # Each level except the finest ends with an upsampling: a convolution, or a residual block.
     levels = 1 + _count(tensors, r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers)\.")
     ends = [_count(tensors, rf"{end}put_blocks\.(\d+)\.") for end in ("in", "out")]
     layers = ends[1] // levels - 1
@@ -117,10 +117,10 @@ def guided_layout(tensors: Tensors, source: Path) -> Layout:
 
 
 def guided_facts(tensors: Tensors, layout: Layout, source: Path) -> dict[str, Any]:
-    """Those of the original's flags that the tensors tell.
+    """Returns those of the original's flags that the shapes of the tensors determine.
 
     Raises:
-        ValueError: a tensor that tells one is missing or of no shape that does.
+        ValueError: such a tensor is missing or has the wrong number of dimensions.
     """
     embedded = _sizes(tensors, "input_blocks.1.0.emb_layers.1.weight", 2, source)[0]
     channels = _sizes(tensors, "input_blocks.0.0.weight", 4, source)[1]
@@ -136,9 +136,9 @@ def guided_facts(tensors: Tensors, layout: Layout, source: Path) -> dict[str, An
 
 @dataclass(frozen=True)
 class Flags:
-    """Those of guided-diffusion's flags that the tensors do not tell, with its defaults.
+    """Those of guided-diffusion's flags that the tensors do not determine, with its defaults.
 
-    ``image_size`` 0 stands for the one at which guided-diffusion chooses the network's widths.
+    ``image_size`` 0 stands for the size for which guided-diffusion chooses the network's widths.
     """
 
     image_size: int = 0
@@ -152,7 +152,7 @@ class Flags:
 
     @classmethod
     def of(cls, given: Mapping[str, Any], facts: Mapping[str, Any], source: Path) -> Flags:
-        """Flags as the original's scripts are given them; those among ``facts`` must agree.
+        """Returns the flags ``given`` for the original's scripts, which must agree with ``facts``.
 
         Raises:
             ValueError: naming ``source``, the flag, its value and what is allowed.
@@ -188,7 +188,7 @@ class Flags:
         return guided_diffusions(self.noise_schedule, self.diffusion_steps)
 
     def heads(self, channels: int, source: Path) -> int:
-        """Of an attention with so many channels."""
+        """Returns the number of heads of an attention with ``channels`` channels."""
         each = self.num_head_channels
         if each == -1 and channels % self.num_heads == 0:
             return self.num_heads
@@ -201,13 +201,22 @@ class Flags:
 
 
 _PASSED_OVER = {
-    *("attention_resolutions", "channel_mult", "num_heads_upsample"),  # the tensors decide
-    *("dropout", "use_checkpoint", "use_fp16"),  # in evaluation and float32
-    *("timestep_respacing", "use_kl", "sigma_small", "rescale_learned_sigmas"),  # not the model's
+    *(
+        "attention_resolutions",
+        "channel_mult",
+        "num_heads_upsample",
+    ),  # The tensors determine these.
+    *("dropout", "use_checkpoint", "use_fp16"),  # These have no effect in evaluation and float32.
+    *(
+        "timestep_respacing",
+        "use_kl",
+        "sigma_small",
+        "rescale_learned_sigmas",
+    ),  # The model ignores these.
 }
 
 PUBLISHED = Flags(num_head_channels=64)
-"""Of guided-diffusion's published unconditional models."""
+"""The flags of guided-diffusion's published unconditional models."""
 
 IMAGE_SIZES: dict[tuple[float, ...], int] = {
     (1, 2, 2, 2): 32,
@@ -216,11 +225,11 @@ IMAGE_SIZES: dict[tuple[float, ...], int] = {
     (1, 1, 2, 2, 4, 4): 256,
     (1, 2, 2, 4, 4, 8, 8): 512,
 }
-"""By the ratios of a guided-diffusion network's widths, unless it was told both."""
+"""The size for which guided-diffusion chooses widths of these ratios by default."""
 
 
 def guided(tensors: Tensors, layout: Layout, source: Path, flags: Flags) -> nn.Module:
-    """A ``UNetModel`` of guided-diffusion or improved-diffusion with its weights.
+    """Returns a ``UNetModel`` of guided-diffusion or improved-diffusion with its weights.
 
     Raises:
         ValueError: naming the first few tensors that are missing, left over or of another shape.
@@ -238,7 +247,7 @@ def guided(tensors: Tensors, layout: Layout, source: Path, flags: Flags) -> nn.M
             block = level * per_level + j
             if what == "downsamplers":
                 return f"input_blocks.{(level + 1) * per_level}.0"
-            if what == "upsamplers":  # behind the level's last block and its attention
+            if what == "upsamplers":  # The level's last block and its attention come before.
                 return f"output_blocks.{block + per_level - 1}.{1 + layout.attention[last - level]}"
             which = int(what == "attentions")
             return (
@@ -255,7 +264,7 @@ def guided(tensors: Tensors, layout: Layout, source: Path, flags: Flags) -> nn.M
         part = re.search(r"\.to_([qkv])\.", name)
         if part is None or tensor.shape[:1] != (3 * len(own),):
             return _flat(name, tensor, own)
-        # In the new order q, k and v are each in one piece, in the old one head after head.
+        # The new order is (q, k, v) × heads, the old order heads × (q, k, v).
         n = flags.heads(len(own), source)
         parts, dim = ((3, n), 0) if flags.use_new_attention_order else ((n, 3), 1)
         split = tensor.unflatten(0, (*parts, len(own) // n))
@@ -276,13 +285,13 @@ def guided(tensors: Tensors, layout: Layout, source: Path, flags: Flags) -> nn.M
         num_class_embeds=len(tensors["label_emb.weight"]) if facts["class_cond"] else None,
         resnet_time_scale_shift="scale_shift" if facts["use_scale_shift_norm"] else "default",
     )
-    if width != layout.channels[0]:  # the 512 model's finest level is half as wide
+    if width != layout.channels[0]:  # The finest level of the 512 model is half as wide.
         model.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
         with BUILT_ON:
             model.time_embedding = TimestepEmbedding(width, 4 * width)
     for module in model.modules():
-        # A configuration knows one number of channels a head, where the original may have one
-        # number of heads.
+        # diffusers' configuration fixes the channels per head; the original may fix the number of
+        # heads instead.
         if isinstance(module, Attention):
             module.heads = flags.heads(module.inner_dim, source)
             module.scale = (module.inner_dim // module.heads) ** -0.5
@@ -291,7 +300,7 @@ def guided(tensors: Tensors, layout: Layout, source: Path, flags: Flags) -> nn.M
 
 
 class Rescaled(nn.Module):
-    """A network that counts t to 1000 whatever T is: rescale_timesteps."""
+    """Calls a network with t·1000/T, as guided-diffusion's rescale_timesteps does."""
 
     def __init__(self, model: nn.Module, factor: float) -> None:
         super().__init__()
@@ -327,7 +336,7 @@ _GUIDED = {
 
 
 def _built(layout: Layout, source: Path, *, resnet: bool = False, **rest: Any) -> nn.Module:
-    """A UNet2DModel of that layout; ``resnet``: blocks of their own go from level to level."""
+    """Returns a UNet2DModel of ``layout``. With ``resnet``, residual blocks change the level."""
     from diffusers.models.unets.unet_2d import UNet2DModel
 
     def kinds(way: str) -> tuple[str, ...]:
@@ -344,10 +353,10 @@ def _built(layout: Layout, source: Path, *, resnet: bool = False, **rest: Any) -
                 up_block_types=kinds("Up")[::-1],
                 downsample_type=sampling,
                 upsample_type=sampling,
-                attention_head_dim=None,  # one head
+                attention_head_dim=None,  # This stands for one head.
                 **rest,
             )
-    except Exception as error:  # whatever diffusers makes of a layout that is none
+    except Exception as error:  # diffusers raises errors of many types for a bad layout
         raise ValueError(f"{source} builds no UNet2DModel: {error}") from None
     return model
 
@@ -359,7 +368,7 @@ def _fill(
     called: Callable[[str], str],
     converted: Callable[[str, Tensor, Tensor], Tensor],
 ) -> None:
-    """Puts tensors that are ``called`` by other names into ``model``, each ``converted``."""
+    """Fills ``model``: ``called`` gives a tensor's name in the file, ``converted`` its own form."""
     own = model.state_dict()
     names = {name: called(name) for name in own}
     taken = {
@@ -371,7 +380,7 @@ def _fill(
 
 
 def _flat(name: str, tensor: Tensor, own: Tensor) -> Tensor:
-    """1x1 convolutions as the linear layers they are in diffusers' attention."""
+    """Turns the 1x1 convolutions of attention into the linear layers that diffusers has."""
     flat = ".attentions." in name and tensor.shape[2:].numel() == 1 and tensor.dim() > 2
     return tensor.flatten(1) if flat else tensor
 
@@ -383,12 +392,12 @@ def _replaced(name: str, parts: Mapping[str, str]) -> str:
 
 
 def _count(tensors: Tensors, pattern: str) -> int:
-    """How many different numbers ``pattern`` finds in the names."""
+    """Returns how many different numbers ``pattern`` finds in the names."""
     return len({match[1] for name in tensors if (match := re.match(pattern, name))})
 
 
 def _sizes(tensors: Tensors, name: str, dims: int, source: Path) -> tuple[int, ...]:
-    """The shape of a tensor that tells something."""
+    """Returns the shape of a tensor, or refuses one that is missing or has other dimensions."""
     if name not in tensors:
         raise ValueError(f"{source} does not hold the model's weights: {name} is missing")
     if tensors[name].dim() != dims:

@@ -1,1 +1,1 @@
-"""The training of the model and the classifier that ship."""
+"""Trains the model and the classifier that ship."""

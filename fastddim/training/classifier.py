@@ -2,10 +2,10 @@
 
     python -m fastddim.training.classifier --seed 0
 
-Needs the images of Debian's package ``dataset-fashion-mnist`` (or ``--data DIR`` with the same
-four files). One thread, plain cross-entropy, mirrored images; few epochs, because what is wanted
-is a probability that can be believed, and more of them raise confidence faster than accuracy.
-Batch normalisation stands after each convolution while training and is folded into it at the end.
+The script needs the images of Debian's package ``dataset-fashion-mnist`` (or ``--data DIR`` with
+the same four files). It trains on one thread with cross-entropy and mirrored images. It takes few
+epochs to keep the probabilities calibrated: more epochs raise confidence faster than accuracy. A
+batch normalisation follows each convolution during training, and is folded into it at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastddim.training.model import DATA, images, labels
 
 
 def train(x: Tensor, y: Tensor, epochs: int, seed: int, batch: int = 128) -> Classifier:
-    """A classifier fitted to images ``x`` and classes ``y``."""
+    """Returns a classifier fitted to images ``x`` and classes ``y``."""
     torch.manual_seed(seed)
     model = Classifier()
     convs = [conv for conv in model.convs if isinstance(conv, nn.Conv2d)]
@@ -54,7 +54,7 @@ def train(x: Tensor, y: Tensor, epochs: int, seed: int, batch: int = 128) -> Cla
 
 
 def save(model: Classifier, path: Path, metadata: dict[str, str]) -> None:
-    """The weights in float16; ``path`` is whole at every moment."""
+    """Writes the weights in float16; ``path`` is never incomplete, because a rename replaces it."""
     temporary = path.with_name(path.name + ".tmp")
     half = {name: p.detach().half().contiguous() for name, p in model.state_dict().items()}
     save_file(half, temporary, metadata)
@@ -75,7 +75,7 @@ def main() -> None:
     seconds = time.time() - start
 
     x, y = images("t10k", args.data), labels("t10k", args.data)
-    # Judged as it will be loaded, after the rounding to float16.
+    # Test the model as it will be loaded, rounded to float16.
     model = model.half().float().eval()
     with torch.no_grad():
         logits = torch.cat([model(part) for part in torch.split(x, 500)])

@@ -1,10 +1,11 @@
-"""Measures what FD-clf compares with: the features of real garments.
+"""Measures the features of real garments, with which FD-clf compares.
 
     python -m fastddim.training.distance
 
-makes the file that ships, of the images of Debian's package ``dataset-fashion-mnist`` (or ``--data
-DIR`` with the same four files): the mean and the covariance of the features of the 10,000 test
-images, and the mean and standard deviation, over draws, of the distance of N real images.
+The script writes the file that ships. It needs the images of Debian's package
+``dataset-fashion-mnist`` (or ``--data DIR`` with the same four files). The file holds the mean and
+the covariance (as a root) of the features of the 10,000 test images. For several N, it also holds
+the mean and the standard deviation of the distance of N real images, over random draws of them.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ from fastddim.training.model import images as read
 
 
 def measured(real: Tensor, n: int, draws: int, generator: torch.Generator) -> tuple[float, float]:
-    """FD-clf of ``n`` of the features ``real``, drawn at random, to the rest: (mean, deviation)."""
-    found = []
+    """Returns mean and deviation of FD-clf between ``n`` random rows of ``real`` and the rest."""
+    distances = []
     for _ in range(draws):
         order = torch.randperm(len(real), generator=generator)
-        found.append(frechet_distance(real[order[:n]], real[order[n:]]))
-    return statistics.fmean(found), statistics.pstdev(found)
+        distances.append(frechet_distance(real[order[:n]], real[order[n:]]))
+    return statistics.fmean(distances), statistics.pstdev(distances)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four idx files")
-    parser.add_argument("--draws", type=int, default=200, help="for each number of images")
+    parser.add_argument(
+        "--draws", type=int, default=200, help="random draws for each number of images"
+    )
     parser.add_argument("--out", type=Path, default=FILE, help="the file to write")
     args = parser.parse_args()
 

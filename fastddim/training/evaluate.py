@@ -2,12 +2,13 @@
 
     python -m fastddim.training.evaluate --count 1000 --steps 50 --eta 0
 
-Needs the images of Debian's package ``dataset-fashion-mnist`` (or ``--data DIR`` with the same
-four files). Draws the images of seeds 0 … count−1 and prints, for them and for as many real test
-images, the share that the classifier takes for some garment with a confidence above 0.9, its mean
-confidence, and the Fréchet distance of its features (FD-clf: no FID, and comparable only at one
-count) to test images: the drawn ones' to all 10,000, the real ones', which are the first of the
-test set, to the rest of it. The real row is what a perfect model would score.
+The script needs the images of Debian's package ``dataset-fashion-mnist`` (or ``--data DIR`` with
+the same four files). It draws the images of seeds 0 … count−1. For them, and for the first
+``count`` real test images, it prints three figures: the share of images that the classifier takes
+for some garment with a confidence above 0.9, the classifier's mean confidence, and FD-clf, the
+Fréchet distance of its features to those of test images. (FD-clf is not FID, and depends on the
+count.) Drawn images are compared with all 10,000 test images, and real ones with the rest of the
+test set. A perfect model would score like the real images.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from fastddim.training.model import DATA, images
 
 
 def draw(ddim: DDIM, model: Callable[..., Tensor], count: int, batch: int) -> Tensor:
-    """The images of seeds 0 … count−1, (count, 1, 28, 28), as 8-bit pictures in [-1, 1].
+    """Returns the images of seeds 0 … count−1, (count, 1, 28, 28), in [-1, 1], rounded to 8 bits.
 
-    Every batch is full and the last one's surplus is dropped, since a network rounds differently
-    at another batch size.
+    Every batch is full, and surplus images of the last batch are dropped, because a network rounds
+    differently at another batch size.
     """
     drawn = [
         ddim.sample(model, shape=(batch, *SHAPE), seeds=range(first, first + batch))
@@ -43,7 +44,7 @@ def draw(ddim: DDIM, model: Callable[..., Tensor], count: int, batch: int) -> Te
 
 @torch.no_grad()
 def judge(critic: classifier.Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(features, logits) of images ``x``."""
+    """Returns the features and the logits of images ``x``."""
     features = torch.cat([critic.features(part) for part in torch.split(x, 500)])
     return features, critic.head(features)
 
@@ -54,7 +55,7 @@ def _eta(text: str) -> Eta:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of the garment model")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="file of the garment model")
     parser.add_argument("--count", type=int, default=1000, help="images, at most 9,000")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--eta", type=_eta, default=0.0, help='a number or "hat"')
@@ -87,10 +88,10 @@ def main() -> None:
         ),
     }
     print(f"{'':34}{'above 0.9':>10}{'mean confidence':>17}{'FD-clf':>9}")
-    for name, (own, said, others) in rows.items():
-        mean = said.softmax(1).amax(1).mean()
+    for name, (own, own_logits, others) in rows.items():
+        mean = own_logits.softmax(1).amax(1).mean()
         distance = frechet_distance(own, others)
-        print(f"{name:34}{garment_share(said):>10.3f}{mean:>17.4f}{distance:>9.4f}")
+        print(f"{name:34}{garment_share(own_logits):>10.3f}{mean:>17.4f}{distance:>9.4f}")
     per_class = torch.bincount(logits.argmax(1), minlength=len(classifier.CLASSES)).tolist()
     counts = (f"{n} {name}" for name, n in zip(classifier.CLASSES, per_class, strict=True))
     print(f"drawn: {', '.join(counts)}")

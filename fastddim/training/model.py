@@ -2,18 +2,19 @@
 
     torchrun --nproc-per-node 2 -m fastddim.training.model --minutes 120 --out garments
 
-Needs the images of Debian's package ``dataset-fashion-mnist`` (or ``--data DIR`` with the same
-four files). One process a core; each averages its gradients with the others (DDP over gloo), or
-runs alone without torchrun. The state is saved every five minutes and ``--resume`` goes on from
-it; ``--start`` takes the weights of an earlier run, and nothing else of it. ``--minutes`` is the
-whole budget, since the learning rate falls to zero over its last 40%.
+The script needs the images of Debian's package ``dataset-fashion-mnist`` (or ``--data DIR`` with
+the same four files). Under torchrun, each process takes one core, and the processes average their
+gradients (DDP over gloo); without torchrun, one process trains alone. The state is saved every five
+minutes, and ``--resume`` continues from it; ``--start`` takes only the weights of an earlier run.
+``--minutes`` is the whole budget, because the learning rate falls to zero over its last 40 %.
 
-Objective: squared error of v at noise levels drawn where images are decided, ln σ ~ N(−0.9, 1.3²)
-with σ = √((1−ᾱ)/ᾱ) (Karras et al. 2022, table 1, for data of deviation 0.7 on this schedule's
-discrete levels), one in ten uniform. Hidden weights are updated by Muon (Jordan et al. 2024): in
-three minutes on one core, at the better of two rates each, the held-out loss of a network twice
-as large came to .2347 with it and to .2471 with Adam. What is kept is an exponential moving
-average whose window grows with the run (Karras et al. 2024, eq. 6).
+The objective is the squared error of v. Nine in ten noise levels are drawn where the content of
+images is decided, ln σ ~ N(−0.9, 1.3²) with σ = √((1−ᾱ)/ᾱ) (Karras et al. 2022, table 1, for data
+of deviation 0.7 on this schedule's discrete levels); the tenth is uniform. Muon updates the hidden
+weights (Jordan et al. 2024). It gave a held-out loss of .2347 for a network twice as large after
+three minutes on one core, where Adam gave .2471 (each at the better of two rates). The result is an
+exponential moving average of the weights, whose window grows with the run (Karras et al. 2024, eq.
+6).
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ DATA = Path("/usr/share/datasets/fashion-mnist")
 
 
 def images(split: str, data: Path = DATA) -> Tensor:
-    """``split`` ("train", 60,000 or "t10k", 10,000) as float32 (N, 1, 28, 28) in [-1, 1]."""
+    """Returns "train" (60,000 images) or "t10k" (10,000), float32 (N, 1, 28, 28) in [-1, 1]."""
     return from_uint8(read(data / f"{split}-images-idx3-ubyte.gz", SHAPE))
 
 
 def labels(split: str, data: Path = DATA) -> Tensor:
-    """The class of each image of ``split``, int64 in 0–9."""
+    """Returns the class of each image of ``split``, int64 in 0–9."""
     raw = gzip.decompress((data / f"{split}-labels-idx1-ubyte.gz").read_bytes())[8:]
     return torch.from_numpy(np.frombuffer(raw, np.uint8).astype(np.int64))
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by five Newton–Schulz steps, a convolution being one matrix.
+    """Makes the momentum orthogonal by five Newton–Schulz steps; a convolution is one matrix.
 
     torch.optim.Muon takes matrices only. The update has the size of Adam's (Liu et al. 2025), so
     that one learning rate serves both.
@@ -80,14 +81,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def level_weights(alphas_cumprod: Tensor) -> Tensor:
-    """The probability of drawing each t while training."""
+    """Returns the probability of drawing each t during training."""
     ln_sigma = 0.5 * torch.log((1 - alphas_cumprod) / alphas_cumprod).double()
     weight = torch.exp(-0.5 * ((ln_sigma + 0.9) / 1.3) ** 2) * torch.gradient(ln_sigma)[0]
     return 0.9 * weight / weight.sum() + 0.1 / len(weight)
 
 
 class Objective(nn.Module):
-    """‖v_θ(x_t, t) − v‖², a mean per image."""
+    """The squared error of v_θ(x_t, t), averaged over each image."""
 
     def __init__(self, model: GarmentModel) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def held_out(model: nn.Module, x0: Tensor, weights: Tensor) -> float:
-    """The objective on images never trained on, always with the same noise."""
+    """Returns the objective on images outside the training set, always with the same noise."""
     g = torch.Generator().manual_seed(0)
     t = torch.multinomial(weights, len(x0), True, generator=g)
     eps = torch.randn(x0.shape, generator=g)
@@ -118,8 +119,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images a step, over all processes")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="weights to start from, as OUT has them")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
+    parser.add_argument("--start", type=Path, help="garments.safetensors of an earlier run")
+    parser.add_argument("--resume", action="store_true", help="continue from OUT/state.pt")
     args = parser.parse_args()
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -19,6 +19,7 @@ from fastddim.dropins.diffusers import (
     FastDDIMParallelScheduler,
     FastDDIMScheduler,
 )
+from fastddim.dropins.guided.step import Step
 from fastddim.loop import graph, trajectory
 from tests import diffusion
 from tests.loops import conditioned, drawn
@@ -463,7 +464,7 @@ def test_streams_do_not_share_tables_that_one_of_them_may_still_be_making(
     for stream in (1, 2, 1):
         now = SimpleNamespace(cuda_stream=stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device, now=now: now)
-        tables.append(guided._Step(diffusion, net, True, None, None, None, CUDA, 0.0).table)
+        tables.append(Step(diffusion, net, True, None, None, None, CUDA, 0.0).table)
     assert tables[0] is tables[2]
     assert tables[0] is not tables[1]
 

@@ -286,7 +286,7 @@ def test_a_shape_where_a_configuration_has_none(folder: Path) -> None:
     ("fields", "said"),
     [
         ({"_class_name": "UNet2DConditionModel"}, "must be of a UNet2DModel, got 'UNet2DCond"),
-        ({"class_embed_type": "timestep"}, "no class or its number, got class_embed_type = 'time"),
+        ({"class_embed_type": "timestep"}, "no class or a class number, got class_embed_type ="),
         ({"time_embedding_type": "fourier"}, "noise level"),
         ({"out_channels": 5}, "as many out_channels as in_channels, or twice as many, got 5 and 3"),
         ({"sample_size": None}, "must have a sample_size, n or [height, width], got None"),
@@ -390,8 +390,8 @@ def test_what_a_configuration_leaves_out_is_its_classes(folder: Path) -> None:
     ("fields", "said"),
     [
         ({"prediction_type": "flow_prediction"}, "prediction_type one of epsilon, v_prediction, s"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "a scheduler that knows β"),
-        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "a scheduler that knows β"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "a scheduler that has β"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "a scheduler that has β"),
         ({"beta_schedule": "laplacian"}, "beta_schedule must be linear, scaled_linear, squaredcos"),
         ({"beta_end": 2}, "beta_start and beta_end must satisfy"),
         ({"num_train_timesteps": "many"}, "num_train_timesteps must be an integer"),
@@ -409,12 +409,12 @@ def test_schedulers_refused(folder: Path, fields: dict[str, Any], said: str) -> 
 
 def test_without_a_scheduler_the_assumption_is_said_and_can_be_replaced(folder: Path) -> None:
     loaded = checkpoints.load(folder)
-    said = "no scheduler_config.json: taken to predict ε on linear noise, T = 1000"
+    said = "no scheduler_config.json: assumed to predict ε on linear noise, T = 1000"
     assert loaded.description.endswith(said)
     cosine = NoiseSchedule.cosine(100)
     told = checkpoints.load(folder, schedule=cosine, prediction="v")
     assert (told.schedule, told.prediction) == (cosine, "v")
-    assert told.description.endswith("v predicted as said, cosine noise, T = 100, as said")
+    assert told.description.endswith("v predicted as given, cosine noise, T = 100, as given")
     ermongroup = checkpoints.load(ERMONGROUP, shape=(3, 16, 16), prediction="sample")
     assert (ermongroup.prediction, ermongroup.schedule.name) == ("sample", "linear(0.0001, 0.02)")
     assert checkpoints.load(schedule=cosine).schedule is cosine
@@ -428,7 +428,7 @@ def test_without_a_scheduler_the_assumption_is_said_and_can_be_replaced(folder: 
 
 def test_images_that_are_latents_are_said_to_be(folder: Path) -> None:
     (folder / "vqvae").mkdir()
-    assert "in latents that vqvae/ decodes, which is not done" in (
+    assert "in latents, which vqvae/ would decode (not done here)" in (
         checkpoints.load(folder).description
     )
 
@@ -775,7 +775,7 @@ def test_flags_that_are_the_samplers(tmp_path: Path) -> None:
     assert many.ddim(2000).schedule is many.schedule
 
 
-UNKNOWN_SIZE = "does not tell the size of its images: say its shape (--shape), such as 3,32,32"
+UNKNOWN_SIZE = "does not contain the size of its images: give its shape (--shape), such as 3,32,32"
 
 
 def test_what_the_tensors_do_not_tell_is_asked_for(tmp_path: Path) -> None:
@@ -783,7 +783,7 @@ def test_what_the_tensors_do_not_tell_is_asked_for(tmp_path: Path) -> None:
     assert UNKNOWN_SIZE in refusal(GUIDED, config=written({"num_heads": 1}, tmp_path))
     message = refusal(GUIDED)
     assert "none of guided-diffusion's published networks" in message
-    assert "say them with --config FLAGS.json" in message
+    assert "give them with --config FLAGS.json" in message
 
 
 @pytest.mark.parametrize(
@@ -1018,7 +1018,10 @@ def test_guided_diffusions_sizes(
     loaded = on_meta(tmp_path / "a.pt")
     model, shape = network(loaded)
     assert shape == (3, size, size)
-    assert "taken to be as published: 64 channels a head, in the old order" in loaded.description
+    assert (
+        "assumed to be as published: 64 channels per head, old order of attention"
+        in loaded.description
+    )
     assert loaded.description.endswith("linear noise, T = 1000")
     if parameters is not None:
         assert sum(p.numel() for p in model.parameters()) == parameters
@@ -1078,7 +1081,8 @@ def test_a_model_of_ones_own(mine: str) -> None:
         x = loaded.ddim(2).sample(model, shape=(1, *shape), seeds=[0])
         assert torch.equal(x, DDIM(2).sample(lambda x, t: 0.5 * x, shape=(1, *shape), seeds=[0]))
     assert loaded.description == (
-        "model own.nets:net: 0.0 M parameters, 3x8x8, taken to predict ε on linear noise, T = 1000"
+        "model own.nets:net: 0.0 M parameters, 3x8x8, "
+        "assumed to predict ε on linear noise, T = 1000"
     )
     assert checkpoints.build(f"{mine}:sized").shape == (3, 4, 6)
     assert checkpoints.build(f"{mine}:Group.make").shape == (3, 4, 6)
@@ -1109,7 +1113,7 @@ def test_a_model_of_ones_own(mine: str) -> None:
         ("own.nets:imports", "No module named 'not_installed' ("),
         ("own.missing:f", "missing.py:2)"),
         ("own.broken:f", "failed: SyntaxError: invalid syntax (broken.py, line 1)"),
-        ("own.nets:alone", "does not say its shape: add --shape, such as 3,32,32"),
+        ("own.nets:alone", "does not return its shape: add --shape, such as 3,32,32"),
         ("own.nets:nothing", "must return a model, (model, (channels, height, width)) or a Loaded"),
         ("own.nets:wrong_size", "shape must be (channels, height, width), each ≥ 1, got (3, 4)"),
     ],

@@ -1,14 +1,15 @@
-"""diffusers' DDIM schedulers: the same configuration, the same calls, one pass a step.
+"""diffusers' DDIM schedulers: same configuration and calls, with one pass over memory a step.
 
     pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config)
 
-``DDIMPipeline`` makes a plain scheduler of whatever its constructor is given: assign afterwards.
+Assign the scheduler after constructing the pipeline: ``DDIMPipeline``'s constructor converts any
+scheduler to diffusers' own.
 """
 
 from __future__ import annotations
 
 try:
-    # A saved pipeline is loaded through this module, which must then know the classes' own base.
+    # diffusers loads a saved pipeline through this module, and looks SchedulerMixin up in it.
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 except ModuleNotFoundError as error:
     from fastddim.extras import explained
@@ -29,5 +30,5 @@ __all__ = (
 )
 
 for _class in (FastDDIMScheduler, FastDDIMParallelScheduler, FastDDIMInverseScheduler):
-    # diffusers writes the module's name into saved pipelines, which therefore name this package.
+    # diffusers writes ``__module__`` into saved pipelines: it must be this package's public path.
     _class.__module__ = __name__

@@ -1,4 +1,4 @@
-"""Both strategies read the same things of a scheduler, and offer it the same methods."""
+"""The interface of a strategy, and the state and helpers of schedulers that both strategies use."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 class Strategy(Protocol):
     """Decides how a scheduler takes its steps.
 
-    A strategy keeps nothing, so that schedulers can be copied and freed: each method is given the
-    scheduler.
+    A strategy has no state, so that schedulers can be copied and freed: each method takes the
+    scheduler as an argument.
     """
 
     def begin(self, scheduler: Base) -> None:
-        """Checks the configuration, and prepares what the original's constructor has made."""
+        """Checks the configuration, and changes the original's tensors where the strategy must."""
         ...
 
     def checked_seeds(self, seeds: Sequence[int] | Tensor | None) -> Tensor | None:
-        """Returns the seeds that ``use_seeds`` was given as the steps take them."""
+        """Checks the seeds of ``use_seeds``, and returns them as a tensor."""
         ...
 
     def set_timesteps(
@@ -62,7 +62,7 @@ class Strategy(Protocol):
         generator: Generators,
         noise: Tensor | None,
     ) -> tuple[Tensor, Tensor] | None:
-        """Returns (x_s, x0), or None where the original's own step has to be taken."""
+        """Returns (x_s, x0), or None if the scheduler must call the original's step."""
         ...
 
     def batch_step(
@@ -74,7 +74,7 @@ class Strategy(Protocol):
         eta: float,
         rederive: bool,
     ) -> Tensor | None:
-        """Returns x_s of samples at different timesteps, or None as ``step`` does."""
+        """Returns x_s of samples at different timesteps, or None, as ``step`` does."""
         ...
 
     def previous_timestep(self, scheduler: Base, timestep: int | Tensor) -> int:
@@ -91,11 +91,11 @@ class Strategy(Protocol):
 
 
 class Base:
-    """Holds what a strategy reads of a scheduler, under private names: the others are diffusers'.
+    """Holds the attributes and helpers that a strategy uses. Names without _ are diffusers'.
 
-    Many threads may step one scheduler, and many trajectories may take turns: what a step keeps
-    belongs to its thread (``_own``) or to the tensor it returned. All threads share what describes
-    the schedule: the timesteps and the seeds in use.
+    Many threads may step one scheduler, and many trajectories may take turns: the state that a
+    step keeps belongs to its thread (``_own``) or to the tensor it returned. All threads share the
+    schedule: the timesteps and the seeds in use.
     """
 
     if TYPE_CHECKING:
@@ -109,50 +109,51 @@ class Base:
     num_inference_steps: int | None
 
     _parent: Any
-    """This is the class of diffusers that the scheduler replaces."""
+    """The class of diffusers that the scheduler replaces."""
     _upwards = False
-    """The inverse scheduler goes from data up to noise."""
+    """True for the inverse scheduler, which steps from data to noise."""
     _ends = "final_alpha_cumprod"
+    """The attribute that ``_end`` reads."""
     _as_parent = True
-    """False where a subclass replaces a method that the original's step calls: that step runs."""
+    """False if a subclass overrides a method of the original's step, which then runs itself."""
     _seeds: Tensor | None = None
     _read: Chosen | None = None
     _tables: Cache | None = None
     _moved: tuple[Tensor, int, Tensor] | None = None
-    """``add_noise`` moves alphas_cumprod to a device. This holds the result, its version, and the
-    source."""
+    """``add_noise`` moves ``alphas_cumprod`` to a device. Here are the moved tensor, its version,
+    and the tensor before."""
     _own_memory: Own | None = None
 
     @property
     def _own(self) -> Own:
         found = self._own_memory
-        # Two threads that come here at once get the same object from setdefault.
+        # setdefault gives two threads the same object, even if both get here at once.
         return self.__dict__.setdefault("_own_memory", Own()) if found is None else found
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out tables and buffers, which copies and pickles make for themselves."""
+        """Leaves out tables and buffers, so that copies and pickles make their own."""
         own = ("_tables", "_own_memory", "_read", "_moved")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def _end(self) -> Any:
-        """Returns ᾱ where the last step ends, or where the first step up begins."""
+        """Returns ᾱ at the end of the last step, or at the start of the first inverse step."""
         return getattr(self, self._ends)
 
     def _abar(self) -> Tensor:
-        """Returns ``alphas_cumprod``, or what it was before ``add_noise`` moved it to a device."""
+        """Returns ``alphas_cumprod``, or the tensor before ``add_noise`` moved it to a device."""
         abar, moved = self.alphas_cumprod, self._moved
         if moved is not None and moved[0] is abar and moved[1] == version(abar):
             return moved[2]
         return abar
 
     def _note_moved(self, source: Tensor) -> None:
-        """Keeps what was moved, because reading it back would wait for the GPU."""
+        """Keeps the tensor before the move, because reading the moved one is a host sync."""
         abar = self.alphas_cumprod
         if abar is not source and (self._moved is None or self._moved[0] is not abar):
             self._moved = abar, version(abar), source
 
     def _chosen(self) -> Chosen:
-        """Returns the chosen timesteps as numbers, and reads them again only where they change."""
+        """Returns the chosen timesteps as numbers, read again only if they have changed."""
         read, timesteps = self._read, self.timesteps
         if read is not None and read.source.unchanged(timesteps):
             return read
@@ -166,10 +167,10 @@ class Base:
         return read
 
     def _row(self, timestep: Any) -> int | Tensor | None:
-        """Returns the timestep as a number where the host knows it, else as a tensor.
+        """Returns the timestep as a number if the host knows it, else as a tensor.
 
-        Pipelines take timesteps from ``self.timesteps``. The host knows such a one by its place
-        there, and need not wait for the device.
+        Pipelines take timesteps from ``self.timesteps``. The host recognises such an element by its
+        address, without waiting for the device. None stands for a value that is no timestep.
         """
         if isinstance(timestep, Tensor):
             if timestep.dim() or timestep.is_floating_point() or timestep.dtype == torch.bool:
@@ -193,7 +194,7 @@ class Base:
         return self.__dict__.setdefault("_tables", Cache()) if found is None else found
 
     def _drawn(self, like: Tensor, generator: Any) -> Tensor:
-        """Draws float32 normals as the original does, on a CPU into the same memory each time."""
+        """Draws float32 normals as the original does, on a CPU always into the same memory."""
         if like.device != CPU and _are_the_cpus(generator):
             drawn = randn_tensor(like.shape, generator=generator, device=CPU, dtype=torch.float32)
             return sent_pinned(drawn, like.device)
@@ -221,7 +222,7 @@ class Base:
         noise: Tensor | None = None,
         next_input: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes a step of checked arguments, and bounds x0 as the configuration says."""
+        """Takes a step without checks, and bounds x0 as the configuration demands."""
         config = self.config
         own = NAMES[config.prediction_type]
         clip = threshold = None
@@ -229,7 +230,7 @@ class Base:
             x0 = buffers.stepped(tables.table, x, output, rows, prediction=own, checked=True)[1]
             assert x0 is not None
             s = torch.quantile(x0.flatten(1).abs(), config.dynamic_thresholding_ratio, dim=1)
-            del x0  # The step below may then write this memory.
+            del x0  # The step below can then reuse this memory.
             threshold = s.clamp(min=1, max=config.sample_max_value)
         elif config.clip_sample:
             clip = config.clip_sample_range
@@ -251,7 +252,7 @@ class Base:
 
 
 def fits(scheduler: Base, output: Any, sample: Any) -> bool:
-    """Tells whether the fused step computes what the original's step would of these tensors."""
+    """Tells whether the fused step equals the original's step for these tensors."""
     config = scheduler.config
     return (
         scheduler.num_inference_steps is not None
@@ -277,14 +278,14 @@ def fits(scheduler: Base, output: Any, sample: Any) -> bool:
 def levels_fit(scheduler: Base) -> bool:
     """Tells whether the original computes the factors in float32.
 
-    It computes with a Python number in float64, and with tensors of other dtypes in theirs.
+    It computes in float64 with a Python number, and in the tensors' dtype if that is another.
     """
     abar, end = scheduler.alphas_cumprod, scheduler._end()
     return isinstance(end, Tensor) and end.dtype == abar.dtype == torch.float32 and not end.dim()
 
 
 def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: float) -> bool:
-    """Tells whether the fused step computes what ``batch_step_no_noise`` of the original would."""
+    """Tells whether the fused step equals ``batch_step_no_noise`` of the original."""
     return (
         not (torch.compiler.is_compiling() or transformed())
         and eta == 0
@@ -297,12 +298,12 @@ def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: f
 
 
 def has_grad(tensor: Tensor) -> bool:
-    """Tells whether autograd would follow what is computed from ``tensor``."""
+    """Tells whether autograd would record operations on ``tensor``."""
     return tensor.requires_grad and torch.is_grad_enabled()
 
 
 def like(tensor: Any, sample: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Tells whether it is a tensor of sample's shape and device, and of ``dtype`` or sample's."""
+    """Tells whether ``tensor`` has sample's shape and device, and ``dtype`` or sample's dtype."""
     return (
         isinstance(tensor, Tensor)
         and tensor.shape == sample.shape
@@ -312,6 +313,6 @@ def like(tensor: Any, sample: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def _are_the_cpus(generator: Any) -> bool:
-    """Tells whether it is a CPU's generator, or a list of them."""
+    """Tells whether ``generator`` is a CPU's, or a list of such generators."""
     each = generator if isinstance(generator, list) else [generator]
     return all(isinstance(g, torch.Generator) and g.device == CPU for g in each)

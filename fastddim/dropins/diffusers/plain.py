@@ -1,4 +1,4 @@
-"""The plain strategy takes the original's steps, with tables by its own float32 operations."""
+"""The plain strategy: the original's steps, from tables by the original's float32 operations."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fastddim.step.checked import transformed
 
 
 class Plain:
-    """Goes from t to t − T // S, and leaves to the original what it would compute otherwise."""
+    """Steps from t to t − T // S, and calls the original's step if the fused one would differ."""
 
     def begin(self, scheduler: Base) -> None:
-        """Checks nothing: the original takes any configuration."""
+        """Checks nothing, because the original accepts any configuration."""
 
     def checked_seeds(self, seeds: Sequence[int] | Tensor | None) -> Tensor | None:
         if seeds is not None:
@@ -92,7 +92,7 @@ class Plain:
     ) -> Tensor | None:
         if not batch_fits(scheduler, output, timesteps, sample, eta):
             return None
-        # The original ends a batch at ᾱ = 1, whatever its attribute says.
+        # The original ends a batch at ᾱ = 1, whatever the value of ``final_alpha_cumprod``.
         tables = _tables(scheduler, 0.0, sample.device, 1.0)
         if tables is None:
             return None
@@ -119,14 +119,14 @@ class Plain:
 def _tables(
     scheduler: Base, eta: float, device: torch.device, final: Tensor | float
 ) -> Tables | None:
-    """Returns the original's step from each timestep, negative ones as its indices count them.
+    """Returns the original's step from each timestep, by its own float32 operations.
 
-    The original's own float32 operations make them, on the device where it would compute. None is
-    returned where those are not float32.
+    A negative timestep counts from the end, as an index does in the original. The operations run
+    on the device where the original's would. Returns None if the original's are not float32.
     """
     abar, steps = scheduler.alphas_cumprod, scheduler.num_inference_steps
     T = scheduler.config.num_train_timesteps
-    # A batch ends at a number, everything else at a tensor.
+    # ``final`` is a number for a batch and a tensor for all other steps: never mix their tables.
     given = (eta, final.__class__), device, abar, final, (steps, T)
     found = scheduler._cache.found(*given)
     if found is not None or not levels_fit(scheduler):

@@ -1,4 +1,4 @@
-"""The three schedulers keep diffusers' constructors and methods, and ask a strategy for steps."""
+"""The three schedulers: diffusers' constructors and methods, whose steps a strategy takes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PLAIN, _STRICT = Plain(), Strict()
 
 
 class _Fast(Base):
-    """Holds what the three schedulers share. Their configuration says which strategy they use."""
+    """Base of the three schedulers. The configuration selects the strategy."""
 
     _result: type[Any]
 
@@ -40,7 +40,7 @@ class _Fast(Base):
 
     @classmethod
     def _get_compatibles(cls) -> list[Any]:
-        """Returns what the original is compatible with, the original, and this class."""
+        """Returns the original, the classes compatible with it, and this class."""
         return [*cls._parent._get_compatibles(), cls]
 
     def _begin(self) -> None:
@@ -50,10 +50,11 @@ class _Fast(Base):
         self._strategy.begin(self)
 
     def use_seeds(self, seeds: Sequence[int] | Tensor | None) -> None:
-        """From now on an image's noise comes from its own seed (strict only); None ends it.
+        """Makes later steps draw each image's noise from its own seed (strict only).
 
-        Steps then ignore ``generator``, which pipelines pass on. Where the noise of a step comes
-        from is described in ``fastddim.step.philox``; rows are counted along the chosen timesteps.
+        ``seeds`` has one integer per image; None returns to generators. With seeds, steps ignore
+        the ``generator`` that pipelines pass. ``fastddim.step.philox`` defines the noise of
+        (seed, row, element); the row of a step is its position in the chosen timesteps.
         """
         self._seeds = self._strategy.checked_seeds(seeds)
 
@@ -76,7 +77,7 @@ class _Fast(Base):
     def set_timesteps(
         self, num_inference_steps: int, device: str | torch.device | None = None
     ) -> None:
-        """Chooses timesteps as the original; ``strict`` takes exactly S distinct ones."""
+        """Chooses timesteps as the original does; ``strict`` chooses exactly S distinct ones."""
         self._strategy.set_timesteps(self, num_inference_steps, device)
         self._chosen()
         self._own.clear()
@@ -84,8 +85,8 @@ class _Fast(Base):
     def _output(self, found: tuple[Tensor, Tensor], return_dict: bool) -> Any:
         if not return_dict:
             return found
-        # The class's own constructor costs as much as a small step, because it looks at its fields
-        # each time. These are the attributes and items that it would leave.
+        # Calling the class would take as long as a small step, because its constructor inspects
+        # the fields each time. Set the attributes and items that the constructor would set.
         made_as: Any = self._result
         result = made_as.__new__(made_as)
         x_s, x0 = found
@@ -97,7 +98,7 @@ class _Fast(Base):
 
 
 class _FastForwards(_Fast):
-    """Holds the constructor and the step of the two schedulers that go from noise to data."""
+    """Constructor and step of the two schedulers that go from noise to data."""
 
     _result: type[Any] = DDIMSchedulerOutput
 
@@ -151,14 +152,14 @@ class _FastForwards(_Fast):
     def add_noise(
         self, original_samples: Tensor, noise: Tensor, timesteps: torch.IntTensor
     ) -> Tensor:
-        """Does as the original, which moves ``alphas_cumprod`` to the samples' device for good."""
+        """Calls the original, which moves ``alphas_cumprod`` to the samples' device for good."""
         source = self._abar()
         found = self._parent.add_noise(self, original_samples, noise, timesteps)
         self._note_moved(source)
         return cast(Tensor, found)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: torch.IntTensor) -> Tensor:
-        """Does as the original, which moves ``alphas_cumprod`` to the samples' device for good."""
+        """Calls the original, which moves ``alphas_cumprod`` to the samples' device for good."""
         source = self._abar()
         found = self._parent.get_velocity(self, sample, noise, timesteps)
         self._note_moved(source)
@@ -168,18 +169,19 @@ class _FastForwards(_Fast):
         """Returns the timestep that the step from ``timestep`` goes to, below 0 after the last.
 
         The original has no such method. Its step goes to t − T // S, whatever the next timestep
-        is, which the plain scheduler repeats; strict goes to the next of the chosen ones, and to
-        −1 after the last. ``_get_variance(t, previous_timestep(t))`` is σ² of that step at η = 1.
+        is, and the plain scheduler's step does the same. A strict step goes to the next of the
+        chosen timesteps, and to −1 after the last. ``_get_variance(t, previous_timestep(t))`` is
+        σ² of that step at η = 1.
         """
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps first: no timesteps are chosen")
         return self._strategy.previous_timestep(self, timestep)
 
     def _get_variance(self, timestep: int | Tensor, prev_timestep: Any) -> Tensor:
-        """Returns σ² at η = 1 as the original; with ``strict``, of the step which is taken.
+        """Returns σ² at η = 1 as the original does; with ``strict``, σ² of the strict step.
 
-        Strict refuses any ``prev_timestep`` but the one its step goes to: code that computes it as
-        t − T // S would find another mean and another variance than the samples have.
+        Strict accepts only the ``prev_timestep`` that its step goes to. With t − T // S, code would
+        compute another mean and another variance than those of the samples.
         """
         return self._strategy.variance(self, timestep, prev_timestep)
 
@@ -194,7 +196,7 @@ class _FastForwards(_Fast):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Returns (prev_sample, pred_original_sample) as the original's ``step``; see the class."""
+        """Returns (prev_sample, pred_original_sample), as the original's ``step`` does."""
         found = self._strategy.step(
             self,
             model_output,
@@ -221,18 +223,20 @@ class _FastForwards(_Fast):
 
 
 class FastDDIMScheduler(_FastForwards, DDIMScheduler):
-    """``diffusers.DDIMScheduler`` with the step as one pass over memory.
+    """``diffusers.DDIMScheduler`` with a step that is one pass over memory.
 
-    The same configuration, attributes and arguments; in float32 the same results, bit for bit on
-    a CPU, and the same draws from the generators. Anything but float32 samples of one shape
-    without gradients is the original's own step.
+    The class takes the original's configuration and arguments, and has its attributes. In float32
+    its results equal the original's, bit for bit on a CPU, and it draws the same normals from the
+    generators. The original's own step runs for other dtypes, for samples and outputs of different
+    shapes, and under autograd.
 
     Args:
-        strict: the schedule done right, kept in the saved configuration. Each step goes to the
-            next of the chosen timesteps, of which there are exactly S for every spacing, the last
-            to ``final_alpha_cumprod``; an η too large is refused; a terminal SNR of zero stays
-            finite; coefficients are float64's; half precision samples keep a float32 state from
-            step to step; noise may come from a seed for each image (``use_seeds``).
+        strict: whether the steps follow the papers; kept in the saved configuration. Each strict
+            step goes to the next of the chosen timesteps. There are exactly S of them for every
+            spacing, and the last step goes to ``final_alpha_cumprod``. An η that would give NaN is
+            refused, and a terminal SNR of zero gives finite results. Coefficients are computed in
+            float64, and half precision samples keep a float32 state from step to step. Noise may
+            come from one seed per image (``use_seeds``).
 
     All other arguments are the original's.
     """
@@ -241,7 +245,7 @@ class FastDDIMScheduler(_FastForwards, DDIMScheduler):
 
 
 class FastDDIMParallelScheduler(_FastForwards, DDIMParallelScheduler):
-    """``diffusers.DDIMParallelScheduler`` likewise: samples at different timesteps in one pass."""
+    """``FastDDIMScheduler`` in place of ``diffusers.DDIMParallelScheduler``."""
 
     _parent = DDIMParallelScheduler
     _result = DDIMParallelSchedulerOutput
@@ -249,7 +253,7 @@ class FastDDIMParallelScheduler(_FastForwards, DDIMParallelScheduler):
     def _get_variance(
         self, timestep: int | Tensor, prev_timestep: int | Tensor | None = None
     ) -> Tensor:
-        """Returns it as ``FastDDIMScheduler``; by default of the step taken from ``timestep``."""
+        """Returns σ² as ``FastDDIMScheduler`` does, by default of the step from ``timestep``."""
         return super()._get_variance(timestep, prev_timestep)
 
     def _batch_get_variance(self, t: Tensor, prev_t: Tensor) -> Tensor:
@@ -266,7 +270,7 @@ class FastDDIMParallelScheduler(_FastForwards, DDIMParallelScheduler):
     ) -> Tensor:
         """Returns x_s of each sample from its own timestep, as the original does (η = 0).
 
-        The original ends at ᾱ = 1 here whatever ``set_alpha_to_one`` says; ``strict`` does not.
+        The original ignores ``set_alpha_to_one`` here and ends at ᾱ = 1; ``strict`` obeys it.
         """
         x_s = self._strategy.batch_step(
             self, model_output, timesteps, sample, eta, use_clipped_model_output
@@ -279,10 +283,11 @@ class FastDDIMParallelScheduler(_FastForwards, DDIMParallelScheduler):
 
 
 class FastDDIMInverseScheduler(_Fast, DDIMInverseScheduler):
-    """``diffusers.DDIMInverseScheduler`` likewise: from data to noise.
+    """``FastDDIMScheduler`` in place of ``diffusers.DDIMInverseScheduler``: from data to noise.
 
-    With ``strict`` each step comes from the timestep chosen before it, the first from data, so
-    that it is the mirror of ``FastDDIMScheduler(strict=True)``; ``linspace`` works as well.
+    With ``strict``, each step starts at the timestep where the step before it ended, and the first
+    starts at data. The steps therefore mirror those of ``FastDDIMScheduler(strict=True)``, and
+    ``linspace`` works too.
     """
 
     _parent = DDIMInverseScheduler
@@ -333,7 +338,7 @@ class FastDDIMInverseScheduler(_Fast, DDIMInverseScheduler):
         sample: Tensor,
         return_dict: bool = True,
     ) -> Any:
-        """Returns (prev_sample, pred_original_sample) as the original's ``step``; see the class."""
+        """Returns (prev_sample, pred_original_sample), as the original's ``step`` does."""
         found = self._strategy.step(self, model_output, timestep, sample, 0.0, False, None, None)
         if found is None:
             return self._parent.step(self, model_output, timestep, sample, return_dict)

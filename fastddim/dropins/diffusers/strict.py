@@ -1,4 +1,4 @@
-"""The strict strategy goes from each chosen timestep to the next, with factors of float64."""
+"""The strict strategy: each step goes to the next chosen timestep, with factors of float64."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from fastddim.step.checked import OUTPUTS, check_untransformed, transformed
 from fastddim.timesteps import Pair, make_pairs
 
 NEARLY_ZERO = 2.0**-24
-"""An ε model's ᾱ_T takes this value where the schedule ends at 0, because ε alone says nothing of
-x0 there. diffusers' own Euler and DDPM schedulers use it too."""
+"""The ᾱ_T of an ε model whose schedule ends at 0: there, x_t = ε does not determine x0. diffusers'
+own Euler and DDPM schedulers use this value too."""
 
 _SHADOWS = Shadows()
-"""This holds the float32 states of half precision samples that strict steps have returned."""
+"""The float32 states of half precision samples that strict steps have returned."""
 
 
 class Strict:
-    """Goes along the chosen timesteps, and refuses what it cannot honour."""
+    """Steps along the chosen timesteps, and refuses arguments that it cannot honour."""
 
     def begin(self, scheduler: Base) -> None:
         config = scheduler.config
@@ -146,7 +146,7 @@ class Strict:
 def tables_of(
     scheduler: Base, eta: float, device: torch.device, read: Chosen | None = None
 ) -> Tables:
-    """Returns each step to the next of the chosen timesteps, by ``make_table``."""
+    """Returns the tables of the steps from each chosen timestep to the next, by ``make_table``."""
     chosen = scheduler._chosen() if read is None else read
     prediction = scheduler.config.prediction_type
 
@@ -162,10 +162,10 @@ def tables_of(
         row_of[t] = place
     to_eps = None
     if scheduler._upwards and prediction != "epsilon":
-        # The model is told the level where the step goes, and its output belongs to it.
-        told = schedule.alphas_cumprod[chosen.levels]
-        zeros, ones = np.zeros_like(told), np.ones_like(told)
-        to_eps = _with_nan(pack(told, zeros, zeros, ones))
+        # The model is called with the timestep where the step ends, and its output belongs to it.
+        abar_s = schedule.alphas_cumprod[chosen.levels]
+        zeros, ones = np.zeros_like(abar_s), np.ones_like(abar_s)
+        to_eps = _with_nan(pack(abar_s, zeros, zeros, ones))
     return scheduler._cache.keep(*given, Made(table, row_of, to_eps))
 
 
@@ -179,13 +179,13 @@ def _stepped(
     generator: Generators,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    # The inverse adds no noise, so that seeds say nothing there.
+    # The inverse scheduler adds no noise, and therefore ignores seeds.
     seeds = None if scheduler._upwards else scheduler._seeds
     _check_step(scheduler, output, sample, eta, noise, seeds)
     chosen = scheduler._chosen()
     tables = tables_of(scheduler, float(eta), sample.device, chosen)
     place = _place(scheduler, timestep, chosen)
-    # PyTorch reads an index of no dimensions as a number, which waits: give it one dimension.
+    # PyTorch turns an index of no dimensions into a number, a host sync: give it one dimension.
     rows = place
     if isinstance(place, Tensor):
         rows = tables.rows_at(place.view(1)).expand(len(sample))
@@ -195,7 +195,7 @@ def _stepped(
         noise = scheduler._drawn(x, generator)
     if seeds is not None and seeds.device != sample.device:
         moved = sent(seeds, sample.device)
-        if scheduler._seeds is seeds:  # Another thread may have put in others.
+        if scheduler._seeds is seeds:  # Another thread may have set other seeds.
             scheduler._seeds = moved
         seeds = moved
     own = scheduler._own
@@ -227,7 +227,7 @@ def _stepped(
 
 
 _untraced: Any = torch.compiler.disable(_stepped)
-"""torch.compile leaves this call as it is, in the middle of what it traces."""
+"""The step behind a graph break: torch.compile does not trace this call."""
 
 
 def _check_step(
@@ -238,7 +238,7 @@ def _check_step(
     noise: Tensor | None,
     seeds: Tensor | None,
 ) -> None:
-    """Refuses in one line what a step cannot take."""
+    """Refuses arguments that a step cannot take."""
     if (
         scheduler.num_inference_steps is not None
         and seeds is None
@@ -253,7 +253,7 @@ def _check_step(
         and not torch.is_grad_enabled()
         and not transformed()
     ):
-        return  # as nearly always
+        return  # The common case: skip the checks below.
     if scheduler.num_inference_steps is None:
         raise ValueError("call set_timesteps before step: no timesteps are chosen")
     check_untransformed("step with strict=True")
@@ -274,7 +274,8 @@ def _check_step(
         )
     if seeds is not None and len(seeds) != len(sample):
         raise ValueError(
-            f"sample must hold one for each of the {len(seeds)} seeds in use, got {len(sample)}"
+            f"sample must have one image for each of the {len(seeds)} seeds in use, "
+            f"got {len(sample)}"
         )
     if noise is not None and not like(noise, sample, getattr(noise, "dtype", None)):
         is_one = isinstance(noise, Tensor)
@@ -292,7 +293,7 @@ def _check_step(
 
 
 def _place(scheduler: Base, timestep: Any, chosen: Chosen) -> int | Tensor:
-    """Returns which of the chosen timesteps it is, or a tensor where the host does not know."""
+    """Returns the position of ``timestep``, or the timestep if only the device knows it."""
     t = scheduler._row(timestep)
     if isinstance(t, Tensor):
         position = chosen.position(t)
@@ -309,20 +310,20 @@ def _place(scheduler: Base, timestep: Any, chosen: Chosen) -> int | Tensor:
     position = chosen.position(timestep)
     if position is None or chosen.levels[position] != t:
         raise ValueError(
-            f"timestep must be an element of scheduler.timesteps itself where the list has it "
+            f"timestep must be an element of scheduler.timesteps itself if the list has it "
             f"more than once, got {t}, which is there {times} times"
         )
     return position
 
 
 def _levels(scheduler: Base) -> tuple[NoiseSchedule, float]:
-    """Returns ᾱ in float64, and the end's ᾱ.
+    """Returns ᾱ as a float64 schedule, and ᾱ at the end of the last step.
 
-    They are read from ``alphas_cumprod``. Where that is the float32 product of ``betas``, which
-    has rounded at every factor, the product is taken again in float64.
+    ᾱ comes from ``alphas_cumprod``. If that is the float32 product of ``betas``, which is rounded
+    at every factor, the product is computed again in float64.
     """
     abar, betas, end = scheduler._abar(), scheduler.betas, scheduler._end()
-    if abar.is_meta:  # It was made under torch.device("meta").
+    if abar.is_meta:  # The scheduler was made under torch.device("meta").
         made_as: Any = type(scheduler)
         with CPU:
             again = made_as.from_config(scheduler.config)
@@ -344,7 +345,7 @@ def _levels(scheduler: Base) -> tuple[NoiseSchedule, float]:
 
 
 def _pairs(scheduler: Base, chosen: Chosen) -> list[Pair]:
-    """Returns the (t, s) of each step, in order; towards noise t is where the last step ended."""
+    """Returns the (t, s) of each step in order; −1 stands for data."""
     levels, T = chosen.levels, len(scheduler.alphas_cumprod)
     for t in levels:
         if not 0 <= t < T:
@@ -355,13 +356,13 @@ def _pairs(scheduler: Base, chosen: Chosen) -> list[Pair]:
 
 
 def _make_finite(levels: Any, config: Any) -> None:
-    """Replaces an ε model's ᾱ_T in place where it is 0: see ``NEARLY_ZERO``."""
+    """Replaces an ε model's ᾱ_T in place if it is 0; see ``NEARLY_ZERO``."""
     if config.prediction_type == "epsilon" and len(levels) > 1 and levels[-1] <= 0:
         levels[-1] = min(NEARLY_ZERO, float(levels[-2]) / 2)
 
 
 def _with_nan(table: Any) -> Tensor:
-    """Returns the table with one more row, of NaN."""
+    """Returns the table with an additional row of NaN."""
     rows = torch.from_numpy(table)
     return torch.cat([rows, rows.new_full((1, rows.shape[1]), torch.nan)])
 
@@ -369,7 +370,7 @@ def _with_nan(table: Any) -> Tensor:
 def _timesteps(config: Any, steps: int, T: int) -> list[int]:
     """Returns exactly S distinct timesteps, rising.
 
-    ``steps_offset`` moves the leading ones as far as it can without leaving the schedule.
+    ``steps_offset`` shifts those of "leading", but never beyond the schedule's last timestep.
     """
     chosen = sorted(t for t, _ in make_pairs(config.timestep_spacing, steps, T))
     if config.timestep_spacing == "leading":

@@ -1,4 +1,4 @@
-"""Tables of coefficients are made once, and again where the tensors behind them change."""
+"""Cached tables of coefficients, made again when the tensors behind them change."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ CPU = torch.device("cpu")
 
 
 def version(tensor: Tensor) -> int:
-    """Returns how often it was written in place, or 0 where inference mode does not count."""
+    """Returns how often ``tensor`` was written in place, or 0 for an inference tensor."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class Source:
-    """Remembers what a small tensor held when tables were made from it.
+    """Remembers the values that a small tensor had when tables were made from it.
 
-    On a CPU its bytes are compared, because the version counter does not count
-    ``x.data[...] = 0``. On a GPU reading them would wait for the device: there the version decides.
+    On a CPU the bytes are compared, because the version counter does not count
+    ``x.data[...] = 0``. On a GPU, reading the bytes is a host sync; the version counter decides.
     """
 
     __slots__ = ("_address", "_bytes", "_version", "_view", "tensor")
@@ -35,7 +35,7 @@ class Source:
         try:
             self._view = tensor.detach().numpy()
         except (RuntimeError, TypeError, AttributeError):
-            return  # It is not on a CPU, or NumPy has no such dtype.
+            return  # The tensor is not on a CPU, or NumPy lacks its dtype.
         self._bytes, self._address = self._view.tobytes(), tensor.data_ptr()
 
     def unchanged(self, tensor: Any) -> bool:
@@ -44,32 +44,32 @@ class Source:
             return False
         if self._view is None:
             return version(tensor) == self._version
-        same_memory = tensor.data_ptr() == self._address  # ``x.data = ...`` changes it.
+        same_memory = tensor.data_ptr() == self._address  # ``x.data = ...`` changes the address.
         return same_memory and bool(self._view.tobytes() == self._bytes)
 
 
 class Tables(NamedTuple):
-    """Holds the coefficients of every step a scheduler may be asked for, on the samples' device."""
+    """The coefficients of every step that a scheduler can take, on the samples' device."""
 
     table: Tensor
     row_of: Tensor | None
-    """Strict keeps the row of each timestep here, and of one more. Timesteps that are not chosen,
-    or are chosen more than once, have the last row, which is of NaN."""
+    """The row of each timestep (strict only). A timestep that is not chosen, or is chosen more than
+    once, has the last row, which is NaN; so has the additional last entry."""
     to_eps: Tensor | None
-    """These rows turn the model's output into ε, where strict goes towards noise without one."""
+    """Rows that turn the output of a v or x0 model into ε (strict inversion only)."""
 
     def rows_at(self, t: Tensor) -> Tensor:
-        """Returns strict's row of each of these timesteps, without waiting for the device.
+        """Returns the row of each of these timesteps without a host sync (strict only).
 
-        A number that is no timestep at all gets the row of NaN as well: −1 counts from the end,
-        and an index beyond it would end the process's use of the GPU.
+        A number that is no timestep gets the row of NaN, at index −1: an index out of range would
+        make the GPU unusable for the process.
         """
         assert self.row_of is not None
         return self.row_of[t.long().clamp(-1, len(self.row_of) - 1)]
 
 
 class Made(NamedTuple):
-    """Holds tables as they are made, on any device; ``Tables`` says what the three are."""
+    """Newly made tables, on any device; ``Tables`` describes the three fields."""
 
     table: Tensor
     row_of: Tensor | None = None
@@ -77,7 +77,7 @@ class Made(NamedTuple):
 
 
 class Cache:
-    """Keeps tables until something behind them changes."""
+    """Keeps tables until a tensor or a setting behind them changes."""
 
     def __init__(self) -> None:
         self._held: dict[Any, tuple[Any, Source, Any, Tables]] = {}
@@ -86,9 +86,9 @@ class Cache:
     def found(
         self, key: Any, device: torch.device, abar: Tensor, end: Any, settings: Any
     ) -> Tables | None:
-        """Returns the tables of this key, where ᾱ, the end's ᾱ and the settings are as they were.
+        """Returns the tables of this key if ᾱ, the end's ᾱ and the settings have not changed.
 
-        Users may write into ``abar`` and ``end``, which are tensors; ``end`` may be a number.
+        ``abar`` is a tensor and ``end`` a tensor or a number. Users may write to the tensors.
         """
         latest, held = self._latest
         if latest != (key, device):
@@ -103,7 +103,7 @@ class Cache:
     def keep(
         self, key: Any, device: torch.device, abar: Tensor, end: Any, settings: Any, made: Made
     ) -> Tables:
-        """Keeps what was made of these, and returns it on the device."""
+        """Moves ``made`` to the device, keeps the tables and returns them."""
         if len(self._held) >= 16:
             self._held.clear()
         tables = Tables(
@@ -113,27 +113,29 @@ class Cache:
         held = settings, Source(abar), ends, tables
         place = _place(key, device)
         self._held[place] = held
-        if len(place) == 2:  # and belongs to no stream
+        if (
+            len(place) == 2
+        ):  # A place with a stream has three parts, and depends on the current stream.
             self._latest = place, held
         return tables
 
 
 def _place(key: Any, device: torch.device) -> Any:
-    # Another stream would have to wait for the one that makes the tables.
+    # Another stream would have to wait for the stream that makes the tables.
     return (key, device) if device.type == "cpu" else (key, device, stream_of(device))
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """Holds ``timesteps`` as they were read last; two are equal if they are the same object."""
+    """The chosen timesteps as last read. Two objects are equal only if they are the same object."""
 
     source: Source
     levels: list[int]
     place: dict[int, int]
-    """Each timestep that occurs once has its position here."""
+    """The position of each timestep that occurs once."""
 
     def position(self, timestep: Any) -> int | None:
-        """Returns where in ``timesteps`` this tensor is, if it is an element of it and no copy."""
+        """Returns the position of ``timestep`` if it is an element of the list, not a copy."""
         whole = self.source.tensor
         if not isinstance(timestep, Tensor) or timestep.dtype != whole.dtype:
             return None

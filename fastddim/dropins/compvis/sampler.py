@@ -1,73 +1,58 @@
-"""DDIMSampler of CompVis' latent-diffusion and stable-diffusion: the same calls, fewer passes.
-
-    from fastddim.dropins.compvis import DDIMSampler
-
-It knows their model by what it has, and imports nothing of theirs.
-"""
+"""CompVis' sampler: its loops and its step, which call the model and take the fused step."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.check import finite, kind, shown, whole
+from fastddim.check import finite, kind, whole
 from fastddim.coefficients import Prediction
-from fastddim.dropins._shared import C1, Buffers, Own, checked_factors, pack_rows, passed_over
-from fastddim.loop.model import shapes, stack
+from fastddim.dropins._shared import C1, Buffers, Own, passed_over
+from fastddim.dropins.compvis.checks import check_mask, check_output, check_state
+from fastddim.dropins.compvis.schedule import Schedule, forward_table, make_schedule
+from fastddim.loop.model import stack
 from fastddim.step.checked import OUTPUTS, check_untransformed
 
 PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
 
 
-class _Schedule(NamedTuple):
-    """What ``make_schedule`` chose; a loop that has begun keeps to its own."""
-
-    steps: npt.NDArray[np.int64]
-    eta: float
-    table: Tensor
-    rows: Tensor
-    to_halves: Tensor
-    """The step in two halves, for what may come between them: to (ε, x0), and from (x0, ε) on,
-    with noise that has its factor already."""
-    from_halves: Tensor
-    forward: Tensor
-
-
 class _Own(Own):
-    """What the sampler keeps for one thread."""
+    """Holds one thread's buffers and schedules."""
 
-    made: _Schedule | None = None
+    made: Schedule | None = None
     """The schedule that this thread made last."""
-    running: _Schedule | None = None
-    """That of the loop that runs in this thread."""
+    running: Schedule | None = None
+    """The schedule of the loop that this thread runs. The loop keeps it to the end."""
 
 
 class DDIMSampler:
-    """Their sampler, bit-identical in float32 on the same device, generator included.
+    """Samples as CompVis' ``DDIMSampler`` does: bit-identical in float32 on the same device.
 
-    On whatever device the model is. Nothing is printed and there is no progress bar: ``callback``
-    is called after each step. What a call returned is written again by a later step once nobody
-    holds it. Threads may share a sampler: ``sample`` goes by the schedule that it made itself,
-    everything else by the one that was made last, by whichever thread.
+    The generator ends in the same state. The sampler runs on the model's device. It prints
+    nothing and shows no progress bar; ``callback`` is called after each step. A later step may
+    reuse the memory of a returned tensor once nobody references the tensor. Threads may share a
+    sampler: ``sample`` uses the schedule that its own call made, and every other method uses the
+    schedule that any thread made last.
 
     Args:
-        model: a LatentDiffusion, or what has its ``num_timesteps``, ``alphas_cumprod`` and
-            ``apply_model(x, t, c)``. Masks want its ``q_sample(x0, t)``, ``quantize_x0`` its
+        model: a LatentDiffusion, or an object with its ``num_timesteps``, ``alphas_cumprod`` and
+            ``apply_model(x, t, c)``. A mask needs its ``q_sample(x0, t)``, ``quantize_x0`` its
             ``first_stage_model.quantize``, and ``parameterization == "v"`` its
             ``sqrt_alphas_cumprod`` and ``sqrt_one_minus_alphas_cumprod``.
-        schedule, device: read no more than in the originals, or not needed.
+        schedule: kept as an attribute and never read, as in the original.
+        device: ignored; Stability AI's version has this argument.
 
     Attributes:
         ddim_timesteps, ddim_alphas, ddim_alphas_prev, ddim_sigmas, ddim_sqrt_one_minus_alphas:
-            as ``make_schedule`` of the original leaves them; what is changed in them later
-            changes no step.
+            the values that the original's ``make_schedule`` leaves. Assigning to them changes no
+            step.
     """
 
     ddim_timesteps: npt.NDArray[np.int64]
@@ -83,11 +68,11 @@ class DDIMSampler:
                 f"output the original reads as ε"
             )
         self._prediction: Prediction = PREDICTIONS[parameterization]
-        self._schedule: _Schedule | None = None
+        self._schedule: Schedule | None = None
         self._own_memory: _Own | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies of a sampler have memory of their own."""
+        """Leaves out the buffers, so that a copy of the sampler makes its own."""
         return self.__dict__ | {"_own_memory": None}
 
     @property
@@ -108,66 +93,30 @@ class DDIMSampler:
 
             uniform: range(0, T, T // S) + 1        quad: int(linspace(0, √(0.8·T), S)²) + 1
 
-        as the original has them: one too high, and for some S more than S of them (500 for 400
-        of 1000). The last step goes to ᾱ_0, and adds noise where η > 0.
+        These are the original's timesteps: each is one too high, and some S give more than S of
+        them (S = 400 of T = 1000 gives 500). The last step goes to ᾱ_0, and adds noise if η > 0.
+
+        Args:
+            ddim_num_steps: S, in [1, T].
+            ddim_discretize: ``"uniform"`` or ``"quad"``.
+            ddim_eta: η ≥ 0.
+            verbose: ignored, because nothing is printed.
 
         Raises:
-            TypeError, ValueError: naming the argument, the value and what is allowed. Where the
-                timesteps run past T − 1, the nearest S that work; where the original would give
-                NaN for a large η, the largest that works.
+            TypeError, ValueError: naming the argument, the value and what is allowed. If the
+                timesteps exceed T − 1, the message names the nearest S that work; if the original
+                would give NaN for this η, it names the largest η that works.
         """
         check_untransformed("make_schedule")
         T, eta = self.ddpm_num_timesteps, finite("ddim_eta", ddim_eta)
         if eta < 0:
             raise ValueError(f"ddim_eta must be ≥ 0, got {eta:g}")
-        steps = _timesteps(ddim_num_steps, ddim_discretize, T)
-        abar = self.model.alphas_cumprod.detach()
-        if abar.shape != (T,):
-            raise ValueError(
-                f"model.alphas_cumprod must have shape ({T},), model.num_timesteps, "
-                f"got {tuple(abar.shape)}"
-            )
-        device, abar = abar.device, abar.cpu()
-        alphas = abar[torch.from_numpy(steps)]
-        # As numpy and PyTorch share the work there: in float64, unless there is but one step, and
-        # but for this reciprocal.
-        alphas_prev = np.array([float(abar[0]), *alphas[:-1].tolist()])
-        alphas_prev = alphas_prev if len(steps) > 1 else abar[:1].numpy()
-        rest = (1 - alphas).reciprocal().numpy().astype(alphas_prev.dtype)
-        ratio = alphas.numpy().astype(alphas_prev.dtype) / alphas_prev
-        sigmas = torch.from_numpy(np.sqrt((1 - alphas_prev) * rest * (1 - ratio)))
-        one_minus = torch.from_numpy(np.sqrt((1 - alphas).numpy()))
-
-        def float32(tensor: Tensor) -> Tensor:
-            return tensor.detach().float().to(device)
-
-        at, at_prev = float32(alphas), float32(torch.from_numpy(alphas_prev))
-
-        def factors(eta: float) -> tuple[Tensor, Tensor]:
-            c1 = float32(eta * sigmas)
-            return c1, (1 - at_prev - c1**2).sqrt()
-
-        c1, c2 = checked_factors(factors, eta, f"these {len(steps)} steps")
-        a_t, b_t, a_s = at.sqrt(), float32(one_minus), at_prev.sqrt()
-        zero, one = torch.zeros_like(at), torch.ones_like(at)
-        forward = pack_rows(one, zero, a_t, zero, b_t)
-        if self._prediction == "v":
-            levels = torch.from_numpy(steps).to(device)
-            a_t = float32(self.model.sqrt_alphas_cumprod)[levels]
-            b_t = float32(self.model.sqrt_one_minus_alphas_cumprod)[levels]
-        self._own.made = self._schedule = _Schedule(
-            steps,
-            eta,
-            pack_rows(a_t, b_t, a_s, c1, c2),
-            torch.arange(len(steps), dtype=torch.int32, device=device),
-            pack_rows(a_t, b_t, zero, zero, one),
-            pack_rows(one, zero, a_s, one, c2),
-            forward,
-        )
-        self.ddim_timesteps = steps
-        self.ddim_alphas, self.ddim_alphas_prev = alphas.to(device), alphas_prev
-        self.ddim_sigmas = eta * sigmas
-        self.ddim_sqrt_one_minus_alphas = one_minus.to(device)
+        made = make_schedule(self.model, T, ddim_num_steps, ddim_discretize, eta, self._prediction)
+        self._own.made = self._schedule = made
+        self.ddim_timesteps = made.steps
+        self.ddim_alphas, self.ddim_alphas_prev = made.alphas, made.alphas_prev
+        self.ddim_sigmas = made.sigmas
+        self.ddim_sqrt_one_minus_alphas = made.sqrt_one_minus
 
     @torch.no_grad()
     def sample(
@@ -194,31 +143,34 @@ class DDIMSampler:
         unconditional_conditioning: Any = None,
         **ignored: Any,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """x_T → samples, through ``make_schedule`` and ``ddim_sampling``.
+        """Samples from x_T to data, by ``make_schedule`` and ``ddim_sampling``.
 
         Args:
-            S: DDIM steps, always uniform.
-            batch_size, shape: of the samples: (batch_size, *shape).
-            conditioning: what ``apply_model`` gets: a tensor, or lists and mappings of them.
-            callback: ``callback(i)`` after step i; ``img_callback(x0, i)`` with the predicted x0.
-            normals_sequence: refused, as the original reads none.
-            quantize_x0: each x0 goes through ``first_stage_model.quantize``.
+            S: the number of DDIM steps, which are always uniform.
+            batch_size, shape: the samples have the shape (batch_size, *shape).
+            conditioning: the c of ``apply_model``: a tensor, or lists and mappings of tensors.
+            callback: ``callback(i)`` is called after step i.
+            normals_sequence: refused, because the original ignores it.
+            img_callback: ``img_callback(x0, i)`` is called after step i with the predicted x0.
+            quantize_x0: whether ``first_stage_model.quantize`` replaces each x0.
             eta: η ≥ 0.
-            mask, x0: before each step what ``mask`` covers (1) is ``x0`` at that step's level.
-            temperature: scales the noise; ``noise_dropout`` is the share of it left out, the rest
-                scaled up (``torch.nn.functional.dropout``).
-            score_corrector: its ``modify_score(model, ε, x, t, c, **corrector_kwargs)`` stands in
-                ε's place.
+            mask, x0: before each step, where ``mask`` is 1 the state is replaced by ``x0`` at that
+                step's noise level.
+            temperature: the factor of the noise.
+            noise_dropout: the share of the noise that becomes 0; the rest is scaled up
+                (``torch.nn.functional.dropout``).
+            score_corrector: its ``modify_score(model, ε, x, t, c, **corrector_kwargs)`` replaces ε.
+            verbose: ignored, because nothing is printed.
             x_T: float32, bfloat16 or float16; drawn if not given. Never written.
-            log_every_t: the states whose index counted from the end is a multiple of it are kept,
-                and the first.
-            unconditional_guidance_scale: w in u + w·(c − u) where there is an
-                ``unconditional_conditioning``, of the same form as ``conditioning``; then the
-                model is asked once for both, without the condition first.
-            ignored: ``quantize_denoised`` (their own callers pass it, and it is not read).
+            log_every_t: the returned lists hold the results of the first step, and of each step
+                whose index, counted from the end, is a multiple of this number.
+            unconditional_guidance_scale: w in u + w·(c − u), if there is an
+                ``unconditional_conditioning``, which has the same form as ``conditioning``. The
+                model is then called once on both conditions, the unconditional one first.
+            ignored: ``quantize_denoised``, which CompVis' own scripts pass; any other is refused.
 
         Returns:
-            (samples, {"x_inter": states, "pred_x0": predicted x0}), both lists beginning with x_T.
+            (samples, {"x_inter": states, "pred_x0": predicted x0}); both lists begin with x_T.
 
         Raises:
             TypeError, ValueError: naming the argument, the value and what is allowed.
@@ -274,12 +226,20 @@ class DDIMSampler:
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """``sample`` on the schedule there is, to the shape (batch, ...).
+        """Samples as ``sample`` does, on the schedule that ``make_schedule`` chose.
 
-        ``timesteps``: about so many of the first ones, one fewer, as the original counts.
+        Args:
+            cond: the ``conditioning`` of ``sample``.
+            shape: the shape of the samples, (batch, ...).
+            ddim_use_original_steps: must be False, because the original fails with it.
+            timesteps: how many of the lowest timesteps to take, from ``x_T`` on. The original
+                takes one fewer than this number, and so does this method.
+            quantize_denoised: the ``quantize_x0`` of ``sample``.
+
+        All other arguments, the result and what is raised are those of ``sample``.
         """
         schedule = self._made()
-        given = {
+        options = {
             "quantize_denoised": quantize_denoised,
             "temperature": temperature,
             "noise_dropout": noise_dropout,
@@ -294,11 +254,11 @@ class DDIMSampler:
                 raise TypeError(f"{name} must be callable, got {kind(function)}")
         every = whole("log_every_t", log_every_t, low=1)
         device = schedule.table.device
-        x = _randn(tuple(shape), device) if x_T is None else _state("x_T", x_T)
+        x = _randn(tuple(shape), device) if x_T is None else check_state("x_T", x_T)
         if x.shape != tuple(shape):
             raise ValueError(f"x_T must have shape {tuple(shape)}, got {tuple(x.shape)}")
         if mask is not None:
-            _check_mask(mask, x0, x)
+            check_mask(mask, x0, x)
         steps = schedule.steps
         if timesteps is not None:
             share = min(whole("timesteps", timesteps, low=1) / len(steps), 1)
@@ -309,7 +269,7 @@ class DDIMSampler:
                 t = torch.full((len(x),), int(steps[index]), device=x.device)
                 if mask is not None:
                     x = self.model.q_sample(x0, t) * mask + (1.0 - mask) * x
-                x, pred_x0 = self.p_sample_ddim(x, cond, t, index, **given)
+                x, pred_x0 = self.p_sample_ddim(x, cond, t, index, **options)
                 if callback is not None:
                     callback(i)
                 if img_callback is not None:
@@ -336,15 +296,18 @@ class DDIMSampler:
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """(x_s, x0) of the step ``index`` of the schedule, 0 being the last.
+        """Returns (x_s, x0) of the step ``index`` of the schedule; index 0 is the last step.
 
             x0  = (x_t − √(1−ᾱ_t)·ε) / √ᾱ_t
             x_s = √ᾱ_s·x0 + √(1−ᾱ_s−σ²)·ε + σ·z·temperature
 
         Args:
             x: x_t, (batch, ...), float32, bfloat16 or float16; never written.
-            t: the level the model is told, int64 (batch,).
-            repeat_noise: z is one sample's for all.
+            c: the ``conditioning`` of ``sample``.
+            t: the timestep that the model is called with, int64 (batch,).
+            repeat_noise: whether all samples get the same z.
+            use_original_steps: must be False, because the original fails with it.
+            quantize_denoised: the ``quantize_x0`` of ``sample``.
 
         All other arguments are those of ``sample``.
         """
@@ -353,7 +316,7 @@ class DDIMSampler:
         self._checked_step(temperature, noise_dropout, score_corrector, use_original_steps)
         row = schedule.rows[whole("index", index, low=0, high=len(table) - 1)]
         w: float | None = finite("unconditional_guidance_scale", unconditional_guidance_scale)
-        _state("x", x)
+        check_state("x", x)
         if unconditional_conditioning is None or w == 1:
             output, w = self.model.apply_model(x, t, c), None
         else:
@@ -364,12 +327,12 @@ class DDIMSampler:
         own = self._own
         eta, between = schedule.eta, own.between.stepped
         if score_corrector is not None:
-            _check_output(output, x, w is not None)
+            check_output(output, x, w is not None)
             eps, _ = between(schedule.to_halves, x, output, row, guidance=w, want_x0=False)
             keywords = corrector_kwargs or {}
             output = score_corrector.modify_score(self.model, eps, x_t, t, c, **keywords)
             w = None
-        _check_output(output, x, w is not None)
+        check_output(output, x, w is not None)
         prediction = self._prediction
         scaled = noise_dropout > 0 or (eta > 0 and temperature != 1)
         if not scaled and not quantize_denoised:
@@ -386,7 +349,7 @@ class DDIMSampler:
                 z.mul_(table[index, C1]).mul_(temperature)
                 if noise_dropout > 0:
                     z = torch.nn.functional.dropout(z, noise_dropout)
-            _check_output(eps, x0, False)
+            check_output(eps, x0, False)
             x_s, _ = own.stepped(schedule.from_halves, x0, eps, row, noise=z, want_x0=False)
         return x_s, x0
 
@@ -398,17 +361,21 @@ class DDIMSampler:
         use_original_steps: bool = False,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """√ᾱ·x0 + √(1−ᾱ)·ε at the timesteps of index t, int64 (batch,), for ``decode``.
+        """Returns x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε, from which ``decode`` can start.
 
-        ``use_original_steps``: t are the model's own timesteps. ``noise``: ε, of x0's shape.
+        Args:
+            x0: clean data, (batch, ...), float32, bfloat16 or float16.
+            t: an index into the chosen timesteps for each sample, integers of shape (batch,).
+            use_original_steps: t holds the model's own timesteps instead of indices.
+            noise: ε, of x0's shape; drawn if not given.
+
+        Raises:
+            TypeError, ValueError: naming the argument, the value and what is allowed.
         """
         schedule = self._made()
-        _state("x0", x0)
+        check_state("x0", x0)
         if use_original_steps:
-            abar = self.model.alphas_cumprod.detach().cpu()
-            a, b = (torch.from_numpy(np.sqrt(level.numpy())) for level in (abar, 1 - abar))
-            zero, one = torch.zeros_like(a), torch.ones_like(a)
-            table = pack_rows(one, zero, a, zero, b).to(x0.device, torch.float32)
+            table = forward_table(self.model.alphas_cumprod, x0.device)
         else:
             table = schedule.forward
         if not isinstance(t, Tensor) or t.shape != x0.shape[:1] or t.is_floating_point():
@@ -418,12 +385,12 @@ class DDIMSampler:
             raise ValueError(
                 f"t must lie in [0, {len(table) - 1}], got {int(t.min())} to {int(t.max())}"
             )
-        eps = torch.randn_like(x0) if noise is None else _state("noise", noise)
+        eps = torch.randn_like(x0) if noise is None else check_state("noise", noise)
         if eps.shape != x0.shape:
             raise ValueError(
                 f"noise must have x0's shape, {tuple(x0.shape)}, got {tuple(eps.shape)}"
             )
-        # Forward from clean data is a step from there, the noise standing for ε.
+        # Adding noise to clean data is the step's own equation with ε = noise.
         rows = t.to(torch.int32)
         x_t, _ = Buffers().stepped(table, x0.float(), eps.float(), rows, want_x0=False)
         return x_t
@@ -439,10 +406,13 @@ class DDIMSampler:
         use_original_steps: bool = False,
         callback: Callable[[int], object] | None = None,
     ) -> Tensor:
-        """The last ``t_start`` steps of the schedule, from ``x_latent`` to data."""
+        """Takes the last ``t_start`` steps of the schedule, from ``x_latent`` to data.
+
+        All other arguments and what is raised are those of ``ddim_sampling``.
+        """
         schedule = self._made()
         self._checked_step(1.0, 0.0, None, use_original_steps)
-        x = _state("x_latent", x_latent)
+        x = check_state("x_latent", x_latent)
         steps = schedule.steps[: whole("t_start", t_start, low=0)]
         with self._running(schedule):
             for i, index in enumerate(reversed(range(len(steps)))):
@@ -459,15 +429,15 @@ class DDIMSampler:
                     callback(i)
         return x
 
-    def _made(self) -> _Schedule:
+    def _made(self) -> Schedule:
         schedule = self._own.running or self._schedule
         if schedule is None:
             raise ValueError("call make_schedule first: no timesteps are chosen")
         return schedule
 
     @contextmanager
-    def _running(self, schedule: _Schedule | None) -> Iterator[None]:
-        """Within, this thread's steps are those of ``schedule``. Its buffers go at the end."""
+    def _running(self, schedule: Schedule | None) -> Iterator[None]:
+        """Makes this thread's steps use ``schedule``, and frees its buffers at the end."""
         own = self._own
         before, own.running = own.running, schedule
         try:
@@ -492,19 +462,19 @@ class DDIMSampler:
 
 
 _making = threading.Lock()
-"""Held while a sampler gets its memory, of which two threads must not make one each."""
+"""Held while a sampler makes its buffers, so that two threads do not make them twice."""
 
 
 def _randn(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Drawn in torch's default dtype, as the original does; float64 is rounded to float32."""
+    """Draws in torch's default dtype, as the original does, and rounds float64 to float32."""
     x = torch.randn(shape, device=device)
     return x if x.dtype in OUTPUTS else x.float()
 
 
 def _drawn(x: Tensor, repeat: bool, noisy: bool) -> Tensor | None:
-    """z, drawn in torch's default dtype, as the original does, in float32.
+    """Returns float32 z, drawn in torch's default dtype as the original draws it.
 
-    None, with the generator moved as if it were drawn, where it has no effect.
+    Where z would have no effect, moves the generator as the draw would and returns None.
     """
     z = torch.empty((1 if repeat else len(x), *x.shape[1:]), device=x.device)
     if not noisy:
@@ -512,61 +482,3 @@ def _drawn(x: Tensor, repeat: bool, noisy: bool) -> Tensor | None:
         return None
     z = z.normal_().float()
     return z.repeat(len(x), *[1] * (x.dim() - 1)) if repeat else z
-
-
-def _timesteps(S: int, discretize: str, T: int) -> npt.NDArray[np.int64]:
-    """The original's, found to be levels of the model."""
-
-    def chosen(S: int) -> npt.NDArray[np.int64]:
-        if discretize == "uniform":
-            return np.arange(0, T, T // S) + 1
-        return (np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(np.int64) + 1
-
-    S = whole("S (ddim_num_steps)", S, low=1, high=T)
-    if discretize not in ("uniform", "quad"):
-        raise ValueError(f'ddim_discretize must be "uniform" or "quad", got {shown(discretize)}')
-    steps = chosen(S)
-    if steps[-1] < T:
-        return steps
-    works = [n for n in range(1, T + 1) if chosen(n)[-1] < T]
-    near = [*[n for n in works if n < S][-1:], *[n for n in works if n > S][:1]]
-    raise ValueError(
-        f"S (ddim_num_steps) must have timesteps up to {T - 1}, got {S}, which has {steps[-1]} "
-        f"among them: near it {' and '.join(map(str, near)) or 'nothing'} will do"
-    )
-
-
-def _state(name: str, x: Any) -> Tensor:
-    if not isinstance(x, Tensor) or x.dtype not in OUTPUTS or x.dim() == 0:
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else kind(x)
-        raise TypeError(f"{name} must be float32, bfloat16 or float16 (batch, ...), got {got}")
-    return x
-
-
-def _check_output(output: Any, x: Tensor, guided: bool) -> None:
-    """That what the model returned has x's shape, with guidance of twice the batch."""
-    if not guided and isinstance(output, Tensor) and output.shape == x.shape:
-        return  # as nearly always
-    want = ((2 if guided else 1) * x.shape[0], *x.shape[1:])
-    if isinstance(output, Tensor) and output.shape != want:
-        allowed, described = shapes(want)
-        if output.shape not in allowed:
-            raise ValueError(
-                f"model.apply_model must return a tensor of {described}, got {tuple(output.shape)}"
-            )
-
-
-def _check_mask(mask: Any, x0: Any, x: Tensor) -> None:
-    """That both are there, and of x's shape or what stretches to it."""
-    for name, tensor in (("mask", mask), ("x0", x0)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor where there is a mask, got {kind(tensor)}")
-        try:
-            fits = torch.broadcast_shapes(tensor.shape, x.shape) == x.shape
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"{name} must have shape {tuple(x.shape)} or stretch to it, "
-                f"got {tuple(tensor.shape)}"
-            )
