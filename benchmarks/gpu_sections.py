@@ -58,7 +58,7 @@ from benchmarks.timing import (
 from benchmarks.variants import VARIANTS, Variant, launch_arguments
 from fastddim.step import backends, reference
 from fastddim.step.bound import Bound
-from fastddim.step.philox import STEP
+from fastddim.step.philox import STEP_STREAM
 
 DEVICE = "cuda"
 ELEMENTS = 64 * 3 * 256 * 256
@@ -534,7 +534,7 @@ def replays(deadline: Deadline) -> Iterator[Record]:
             for row in range(steps):
                 if z is not None and seeds is not None:
                     same_row = rows[row].expand(shape[0])
-                    torch.ops.fastddim.normal_(z, seeds, same_row, STEP)
+                    torch.ops.fastddim.normal_(z, seeds, same_row, STEP_STREAM)
                 want, _ = reference.ddim_step(want, eps, table[row], z)
             if not torch.equal(last, want):
                 differ(f"{steps} captured steps at {shape}, eta {eta:g}", ["x"])

@@ -24,7 +24,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "embedded.train_classifier": ("training.classifier",),
     "evaluate": ("tools.evaluate",),
     "folder": ("tools.folder",),
-    "fused": ("step.on_numba",),
+    "fused": ("step.on_numba", "step.numba_pass"),
     "generate": ("tools.shards",),
     "graph": ("loop.graph",),
     "held": ("loop.held",),

@@ -21,7 +21,7 @@ from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import Prediction
 from fastddim.dropins._shared import C1, Buffers, Own, checked_factors, pack_rows, passed_over
 from fastddim.loop.model import shapes, stack
-from fastddim.step.checked import OUTPUTS, check_untransformed
+from fastddim.step.arguments import OUTPUTS, check_untransformed
 
 PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from fastddim.coefficients import COLUMNS, PREDICTIONS
-from fastddim.step import backends, layout, reference
-from fastddim.step import philox as counter
-from fastddim.step.backends import Backend, Fixed, Launch
+from fastddim.step import backends, layout, philox, reference
+from fastddim.step.backends import Backend, Fixed, Launch, StepArgs
 
 Factors: TypeAlias = tuple[Tensor, ...]
 """These are the table's columns: () where all samples are on one row, else (batch, 1)."""
@@ -36,22 +35,9 @@ PART = 4 * BLOCK
 SMALL = 64
 
 
-def bind(
-    fixed: Fixed,
-    x: Tensor,
-    output: Tensor,
-    table: Tensor,
-    row: int | Tensor,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    guidance: Tensor | None,
-    threshold: Tensor | None,
-    out: Tensor,
-    x0: Tensor | None,
-    next_input: Tensor | None,
-) -> Launch:
+def bind(fixed: Fixed, first: StepArgs) -> Launch:
     """Chooses between the blocked step and the reference: see ``backends.Backend``."""
-    return _on_cpu(fixed, x) if x.is_cpu else partial(_by_reference, fixed)
+    return _on_cpu(fixed, first.x) if first.x.is_cpu else partial(_by_reference, fixed)
 
 
 def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
@@ -171,11 +157,11 @@ def _in_blocks(
         z = None if noise is None else _block(noise, start, samples, count, n)
         if seeds is not None and rows is not None:
             z = scaled
-            counter.normals(
+            philox.normals(
                 seeds[group].numpy(),
                 rows[group].numpy(),
                 count,
-                counter.STEP,
+                philox.STEP_STREAM,
                 first=first,
                 out=z.numpy(),
             )
@@ -210,7 +196,7 @@ def _by_reference(
     """Launches the reference, on devices without Triton and without a path of their own."""
     if seeds is not None:
         noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        normal_(noise, seeds, rows_of(row, len(x)), counter.STEP)
+        normal_(noise, seeds, rows_of(row, len(x)), philox.STEP_STREAM)
     each = (-1, *[1] * (x.dim() - 1))
     factors = table[row] if isinstance(row, int) else table[row].view(*each, len(COLUMNS))
     x_s, predicted = reference.ddim_step(
@@ -267,7 +253,7 @@ def drawn(
 ) -> Tensor:
     """Returns counter noise laid out as x. It belongs to the logical element in any layout."""
     logical = torch.empty(x.shape, dtype=torch.float32, device="cpu")
-    fill(logical, seeds, rows_of(row, len(x)), counter.STEP)
+    fill(logical, seeds, rows_of(row, len(x)), philox.STEP_STREAM)
     return logical if x.is_contiguous() else torch.empty_like(x).copy_(logical)
 
 
@@ -330,7 +316,7 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
 def _numpy_normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
     if out.numel():
         flat = out.view(out.shape[0], -1)
-        counter.normals(seeds.numpy(), rows.numpy(), flat.shape[1], stream, out=flat.numpy())
+        philox.normals(seeds.numpy(), rows.numpy(), flat.shape[1], stream, out=flat.numpy())
 
 
 def _step(

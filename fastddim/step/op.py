@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastddim.step import philox as counter
+from fastddim.step import philox
 from fastddim.step.backends import Fixed, backend
 from fastddim.step.bound import step_of
 
@@ -23,7 +23,7 @@ def initial_noise(
     if out is None:
         out = torch.empty(tuple(shape), dtype=torch.float32, device=seeds.device)
     rows = torch.zeros((), dtype=torch.int32, device=seeds.device).expand(len(seeds))
-    torch.ops.fastddim.normal_(out, seeds, rows, counter.INITIAL)
+    torch.ops.fastddim.normal_(out, seeds, rows, philox.INITIAL_STREAM)
     return out
 
 

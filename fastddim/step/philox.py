@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-STEP, INITIAL, FORWARD = 0, 1, 2
+STEP_STREAM, INITIAL_STREAM, FORWARD_STREAM = 0, 1, 2
 """Streams: the noise of a step, the initial x_T (row 0), inpainting's forward noise."""
 
 Words = npt.NDArray[np.uint64]
@@ -60,7 +60,7 @@ def normals(
         seeds: (batch,) int64, each in [0, 2⁶³).
         rows: (batch,), the row each sample is on.
         n: how many elements of each sample.
-        stream: STEP, INITIAL or FORWARD.
+        stream: STEP_STREAM, INITIAL_STREAM or FORWARD_STREAM.
         first: the first element, a multiple of four.
         out: where to write, (batch, n) float32, C-contiguous.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import fastddim_kernels
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import reference
-from fastddim.step.philox import STEP, normals
+from fastddim.step.philox import STEP_STREAM, normals
 from fastddim_kernels import launch
 from fastddim_kernels.layout import quotient
 from fastddim_kernels.step import ddim_step_kernel
@@ -40,7 +40,7 @@ def on_row(row: int, batch: int) -> Tensor:
 
 
 def counter_noise(x: Tensor, seeds: Tensor, rows: Tensor) -> Tensor:
-    z = normals(seeds.numpy(), rows.numpy(), x[0].numel(), STEP)
+    z = normals(seeds.numpy(), rows.numpy(), x[0].numel(), STEP_STREAM)
     return torch.from_numpy(z).view(x.shape)
 
 

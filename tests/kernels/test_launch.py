@@ -22,7 +22,7 @@ import fastddim_kernels
 from fastddim import DDIM, using
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import reference
-from fastddim.step.philox import STEP, normals
+from fastddim.step.philox import STEP_STREAM, normals
 from fastddim_kernels import launch
 from fastddim_kernels.step import ddim_step_kernel
 from tests.paths import randn
@@ -375,7 +375,7 @@ def test_what_cannot_be_launched_is_refused_when_it_is_bound(bad: str, kernel: K
 def test_interpreted_steps_equal_the_reference(prediction: str) -> None:
     x, output, z = (randn(2, 3, 5, 4, seed=k) for k in range(3))
     each, seeds = torch.tensor([3, 40], dtype=torch.int32), torch.tensor([7, 2**40])
-    counted = torch.from_numpy(normals(seeds.numpy(), each.numpy(), 60, STEP)).view(x.shape)
+    counted = torch.from_numpy(normals(seeds.numpy(), each.numpy(), 60, STEP_STREAM)).view(x.shape)
     with using("triton"):
         step = fastddim.bind(TABLE, prediction=prediction, clip=0.9)
         kinds: list[Tensor | int] = [7, each]

@@ -20,7 +20,7 @@ from benchmarks.counts import Tally
 from benchmarks.variants import VARIANTS, launch_arguments, step_arguments
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import on_triton, op, reference
-from fastddim.step.philox import STEP, normals
+from fastddim.step.philox import STEP_STREAM, normals
 from fastddim_kernels import launch
 from tests.paths import ALL, forget, here, instead, normal_, use
 from tests.steps import DRAWN, TABLE, model, randn, same
@@ -84,7 +84,7 @@ def by_reference(
     rows = torch.as_tensor(rows, dtype=torch.int32).expand(batch)
     if seeds is not None:
         noise = torch.empty(x.shape)
-        normal_(noise, seeds, rows, STEP)
+        normal_(noise, seeds, rows, STEP_STREAM)
     row = table[rows.long()].view(*each, 7)
     w, s = of_samples(guidance), of_samples(threshold)
     return reference.ddim_step(
@@ -200,7 +200,9 @@ def test_noise_belongs_to_the_element_in_either_layout(
     channels: int, pixels: tuple[int, int]
 ) -> None:
     x, seeds, row = torch.zeros(1, channels, *pixels), torch.tensor([2**40 + channels]), 20
-    z = torch.from_numpy(normals(seeds.numpy(), torch.tensor([row]).numpy(), x.numel(), STEP))
+    z = torch.from_numpy(
+        normals(seeds.numpy(), torch.tensor([row]).numpy(), x.numel(), STEP_STREAM)
+    )
     expected = (z * TABLE[row, 5]).view(x.shape)
     for t in (x, x.contiguous(memory_format=torch.channels_last)):
         memory = Memory()
