@@ -344,20 +344,22 @@ class WithWarps:
 
 @contextmanager
 def block(fours: int, parts: int, warps: int) -> Iterator[None]:
-    """Every step's launch takes these instead of what ``launch._block`` chooses."""
+    """Every step's launch takes these instead of what ``geometry.block_of`` chooses."""
+    import fastddim_kernels.geometry
     import fastddim_kernels.launch
 
+    geometry: Any = fastddim_kernels.geometry
     launch: Any = fastddim_kernels.launch
 
     with (
-        mock.patch.object(launch, "_block", return_value=(fours, parts)),
+        mock.patch.object(geometry, "block_of", return_value=(fours, parts)),
         mock.patch.object(launch, "ddim_step_kernel", WithWarps(launch.ddim_step_kernel, warps)),
     ):
         yield
 
 
 def tuning(names: tuple[str, ...], sizes: Sizes, deadline: Deadline) -> Iterator[Record]:
-    """How the time depends on the constants of ``launch._block``, as far as there is time.
+    """How the time depends on the constants of ``geometry.block_of``, as far as there is time.
 
     This is exploratory: nothing is claimed of it, and the launcher does not read it.
     """

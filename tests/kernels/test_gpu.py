@@ -22,6 +22,7 @@ from fastddim.coefficients import PREDICTIONS
 from fastddim.step import reference
 from fastddim.step.op import initial_noise
 from fastddim.step.philox import INITIAL_STREAM, STEP_STREAM, normals
+from fastddim_kernels import geometry
 from fastddim_kernels.noise import box_muller
 from tests.apart import apart
 from tests.tolerances import NORMAL_ATOL, NORMAL_MAX, NORMAL_RARE
@@ -157,7 +158,7 @@ def drawn(words: Tensor, angles: Tensor) -> Tensor:
     a, b = ((w - (w >= 2**31) * 2**32).to(torch.int32) for w in (words, angles))
     kernel: Any = triton.jit(_radii_kernel)
     kernel[(-(-len(words) // 4096),)](
-        a, b, out, len(words), BLOCK=4096, PORTABLE=launch._portable(), enable_fp_fusion=False
+        a, b, out, len(words), BLOCK=4096, PORTABLE=geometry.portable(), enable_fp_fusion=False
     )
     return out
 
@@ -248,7 +249,7 @@ def test_results_do_not_depend_on_blocks_and_parts(
         chosen.append(1)
         return blocks
 
-    monkeypatch.setattr(launch, "_block", block)
+    monkeypatch.setattr(geometry, "block_of", block)
     out = torch.full_like(want, float("nan"))
     fastddim.ddim_step(**given, out=out)
     assert chosen

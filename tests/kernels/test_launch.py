@@ -23,7 +23,7 @@ from fastddim import DDIM, using
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import reference
 from fastddim.step.philox import STEP_STREAM, normals
-from fastddim_kernels import launch
+from fastddim_kernels import geometry, launch
 from fastddim_kernels.step import ddim_step_kernel
 from tests.paths import randn
 
@@ -81,7 +81,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """Everything is as with a GPU, a known Triton and nobody watching."""
     found = Kernel()
     monkeypatch.setattr(launch, "ddim_step_kernel", found)
-    monkeypatch.setattr(launch, "_INTERPRETED", False)
+    monkeypatch.setattr(geometry, "INTERPRETED", False)
     monkeypatch.setattr(triton, "__version__", "3.7.1")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(launch, "_device", lambda x: nullcontext())
@@ -297,7 +297,7 @@ def test_only_where_it_is_known_to_work_a_kernel_is_launched_past_the_dispatch(
 ) -> None:
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(launch, "_INTERPRETED", interpreted)
+    monkeypatch.setattr(geometry, "INTERPRETED", interpreted)
     given, options = arguments({"row": 20})
     step = bind(given, options)
     assert len(kernel.warmed) == direct
