@@ -158,5 +158,5 @@ def _check_constants(**arguments: object) -> None:
         if wrapped or forward_ad.unpack_dual(tensor).tangent is not None:
             raise ValueError(
                 f"{name} is transformed by torch.func or carries a forward derivative, which the "
-                f"step does not: take it out of the transform"
+                f"step does not support: take it out of the transform"
             )

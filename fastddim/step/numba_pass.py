@@ -408,7 +408,7 @@ def _light_steps(address, thread, n, total):
 
 @_part
 def _steps(address, thread):
-    """Writes x_s of this thread's tasks; nothing but REFUSED where a row is not in the table."""
+    """Writes x_s of this thread's tasks, or the outcome REFUSED if a row is not in the table."""
     call = carray(_call(address), (1,))[0]
     batch, n, channels, steps = call.batch, call.n, call.channels, call.steps
     rows = carray(_int32(call.rows), (batch,))

@@ -1,4 +1,4 @@
-"""Triton kernels of fastddim: one DDIM step in one pass over memory, with its noise."""
+"""The Triton kernels of fastddim: one DDIM step and its noise in one pass over memory."""
 
 from .checks import COLUMNS
 from .geometry import pixel_spacing
