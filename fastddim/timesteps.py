@@ -33,8 +33,8 @@ def make_pairs(spacing: Spacing | str, steps: int, T: int) -> tuple[Pair, ...]:
             - ``"uniform"``: ⌊i·T/S⌋ (Song et al. 2021, appendix D.2, "linear").
             - ``"quad"``: max(i, ⌊c·i²⌋) up to 0.8·T (the same appendix, "quadratic").
             - ``"leading"``: i·⌊T/S⌋; ``"trailing"``: round(T − i·T/S) − 1; ``"linspace"``: equally
-              spaced from 0 to T−1, rounded (Lin et al. 2024, table 2). With S = 1 each of these five
-              takes one step from T−1, the noisiest level, where i = 0 would give t = 0.
+              spaced from 0 to T−1, rounded (Lin et al. 2024, table 2). With S = 1 each of these
+              five takes one step from T−1, the noisiest level; i = 0 would give t = 0.
             - ``"uniform-ermongroup"``, ``"quad-ermongroup"``: the spacings of ermongroup/ddim's
               code. The first strides by ⌊T/S⌋ and so may take more than S steps (334 for 300 of
               1000). The second repeats truncated values from S = 30 on, and each repetition is a

@@ -41,7 +41,8 @@ class StepArgs(NamedTuple):
 
     Attributes:
         x: x_t, float32 (batch, ...).
-        output: what the model returned, float32, bfloat16 or float16; (2·batch, ...) with guidance.
+        output: what the model returned, float32, bfloat16 or float16, of x's shape; with guidance
+            (2·batch, ...).
         table: the coefficients, float32 (steps, 7).
         row: the row of the table that all samples are on, or int32 (batch,) with one for each.
         seeds: int64 (batch,), for counter noise.

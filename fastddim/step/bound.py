@@ -215,7 +215,8 @@ def bind(backend: Backend, fixed: Fixed, first: StepArgs) -> Launch:
     def launch(*arguments: Any) -> None:
         taken = copies.before(*arguments)
         inner(*taken)
-        copies.after(arguments, taken)
+        for i in copies.results:
+            arguments[i].copy_(taken[i])
 
     return launch
 
@@ -243,6 +244,9 @@ class _Copies:
         self.out = not layout.alike(out, x)
         self.x0 = x0 is not None and not layout.alike(x0, x)
         self.next = next_input is not None and not layout.writable(next_input, x)
+        copied = {"out": self.out, "x0": self.x0, "next_input": self.next}
+        # The positions in ``StepArgs`` of the results that are copied back to the caller's tensors.
+        self.results = [StepArgs._fields.index(name) for name in copied if copied[name]]
 
     @property
     def needed(self) -> bool:
@@ -283,13 +287,3 @@ class _Copies:
             next_input = layout.with_batch(len(next_input), x, next_input.dtype)
         table = table.contiguous()
         return x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
-
-    @staticmethod
-    def after(arguments: tuple[Any, ...], taken: tuple[Any, ...]) -> None:
-        """Copies the results to the caller's tensors where the backend wrote to others."""
-        for given, written in zip(arguments[_RESULTS], taken[_RESULTS], strict=True):
-            if written is not given:
-                given.copy_(written)
-
-
-_RESULTS = slice(StepArgs._fields.index("out"), None)
