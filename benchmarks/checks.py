@@ -11,7 +11,7 @@ import fastddim
 from benchmarks.timing import WrongResultError, captured
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import reference
-from fastddim.step.philox import STEP, normals
+from fastddim.step.philox import STEP_STREAM, normals
 
 Given: TypeAlias = dict[str, Any]
 """The arguments of ``fastddim.ddim_step``, or of ``fastddim_kernels.ddim_step``."""
@@ -87,7 +87,7 @@ def contract_error(given: Given, z: Tensor, samples: tuple[int, ...]) -> Tensor:
         given["seeds"][chosen].cpu().numpy(),
         rows_of(given)[chosen].cpu().numpy(),
         z[0].numel(),
-        STEP,
+        STEP_STREAM,
     )
     drawn = z[chosen].cpu().reshape(len(chosen), -1)
     return (drawn.double() - torch.from_numpy(truth).double()).abs()

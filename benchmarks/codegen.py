@@ -34,7 +34,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.variants import VARIANTS, launch_arguments
-from fastddim_kernels import launch
+from fastddim_kernels import geometry, launch
 from fastddim_kernels.layout import block_channels, layout_of
 
 BIN = Path(nvidia.__file__).parent / "bin"
@@ -114,7 +114,7 @@ def compiled(name: str, arch: str) -> Compiler:
     portable = arch.startswith("gfx")
     with (
         patch.object(launch, kernel, compiler),
-        patch.object(launch, "_portable", lambda: portable),
+        patch.object(geometry, "portable", lambda: portable),
     ):
         if normal:
             x = torch.empty(BATCH, 4, 64, 64, device="meta")

@@ -58,7 +58,7 @@ from benchmarks.timing import (
 from benchmarks.variants import VARIANTS, Variant, launch_arguments
 from fastddim.step import backends, reference
 from fastddim.step.bound import Bound
-from fastddim.step.philox import STEP
+from fastddim.step.philox import STEP_STREAM
 
 DEVICE = "cuda"
 ELEMENTS = 64 * 3 * 256 * 256
@@ -344,20 +344,22 @@ class WithWarps:
 
 @contextmanager
 def block(fours: int, parts: int, warps: int) -> Iterator[None]:
-    """Every step's launch takes these instead of what ``launch._block`` chooses."""
+    """Every step's launch takes these instead of what ``geometry.block_of`` chooses."""
+    import fastddim_kernels.geometry
     import fastddim_kernels.launch
 
+    geometry: Any = fastddim_kernels.geometry
     launch: Any = fastddim_kernels.launch
 
     with (
-        mock.patch.object(launch, "_block", return_value=(fours, parts)),
+        mock.patch.object(geometry, "block_of", return_value=(fours, parts)),
         mock.patch.object(launch, "ddim_step_kernel", WithWarps(launch.ddim_step_kernel, warps)),
     ):
         yield
 
 
 def tuning(names: tuple[str, ...], sizes: Sizes, deadline: Deadline) -> Iterator[Record]:
-    """How the time depends on the constants of ``launch._block``, as far as there is time.
+    """How the time depends on the constants of ``geometry.block_of``, as far as there is time.
 
     This is exploratory: nothing is claimed of it, and the launcher does not read it.
     """
@@ -534,7 +536,7 @@ def replays(deadline: Deadline) -> Iterator[Record]:
             for row in range(steps):
                 if z is not None and seeds is not None:
                     same_row = rows[row].expand(shape[0])
-                    torch.ops.fastddim.normal_(z, seeds, same_row, STEP)
+                    torch.ops.fastddim.normal_(z, seeds, same_row, STEP_STREAM)
                 want, _ = reference.ddim_step(want, eps, table[row], z)
             if not torch.equal(last, want):
                 differ(f"{steps} captured steps at {shape}, eta {eta:g}", ["x"])

@@ -21,7 +21,7 @@ import fastddim
 from benchmarks import plain
 from benchmarks.timing import WrongResultError, by, last_line
 from fastddim.step import backends, reference
-from fastddim.step.philox import STEP
+from fastddim.step.philox import STEP_STREAM
 
 Run: TypeAlias = Callable[[], Tensor]
 Model: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -226,7 +226,7 @@ class Loops:
         x, z = self.x, torch.empty_like(self.x)
         rows = torch.arange(self.steps, dtype=torch.int32, device=self.device)
         for row, t in enumerate(self.ts):
-            torch.ops.fastddim.normal_(z, self.seeds, rows[row].expand(self.shape[0]), STEP)
+            torch.ops.fastddim.normal_(z, self.seeds, rows[row].expand(self.shape[0]), STEP_STREAM)
             x, _ = reference.ddim_step(x, self.model(x, t), self.table[row], z)
         return x
 

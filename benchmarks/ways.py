@@ -122,11 +122,10 @@ class Ways:
         kernel = SimpleNamespace(run=lambda *args: given.extend(args), function=1)
         kernel.packed_metadata = 2
 
-        def bind(fixed: Any, x: Tensor, output: Tensor, table: Tensor, row: int, *rest: Any) -> Any:
-            first = x, output, table, row, *rest
-            made = launch.BoundStep(x, table, *launch._choices(*first, *fixed))
+        def bind(fixed: Any, first: Any) -> Any:
+            made = launch.BoundStep(first.x, first.table, *launch._choices(*first, *fixed))
             made.direct, made._device = True, 0  # as if the tensors were on a GPU
-            made.adopt(kernel, x)
+            made.adopt(kernel, first.x)
             return made
 
         # These two would ask a driver that is not there, and each costs less than 0.1 µs.

@@ -1,4 +1,4 @@
-"""fastddim: the DDIM sampler you put in place of your loop.
+"""fastddim: a DDIM sampler that replaces your sampling loop.
 
     >>> import fastddim
     >>> from fastddim import embedded
@@ -7,12 +7,12 @@
     >>> images.shape
     torch.Size([4, 1, 28, 28])
 
-``DDIM`` is the sampler, ``NoiseSchedule`` what a model was trained on, ``generate`` makes any
-number of images in any number of processes, and ``generalized_steps`` replaces the function of
-ermongroup/ddim. ``bind`` returns the step for a loop of one's own, and ``using`` chooses what takes
-the steps. ``fastddim.embedded`` has a model that ships, ``fastddim.checkpoints`` loads
-others, ``fastddim.dropins`` replaces the samplers of other systems, and ``fastddim.profile``
-measures steps against η. Each name is imported when it is first used.
+``DDIM`` is the sampler, and ``NoiseSchedule`` the noise levels that a model was trained on.
+``generate`` makes any number of images in any number of processes, and ``generalized_steps``
+replaces the function of ermongroup/ddim. ``bind`` returns the step for your own loop, and ``using``
+chooses the backend that takes the steps. ``fastddim.embedded`` has a small trained model,
+``fastddim.checkpoints`` loads other models, ``fastddim.dropins`` replaces the samplers of other
+systems, and ``fastddim.profile`` measures steps against η. Each name is imported at its first use.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _MODULES = {
     "generate": "tools.shards",
     "profile": "tools.profile",
 }
-"""The names that are modules. The one of ``generate`` can be called as that function."""
+"""The public names that are modules. The module ``generate`` can be called as the function."""
 
 _FROM = {
     "DDIM": "loop.sampler",
@@ -87,11 +87,11 @@ _FROM = {
     "slerp": "latents",
     "using": "step.backends",
 }
-"""The modules of the other names."""
+"""The modules of the other public names."""
 
 
 def __getattr__(name: str) -> Any:
-    """Imports ``name``. Torch alone takes a second, which ``fastddim --help`` need not wait for."""
+    """Imports ``name`` at its first use: torch alone would add a second to ``fastddim --help``."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES.get(name) or _FROM[name]}")

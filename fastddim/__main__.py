@@ -1,4 +1,4 @@
-"""``fastddim`` and ``python -m fastddim``: runs the command line, and says what went wrong."""
+"""The command ``fastddim``, and ``python -m fastddim``: runs the command line, reports errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from fastddim.tools import launch
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
-    0: done. 2: what was asked for cannot be done, and one line on stderr says why. 3: done, but
-    images hold NaN or infinity, and one line on stderr says which. 130: Ctrl-C.
+    The status is 0 after success; 2 where the command cannot be carried out, and one line on stderr
+    says why; 3 where images hold NaN or infinity, and one line on stderr names them; 130 after
+    Ctrl-C.
     """
     try:
         from fastddim.cli import app
@@ -27,13 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _refuse(str(explained(error)))
     except (TypeError, ValueError, OSError) as error:
-        # What torchrun's other workers and later starts find as well has a type of its own.
+        # All of torchrun's workers raise a RefusedError, and raise it again after a restart.
         alike = type(error).__name__ == "RefusedError"
-        # A full disk may have room the next time, nonsense stays nonsense.
+        # A full disk may have room the next time; a wrong argument stays wrong.
         for_good = not isinstance(error, OSError) or isinstance(error, FileNotFoundError)
         return _refuse(str(error), alike, for_good)
     except Exception as error:
-        # Typer's own complaints. Their base class is click's or Typer's, depending on its version.
+        # Typer's own errors, whose base class is click's or Typer's, depending on its version.
         if type(error).__name__ == "Abort":
             status = 130
         elif (format_message := getattr(error, "format_message", None)) is not None:
@@ -46,22 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(reason: str, alike: bool = False, for_good: bool = True) -> int:
-    """Says why, and gives the exit status.
+    """Prints the reason on stderr and returns the exit status.
 
     Args:
-        alike: all processes find the same, and one says it.
-        for_good: the same command will be refused again, so that no launcher need start it.
+        alike: all processes have the same reason, and one of them prints it.
+        for_good: the same command would fail again, so that a launcher must not restart it.
     """
-    said = f"fastddim: {' '.join(reason.split())}"
+    line = f"fastddim: {' '.join(reason.split())}"
     if for_good and "TORCHELASTIC_RUN_ID" in os.environ:
-        launch.refuse(said)
-    elif not (alike and _said_elsewhere()):
-        print(said, file=sys.stderr)
+        launch.refuse(line)
+    elif not (alike and _printed_elsewhere()):
+        print(line, file=sys.stderr)
     return 2
 
 
-def _said_elsewhere() -> bool:
-    """Whether another process on this machine says the same, or this one did before a restart."""
+def _printed_elsewhere() -> bool:
+    """Returns whether another process here prints the line, or this one did before a restart."""
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     return local != "0" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 

@@ -1,4 +1,4 @@
-"""The modules that have moved: their old paths can be imported for one release, with a warning."""
+"""The modules that have moved: their old paths work for one more release, with a warning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "embedded.train_classifier": ("training.classifier",),
     "evaluate": ("tools.evaluate",),
     "folder": ("tools.folder",),
-    "fused": ("step.on_numba",),
+    "fused": ("step.on_numba", "step.numba_pass"),
     "generate": ("tools.shards",),
     "graph": ("loop.graph",),
     "held": ("loop.held",),
@@ -55,7 +55,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "transfer": ("dropins._transfer",),
     "unets": ("models.unets",),
 }
-"""Old path → new paths, relative to the package. ``step`` is now a package with the same names."""
+"""Old path → new paths, relative to the package. ``step`` is a package with its old names."""
 
 
 class Finder(MetaPathFinder, Loader):
@@ -75,7 +75,7 @@ class Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Puts the new module in place of the old one.
 
-        A module that was divided has an empty one, which looks each name up in its parts.
+        The old path of a divided module becomes a module that looks each name up in the parts.
         """
         old = module.__name__
         paths = [f"{__package__}.{new}" for new in MOVED[old.partition(".")[2]]]

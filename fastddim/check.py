@@ -1,4 +1,4 @@
-"""Arguments turned into plain numbers, or one clear line about what is wrong with them."""
+"""Arguments turned into plain numbers, or one clear line about an argument that is wrong."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class SamplingWarning(UserWarning):
-    """What a sampler was asked for can be done, and is most likely not what was meant."""
+    """Warns of options that a sampler can run and that the caller most likely did not mean."""
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """``value`` as an int in [low, high]; a bool or a float is no whole number."""
+    """Returns ``value`` as an int in [low, high]; refuses bools and floats."""
     allowed = f"an integer ≥ {low}" if high is None else f"an integer in [{low}, {high}]"
     if isinstance(value, bool):
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
@@ -26,7 +26,7 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def finite(name: str, value: Any) -> float:
-    """``value`` as a finite float."""
+    """Returns ``value`` as a finite float; refuses bools and strings."""
     if isinstance(value, (bool, str)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
@@ -41,10 +41,11 @@ def finite(name: str, value: Any) -> float:
 
 
 def shown(value: Any) -> str:
-    """``value`` in a message of one line: its type where its repr is longer."""
+    """Returns ``value``'s repr for a message, or its type where the repr is long."""
     text = repr(value)
     return type(value).__name__ if "\n" in text or len(text) > 80 else text
 
 
 def kind(value: object) -> str:
+    """Returns the name of ``value``'s type."""
     return type(value).__name__

@@ -18,7 +18,7 @@ Eta: TypeAlias = float | Literal["hat"]
 Prediction: TypeAlias = Literal["epsilon", "v", "sample"]
 
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "sample")
-"""What a model may return. The position is the number by which the step's op knows it."""
+"""What a model may predict. The step's op takes the position in this tuple."""
 
 PredictionSynonym: TypeAlias = Literal[
     "eps", "noise", "pred_noise", "v_prediction", "pred_v", "x0", "x_0", "x_start", "pred_x0"
@@ -38,7 +38,7 @@ _SYNONYMS: dict[str, Prediction] = {
 
 COLUMNS = (
     "sqrt_abar_t",  # √ᾱ_t
-    "rcp_sqrt_abar_t",  # 1/√ᾱ_t, rounded from the float32 √ᾱ_t: what the exact division needs
+    "rcp_sqrt_abar_t",  # 1/√ᾱ_t, from the float32 √ᾱ_t, as the kernel's exact division needs
     "sqrt_1m_abar_t",  # √(1−ᾱ_t)
     "rcp_sqrt_1m_abar_t",  # 1/√(1−ᾱ_t)
     "sqrt_abar_s",  # √ᾱ_s
@@ -55,20 +55,20 @@ def make_table(
     final_alpha_cumprod: float = 1.0,
     temperature: float = 1.0,
 ) -> Float32:
-    """The table of a trajectory, float32 of shape (len(pairs), len(COLUMNS)).
+    """Returns the table of a trajectory, float32 of shape (len(pairs), len(COLUMNS)).
 
     For each step t → s (Song et al. 2021, eq. 12 and 16), in float64, rounded once:
 
         c1 = η·√((1 − ᾱ_t/ᾱ_s)·(1−ᾱ_s)/(1−ᾱ_t)),   c2 = √(1 − ᾱ_s − c1²)
 
-    ``eta="hat"`` keeps the mean of η = 1 and draws with the larger √(1 − ᾱ_t/ᾱ_s) (their σ̂). A
-    step to s = −1 takes ᾱ_s = ``final_alpha_cumprod`` and no noise, for σ̂ too. ``temperature``
-    scales what noise there is, and c2 knows nothing of it. A step towards noise, s > t, is that
-    of the ODE run backwards, and needs η = 0; t = −1 is clean data there.
+    ``eta="hat"`` keeps the mean of η = 1 and has the larger c1 = √(1 − ᾱ_t/ᾱ_s) (the paper's σ̂).
+    A step to s = −1 takes ᾱ_s = ``final_alpha_cumprod`` and c1 = 0, with σ̂ too. ``temperature``
+    scales c1 and leaves c2 unchanged. A step towards noise, s > t, is a step of the ODE backwards:
+    it needs η = 0, and t = −1 is clean data there.
 
     Raises:
-        ValueError: η is negative, not finite, or asks for c1² > 1 − ᾱ_s; the message names the
-            largest η these pairs allow. Or there are no pairs, or none of these levels.
+        ValueError: η is negative, not finite, or gives c1² > 1 − ᾱ_s, and the message names the
+            largest η that these pairs allow; or there are no pairs, or a level is out of range.
     """
     eta = checked_eta(eta)
     abar_t, abar_s = levels(schedule, pairs, final_alpha_cumprod)
@@ -98,19 +98,19 @@ def make_table(
 def levels(
     schedule: NoiseSchedule, pairs: Sequence[Pair], final_alpha_cumprod: float = 1.0
 ) -> tuple[Float64, Float64]:
-    """(ᾱ_t, ᾱ_s) of each pair, float64; ᾱ_{−1} is ``final_alpha_cumprod``."""
-    abar = np.append(schedule.alphas_cumprod, final_alpha_cumprod)  # index −1 is the last
+    """Returns (ᾱ_t, ᾱ_s) of the pairs, float64; ᾱ_{−1} is ``final_alpha_cumprod``."""
+    abar = np.append(schedule.alphas_cumprod, final_alpha_cumprod)  # index −1 is the last element
     t, s = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     if not t.size or min(t.min(), s.min()) < -1 or max(t.max(), s.max()) >= len(schedule):
         raise ValueError(
-            f"pairs must hold a step (t, s) or more, of levels in [-1, {len(schedule) - 1}], "
+            f"pairs must hold at least one step (t, s) of levels in [-1, {len(schedule) - 1}], "
             f"got {shown(pairs)}"
         )
     return abar[t], abar[s]
 
 
 def largest_eta(abar_t: Float64, abar_s: Float64, last: npt.NDArray[np.bool_]) -> float:
-    """The largest η with c1² ≤ 1 − ᾱ_s at every step but the ``last``: √((1−ᾱ_t)/(1−ᾱ_t/ᾱ_s))."""
+    """Returns the largest η with c1² ≤ 1 − ᾱ_s but at ``last``, min √((1−ᾱ_t)/(1−ᾱ_t/ᾱ_s))."""
     moving = ~last & (abar_t < abar_s)
     if not moving.any():
         return float("inf")
@@ -119,7 +119,7 @@ def largest_eta(abar_t: Float64, abar_s: Float64, last: npt.NDArray[np.bool_]) -
 
 
 def checked_prediction(prediction: Any) -> Prediction:
-    """One of ``PREDICTIONS``, from its own name or a synonym."""
+    """Returns one of ``PREDICTIONS``, given its name or a synonym."""
     if isinstance(prediction, str):
         found = _SYNONYMS.get(prediction, prediction)
         for name in PREDICTIONS:
@@ -138,7 +138,7 @@ def checked_prediction(prediction: Any) -> Prediction:
 
 
 def checked_eta(eta: Any) -> Eta:
-    """``eta`` as a float ≥ 0 or ``"hat"``."""
+    """Returns ``eta`` as a float ≥ 0, or ``"hat"``."""
     if isinstance(eta, str):
         if eta == "hat":
             return "hat"
@@ -150,7 +150,7 @@ def checked_eta(eta: Any) -> Eta:
 
 
 def pack(abar_t: Float64, abar_s: Float64, c1: Float64, c2: Float64) -> Float32:
-    """The columns, in order."""
+    """Returns the table, float32, with ``COLUMNS`` in their order."""
     sqrt_t = np.sqrt(abar_t).astype(np.float32)
     sqrt_1mt = np.sqrt(1 - abar_t).astype(np.float32)
     with np.errstate(divide="ignore"):  # ᾱ_T = 0: a v model never divides by it
@@ -159,5 +159,5 @@ def pack(abar_t: Float64, abar_s: Float64, c1: Float64, c2: Float64) -> Float32:
 
 
 def floor6(value: float) -> float:
-    """Rounded down, so that the number in the message is itself allowed."""
+    """Rounds down to six decimals, so that the number in the message is allowed."""
     return float(np.floor(value * 1e6) / 1e6)

@@ -1,4 +1,4 @@
-"""What each extra of the package adds, and the one line about what is missing without it."""
+"""The extras of the package, and the one line that names the extra of a missing module."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ EXTRAS: dict[str, tuple[dict[str, str], str]] = {
         "FID in fastddim evaluate",
     ),
 }
-"""Of each extra: its modules and their packages, "" for what comes along; and what it is for."""
+"""Extra → (its modules → their packages, "" for an indirect dependency; what the extra enables)."""
 
 
 def extra_of(module: str | None) -> str | None:
-    """The extra that a module comes with, if it comes with one."""
+    """Returns the extra that a module comes with, or None."""
     root = (module or "").partition(".")[0]
     return next((extra for extra, (modules, _) in EXTRAS.items() if root in modules), None)
 
 
 def explained(error: ModuleNotFoundError) -> ModuleNotFoundError:
-    """``error`` with the command that installs what is missing, where an extra has it."""
+    """Returns ``error`` with the command that installs the module, where an extra has it."""
     extra = extra_of(error.name)
     if extra is None:
         return error

@@ -1,4 +1,4 @@
-"""Between two latents: the way along the sphere, where noise keeps its norm."""
+"""Interpolation between two latents along the sphere, on which noise keeps its norm."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from fastddim.check import finite, kind
 
 
 def slerp(a: Tensor, b: Tensor, fractions: float | Sequence[float] | Tensor) -> Tensor:
-    """Spherical interpolation of latents, sample by sample (Song et al. 2021, eq. 67).
+    """Interpolates latents spherically, sample by sample (Song et al. 2021, eq. 67).
 
         sin((1−α)·θ)/sin θ · a + sin(α·θ)/sin θ · b,   θ = arccos(aᵀb / ‖a‖‖b‖)
 
-    in float64. A straight line takes its place where the two point the same way, and opposite
-    ones, between which no way is the shortest, are refused.
+    in float64. Latents that point the same way, or of which one is zero, are interpolated linearly.
+    Opposite latents are refused, since no path between them is the shortest.
 
     Args:
         a, b: latents, (batch, ...), floating point, of one shape.
-        fractions: α: 0 gives a, 1 gives b. A number, or several.
+        fractions: α, a number or several: 0 gives a, and 1 gives b.
 
     Returns:
-        a's shape and dtype for a number; (α's, batch, ...) for several.
+        a's dtype: (batch, ...) for one number, (len(fractions), batch, ...) for several.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        TypeError, ValueError: naming the argument, the value and what is allowed.
 
     >>> slerp(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 0.5)
     tensor([[0.7071, 0.7071]])
@@ -49,16 +49,18 @@ def slerp(a: Tensor, b: Tensor, fractions: float | Sequence[float] | Tensor) -> 
     alphas = [finite(f"fractions[{i}]", value) for i, value in enumerate(values)]
     p, q = (tensor.detach().double().flatten(1) for tensor in (a, b))
     cosine = (p * q).sum(1) / (p.norm(dim=1) * q.norm(dim=1))
-    # arccos loses half the digits near ±1; the half angle by its tangent loses none.
+    # arccos loses half the digits near ±1; the tangent of the half angle loses none.
     u, v = (tensor / tensor.norm(dim=1, keepdim=True) for tensor in (p, q))
     theta = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1)).unsqueeze(1)
     if bool((cosine < -1 + 1e-12).any()):
-        raise ValueError("b must not be opposite to a, between which there is no shortest way")
-    straight = ~(theta > 1e-6)  # so near, or of a zero vector
+        raise ValueError("b must not be opposite to a: no path between them is the shortest")
+    straight = ~(theta > 1e-6)  # also where θ is NaN, for a zero vector
     sine = torch.where(straight, 1.0, theta.sin())
-    way = []
+    points = []
     for alpha in alphas:
         w_a = torch.where(straight, 1 - alpha, ((1 - alpha) * theta).sin() / sine)
         w_b = torch.where(straight, alpha, (alpha * theta).sin() / sine)
-        way.append((w_a * p + w_b * q).view(a.shape).to(a.dtype))
-    return way[0] if one else torch.stack(way) if way else a.new_empty((0, *a.shape))
+        points.append((w_a * p + w_b * q).view(a.shape).to(a.dtype))
+    if one:
+        return points[0]
+    return torch.stack(points) if points else a.new_empty((0, *a.shape))

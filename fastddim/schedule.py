@@ -1,4 +1,4 @@
-"""ᾱ_t and where it comes from."""
+"""The noise schedule: ᾱ_t, and the β_t or formula it comes from."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ Float64 = npt.NDArray[np.float64]
 class NoiseSchedule:
     """The noise levels of a diffusion model: ᾱ_t = Π_{i≤t} (1 − β_i), t = 0 … T−1.
 
-    Ho et al. 2020, section 2 (they count t from 1; here, as in code, from 0). Build one with
-    ``linear``, ``scaled_linear``, ``cosine``, ``from_betas`` or ``from_alphas_cumprod``.
-    Two schedules are equal, and have one hash, where every ᾱ_t is equal; names do not count.
+    They are those of Ho et al. 2020, section 2, but t counts from 0, as in code, and not from 1.
+    Build a schedule with ``linear``, ``scaled_linear``, ``cosine``, ``from_betas`` or
+    ``from_alphas_cumprod``.
+    Two schedules are equal, and have the same hash, where every ᾱ_t is equal, whatever their names.
 
     Attributes:
-        alphas_cumprod: ᾱ, float64 of shape (T,), strictly decreasing, in (0, 1); the last may
-            be 0 (zero terminal SNR, Lin et al. 2024), which ``epsilon`` models cannot sample.
-            Read-only.
-        name: what it was built from, for messages and records.
+        alphas_cumprod: ᾱ, float64 of shape (T,), strictly decreasing, in (0, 1), read-only. The
+            last may be 0 (zero terminal SNR, Lin et al. 2024), where an ``epsilon`` model cannot
+            start.
+        name: the schedule's name in messages and records.
     """
 
     alphas_cumprod: Float64
@@ -46,7 +47,7 @@ class NoiseSchedule:
                 f"alphas_cumprod must strictly decrease, got {abar[t]:g} at {t} "
                 f"and {abar[t + 1]:g} at {t + 1}"
             )
-        abar[abar == 0] = 0.0  # −0 is equal to 0, and the hash reads bytes
+        abar[abar == 0] = 0.0  # −0 equals 0 but has other bytes, which the hash reads
         abar.setflags(write=False)
         object.__setattr__(self, "alphas_cumprod", abar)
 
@@ -64,7 +65,7 @@ class NoiseSchedule:
         self.__dict__.update(state)
 
     def __len__(self) -> int:
-        """T, the number of noise levels."""
+        """Returns T, the number of noise levels."""
         return len(self.alphas_cumprod)
 
     def __repr__(self) -> str:
@@ -74,7 +75,7 @@ class NoiseSchedule:
     def linear(
         cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> NoiseSchedule:
-        """β from ``beta_start`` to ``beta_end`` in equal steps (Ho et al. 2020, section 4)."""
+        """β goes from ``beta_start`` to ``beta_end`` in equal steps (Ho et al. 2020, section 4)."""
         betas = np.linspace(*_ends(beta_start, beta_end), _levels(T))
         return cls.from_betas(betas, name=f"linear({beta_start:g}, {beta_end:g})")
 
@@ -82,14 +83,14 @@ class NoiseSchedule:
     def scaled_linear(
         cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> NoiseSchedule:
-        """√β in equal steps, as latent diffusion and Stable Diffusion have it."""
+        """√β goes in equal steps, as in latent diffusion and Stable Diffusion."""
         low, high = _ends(beta_start, beta_end)
         betas = np.linspace(low**0.5, high**0.5, _levels(T)) ** 2
         return cls.from_betas(betas, name=f"scaled_linear({beta_start:g}, {beta_end:g})")
 
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-        """ᾱ(u) = cos²((u + s)/(1 + s)·π/2), β clipped (Nichol and Dhariwal 2021, eq. 17)."""
+        """ᾱ(u) is cos²((u + s)/(1 + s)·π/2), β clipped (Nichol and Dhariwal 2021, eq. 17)."""
         s, max_beta = finite("s", s), finite("max_beta", max_beta)
         if s < 0:
             raise ValueError(f"s must be ≥ 0, got {s:g}")
@@ -101,7 +102,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Any, name: str = "from_betas") -> NoiseSchedule:
-        """From β_t, any sequence, array or tensor; each in (0, 1), multiplied up in float64."""
+        """Multiplies 1 − β_t up in float64, each β_t in (0, 1), of a sequence, array or tensor."""
         beta = _vector("betas", betas)
         outside = np.flatnonzero(~((beta > 0) & (beta < 1)))
         if outside.size:
@@ -111,12 +112,12 @@ class NoiseSchedule:
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Any) -> NoiseSchedule:
-        """From ᾱ_t itself, any sequence, array or tensor."""
+        """Takes ᾱ_t itself, of a sequence, array or tensor."""
         return cls(_vector("alphas_cumprod", alphas_cumprod))
 
 
 def _vector(name: str, values: Any) -> Float64:
-    """``values`` as a fresh float64 vector, or a ``ValueError`` that names ``name``."""
+    """Returns a new float64 vector of ``values``, or raises an error that names ``name``."""
     if hasattr(values, "detach"):
         if values.is_complex():
             raise TypeError(f"{name} must hold real numbers only")
@@ -141,8 +142,11 @@ def _vector(name: str, values: Any) -> Float64:
 
 
 def guided_diffusions(name: str, T: int) -> NoiseSchedule:
-    """The ``noise_schedule`` of this name, linear or cosine, as guided-diffusion makes it: linear
-    goes from 0.1/T to 20/T, by its own expression, since another rounds otherwise."""
+    """Returns guided-diffusion's ``noise_schedule`` of this name, linear or cosine.
+
+    Linear goes from 0.1/T to 20/T, by guided-diffusion's expression, since another would round
+    otherwise.
+    """
     if name == "cosine":
         return NoiseSchedule.cosine(T)
     scale = 1000 / T

@@ -1,4 +1,4 @@
-"""τ, the steps a sampler takes, as explicit (t, s) pairs in the order they are taken."""
+"""τ, the timesteps of a sampler, as explicit (t, s) pairs in the order of the steps."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ Spacing: TypeAlias = SpacingName | Sequence[int] | Sequence[Pair]
 
 
 def make_pairs(spacing: Spacing | str, steps: int, T: int) -> tuple[Pair, ...]:
-    """The (t, s) pairs of τ: each step goes from level t to level s, the last to s = −1 (data).
+    """Returns the (t, s) pairs of τ: each step goes from level t to s, the last to s = −1 (data).
 
     Args:
-        spacing: a name, or τ itself: timesteps that strictly increase or strictly decrease
-            (both are taken from the noisiest down), or (t, s) pairs in the order they are taken.
+        spacing: a name, or τ itself: timesteps that strictly increase or strictly decrease (the
+            steps go from the noisiest down), or (t, s) pairs in the order of the steps.
 
             - ``"uniform"``: ⌊i·T/S⌋ (Song et al. 2021, appendix D.2, "linear").
-            - ``"quad"``: max(i, ⌊c·i²⌋) up to 0.8·T (the same, "quadratic").
-            - ``"leading"``: i·⌊T/S⌋; ``"trailing"``: round(T − i·T/S) − 1; ``"linspace"``:
-              rounded, from 0 to T−1 (Lin et al. 2024, table 2). Of S = 1 each of these five
-              takes the step from T−1, where noise is; i = 0 alone would be the step from t = 0.
-            - ``"uniform-ermongroup"``, ``"quad-ermongroup"``: as the authors' code has them.
-              The first strides by ⌊T/S⌋ and so may take more than S steps (334 for 300 of
-              1000); the second repeats truncated values from S = 30 on, each repetition a model
-              call that moves nothing.
+            - ``"quad"``: max(i, ⌊c·i²⌋) up to 0.8·T (the same appendix, "quadratic").
+            - ``"leading"``: i·⌊T/S⌋; ``"trailing"``: round(T − i·T/S) − 1; ``"linspace"``: equally
+              spaced from 0 to T−1, rounded (Lin et al. 2024, table 2). With S = 1 each of these
+              five takes one step from T−1, the noisiest level; i = 0 would give t = 0.
+            - ``"uniform-ermongroup"``, ``"quad-ermongroup"``: the spacings of ermongroup/ddim's
+              code. The first strides by ⌊T/S⌋ and so may take more than S steps (334 for 300 of
+              1000). The second repeats truncated values from S = 30 on, and each repetition is a
+              model call that leaves x unchanged.
         steps: S. All but the two ermongroup spacings take exactly S distinct steps.
         T: the number of noise levels.
 
@@ -57,7 +57,7 @@ def make_pairs(spacing: Spacing | str, steps: int, T: int) -> tuple[Pair, ...]:
 
 
 def chain(tau: Sequence[int]) -> tuple[Pair, ...]:
-    """τ in increasing order → its pairs, from the noisiest down to s = −1."""
+    """Returns the pairs of an increasing τ, from the noisiest level down to s = −1."""
     return tuple(zip(reversed(tau), reversed([-1, *tau[:-1]]), strict=True))
 
 
@@ -100,10 +100,10 @@ _SPACINGS: dict[str, Callable[[int, int], list[int]]] = {
     "quad-ermongroup": quad_ermongroup,
 }
 SPACINGS: tuple[SpacingName, ...] = get_args(SpacingName)
-"""The names ``make_pairs`` knows."""
+"""The names of spacings that ``make_pairs`` takes."""
 
 _OTHER_NAMES = {"linear": "uniform", "quadratic": "quad"}
-"""What the paper's appendix calls two of them."""
+"""The names of two spacings in the paper's appendix → their names here."""
 
 
 def _explicit(spacing: Any, T: int) -> tuple[Pair, ...]:

@@ -1,4 +1,4 @@
-"""Weights in files: read whole or not at all, no code run, put where they fit exactly."""
+"""Weights in files: a file is read whole or refused, runs no code, and fits the model exactly."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by name, metadata) of a safetensors file.
+    """Returns (tensors by name, metadata) of a safetensors file.
 
     Raises:
-        FileNotFoundError, ValueError: ``path`` is missing; or it is a pickle, truncated or
-            something else.
+        FileNotFoundError: ``path`` is missing.
+        ValueError: the file is a pickle, truncated, or of another format.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -38,7 +38,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def is_pickle(start: bytes) -> bool:
-    """Whether a file that begins so is what torch.save writes (a zip) or a bare pickle."""
+    """Returns whether a file with this start is from torch.save (a zip) or a bare pickle."""
     return start.startswith(b"PK") or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")
 
 
@@ -55,14 +55,14 @@ _NUMPY: list[Any] = [
     ),
     np.ndarray,
 ]
-"""NumPy's numbers and arrays of numbers: a loss or a step count is often one. They run nothing."""
+"""NumPy's numbers and arrays, which run no code: losses and step counts are often stored so."""
 
 
 def unpickle(path: Path) -> Any:
-    """What ``torch.save`` wrote: tensors, numbers, strings and containers of them, NumPy's too.
+    """Reads a file of ``torch.save``: tensors, numbers (NumPy's too), strings and their containers.
 
     Raises:
-        ValueError: it holds anything else, of which nothing is run; or it is truncated.
+        ValueError: the file holds anything else, which is not run, or is truncated.
     """
     try:
         with (  # by content, not by the name
@@ -70,9 +70,9 @@ def unpickle(path: Path) -> Any:
             warnings.catch_warnings(),
             torch.serialization.safe_globals(_NUMPY),
         ):
-            warnings.simplefilter("ignore")  # the protocol of bare pickles, which end in an error
+            warnings.simplefilter("ignore")  # of the protocol of bare pickles, refused below
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # as many types as ways to be no checkpoint; their advice is unsafe
+    except Exception as error:  # of many types; their messages advise weights_only=False
         wanted = re.search(r"(?:GLOBAL |but got <class ')([^\s']+)", str(error))
     with path.open("rb") as file:
         bare = file.read(2) in (b"\x80\3", b"\x80\4", b"\x80\5")
@@ -80,8 +80,9 @@ def unpickle(path: Path) -> Any:
         raise ValueError(f"{path} is truncated, or no checkpoint that torch.save wrote")
     what = f"wants code ({wanted[1]})" if wanted else "torch.save did not write"
     raise ValueError(
-        f"{path} is a pickle that {what}, as EDM's .pkl do, and none is run: load it with its own "
-        f"code and save the network's state_dict(), or name a function that builds it (--model)"
+        f"{path} is a pickle that {what}, like EDM's .pkl files; of its code none is run: load it "
+        f"with that code and save the network's state_dict(), or name a function that builds it "
+        f"(--model)"
     )
 
 
@@ -92,14 +93,14 @@ def fill(
     called: Callable[[str], str] = str,
     left_over: Iterable[str] = (),
 ) -> None:
-    """Puts ``tensors`` into ``module``: every one it has, and nothing else.
+    """Puts ``tensors`` into ``module``, all of whose tensors must be there, and no others.
 
     Args:
-        called: what ``source`` calls the module's own names, for the messages.
-        left_over: what else ``source`` holds, by its own names.
+        called: maps the module's names to ``source``'s, for the messages.
+        left_over: the names of other tensors in ``source``.
 
     Raises:
-        ValueError: naming the first few that are missing, left over or of another shape.
+        ValueError: naming the first few tensors that are missing, left over or of another shape.
     """
     own = module.state_dict()
     wrong = {
@@ -118,5 +119,6 @@ def fill(
 
 
 def few(names: Iterable[str], most: int = 3) -> str:
+    """Returns the first ``most`` names in order, joined for a message."""
     names = sorted(names)
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -23,12 +23,12 @@ def drawn(*shape: int, seed: int = 1) -> Tensor:
 
 def counter_noise(ddim: DDIM, seeds: list[int], shape: tuple[int, ...]) -> list[Tensor | None]:
     """z of each row as this device draws it, which has tests of its own."""
-    from fastddim.step.philox import STEP
+    from fastddim.step.philox import STEP_STREAM
 
     def z(row: int) -> Tensor:
         out = torch.full(shape, float("nan"))
         rows = torch.full(shape[:1], row, dtype=torch.int32)
-        torch.ops.fastddim.normal_(out, torch.tensor(seeds), rows, STEP)
+        torch.ops.fastddim.normal_(out, torch.tensor(seeds), rows, STEP_STREAM)
         return out
 
     return [z(row) if ddim.table[row, 5] else None for row in range(len(ddim.pairs))]

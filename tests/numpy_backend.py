@@ -1,4 +1,4 @@
-"""A backend in NumPy: all that one has to have. It takes a step for what lies in a CPU's memory."""
+"""The example of a backend: it takes the steps of tensors on a CPU by NumPy."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.step import philox as counter
-from fastddim.step.backends import Backend, Fixed, Launch
+from fastddim.step.backends import Backend, Fixed, Launch, StepArgs
 from fastddim.step.layout import write_next
+from fastddim.step.philox import STEP_STREAM, normals
 
 Floats = npt.NDArray[Any]
 
 
-def bind(fixed: Fixed, x: Tensor, *first: Any) -> Launch:
-    """See ``backends.Backend``. Nothing is compiled, so that only the rank is decided here."""
-    each = (-1, *[1] * (x.dim() - 1))
+def bind(fixed: Fixed, first: StepArgs) -> Launch:
+    """See ``backends.Backend``. Nothing is compiled, so only the rank is fixed here."""
+    each = (-1, *[1] * (first.x.dim() - 1))
 
     def launch(
         x: Tensor,
@@ -36,19 +36,19 @@ def bind(fixed: Fixed, x: Tensor, *first: Any) -> Launch:
         batch = len(x)
         rows = np.broadcast_to(np.asarray(row), (batch,))
         if rows.min() < 0 or rows.max() >= len(table):
-            said = f"[0, {len(table)}), got {rows.min()} to {rows.max()}"
-            raise ValueError(f"rows must lie in {said}")
+            got = f"{rows.min()} to {rows.max()}"
+            raise ValueError(f"rows must lie in [0, {len(table)}), got {got}")
         factors = [column.reshape(each) for column in array(table)[rows].T]
         z = None if noise is None else array(noise)
         if seeds is not None:
             # Noise belongs to the logical element, however x lies in memory.
-            z = counter.normals(seeds.numpy(), rows, x[0].numel(), counter.STEP).reshape(x.shape)
-        said_by_model = array(output)
+            z = normals(seeds.numpy(), rows, x[0].numel(), STEP_STREAM).reshape(x.shape)
+        e = array(output)
         if guidance is not None:
-            u, c = said_by_model[:batch], said_by_model[batch:]
-            said_by_model = u + array(guidance).reshape(each) * (c - u)
+            u, c = e[:batch], e[batch:]
+            e = u + array(guidance).reshape(each) * (c - u)
         bound = None if threshold is None else array(threshold).reshape(each)
-        x_s, predicted = step(fixed, array(x), said_by_model, factors, z, bound)
+        x_s, predicted = step(fixed, array(x), e, factors, z, bound)
         array(out)[...] = x_s
         if x0 is not None:
             array(x0)[...] = predicted
@@ -61,7 +61,7 @@ def bind(fixed: Fixed, x: Tensor, *first: Any) -> Launch:
 def step(
     fixed: Fixed, x: Floats, output: Floats, factors: list[Floats], z: Floats | None, bound: Any
 ) -> tuple[Floats, Floats]:
-    """(x_s, x0) as ``reference.ddim_step`` has them, operation for operation."""
+    """Returns (x_s, x0) by the operations of ``reference.ddim_step``, in their order."""
     a_t, _, b_t, _, a_s, c1, c2 = factors
     eps, x0 = output, output
     if fixed.prediction == 0:
@@ -84,14 +84,14 @@ def step(
 
 
 def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
-    """See ``backends.Backend``: ``fastddim.step.philox`` is this backend's noise."""
+    """See ``backends.Backend``. The noise is that of ``fastddim.step.philox``."""
     if out.numel():
         flat = out.view(len(out), -1).numpy()
-        counter.normals(seeds.numpy(), rows.numpy(), flat.shape[1], stream, out=flat)
+        normals(seeds.numpy(), rows.numpy(), flat.shape[1], stream, out=flat)
 
 
 def array(tensor: Tensor) -> Floats:
-    """The tensor's own memory, or of half precision, which NumPy does not know, a float32 copy."""
+    """Returns the tensor's memory, or a float32 copy of bfloat16, which NumPy does not have."""
     numbers: Floats = tensor.detach().to(torch.float32).numpy()
     return numbers
 

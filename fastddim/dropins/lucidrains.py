@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import Prediction
 from fastddim.dropins._shared import Buffers, checked_factors, pack_rows, passed_over
-from fastddim.step.checked import OUTPUTS, check_untransformed
+from fastddim.step.arguments import OUTPUTS, check_untransformed
 
 PREDICTIONS: dict[str, Prediction] = {
     "pred_noise": "epsilon",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddim.check import SamplingWarning, kind
-from fastddim.step.checked import OUTPUTS
+from fastddim.step.arguments import OUTPUTS
 
 Model: TypeAlias = Callable[..., Any]
 Cond: TypeAlias = Mapping[str, Any]

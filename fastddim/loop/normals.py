@@ -58,7 +58,7 @@ class Noise:
         if self.seeds is None:
             return self._drawn()
         z = torch.empty(self.size, dtype=torch.float32, device=self.device)
-        torch.ops.fastddim.normal_(z, self.seeds, rows, counter.FORWARD)
+        torch.ops.fastddim.normal_(z, self.seeds, rows, counter.FORWARD_STREAM)
         return z
 
     def _drawn(self, into: Tensor | None = None) -> Tensor:

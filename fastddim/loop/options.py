@@ -18,7 +18,7 @@ from fastddim.loop.model import Model, Predictor, warn_of_training
 from fastddim.loop.normals import Noise, Noises, drawn_seeds
 from fastddim.loop.plan import Plan, rows_of
 from fastddim.loop.run import Run
-from fastddim.step.checked import check_untransformed
+from fastddim.step.arguments import check_untransformed
 
 if TYPE_CHECKING:
     from fastddim.loop.trajectory import Callback

@@ -16,8 +16,8 @@ from torch import Tensor
 from fastddim.coefficients import COLUMNS, PREDICTIONS, Float32, Prediction, make_table
 from fastddim.loop.model import Predictor
 from fastddim.schedule import NoiseSchedule
+from fastddim.step.arguments import OUTPUTS
 from fastddim.step.bound import watched
-from fastddim.step.checked import OUTPUTS
 from fastddim.timesteps import Pair
 
 _C1 = COLUMNS.index("c1")

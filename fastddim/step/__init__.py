@@ -1,4 +1,4 @@
-"""One step: the equation, the backends that take it, and the checks before it."""
+"""One step: the equation, the checks of its arguments, and the backends that take it."""
 
 from fastddim.step.checked import BoundStep, bind, ddim_step
 

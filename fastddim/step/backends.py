@@ -1,4 +1,4 @@
-"""The table of backends says what takes the steps on a device, and ``using`` chooses another."""
+"""The table of backends says which takes the steps on a device; ``using`` chooses another."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from torch import Tensor
 from fastddim.check import shown
 
 VARIABLE = "FASTDDIM_BACKEND"
-"""This environment variable names the backend of every step of a process."""
+"""The environment variable that names the backend of every step of a process."""
 
 
 class Fixed(NamedTuple):
     """The options of the step that stay the same throughout a run.
 
     Attributes:
-        prediction: what the model returns: 0 epsilon, 1 v, 2 sample (``coefficients.PREDICTIONS``).
+        prediction: what the model returns: 0 ε, 1 v, 2 x0 (``coefficients.PREDICTIONS``).
         noise_first: whether c1·z is added before c2·ε or after it.
-        clip: x0 is clamped to ±clip; None leaves it alone.
+        clip: x0 is clamped to ±clip; None leaves x0 as it is.
         rederive: whether ε is computed again from the clamped x0.
     """
 
@@ -36,19 +36,46 @@ class Fixed(NamedTuple):
     rederive: bool = False
 
 
+class StepArgs(NamedTuple):
+    """The arguments of one step, checked, in the order in which a launch takes them.
+
+    Attributes:
+        x: x_t, float32 (batch, ...).
+        output: what the model returned, float32, bfloat16 or float16, of x's shape; with guidance
+            (2·batch, ...).
+        table: the coefficients, float32 (steps, 7).
+        row: the row of the table that all samples are on, or int32 (batch,) with one for each.
+        seeds: int64 (batch,), for counter noise.
+        noise: z itself, float32 of x's shape, in place of seeds.
+        guidance: w, float32 (batch,).
+        threshold: s, float32 (batch,).
+        out: x_s is written here, float32 of x's shape.
+        x0: x0 is written here, likewise.
+        next_input: x_s is written here in this tensor's dtype, once or for both halves of guidance.
+    """
+
+    x: Tensor
+    output: Tensor
+    table: Tensor
+    row: int | Tensor
+    seeds: Tensor | None
+    noise: Tensor | None
+    guidance: Tensor | None
+    threshold: Tensor | None
+    out: Tensor
+    x0: Tensor | None
+    next_input: Tensor | None
+
+
 Launch: TypeAlias = Callable[..., None]
-"""A launch takes one step, of tensors that lie in memory as those it was bound to.
+"""``launch(*arguments)`` takes one step, of ``StepArgs`` that lie in memory as the bound ones.
 
-    launch(x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input)
-
-``row`` is the row of the table that all samples are on, or int32 (batch,) with one for each. The
-launch writes x_s to ``out`` and, where they are given, x0 to ``x0`` and x_s once more to
-``next_input``, in the dtype of each. Any thread may call a launch, and several threads at once.
+Any thread may call a launch, and several threads at once.
 """
 
 
 def reads_as_it_lies(x: Tensor, output: Tensor) -> bool:
-    """Returns False: a backend that reads outputs in another order than x's has its own answer."""
+    """Returns False, for a backend that reads outputs in the order of x alone."""
     return False
 
 
@@ -58,15 +85,14 @@ class Backend:
 
     Attributes:
         name: its name in the table, in ``FASTDDIM_BACKEND`` and in records.
-        bind: ``bind(fixed, x, output, table, row, ...)`` takes ``Launch``'s arguments, looks at the
-            first tensors, compiles where there is something to compile, and returns the ``Launch``
-            for all tensors that lie alike. They are already checked: x is dense float32
-            (batch, ...); noise, out and x0 have its strides; each sample of the output lies as one
-            of x's.
+        bind: ``bind(fixed, first)`` looks at the ``StepArgs`` of a first step, compiles where
+            there is something to compile, and returns the ``Launch`` for all tensors that lie
+            alike. x is dense; noise, out and x0 have x's strides; each sample of the output lies
+            as a sample of x.
         normal_: ``normal_(out, seeds, rows, stream)`` fills a contiguous float32 (batch, ...) with
             the counter noise that ``fastddim.step.philox`` defines.
-        reads: ``reads(x, output)`` says whether a launch reads an output whose samples lie in
-            another order than x's. Where it does not, the output is copied first.
+        reads: ``reads(x, output)`` returns whether a launch reads an output whose samples lie in
+            another order than x's. Otherwise the output is copied first.
         in_order: whether a launch with seeds needs x to be contiguous or channels last.
     """
 
@@ -81,9 +107,9 @@ class Entry(NamedTuple):
     """A line of the table says where a backend can run, and which module defines it."""
 
     devices: tuple[str, ...] | None
-    """These are the kinds of device it runs on; None stands for any."""
+    """The kinds of device that the backend runs on; None stands for any."""
     module: str
-    """The first step imports it, since a compiler takes long to import and may be missing."""
+    """The module, imported by the first step: a compiler may be missing and is slow to import."""
 
 
 TABLE: dict[str, Entry] = {
@@ -91,15 +117,15 @@ TABLE: dict[str, Entry] = {
     "numba": Entry(("cpu",), "fastddim.step.on_numba"),
     "torch": Entry(None, "fastddim.step.on_torch"),
 }
-"""The backends by name. The first that runs on a device and can be imported takes its steps."""
+"""The backends by name. The first that runs on a device and can be imported takes the steps."""
 
 _using: ContextVar[str | None] = ContextVar("fastddim backend", default=None)
-# The environment is read once, because asking it costs as much as a small step.
+# The environment is read once, because reading it costs as much as a small step.
 _environment = os.environ.get(VARIABLE) or None
 
 
 def backend(device: torch.device | str, name: str | None = None) -> Backend:
-    """Returns the backend that takes the steps on a device: nothing else decides this.
+    """Returns the backend that takes the steps on a device. No other function chooses one.
 
     It is the backend called ``name``, or else the one that ``using`` names, or else the one that
     ``FASTDDIM_BACKEND`` names, or else the first of the table that can run there.
@@ -124,8 +150,7 @@ def using(name: str) -> Iterator[None]:
         with fastddim.using("torch"):
             images = ddim.sample(model, x_T)
 
-    What was bound before stays with its backend: a sampler's loop that has begun, and a step that
-    ``bind`` returned.
+    A sampler's loop that has begun, and a step that ``bind`` returned, keep their backend.
 
     Raises:
         ValueError: there is no backend of this name.
@@ -154,7 +179,7 @@ def again(name: str | None) -> Iterator[None]:
 def forked() -> bool:
     """Returns whether this process is a forked child, which has none of its parent's threads.
 
-    PyTorch shares its operations out to those threads all the same, and then waits for ever.
+    PyTorch still gives those threads parts of its operations, and then waits for ever.
     """
     return _is_forked
 
@@ -198,9 +223,9 @@ def _runs_on(name: str, kind: str) -> bool:
 
 
 def _interprets(name: str) -> bool:
-    """Returns whether Triton's interpreter replaces the GPU: it reads a CPU's memory as well."""
-    asked = os.environ.get("TRITON_INTERPRET", "0").lower()
-    return name == "triton" and asked in ("1", "true", "on", "yes")
+    """Returns whether Triton's interpreter replaces the GPU: it also reads a CPU's memory."""
+    value = os.environ.get("TRITON_INTERPRET", "0").lower()
+    return name == "triton" and value in ("1", "true", "on", "yes")
 
 
 def _imported(name: str) -> Backend | None:

@@ -1,4 +1,4 @@
-"""The bound step decides once what a run fixes; each call then brings addresses."""
+"""The bound step: one launch for each layout of its tensors, kept for later calls."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastddim.step import layout
-from fastddim.step.backends import Backend, Fixed, Launch, again
+from fastddim.step.backends import Backend, Fixed, Launch, StepArgs, again
 
 _MOST = 64
-"""A step remembers this many layouts, and this module this many steps. More would fill memory."""
+"""The most layouts that a step keeps, and the most steps that this module keeps."""
 
 
 class Bound:
     """The step of one backend with one set of options, for checked arguments.
 
-    A call compares what a launch is specialised for: sizes, strides, dtypes, and which arguments
-    there are. It takes the launch of an earlier call that had the same. Otherwise it binds a new
-    one: it decides which tensors are copied first, and has the backend compile.
+    A call takes the launch of an earlier call with the same sizes, strides, dtypes and arguments
+    that are None. Otherwise it binds a new launch: it decides which tensors are copied first, and
+    has the backend compile.
 
-    A bound step keeps nothing but launches between two calls, so that threads and trajectories may
+    A bound step keeps nothing but launches between two calls, so threads and trajectories may
     share it.
     """
 
@@ -51,11 +51,12 @@ class Bound:
     ) -> None:
         """Writes x_s to ``out`` and, where they are given, x0 to ``x0`` and x_s to ``next_input``.
 
-        The tensors are on one device, and of the shapes and dtypes that ``ddim_step`` asks for;
-        ``guidance`` and ``threshold`` are (batch,), and ``row`` is an int or int32 (batch,).
+        The arguments are ``StepArgs``, on one device.
         """
-        given = x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
-        self.launch(*given)(*given)
+        arguments = (
+            x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input,
+        )  # fmt: skip
+        self.launch(*arguments)(*arguments)
 
     def launch(
         self,
@@ -72,9 +73,9 @@ class Bound:
         next_input: Tensor | None,
         seen: bool = True,
     ) -> Launch:
-        """Returns the launch for these arguments, and for all that lie as they do.
+        """Returns the launch for these arguments, and for all that lie alike.
 
-        Where ``seen`` is True and somebody watches for the op, the launch calls the op instead.
+        With ``seen`` the launch calls the op where ``watched()`` holds or a tensor is not plain.
         """
         if seen and (
             x.__class__ is not Tensor
@@ -113,8 +114,10 @@ class Bound:
         if key != latest:
             found = self._launches.get(key)
             if found is None:
-                given = x, output, table, row, seeds, noise, guidance, threshold, out, x0
-                found = bind(self.backend, self.fixed, *given, next_input)
+                first = StepArgs(
+                    x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
+                )
+                found = bind(self.backend, self.fixed, first)
                 if len(self._launches) >= _MOST:
                     self._launches.clear()
                 self._launches[key] = found
@@ -124,10 +127,10 @@ class Bound:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Returns whether the values of a tensor are what stands at its address.
+    """Returns whether a tensor's values are those in the memory at its address.
 
-    A subclass may keep them elsewhere, a tensor that is negated by a bit keeps their opposites, and
-    one of zeros alone may have no memory at all. The op knows of all three.
+    A subclass may keep its values elsewhere, the memory of a tensor with the negative bit holds
+    their opposites, and a tensor of zeros alone may have no memory. The op handles all three.
     """
     kind = tensor.__class__
     return (
@@ -138,13 +141,13 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Returns whether a call of the op would be seen: compiled, traced, profiled, or by a mode."""
-    # Each step asks this, so that no question is a call within a call.
+    """Returns whether torch.compile, a tracer, the profiler or a dispatch mode would see the op."""
+    # Each step calls this function, so these are PyTorch's own functions, without wrappers.
     return is_compiling() or moded() > 0 or profiled() or _traced() is not None
 
 
 def compiled() -> bool:
-    """Returns whether torch.compile or torch.jit.trace notes what this code does."""
+    """Returns whether torch.compile or torch.jit.trace records this code."""
     return is_compiling() or _traced() is not None
 
 
@@ -176,10 +179,10 @@ def by_op(
     torch.ops.fastddim.ddim_step.default(*inputs, *fixed, out, x0, next_input, number)
 
 
-def by_op_again(name: str | None, fixed: Fixed, *given: Any) -> None:
+def by_op_again(name: str | None, fixed: Fixed, *arguments: Any) -> None:
     """Launches by the op, with the backend that was chosen when the step was bound."""
     with again(name):
-        by_op(fixed, *given)
+        by_op(fixed, *arguments)
 
 
 _steps: dict[tuple[Backend, Fixed, torch.device], Bound] = {}
@@ -200,56 +203,20 @@ def nothing(*_: object) -> None:
     """Does nothing: this is the launch of a step that has no elements."""
 
 
-def bind(
-    backend: Backend,
-    fixed: Fixed,
-    x: Tensor,
-    output: Tensor,
-    table: Tensor,
-    row: int | Tensor,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    guidance: Tensor | None,
-    threshold: Tensor | None,
-    out: Tensor,
-    x0: Tensor | None,
-    next_input: Tensor | None,
-) -> Launch:
-    """Returns the backend's launch for tensors that lie as these, with the copies that it needs."""
-    if not x.numel():
+def bind(backend: Backend, fixed: Fixed, first: StepArgs) -> Launch:
+    """Returns the backend's launch for arguments that lie alike, with the copies that it needs."""
+    if not first.x.numel():
         return nothing
-    copies = _Copies(
-        backend, x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
-    )
+    copies = _Copies(backend, first)
     if not copies.needed:
-        return backend.bind(
-            fixed, x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
-        )
-    x, output, table, seeds, noise, out, x0, next_input = copies.before(
-        x, output, table, seeds, noise, out, x0, next_input
-    )
-    inner = backend.bind(
-        fixed, x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
-    )
+        return backend.bind(fixed, first)
+    inner = backend.bind(fixed, StepArgs(*copies.before(*first)))
 
-    def launch(
-        x: Tensor,
-        output: Tensor,
-        table: Tensor,
-        row: int | Tensor,
-        seeds: Tensor | None,
-        noise: Tensor | None,
-        guidance: Tensor | None,
-        threshold: Tensor | None,
-        out: Tensor,
-        x0: Tensor | None,
-        next_input: Tensor | None,
-    ) -> None:
-        read_x, read, factors, keys, z, x_s, x0_s, after = copies.before(
-            x, output, table, seeds, noise, out, x0, next_input
-        )
-        inner(read_x, read, factors, row, keys, z, guidance, threshold, x_s, x0_s, after)
-        copies.after((out, x_s), (x0, x0_s), (next_input, after))
+    def launch(*arguments: Any) -> None:
+        taken = copies.before(*arguments)
+        inner(*taken)
+        for i in copies.results:
+            arguments[i].copy_(taken[i])
 
     return launch
 
@@ -257,21 +224,8 @@ def bind(
 class _Copies:
     """Copies, around a launch, the tensors that do not lie as the backend takes them."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        x: Tensor,
-        output: Tensor,
-        table: Tensor,
-        row: int | Tensor,
-        seeds: Tensor | None,
-        noise: Tensor | None,
-        guidance: Tensor | None,
-        threshold: Tensor | None,
-        out: Tensor,
-        x0: Tensor | None,
-        next_input: Tensor | None,
-    ) -> None:
+    def __init__(self, backend: Backend, first: StepArgs) -> None:
+        x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input = first
         self.channels = x.shape[1] if layout.has_variance(output, x) else None
         # Per-sample values and stacked inputs require every sample to be one contiguous block.
         stacked = next_input is not None and len(next_input) > len(x)
@@ -290,6 +244,9 @@ class _Copies:
         self.out = not layout.alike(out, x)
         self.x0 = x0 is not None and not layout.alike(x0, x)
         self.next = next_input is not None and not layout.writable(next_input, x)
+        copied = {"out": self.out, "x0": self.x0, "next_input": self.next}
+        # The positions in ``StepArgs`` of the results that are copied back to the caller's tensors.
+        self.results = [StepArgs._fields.index(name) for name in copied if copied[name]]
 
     @property
     def needed(self) -> bool:
@@ -302,22 +259,16 @@ class _Copies:
         x: Tensor,
         output: Tensor,
         table: Tensor,
+        row: int | Tensor,
         seeds: Tensor | None,
         noise: Tensor | None,
+        guidance: Tensor | None,
+        threshold: Tensor | None,
         out: Tensor,
         x0: Tensor | None,
         next_input: Tensor | None,
-    ) -> tuple[
-        Tensor,
-        Tensor,
-        Tensor,
-        Tensor | None,
-        Tensor | None,
-        Tensor,
-        Tensor | None,
-        Tensor | None,
-    ]:
-        """Returns the tensors that the backend is given, those that it writes included."""
+    ) -> tuple[Any, ...]:
+        """Returns the backend's arguments: copies where these do not lie as it takes them."""
         if self.x:
             x = x.contiguous()
         if self.channels is not None:
@@ -328,22 +279,11 @@ class _Copies:
             seeds = seeds.contiguous()
         if self.noise and noise is not None:
             noise = layout.like(x).copy_(noise)
+        if self.out:
+            out = layout.like(x)
+        if self.x0:
+            x0 = layout.like(x)
         if self.next and next_input is not None:
             next_input = layout.with_batch(len(next_input), x, next_input.dtype)
-        return (
-            x,
-            output,
-            table.contiguous(),
-            seeds,
-            noise,
-            layout.like(x) if self.out else out,
-            layout.like(x) if self.x0 else x0,
-            next_input,
-        )
-
-    @staticmethod
-    def after(*written: tuple[Tensor | None, Tensor | None]) -> None:
-        """Copies each (given, written) pair back where the backend wrote to memory of its own."""
-        for given, there in written:
-            if given is not None and there is not None and there is not given:
-                given.copy_(there)
+        table = table.contiguous()
+        return x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input

@@ -1,5 +1,4 @@
-"""Two things outlive a step: buffers that later steps reuse once nobody references them, and the
-float32 states of the half precision tensors that they were rounded to."""
+"""Tensors kept between steps: spare buffers, and the float32 states of half precision samples."""
 
 from __future__ import annotations
 
@@ -13,18 +12,18 @@ import torch
 from torch import Tensor
 
 FRESH = 1 << 15
-"""Below this many elements fresh memory costs a CPU no more than finding memory that is free."""
+"""Below this many elements fresh memory costs a CPU no more than a search for a free buffer."""
 
 
 class Spare:
     """Buffers that later steps reuse once nobody references them.
 
     Fresh memory costs a CPU more than the step itself (page faults: 120 ms against 51 ms for
-    50 MB). The caching allocator of a GPU gives it back for nothing, in stream order: there,
-    nothing is kept.
-    Only what a loop has made itself may be kept: the memory of a caller's tensor may be somebody's
-    (a numpy array's, say) without a reference that could be counted. A tensor that a caller was
-    given and has marked (requires_grad, attributes, weak references) is not used again.
+    50 MB). The caching allocator of a GPU reuses memory for nothing, in stream order, so no tensor
+    on a GPU is kept.
+    Only tensors that a loop has allocated may be kept: an object that shares memory with a caller's
+    tensor, a NumPy array for example, need not hold a reference that can be counted. A tensor that
+    a caller has marked (requires_grad, attributes, weak references) is not reused.
     A ``Spare`` belongs to one thread.
     """
 
@@ -32,7 +31,7 @@ class Spare:
         self._boxes: deque[list[Tensor]] = deque(([tensor] for tensor in fresh), maxlen=2)
 
     def keep(self, tensor: Tensor) -> None:
-        """Notes a tensor that a step has just written."""
+        """Keeps a tensor that a step has just written."""
         if tensor.is_cpu:
             self._boxes.append([tensor])
 
@@ -40,7 +39,7 @@ class Spare:
         """Removes and returns the oldest unreferenced tensor; returns None if there is none."""
         for i, box in enumerate(self._boxes):
             storage = box[0].untyped_storage()
-            # Another process may read what is in shared memory, and is not counted.
+            # Another process may read shared memory, and its references are not counted.
             if _holders(box, storage) == _ALONE and not storage.is_shared():
                 del self._boxes[i]
                 tensor = box[0]
@@ -54,23 +53,24 @@ class _Shadow(NamedTuple):
     state: Tensor
     address: int
     view: Any
-    """On a CPU the memory of ``half``, as NumPy sees it, and the bytes that a step wrote there."""
+    """The memory of ``half`` as a NumPy array, if it is on a CPU."""
     written: bytes
+    """The bytes that a step wrote there."""
 
 
 class Shadows:
-    """The float32 states of half precision tensors, each for as long as its tensor lives.
+    """The float32 states of half precision tensors, each kept for as long as its tensor lives.
 
     The state belongs to the tensor object, as an attribute would, but does not go into copies and
-    files of the tensor. So no thread and no other trajectory can take it, and a step from the same
-    tensor gives the same result whatever was stepped in between.
+    files of the tensor. So no other trajectory can take the state, and a step from the same tensor
+    gives the same result whatever steps were taken in between.
     """
 
     def __init__(self) -> None:
         self._kept: dict[int, _Shadow] = {}
 
     def put(self, half: Tensor, state: Tensor) -> None:
-        """Notes that ``half`` is ``state`` rounded."""
+        """Keeps ``state``, which ``half`` holds rounded."""
         key, kept = id(half), self._kept
         # The callback runs before the tensor's id can be another's.
         ref = weakref.ref(half, lambda _: kept.pop(key, None))
@@ -81,9 +81,9 @@ class Shadows:
         kept[key] = _Shadow(ref, state, half.data_ptr(), view, written)
 
     def state_of(self, x: Tensor) -> Tensor:
-        """x in float32: the state it was rounded to, but x itself where x was written since.
+        """Returns x in float32: its state, but x itself where the caller has written to x since.
 
-        The values decide, not the version counter, which does not count ``x.data[...] = 0`` and
+        This compares values, because the version counter does not count ``x.data[...] = 0`` and
         ``x.numpy()[...] = 0``.
         """
         found = self._kept.get(id(x))
@@ -92,8 +92,8 @@ class Shadows:
         state = found.state
         if x.shape != state.shape or x.device != state.device:  # x.resize_(), x.data = ...
             return x.float()
-        # Half precision arithmetic costs a CPU more than the whole step, comparing bytes does not.
-        # A GPU is not asked, as the answer would have to be waited for: it makes three more passes.
+        # Half precision arithmetic costs a CPU more than the whole step, and comparing bytes less.
+        # On a GPU a comparison here would be a host sync: three more passes over memory cost less.
         if (
             found.view is not None
             and x.data_ptr() == found.address
@@ -124,7 +124,7 @@ def memory(spare: Spare, x: Tensor) -> Tensor:
 
 
 def _holders(box: list[Tensor], storage: torch.UntypedStorage) -> tuple[int, int, int, int]:
-    """Who holds box[0]: Python names, C++ references, and the same two of its storage (views)."""
+    """Counts the references to box[0] in Python and in C++, and those to its storage (views)."""
     return (
         sys.getrefcount(box[0]),
         box[0]._use_count(),  # type: ignore[attr-defined]
@@ -134,7 +134,7 @@ def _holders(box: list[Tensor], storage: torch.UntypedStorage) -> tuple[int, int
 
 
 def _alone() -> tuple[int, int, int, int]:
-    """The same where one box alone holds a tensor, asked as ``Spare.take`` asks."""
+    """Returns the counts where one box alone holds a tensor, taken as ``Spare.take`` takes them."""
     box = [torch.empty(1, device="cpu")]
     storage = box[0].untyped_storage()
     return _holders(box, storage)

@@ -1,24 +1,19 @@
-"""``ddim_step`` takes a step of unchecked arguments; ``bind`` returns one for many calls."""
+"""``ddim_step`` checks its arguments and takes a step; ``bind`` returns the step of a loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastddim.check import finite, kind, whole
-from fastddim.coefficients import COLUMNS, PREDICTIONS
-from fastddim.step import bound, layout
-from fastddim.step.backends import Fixed, Launch, again, backend, chosen
+from fastddim.check import finite, whole
+from fastddim.step import bound
+from fastddim.step.arguments import STATE, checked_fixed, checked_rows, checked_table, transformed
+from fastddim.step.backends import Fixed, Launch, StepArgs, again, backend, chosen
 from fastddim.step.bound import by_op, by_op_again, is_plain, watched
 from fastddim.step.op import written
-
-_STATE = torch.float32
-OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def ddim_step(
@@ -48,34 +43,34 @@ def ddim_step(
     Args:
         x: x_t, float32 of shape (batch, ...). Never written.
         output: what the model returned, of x's shape: float32, bfloat16 or float16. The
-            arithmetic is float32. With twice x's channels (dimension 1 of three or more) the
-            first half counts: a learned variance follows. Never written.
+            arithmetic is float32. Where it has twice x's channels (dimension 1 of three or more),
+            the second half is a learned variance, which the step ignores. Never written.
         table: the coefficients, float32 (steps, 7), from ``fastddim.make_table``.
         rows: the row each sample is on: an int, or int32 of shape () or (batch,) on x's device.
-            On a GPU a tensor's rows are not checked, since that would wait for the device.
+            On a GPU the numbers in a tensor are not checked, since that would be a host sync.
         seeds: int64 (batch,): counter noise, see ``step.philox``. A row with c1 = 0 adds none.
         noise: z itself, float32 of x's shape, in place of seeds. With neither, no noise is added.
         guidance: w of classifier-free guidance (Ho and Salimans 2022), a number or float32 of
-            shape () or (batch,). ``output`` is then (2·batch, ...), first without the condition
-            and then with it, and u + w·(c − u) stands in its place.
+            shape () or (batch,). ``output`` is then (2·batch, ...), u without the condition and c
+            with it, and the step takes u + w·(c − u).
         prediction: what ``output`` is: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0).
-        clip: x0 is clamped to ±clip; ε is not derived from it again.
+        clip: x0 is clamped to ±clip; ε changes with ``rederive`` alone.
         threshold: s, float32 > 0 of shape () or (batch,): x0 is clamped to ±s and divided by s,
             in place of ``clip``. This is dynamic thresholding (Saharia et al. 2022, section 2.3),
             where s is max(quantile, 1).
         rederive: whether ε is computed again from the clamped x0, ε = (x − √ᾱ_t·x0)/√(1−ᾱ_t).
         noise_first: whether c1·z is added before c2·ε (the paper's code) or after it (diffusers).
         want_x0: whether x0 is returned; ``None`` stands in its place otherwise.
-        out: x_s is written here: float32 of x's shape, not overlapping an argument. A new tensor
-            takes it where none is given.
+        out: x_s is written here: float32 of x's shape, not overlapping an argument; by default a
+            new tensor.
         x0_out: x0 is written here, likewise.
         next_input: x_s is written here as well, in this tensor's dtype (float32, bfloat16 or
             float16): once in x's shape, or twice in a tensor of twice the batch, for guidance.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        TypeError, ValueError: naming the argument, the value and what is allowed.
     """
-    given = (
+    arguments = (
         x,
         output,
         table,
@@ -89,36 +84,36 @@ def ddim_step(
         x0_out,
         next_input,
     )
-    if torch.compiler.is_compiling():  # A trace must not depend on what is kept below.
-        return _traced(_fixed(prediction, clip, rederive, noise_first), *given)
-    # The key has clip's class too: True equals 1.0, but is refused as a number to clip by.
+    if torch.compiler.is_compiling():  # A trace must not depend on ``_steps``.
+        return _traced(checked_fixed(prediction, clip, rederive, noise_first), *arguments)
+    # True would find the step of clip 1.0, which it equals, and would not be refused.
     if clip is not None and clip.__class__ is not float:
         clip = finite("clip", clip)
     key = prediction, clip, rederive, noise_first, chosen()
     try:
         step = _steps.get(key)
-    except TypeError:  # An option without a hash is none that exists: ``_fixed`` refuses it.
+    except TypeError:  # ``checked_fixed`` refuses an option that has no hash.
         step = None
     if step is None:
-        step = _Step(_fixed(prediction, clip, rederive, noise_first), chosen())
+        step = _Step(checked_fixed(prediction, clip, rederive, noise_first), chosen())
         if len(_steps) >= _MOST:
             _steps.clear()
         _steps[key] = step
-    return step(*given)
+    return step(*arguments)
 
 
 _steps: dict[tuple[Any, ...], _Step] = {}
 _MOST = 64
-"""At most so many sets of options are remembered, and so many layouts of tensors for each."""
+"""The most sets of options that are kept, and the most layouts of tensors for each."""
 
 
 class BoundStep:
-    """``ddim_step`` with its table and its options decided: ``fastddim.bind`` returns it.
+    """``ddim_step`` with a fixed table and fixed options: ``fastddim.bind`` returns it.
 
     The first call checks the tensors, picks the backend and compiles. A later call compares dtypes,
-    shapes, strides, devices and which arguments there are, and launches; where something differs,
-    it checks and binds again. The choice of a backend stays the one in use when the step was
-    bound. Threads and trajectories may share a step: it keeps no state between calls.
+    shapes, strides, devices and which arguments are None, and launches; where one differs, the call
+    checks and binds again. The backend is chosen when the step is bound. Threads and trajectories
+    may share a step: it keeps no state between calls.
     """
 
     def __init__(self, table: Tensor, step: _Step) -> None:
@@ -143,7 +138,7 @@ class BoundStep:
 
         Code that torch.compile has traced uses the backend that is in use when it runs.
         """
-        given = (
+        arguments = (
             x,
             output,
             self._table,
@@ -158,8 +153,8 @@ class BoundStep:
             next_input,
         )
         if torch.compiler.is_compiling():
-            return _traced(self._step.fixed, *given)
-        return self._step(*given)
+            return _traced(self._step.fixed, *arguments)
+        return self._step(*arguments)
 
 
 def bind(
@@ -170,7 +165,7 @@ def bind(
     rederive: bool = False,
     noise_first: bool = True,
 ) -> BoundStep:
-    """Returns the step for a loop of one's own: what a run fixes is decided once.
+    """Returns the step for your own loop, with what all steps share fixed once.
 
         step = fastddim.bind(torch.tensor(ddim.table, device=x.device), clip=1.0)
         for row, (t, s) in enumerate(ddim.pairs):
@@ -184,28 +179,15 @@ def bind(
         A ``BoundStep``, which takes ``ddim_step``'s remaining arguments and returns (x_s, x0).
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed. A call of
-            the step raises them for its tensors.
+        TypeError, ValueError: naming the argument, the value and what is allowed. A call of the
+            step raises them for its tensors.
     """
-    if not isinstance(table, Tensor):
-        raise TypeError(f"table must be a tensor, got {kind(table)}")
-    _check_tensor("table", table, table, (_STATE,), (-1, len(COLUMNS)))
-    return BoundStep(table, _Step(_fixed(prediction, clip, rederive, noise_first), chosen()))
-
-
-def _fixed(prediction: Any, clip: float | None, rederive: bool, noise_first: bool) -> Fixed:
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
-    if clip is not None:
-        # ``finite`` makes a float of an int, for which Triton would compile another kernel.
-        clip = finite("clip", clip)
-        if not clip > 0:
-            raise ValueError(f"clip must be > 0, got {clip:g}")
-    return Fixed(PREDICTIONS.index(prediction), noise_first, clip, rederive)
+    table = checked_table(table)
+    return BoundStep(table, _Step(checked_fixed(prediction, clip, rederive, noise_first), chosen()))
 
 
 class _Step:
-    """The step with one set of options. Its arguments may be anything, and are checked."""
+    """The step with one set of options, which checks its arguments."""
 
     __slots__ = ("_chosen", "_latest", "_launches", "_weight", "fixed")
 
@@ -265,7 +247,7 @@ class _Step:
             latest, launch = self._latest
             known: Launch | None = launch if seen == latest else self._launches.get(seen)
         except (AttributeError, RuntimeError, TypeError):
-            # One is no tensor, has no strides, or has sizes that are symbols.
+            # An argument is no tensor, has no strides, or has symbolic sizes.
             seen, latest, known = (), (), None
         if known is None or not seen or watched() or transformed():
             plain = False
@@ -274,7 +256,7 @@ class _Step:
                 x, output, table, seeds, noise, guidance, threshold, out, x0_out, next_input
             )
         if not plain:
-            rows = _checked(
+            rows = checked_rows(
                 self.fixed, x, output, table, rows, seeds, noise, guidance, threshold, out, x0_out,
                 next_input,
             )  # fmt: skip
@@ -290,9 +272,10 @@ class _Step:
         x_s = torch.empty_like(x) if out is None else out
         x0 = x0_out if x0_out is not None or not want_x0 else torch.empty_like(x)
         if not plain:
-            known = self._bound(
-                seen, x, output, table, rows, seeds, noise, w, threshold, x_s, x0, next_input
+            first = StepArgs(
+                x, output, table, rows, seeds, noise, w, threshold, x_s, x0, next_input
             )
+            known = self._bound(seen, first)
         elif seen != latest:
             self._latest = seen, known  # type: ignore[assignment]
         known(x, output, table, rows, seeds, noise, w, threshold, x_s, x0, next_input)  # type: ignore[misc]
@@ -300,33 +283,32 @@ class _Step:
             written(out, x0_out, next_input)
         return x_s, x0
 
-    def _bound(self, seen: tuple[Any, ...], x: Tensor, output: Tensor, *rest: Any) -> Launch:
-        """Returns the launch for these arguments, or the op where somebody is watching."""
-        given = x, output, *rest
-        plain = all(is_plain(tensor) for tensor in given if isinstance(tensor, Tensor))
+    def _bound(self, seen: tuple[Any, ...], first: StepArgs) -> Launch:
+        """Returns the launch for these arguments, or the op where the launch would hide them."""
+        plain = all(is_plain(tensor) for tensor in first if isinstance(tensor, Tensor))
         if watched() or transformed() or not plain:
             return partial(by_op_again, self._chosen, self.fixed)
         launch = self._launches.get(seen)
         if launch is None or not seen:
             with again(self._chosen):
-                found = backend(x.device)
-            launch = bound.bind(found, self.fixed, *given)
+                found = backend(first.x.device)
+            launch = bound.bind(found, self.fixed, first)
             if len(self._launches) >= _MOST:
                 self._launches.clear()
             self._launches[seen] = launch
         return launch
 
     def _weights(self, w: Tensor | float, batch: int, device: torch.device) -> Tensor:
-        """Returns w as float32 (batch,). The same number as before gives the same tensor."""
+        """Returns w as float32 (batch,): the same tensor as before for the same number."""
         if isinstance(w, Tensor):
             return w if w.dim() else w.expand(batch)
         kept = self._weight
         own = device.type == "cpu" and not watched()
         if own and kept is not None and kept[0] == w and kept[1] == batch:
             return kept[2]
-        scale = torch.full((), finite("guidance", w), dtype=_STATE, device=device).expand(batch)
-        # A GPU's belongs to a stream, and to a graph that is being captured; that of a mode, a fake
-        # one say, belongs to the mode; and 0.0 equals -0.0.
+        scale = torch.full((), finite("guidance", w), dtype=STATE, device=device).expand(batch)
+        # Not kept: a GPU's tensor, which belongs to a stream or to a graph being captured; a
+        # dispatch mode's, which belongs to the mode (it may be fake); and 0.0, which equals -0.0.
         if own and w:
             self._weight = w, batch, scale
         return scale
@@ -348,18 +330,18 @@ def _traced(
     next_input: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Takes the step as torch.compile traces it: by the checks and the op alone."""
-    rows = _checked(
+    rows = checked_rows(
         fixed, x, output, table, rows, seeds, noise, guidance, threshold, out, x0_out, next_input
     )
     batch = x.shape[0]
-    if not isinstance(rows, Tensor):  # a number in the graph would be compiled for each row
+    if not isinstance(rows, Tensor):  # torch.compile would compile anew for each number
         rows = torch.full((), rows, dtype=torch.int32, device=x.device)
     if not rows.dim():
         rows = rows.expand(batch)
     w = None
     if guidance is not None:
         if not isinstance(guidance, Tensor):
-            guidance = torch.full((), guidance, dtype=_STATE, device=x.device)
+            guidance = torch.full((), guidance, dtype=STATE, device=x.device)
         w = guidance if guidance.dim() else guidance.expand(batch)
     if threshold is not None and not threshold.dim():
         threshold = threshold.expand(batch)
@@ -370,7 +352,7 @@ def _traced(
 
 
 def _seen(tensor: Any) -> Any:
-    """Returns what a launch is specialised for: a tensor's layout, or that this is a number."""
+    """Returns what a launch is specialised for: a tensor's layout, or ``float`` for a number."""
     if tensor.__class__ is float or tensor.__class__ is int:
         return float
     kind, negated = tensor.__class__, tensor.is_neg()
@@ -379,126 +361,3 @@ def _seen(tensor: Any) -> Any:
 
 def _require_grad(*tensors: Any) -> bool:
     return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
-
-
-def _checked(
-    fixed: Fixed,
-    x: Tensor,
-    output: Tensor,
-    table: Tensor,
-    rows: Tensor | int,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    guidance: Tensor | float | None,
-    threshold: Tensor | None,
-    out: Tensor | None,
-    x0_out: Tensor | None,
-    next_input: Tensor | None,
-) -> Tensor | int:
-    """Returns ``rows``, or raises where an argument is not as ``ddim_step`` asks for."""
-    if not torch.compiler.is_compiling() and transformed():
-        given = {"x": x, "output": output, "table": table, "rows": rows, "seeds": seeds}
-        _check_constants(
-            **given, noise=noise, guidance=guidance, threshold=threshold, out=out, x0_out=x0_out
-        )
-    _check_tensor("x", x, x, (_STATE,))
-    if x.dim() == 0:
-        raise ValueError("x must have shape (batch, ...), got ()")
-    if guidance is not None and not isinstance(guidance, Tensor):
-        finite("guidance", guidance)
-    batch = x.shape[0]
-    expected = x.shape if guidance is None else (2 * batch, *x.shape[1:])
-    if isinstance(output, Tensor) and layout.has_variance(output, x):
-        expected = (expected[0], 2 * expected[1], *expected[2:])
-    _check_tensor("output", output, x, OUTPUTS, expected)
-    _check_tensor("table", table, x, (_STATE,), (-1, len(COLUMNS)))
-    if isinstance(rows, Tensor):
-        _check_tensor("rows", rows, x, (torch.int32,), x.shape[:1] if rows.dim() else ())
-    else:
-        rows = whole("rows", rows, low=0, high=len(table) - 1)
-    if seeds is not None:
-        if noise is not None:
-            raise ValueError("noise comes from seeds or from a tensor, got both")
-        _check_tensor("seeds", seeds, x, (torch.int64,), x.shape[:1])
-    if noise is not None:
-        _check_tensor("noise", noise, x, (_STATE,))
-    if isinstance(guidance, Tensor):
-        _check_tensor("guidance", guidance, x, (_STATE,), x.shape[:1] if guidance.dim() else ())
-    if threshold is not None:
-        if fixed.clip is not None:
-            raise ValueError(
-                f"clip must be left out where there is a threshold, got {fixed.clip:g}"
-            )
-        shape = x.shape[:1] if isinstance(threshold, Tensor) and threshold.dim() else ()
-        _check_tensor("threshold", threshold, x, (_STATE,), shape)
-    for name, tensor in (("out", out), ("x0_out", x0_out)):
-        if tensor is not None:
-            _check_tensor(name, tensor, x, (_STATE,))
-    if next_input is not None:
-        copies = 2 if isinstance(next_input, Tensor) and next_input.shape[:1] != x.shape[:1] else 1
-        _check_tensor("next_input", next_input, x, OUTPUTS, (copies * batch, *x.shape[1:]))
-    return rows
-
-
-def transformed() -> bool:
-    """Returns whether this call is differentiated forwards or transformed by ``torch.func``.
-
-    The op has no rule for either: its results would be constants, and memory that is kept for a
-    later step would belong to the transform. torch.compile cannot trace this function. It need not,
-    because it traces the op as it is.
-    """
-    return _interpreter() is not None or forward_ad._current_level >= 0
-
-
-def check_untransformed(name: str) -> None:
-    """Raises ``ValueError`` where ``name``, which carries no derivatives, runs in a transform."""
-    if not torch.compiler.is_compiling() and transformed():
-        raise ValueError(
-            f"{name} must not run inside torch.func's transforms or forward-mode differentiation: "
-            f"it carries no derivatives"
-        )
-
-
-_functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 its types do not name it
-_interpreter: Callable[[], Any] = _functorch.peek_interpreter_stack
-
-
-def _check_tensor(
-    name: str,
-    tensor: Tensor,
-    x: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    shape: Sequence[int] | None = None,
-) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    shape = x.shape if shape is None else shape
-    here = tensor.shape == shape and tensor.dtype in dtypes and tensor.device == x.device
-    if here and not tensor.requires_grad:
-        return  # This is the usual case, and the only one whose cost a step pays for.
-    if len(tensor.shape) != len(shape) or any(
-        want not in (-1, got) for want, got in zip(shape, tensor.shape, strict=True)
-    ):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} must be {allowed}, got {str(tensor.dtype)[6:]}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on {x.device} with x, got {tensor.device}")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} requires grad, which the step does not carry: detach it or use torch.no_grad()"
-        )
-
-
-def _check_constants(**given: object) -> None:
-    """Raises where a tensor carries a forward derivative or is one of ``torch.func``'s."""
-    for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            continue
-        wrapped = _functorch.is_functorch_wrapped_tensor(tensor)
-        if wrapped or forward_ad.unpack_dual(tensor).tangent is not None:
-            raise ValueError(
-                f"{name} is transformed by torch.func or carries a forward derivative, which the "
-                f"step does not: take it out of the transform"
-            )

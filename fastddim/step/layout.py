@@ -1,4 +1,4 @@
-"""How tensors lie in memory decides which a backend reads as they are, and which are copied."""
+"""How tensors lie in memory: which ones a backend can use as they are, and copies of the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
-"""Returns whether a tensor's elements fill one stretch of memory, its dimensions in any order."""
+"""Returns whether a tensor fills one stretch of memory, with its dimensions in any order."""
 
 
 def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -44,13 +44,14 @@ def apart(x: Tensor) -> bool:
 
 
 def is_channels_last(x: Tensor) -> bool:
+    """Returns whether the channels of each pixel are adjacent, in any number of dimensions."""
     return x.dim() > 2 and x.movedim(1, -1).is_contiguous()
 
 
 def has_variance(output: Tensor, x: Tensor) -> bool:
     """Returns whether the output has twice x's channels, the second half a learned variance."""
     if output.numel() == x.numel() != 0:
-        return False  # This is the usual case: one comparison of two numbers answers it.
+        return False  # The usual case, decided by one comparison.
     return output.dim() == x.dim() > 2 and output.shape[1] == 2 * x.shape[1]
 
 
@@ -62,7 +63,8 @@ def laid_out(tensor: Tensor, x: Tensor) -> Tensor:
 def readable(output: Tensor, x: Tensor, reads: Callable[[Tensor, Tensor], bool]) -> bool:
     """Returns whether a backend reads the model's output as it lies.
 
-    Each sample must be laid out as x's, however far apart, or in another order that it ``reads``.
+    Each sample must be laid out as x's, however far apart the samples are, or in another order that
+    the backend ``reads``.
     """
     if len(output) == len(x) and alike(output, x):
         return True

@@ -13,52 +13,37 @@ import torch
 from torch import Tensor
 
 from fastddim.coefficients import COLUMNS, PREDICTIONS
-from fastddim.step import backends, layout, reference
-from fastddim.step import philox as counter
-from fastddim.step.backends import Backend, Fixed, Launch
+from fastddim.step import backends, layout, philox, reference
+from fastddim.step.backends import Backend, Fixed, Launch, StepArgs
 
 Factors: TypeAlias = tuple[Tensor, ...]
-"""These are the table's columns: () where all samples are on one row, else (batch, 1)."""
+"""The table's columns: () where all samples are on one row, else (batch, 1)."""
 
 C1 = COLUMNS.index("c1")
 
-# A block of so many elements stays in a core's cache. The number is just below the 32,768 elements
-# that PyTorch hands to OpenMP, and a multiple of 16, torch.randn's own stride, and so of four, the
-# elements of one Philox call.
 BLOCK = 32752
+"""A block of this many elements stays in a core's cache. The number is just below the 32,768
+elements that PyTorch hands to OpenMP, and a multiple of four, the elements of one Philox call."""
 
-# An operation takes so many elements at a time for each thread that shares it: enough that neither
-# Python nor the barrier at its end counts, and few enough to be in the cache for the next one.
 PART = 4 * BLOCK
+"""The elements of one operation for each thread that shares it: enough to outweigh Python and the
+barrier at the operation's end, and few enough to stay in the cache for the next operation."""
 
-# Where samples have numbers of their own, the fused pass takes them one by one, 70 ns each. Below
-# this many elements that costs more than PyTorch's operations over many samples at once.
 SMALL = 64
+"""Below this many elements a sample, multiplying by a column of guidance is slow, so one number
+replaces a column of equal numbers."""
 
 
-def bind(
-    fixed: Fixed,
-    x: Tensor,
-    output: Tensor,
-    table: Tensor,
-    row: int | Tensor,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    guidance: Tensor | None,
-    threshold: Tensor | None,
-    out: Tensor,
-    x0: Tensor | None,
-    next_input: Tensor | None,
-) -> Launch:
+def bind(fixed: Fixed, first: StepArgs) -> Launch:
     """Chooses between the blocked step and the reference: see ``backends.Backend``."""
-    return _on_cpu(fixed, x) if x.is_cpu else partial(_by_reference, fixed)
+    return _on_cpu(fixed, first.x) if first.x.is_cpu else partial(_by_reference, fixed)
 
 
 def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
-    """Returns the launch on a CPU, which takes a batch of one block as a whole."""
+    """Returns the launch on a CPU, which takes a batch that fits one block as a whole."""
     total, batch = x.numel(), len(x)
     light = fixed.prediction == 0 and fixed.clip is None and not fixed.rederive
-    """Where x0 is not wanted, such a step needs no memory for it."""
+    """Such a step needs no memory for x0 where the caller does not want it."""
     each = (-1, *[1] * (x.dim() - 1))
 
     def launch(
@@ -80,18 +65,18 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
             factors = factors_of(table, row)
             if factors[0].dim():
                 factors = tuple(f.view(each) for f in factors)
-            if seeds is not None and factors[C1].any():  # Draw none where c1 = 0, as it is at last.
+            if seeds is not None and factors[C1].any():  # c1 = 0 at the last row.
                 noise = drawn(x, seeds, row, _numpy_normal_)
-            # Making views of the scratch costs as much as an operation: a thread keeps its last.
+            # Views of the scratch memory cost as much as an operation: each thread keeps its last.
             if _own.terms[0] is not launch:
                 _own.terms = launch, *_terms(x)
-            _, term, scaled, x0_own, said = _own.terms
+            _, term, scaled, x0_own, guided = _own.terms
             if output.dtype is not torch.float32:
                 output = output.float()
             if guidance is not None:
                 uncond, cond = output[:batch], output[batch:]
                 w = guidance.view(each) if guidance.stride(0) else guidance[0]
-                output = torch.sub(cond, uncond, out=said).mul_(w).add_(uncond)
+                output = torch.sub(cond, uncond, out=guided).mul_(w).add_(uncond)
             if light and noise is None and threshold is None and x0 is None:
                 a_t, _, b_t, _, a_s, _, c2 = factors
                 torch.mul(output, b_t, out=term)
@@ -142,7 +127,7 @@ def _in_blocks(
         guidance = _one_if_equal(guidance)
     factors = _factors(table, row)
     if seeds is not None and not factors[C1].any():
-        seeds = None  # The last step adds no noise: do not compute any.
+        seeds = None  # c1 = 0 at the last row: no noise is added.
     if seeds is not None and not x.is_contiguous():
         noise, seeds = drawn(x, seeds, row, _numpy_normal_), None
     rows = None if seeds is None else rows_of(row, batch)
@@ -161,28 +146,28 @@ def _in_blocks(
         term = scaled = own(0)
         if noise is not None or seeds is not None:
             scaled = own(1)
-        said = _block(output, sample * stride + first, samples, count, stride).float()
+        e = _block(output, sample * stride + first, samples, count, stride).float()
         if guidance is not None:
             of_cond = (batch + sample) * stride + first
             cond = _block(output, of_cond, samples, count, stride).float()
             each = batch > 1 and guidance.stride(0) != 0
             w = guidance[group, None] if each else guidance[0]
-            said = torch.sub(cond, said, out=own(2)).mul_(w).add_(said)
+            e = torch.sub(cond, e, out=own(2)).mul_(w).add_(e)
         z = None if noise is None else _block(noise, start, samples, count, n)
         if seeds is not None and rows is not None:
             z = scaled
-            counter.normals(
+            philox.normals(
                 seeds[group].numpy(),
                 rows[group].numpy(),
                 count,
-                counter.STEP,
+                philox.STEP_STREAM,
                 first=first,
                 out=z.numpy(),
             )
         _step(
             fixed,
             _block(x, start, samples, count, n),
-            said,
+            e,
             tuple(f[group] for f in factors) if factors[0].dim() else factors,
             z,
             None if threshold is None else own(3).copy_(threshold[group, None]),
@@ -207,10 +192,10 @@ def _by_reference(
     x0: Tensor | None,
     next_input: Tensor | None,
 ) -> None:
-    """Launches the reference, on devices without Triton and without a path of their own."""
+    """Launches the reference, on any device but a CPU."""
     if seeds is not None:
         noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        normal_(noise, seeds, rows_of(row, len(x)), counter.STEP)
+        normal_(noise, seeds, rows_of(row, len(x)), philox.STEP_STREAM)
     each = (-1, *[1] * (x.dim() - 1))
     factors = table[row] if isinstance(row, int) else table[row].view(*each, len(COLUMNS))
     x_s, predicted = reference.ddim_step(
@@ -233,7 +218,7 @@ def _by_reference(
 
 
 def by_sample(row: int | Tensor, guidance: Tensor | None, threshold: Tensor | None) -> bool:
-    """Returns whether samples may have numbers of their own."""
+    """Returns whether samples may have rows, guidance or thresholds of their own."""
     of_guidance = guidance is not None and guidance.stride(0) != 0
     return threshold is not None or of_guidance or _rows_differ(row)
 
@@ -244,7 +229,7 @@ def _rows_differ(row: int | Tensor) -> bool:
 
 
 def _one_if_equal(numbers: Tensor) -> Tensor:
-    """Returns the numbers, with a stride of 0 where they are equal: one then serves all samples."""
+    """Returns the numbers, (batch,), with a stride of 0 where all of them are equal."""
     count = numbers.shape[0]
     if numbers.stride(0) == 0 or count == 1:
         return numbers
@@ -253,7 +238,7 @@ def _one_if_equal(numbers: Tensor) -> Tensor:
 
 
 def rows_of(row: int | Tensor, batch: int) -> Tensor:
-    """Returns ``row`` as int32 (batch,). A number becomes a tensor on the CPU."""
+    """Returns ``row`` as int32 (batch,): a number becomes a tensor on the CPU."""
     if isinstance(row, Tensor):
         return row
     return torch.full((1,), row, dtype=torch.int32, device="cpu").expand(batch)
@@ -265,21 +250,21 @@ def drawn(
     row: int | Tensor,
     fill: Callable[[Tensor, Tensor, Tensor, int], None],
 ) -> Tensor:
-    """Returns counter noise laid out as x. It belongs to the logical element in any layout."""
+    """Returns counter noise laid out as x: each logical element's own, in any layout."""
     logical = torch.empty(x.shape, dtype=torch.float32, device="cpu")
-    fill(logical, seeds, rows_of(row, len(x)), counter.STEP)
+    fill(logical, seeds, rows_of(row, len(x)), philox.STEP_STREAM)
     return logical if x.is_contiguous() else torch.empty_like(x).copy_(logical)
 
 
 _kept: dict[int, tuple[weakref.ref[Tensor], int, dict[int, Factors]]] = {}
-"""This keeps the factors of living tables, by their ids: each table, its address, its rows."""
+"""The factors of living tables by the tables' ids: (table, its address, factors by row)."""
 
 
 def factors_of(table: Tensor, row: int | Tensor) -> Factors:
     """Returns the factors of a row, as ``_factors`` does.
 
-    They are views of the table, which follow what is written there. Making them costs a small step
-    as much as two of its operations, so those of a number are kept for as long as the table.
+    They are views of the table, so that they follow writes to it. Making them costs as much as two
+    operations of a small step, so the factors of an int are kept for as long as the table lives.
     """
     if not isinstance(row, int):
         return _factors(table, row)
@@ -291,7 +276,7 @@ def factors_of(table: Tensor, row: int | Tensor) -> Factors:
         kept = _kept[key] = ref, table.data_ptr(), {}
     found = kept[2].get(row)
     if found is None:
-        # A view of the table would hold it, so that it and its factors would never go.
+        # A view of the table itself would keep the table, and so its factors, alive for ever.
         apart = torch.empty(0, dtype=table.dtype, device=table.device)
         apart.set_(table.untyped_storage(), table.storage_offset(), table.shape, table.stride())
         found = kept[2][row] = _factors(apart, row)
@@ -299,10 +284,7 @@ def factors_of(table: Tensor, row: int | Tensor) -> Factors:
 
 
 def _factors(table: Tensor, row: int | Tensor) -> Factors:
-    """Returns the table's columns, as ``Factors``.
-
-    A column multiplied into a block of samples gives each what its own number would.
-    """
+    """Returns the table's columns, as ``Factors``, or raises where a row is not in the table."""
     if isinstance(row, int):
         lowest = highest = row
     elif row.stride(0) == 0 or row.shape[0] == 1:
@@ -330,7 +312,7 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
 def _numpy_normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
     if out.numel():
         flat = out.view(out.shape[0], -1)
-        counter.normals(seeds.numpy(), rows.numpy(), flat.shape[1], stream, out=flat.numpy())
+        philox.normals(seeds.numpy(), rows.numpy(), flat.shape[1], stream, out=flat.numpy())
 
 
 def _step(
@@ -345,10 +327,9 @@ def _step(
     term: Tensor,
     scaled: Tensor,
 ) -> None:
-    """Takes ``reference.ddim_step`` in place; factors and thresholds are a number or a column.
+    """Takes ``reference.ddim_step`` in place; factors and thresholds are scalars or columns.
 
-    It never uses add_(alpha=), a fused multiply-add, which rounds once where the reference rounds
-    twice.
+    It never uses add_(alpha=): a fused multiply-add rounds once where the reference rounds twice.
     """
     prediction, noise_first, clip, rederive = fixed
     a_t, _, b_t, _, a_s, c1, c2 = factors
@@ -385,19 +366,19 @@ def _step(
 
 
 def _most() -> int:
-    """Returns how many elements an operation gets at most. A forked child has one thread."""
+    """Returns the most elements of one operation. A forked child has one thread."""
     return BLOCK if backends.forked() else PART * torch.get_num_threads()
 
 
 def _together() -> int:
-    """Returns how many elements a batch may have to be taken as one block."""
+    """Returns the most elements of a batch that is taken as one block."""
     return BLOCK if backends.forked() else 2 * _most()
 
 
 class _Own(threading.local):
     room: Tensor | None = None
     terms: tuple[Any, ...] = (None,)
-    """This thread's last launch stands first, and its terms follow."""
+    """This thread's last launch, and the launch's terms."""
 
 
 _own = _Own()
@@ -406,11 +387,11 @@ _own = _Own()
 def _scratch(count: int) -> Tensor:
     """Returns memory for ``count`` elements or more, which this thread keeps for its next step.
 
-    Fresh memory costs more than the operations that write it: a page fault for each 4 KiB.
+    Fresh memory, with a page fault for each 4 KiB, costs more than the operations that write it.
     """
     room = _own.room
     if room is None or len(room) < count:
-        # Later steps could not write a tensor of inference mode outside of it.
+        # Steps outside inference mode cannot write to a tensor that was made inside it.
         with torch.inference_mode(False):
             room = _own.room = torch.empty(count, dtype=torch.float32, device="cpu")
     return room
@@ -419,13 +400,13 @@ def _scratch(count: int) -> Tensor:
 def _blocks(batch: int, n: int, whole: bool) -> Iterator[tuple[int, int, int, int]]:
     """Yields blocks as (sample, samples, first element, elements of each).
 
-    With ``whole`` a block holds whole samples, as many small ones as there is room for, or a part
-    of one. Without it all samples count as one.
+    With ``whole`` a block holds as many whole samples as fit, or a part of one sample. Without it
+    all samples count as one.
 
-    One thread takes the first block, which shows what an element costs it. Later blocks are shared
-    out for as long as that is cheaper: a barrier waits for every thread, and on a busy machine
-    one of them waits for a core, which takes a hundred times as long as its part of the work.
-    A batch of no more than two shared blocks is one block, because beginning one takes some 20 µs.
+    One thread takes the first block, which gives its time for an element. Later blocks are shared
+    among threads for as long as that is faster: a barrier waits for every thread, and on a busy
+    machine a thread may wait for a core a hundred times as long as its part of the work takes.
+    A batch of no more than two shared blocks is one block, because each block costs some 20 µs.
     """
     if not whole:
         batch, n = 1, batch * n
@@ -452,7 +433,7 @@ def _apart(output: Tensor, x: Tensor) -> bool:
 
 
 def _block(tensor: Tensor, first: int, samples: int, count: int, stride: int) -> Tensor:
-    """Returns ``count`` elements of each of some samples, ``stride`` apart in a tensor's memory."""
+    """Returns a view of ``count`` elements of each of some samples, which lie ``stride`` apart."""
     return tensor.as_strided((samples, count), (stride, 1), tensor.storage_offset() + first)
 
 

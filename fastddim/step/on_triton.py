@@ -6,47 +6,24 @@ import warnings
 
 import torch
 import triton
-from torch import Tensor
 
 import fastddim_kernels
 from fastddim.check import SamplingWarning
-from fastddim.step.backends import Backend, Fixed, Launch
+from fastddim.step.backends import Backend, Fixed, Launch, StepArgs
 
 
-def bind(
-    fixed: Fixed,
-    x: Tensor,
-    output: Tensor,
-    table: Tensor,
-    row: int | Tensor,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    guidance: Tensor | None,
-    threshold: Tensor | None,
-    out: Tensor,
-    x0: Tensor | None,
-    next_input: Tensor | None,
-) -> Launch:
+def bind(fixed: Fixed, first: StepArgs) -> Launch:
     """Binds the kernel: see ``backends.Backend``."""
+    x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input = first
     launch: Launch = fastddim_kernels.bind(
-        x,
-        output,
-        table,
-        row,
-        out,
-        x0,
-        next_input,
-        seeds=seeds,
-        noise=noise,
-        guidance=guidance,
-        threshold=threshold,
-        **fixed._asdict(),
-    )
+        x, output, table, row, out, x0, next_input, seeds=seeds, noise=noise, guidance=guidance,
+        threshold=threshold, **fixed._asdict(),
+    )  # fmt: skip
     return launch
 
 
 def _warn_where_steps_are_rounded_otherwise() -> None:
-    """Warns of Triton 3.6 on a Blackwell GPU, where ptxas 12.9 fuses packed multiplies and adds."""
+    """Warns of Triton 3.6 on a Blackwell GPU: its ptxas 12.9 fuses packed multiplies and adds."""
     old = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
     if old and any(
         torch.cuda.get_device_capability(i)[0] >= 10 for i in range(torch.cuda.device_count())

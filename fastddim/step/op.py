@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastddim.step import philox as counter
+from fastddim.step import philox
 from fastddim.step.backends import Fixed, backend
 from fastddim.step.bound import step_of
 
@@ -23,7 +23,7 @@ def initial_noise(
     if out is None:
         out = torch.empty(tuple(shape), dtype=torch.float32, device=seeds.device)
     rows = torch.zeros((), dtype=torch.int32, device=seeds.device).expand(len(seeds))
-    torch.ops.fastddim.normal_(out, seeds, rows, counter.INITIAL)
+    torch.ops.fastddim.normal_(out, seeds, rows, philox.INITIAL_STREAM)
     return out
 
 
@@ -45,13 +45,13 @@ def _ddim_step(
     next_input: Tensor | None,
     row: int | None = None,
 ) -> None:
-    """The op's implementation. All samples are on ``row`` where there are no ``rows``."""
-    which = rows if row is None else row
-    assert which is not None
+    """Takes the step. All samples are on ``row`` where ``rows`` is None."""
+    on = rows if row is None else row
+    assert on is not None
     fixed = Fixed(prediction, noise_first, clip, rederive)
-    given = x, output, table, which, seeds, noise, guidance, threshold, out, x0, next_input
+    arguments = x, output, table, on, seeds, noise, guidance, threshold, out, x0, next_input
     step = step_of(backend("cpu" if x.is_cpu else x.device), fixed, x.device)
-    step.launch(*given, seen=False)(*given)
+    step.launch(*arguments, seen=False)(*arguments)
     written(out, x0, next_input)
 
 
@@ -61,7 +61,7 @@ def _normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
 
 
 def written(*tensors: Tensor | None) -> None:
-    """Tells autograd what was written: it sees PyTorch's writes, but not Triton's and NumPy's."""
+    """Has autograd count these writes: it sees PyTorch's, but not Triton's, numba's and NumPy's."""
     torch.autograd.graph.increment_version(
         [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
     )
@@ -90,4 +90,4 @@ torch.library.register_fake("fastddim::ddim_step", _nothing, lib=_library)
 torch.library.register_fake("fastddim::normal_", _nothing, lib=_library)
 
 OP = torch.ops.fastddim.ddim_step.default
-"""This is the op without checks, for callers that have checked."""
+"""The op without checks, for callers that have checked."""

@@ -1,10 +1,10 @@
-"""The noise that belongs to (sample seed, row, element), on a CPU.
+"""Counter noise, a function of (sample seed, row, element): its definition, in NumPy.
 
-z is a function of the sample's seed, the row of the step and the element's row-major index within
-the sample: not of the batch, the memory format, the block size or the world size, which change no
-bit of it. Its words are the same on every device. The normals made from them differ from backend
-to backend (NumPy here, numba in ``on_numba``, Triton) by the rounding of ln, sin and cos: by
-1e-5 in all but one value of 10⁴, and never by more than 1e-3.
+z depends on the sample's seed, the row of the step and the element's row-major index within the
+sample. The batch, the memory format, the block size and the number of processes change no bit of
+it. Philox's words are the same on every device. The normals differ from backend to backend (NumPy
+here, numba, Triton) by the rounding of ln, sin and cos: by at most 1e-5 in all but one value of
+10⁴, and never by more than 1e-3.
 
 Philox4x32-10 (Salmon et al. 2011): key = the seed's low and high word, counter = (⌊i/4⌋ low,
 ⌊i/4⌋ high, row, stream), lane = i mod 4. Words (0, 1) and (2, 3) each feed Box–Muller:
@@ -16,8 +16,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-STEP, INITIAL, FORWARD = 0, 1, 2
-"""Streams: the noise of a step, the initial x_T (row 0), inpainting's forward noise."""
+STEP_STREAM, INITIAL_STREAM, FORWARD_STREAM = 0, 1, 2
+"""The streams of a step's noise, of the initial x_T (row 0) and of inpainting's forward noise."""
 
 Words = npt.NDArray[np.uint64]
 
@@ -25,13 +25,13 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF_WORD = np.uint64(32)
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-_BLOCK = 8192  # Philox calls at a time: ten rounds on 64 KiB arrays stay inside the L2
+_BLOCK = 8192  # Philox calls at a time: ten rounds on arrays of 64 KiB stay in the L2 cache
 
 
 def philox4x32(
     counter: tuple[Words, Words, Words, Words], key: tuple[Words, Words]
 ) -> tuple[Words, Words, Words, Words]:
-    """Ten rounds. Words are below 2³² and held in uint64, where their products fit."""
+    """Returns the words after ten rounds: below 2³², in uint64, which holds their products."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -54,17 +54,19 @@ def normals(
     first: int = 0,
     out: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """The normals of elements ``first`` to ``first + n`` of each sample.
+    """Returns the normals of elements ``first`` to ``first + n`` of each sample.
 
     Args:
         seeds: (batch,) int64, each in [0, 2⁶³).
         rows: (batch,), the row each sample is on.
-        n: how many elements of each sample.
-        stream: STEP, INITIAL or FORWARD.
+        n: the number of elements of each sample.
+        stream: STEP_STREAM, INITIAL_STREAM or FORWARD_STREAM.
         first: the first element, a multiple of four.
-        out: where to write, (batch, n) float32, C-contiguous.
+        out: the normals are written here, float32 (batch, n), C-contiguous; by default a new
+            array.
 
-    Returns: (batch, n) float32.
+    Returns:
+        ``out``, float32 (batch, n).
     """
     batch = len(seeds)
     if out is None:
@@ -97,7 +99,7 @@ def _box_muller(
     scale, half = np.float32(2.0**-32), np.float32(0.5)
     u = (a.astype(np.float32) + half) * scale
     r = np.sqrt(np.maximum(np.float32(-2.0) * np.log(u), np.float32(0.0)))
-    # The signed word is the same angle less a turn, with half the rounding error.
+    # The word as a signed number is the same angle less a turn, with half the rounding error.
     turn = (b.astype(np.uint32).view(np.int32).astype(np.float32) + half) * scale
     theta = turn * np.float32(2 * np.pi)
     np.multiply(r, np.cos(theta), out=cosine)

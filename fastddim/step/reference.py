@@ -1,4 +1,4 @@
-"""The paper's step and loop in plain PyTorch: the oracle, and the only copy."""
+"""The paper's step and the original loop in plain PyTorch, with which every test compares."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def ddim_step(
     threshold: Tensor | None = None,
     rederive: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(x_s, x0) of one step t → s, in the dtype of its arguments (Song et al. 2021, eq. 12).
+    """Returns (x_s, x0) of one step t → s, in its arguments' dtype (Song et al. 2021, eq. 12).
 
         x0  = (x_t − √(1−ᾱ_t)·ε) / √ᾱ_t
         x_s = √ᾱ_s·x0 + c1·z + c2·ε
 
     ``row`` is one row of the coefficient table. A ``v`` model has x0 = √ᾱ_t·x − √(1−ᾱ_t)·v and
     ε = √ᾱ_t·v + √(1−ᾱ_t)·x; a ``sample`` model returns x0 and ε = (x − √ᾱ_t·x0)/√(1−ᾱ_t).
-    Of an ``output`` with twice x's channels the first half counts (a learned variance follows).
-    ``guidance`` is w in output_u + w·(output_c − output_u), ``output`` being both halves along
-    the batch (Ho and Salimans 2022). ``clip`` bounds x0 by ±clip; ``threshold`` is s in
-    x0 = clamp(x0, ±s)/s (Saharia et al. 2022, section 2.3); ``rederive`` has ε follow from the
-    bounded x0. ``noise_first=False`` adds the noise last, as diffusers does.
+    Where ``output`` has twice x's channels, the second half, a learned variance, is ignored.
+    ``guidance`` is w in u + w·(c − u), where ``output`` holds u and c, the outputs without and with
+    the condition, along the batch (Ho and Salimans 2022). ``clip`` clamps x0 to ±clip;
+    ``threshold`` is s in x0 = clamp(x0, ±s)/s (Saharia et al. 2022, section 2.3); ``rederive``
+    computes ε again from the clamped x0. ``noise_first=False`` adds the noise last, as diffusers.
     """
     a_t, _, b_t, _, a_s, c1, c2 = row.unbind(-1)
     if output.dim() > 2 and output.shape[1] == 2 * x.shape[1]:
@@ -61,7 +61,7 @@ def ddim_step(
 
 
 def compute_alpha(beta: Tensor, t: Tensor) -> Tensor:
-    """ᾱ_t of shape (n, 1, 1, 1) in β's own dtype; t = −1 gives 1 (the seed's function)."""
+    """Returns ᾱ_t, (n, 1, 1, 1), in β's dtype, as ermongroup/ddim's function does; ᾱ_{−1} is 1."""
     beta = torch.cat([torch.zeros(1, device="cpu").to(beta.device), beta], dim=0)
     return (1 - beta).cumprod(dim=0).index_select(0, t + 1).view(-1, 1, 1, 1)
 
@@ -73,12 +73,13 @@ def generalized_steps(
     b: Tensor,
     eta: float = 0.0,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The original loop (ermongroup/ddim), operation for operation.
+    """Runs the original loop (ermongroup/ddim), operation for operation.
 
-    Its one change: it runs on x's device, where the original names "cuda". It draws noise at
+    The one change is the device: x's, where the original names "cuda". The loop draws noise at
     every step, at η = 0 too, and moves every state to the CPU and back.
 
-    Returns: (xs, x0_preds), len(seq) + 1 states from x on and len(seq) predictions.
+    Returns:
+        (xs, x0_preds): len(seq) + 1 states from x on, and len(seq) predictions of x0.
     """
     with torch.no_grad():
         n = x.size(0)
@@ -86,7 +87,7 @@ def generalized_steps(
         x0_preds: list[Tensor] = []
         xs = [x]
         for i, j in zip(reversed(seq), reversed(seq_next), strict=False):
-            # Made on the host and copied, as the original does it: benchmarks time this loop.
+            # The original makes t on the host and copies it, and benchmarks time this loop.
             t = (torch.ones(n, device="cpu") * i).to(x.device)
             next_t = (torch.ones(n, device="cpu") * j).to(x.device)
             at = compute_alpha(b, t.long())
@@ -105,12 +106,15 @@ def generalized_steps(
 def ddpm_steps(
     x: Tensor, seq: Sequence[int], model: Callable[[Tensor, Tensor], Tensor], b: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The authors' DDPM loop ("ddpm_noisy"), operation for operation, likewise on x's device.
+    """Runs the authors' DDPM loop ("ddpm_noisy"), operation for operation, on x's device.
 
         mean = (√ᾱ_s·β·x0 + √(1−β)·(1−ᾱ_s)·x_t) / (1−ᾱ_t),   β = 1 − ᾱ_t/ᾱ_s
         x_s  = mean + √β·z, without the noise at t = 0
 
-    x0 being clamped to ±1. Returns: as ``generalized_steps``.
+    where x0 is clamped to ±1.
+
+    Returns:
+        (xs, x0_preds), as ``generalized_steps``.
     """
     with torch.no_grad():
         n = x.size(0)

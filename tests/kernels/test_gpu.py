@@ -21,7 +21,8 @@ from fastddim import DDIM
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import reference
 from fastddim.step.op import initial_noise
-from fastddim.step.philox import INITIAL, STEP, normals
+from fastddim.step.philox import INITIAL_STREAM, STEP_STREAM, normals
+from fastddim_kernels import geometry
 from fastddim_kernels.noise import box_muller
 from tests.apart import apart
 from tests.tolerances import NORMAL_ATOL, NORMAL_MAX, NORMAL_RARE
@@ -127,7 +128,7 @@ def test_the_steps_noise_is_what_normal_writes(name: str) -> None:
     z = kernel_noise(given)
     assert z is not None
     written = torch.full(z.shape, float("nan"), device=DEVICE)
-    torch.ops.fastddim.normal_(written, given["seeds"], given["rows"], STEP)
+    torch.ops.fastddim.normal_(written, given["seeds"], given["rows"], STEP_STREAM)
     assert torch.equal(z, written)
 
 
@@ -135,7 +136,7 @@ def test_the_initial_noise_is_that_of_the_contract() -> None:
     seeds, rows = torch.tensor([0, 2**32 - 1, 2**63 - 1]), torch.zeros(3, dtype=torch.int32)
     for n in (LARGE // 4, 33):
         x_T = initial_noise(seeds, (3, n), DEVICE)
-        truth = torch.from_numpy(normals(seeds.numpy(), rows.numpy(), n, INITIAL))
+        truth = torch.from_numpy(normals(seeds.numpy(), rows.numpy(), n, INITIAL_STREAM))
         assert_is_the_contract((x_T.cpu().double() - truth.double()).abs())
 
 
@@ -157,7 +158,7 @@ def drawn(words: Tensor, angles: Tensor) -> Tensor:
     a, b = ((w - (w >= 2**31) * 2**32).to(torch.int32) for w in (words, angles))
     kernel: Any = triton.jit(_radii_kernel)
     kernel[(-(-len(words) // 4096),)](
-        a, b, out, len(words), BLOCK=4096, PORTABLE=launch._portable(), enable_fp_fusion=False
+        a, b, out, len(words), BLOCK=4096, PORTABLE=geometry.portable(), enable_fp_fusion=False
     )
     return out
 
@@ -248,7 +249,7 @@ def test_results_do_not_depend_on_blocks_and_parts(
         chosen.append(1)
         return blocks
 
-    monkeypatch.setattr(launch, "_block", block)
+    monkeypatch.setattr(geometry, "block_of", block)
     out = torch.full_like(want, float("nan"))
     fastddim.ddim_step(**given, out=out)
     assert chosen
@@ -330,7 +331,7 @@ def assert_long_noise_is_the_contract(n: int, places: tuple[int, ...]) -> None:
     table = torch.tensor([[1.0, 1, 1, 1, 0, 1, 0]], device=DEVICE)
     z, _ = fastddim.ddim_step(x, x, table, on_row(0, 1), seeds, want_x0=False)
     for first in places:
-        truth = normals(seeds.cpu().numpy(), on_row(0, 1).cpu().numpy(), 64, STEP, first)
+        truth = normals(seeds.cpu().numpy(), on_row(0, 1).cpu().numpy(), 64, STEP_STREAM, first)
         here = z[:, first : first + 64].cpu()
         assert (here - torch.from_numpy(truth)).abs().max() <= NORMAL_MAX
 
@@ -466,7 +467,7 @@ def counter_loop(ddim: DDIM, model: Callable[[Tensor], Tensor], seeds: Tensor, x
     """``DDIM.sample`` by the reference step, its noise from ``normal_``."""
     table, z = torch.tensor(ddim.table, device=DEVICE), torch.empty_like(x)
     for row in range(len(table)):
-        torch.ops.fastddim.normal_(z, seeds, on_row(row, len(x)), STEP)
+        torch.ops.fastddim.normal_(z, seeds, on_row(row, len(x)), STEP_STREAM)
         x, _ = reference.ddim_step(x, model(x), table[row], z, clip=ddim.clip)
     return x
 

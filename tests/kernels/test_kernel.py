@@ -19,8 +19,8 @@ from torch import Tensor
 import fastddim_kernels
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import reference
-from fastddim.step.philox import STEP, normals
-from fastddim_kernels import launch
+from fastddim.step.philox import STEP_STREAM, normals
+from fastddim_kernels import geometry, launch
 from fastddim_kernels.layout import quotient
 from fastddim_kernels.step import ddim_step_kernel
 from tests.steps import DRAWN, TABLE, model, randn, same
@@ -40,7 +40,7 @@ def on_row(row: int, batch: int) -> Tensor:
 
 
 def counter_noise(x: Tensor, seeds: Tensor, rows: Tensor) -> Tensor:
-    z = normals(seeds.numpy(), rows.numpy(), x[0].numel(), STEP)
+    z = normals(seeds.numpy(), rows.numpy(), x[0].numel(), STEP_STREAM)
     return torch.from_numpy(z).view(x.shape)
 
 
@@ -201,13 +201,13 @@ SIZES = [1, 2, 3, 4, 5, 8, 15, 16, 17, 20, 63, 64, 65, 100, 127, 128, 132, 1023,
 def test_sizes_around_the_block_equal_the_reference(
     monkeypatch: pytest.MonkeyPatch, largest_block: int
 ) -> None:
-    monkeypatch.setattr(launch, "_INTERPRETED_FOURS", largest_block // 4)
+    monkeypatch.setattr(geometry, "INTERPRETED_FOURS", largest_block // 4)
     for n in [n for n in SIZES if n <= 10 * largest_block]:
         assert_same_step(randn(1, n), randn(1, n, seed=1), on_row(7, 1), clip=0.9)
 
 
 def test_samples_of_many_blocks_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_INTERPRETED_FOURS", 4)
+    monkeypatch.setattr(geometry, "INTERPRETED_FOURS", 4)
     rows = torch.tensor([1, 49, 30], dtype=torch.int32)
     for n in (36, 37, 38, 39):
         assert_same_step(randn(3, n), randn(3, n, seed=1), rows, noise=randn(3, n, seed=2))
@@ -219,7 +219,7 @@ def test_counter_noise_does_not_depend_on_the_block(monkeypatch: pytest.MonkeyPa
         x, output = randn(2, n), randn(2, n, seed=1)
         whole = by_kernel(x, output, rows, seeds=seeds)[0]
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "_INTERPRETED_FOURS", 4)
+            patch.setattr(geometry, "INTERPRETED_FOURS", 4)
             assert torch.equal(by_kernel(x, output, rows, seeds=seeds)[0], whole)
 
 
@@ -255,8 +255,8 @@ def test_the_grid_has_one_axis_however_many_the_samples(monkeypatch: pytest.Monk
         assert options["enable_fp_fusion"] is False
 
     monkeypatch.setattr(launch, "ddim_step_kernel", Recorder())
-    monkeypatch.setattr(launch, "_INTERPRETED_FOURS", 4)
-    monkeypatch.setattr(launch, "_LARGE", 1 << 30)
+    monkeypatch.setattr(geometry, "INTERPRETED_FOURS", 4)
+    monkeypatch.setattr(geometry, "LARGE", 1 << 30)
     x = torch.empty(70_000, 40)
     rows = torch.zeros(70_000, dtype=torch.int32)
     fastddim_kernels.ddim_step(x, x, TABLE, rows, x)
@@ -282,14 +282,14 @@ def test_a_block_finds_its_sample_without_a_division(data: st.DataObject) -> Non
     n = torch.tensor([min(max(k, 0), largest) for k in around][:32], dtype=torch.int32)
     out = torch.zeros(32, dtype=torch.int32)
     kernel: Any = triton.jit(do_not_specialize=["magic", "shift"])(_quotient_kernel)
-    kernel[(1,)](n, out, *launch.divisor(d))
+    kernel[(1,)](n, out, *geometry.divisor(d))
     assert out.tolist() == (n // d).tolist()
 
 
 def test_a_divisors_magic_is_always_a_word_of_32_bits() -> None:
     # An int beyond would be of another type to Triton, and the kernel compiled once more.
     for d in (*range(1, 3000), 2**31 - 1, 2**30 + 1, 2**30):
-        magic, shift = launch.divisor(d)
+        magic, shift = geometry.divisor(d)
         assert -(2**31) <= magic < 2**31
         assert 0 <= shift <= 31
 
@@ -363,7 +363,7 @@ def test_offsets_pass_two_to_the_thirty_first(tmp_path: Path, vector: bool) -> N
     kernel: Any = ddim_step_kernel
     kernel[(3,)](
         *(big, big, None, big, None, None, TABLE, on_row(5, 3), None, None, None, None),
-        *(None, n // unit, 3, -1, *launch.divisor(1), n // unit, None, None, None),
+        *(None, n // unit, 3, -1, *geometry.divisor(1), n // unit, None, None, None),
         **choices(
             PREDICTION=2,
             NEXT_TWICE=False,
@@ -397,7 +397,7 @@ def test_second_halves_pass_two_to_the_thirty_first(tmp_path: Path) -> None:
     kernel: Any = ddim_step_kernel
     kernel[(2,)](
         *(x, output, None, x, None, next_input, TABLE, on_row(5, 2), None, torch.tensor(7.5)),
-        *(None, None, None, n // 4, 2, -1, *launch.divisor(1), n // 4, None, None, None),
+        *(None, None, None, n // 4, 2, -1, *geometry.divisor(1), n // 4, None, None, None),
         **choices(
             PREDICTION=0,
             NEXT_TWICE=True,

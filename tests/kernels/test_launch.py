@@ -22,8 +22,8 @@ import fastddim_kernels
 from fastddim import DDIM, using
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import reference
-from fastddim.step.philox import STEP, normals
-from fastddim_kernels import launch
+from fastddim.step.philox import STEP_STREAM, normals
+from fastddim_kernels import geometry, launch
 from fastddim_kernels.step import ddim_step_kernel
 from tests.paths import randn
 
@@ -81,7 +81,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """Everything is as with a GPU, a known Triton and nobody watching."""
     found = Kernel()
     monkeypatch.setattr(launch, "ddim_step_kernel", found)
-    monkeypatch.setattr(launch, "_INTERPRETED", False)
+    monkeypatch.setattr(geometry, "INTERPRETED", False)
     monkeypatch.setattr(triton, "__version__", "3.7.1")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(launch, "_device", lambda x: nullcontext())
@@ -297,7 +297,7 @@ def test_only_where_it_is_known_to_work_a_kernel_is_launched_past_the_dispatch(
 ) -> None:
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(launch, "_INTERPRETED", interpreted)
+    monkeypatch.setattr(geometry, "INTERPRETED", interpreted)
     given, options = arguments({"row": 20})
     step = bind(given, options)
     assert len(kernel.warmed) == direct
@@ -375,7 +375,7 @@ def test_what_cannot_be_launched_is_refused_when_it_is_bound(bad: str, kernel: K
 def test_interpreted_steps_equal_the_reference(prediction: str) -> None:
     x, output, z = (randn(2, 3, 5, 4, seed=k) for k in range(3))
     each, seeds = torch.tensor([3, 40], dtype=torch.int32), torch.tensor([7, 2**40])
-    counted = torch.from_numpy(normals(seeds.numpy(), each.numpy(), 60, STEP)).view(x.shape)
+    counted = torch.from_numpy(normals(seeds.numpy(), each.numpy(), 60, STEP_STREAM)).view(x.shape)
     with using("triton"):
         step = fastddim.bind(TABLE, prediction=prediction, clip=0.9)
         kinds: list[Tensor | int] = [7, each]

@@ -20,8 +20,8 @@ from benchmarks.counts import Tally
 from benchmarks.variants import VARIANTS, launch_arguments, step_arguments
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import on_triton, op, reference
-from fastddim.step.philox import STEP, normals
-from fastddim_kernels import launch
+from fastddim.step.philox import STEP_STREAM, normals
+from fastddim_kernels import geometry
 from tests.paths import ALL, forget, here, instead, normal_, use
 from tests.steps import DRAWN, TABLE, model, randn, same
 from tests.tolerances import EAGER_FACTOR, HALF_ATOL
@@ -84,7 +84,7 @@ def by_reference(
     rows = torch.as_tensor(rows, dtype=torch.int32).expand(batch)
     if seeds is not None:
         noise = torch.empty(x.shape)
-        normal_(noise, seeds, rows, STEP)
+        normal_(noise, seeds, rows, STEP_STREAM)
     row = table[rows.long()].view(*each, 7)
     w, s = of_samples(guidance), of_samples(threshold)
     return reference.ddim_step(
@@ -200,7 +200,9 @@ def test_noise_belongs_to_the_element_in_either_layout(
     channels: int, pixels: tuple[int, int]
 ) -> None:
     x, seeds, row = torch.zeros(1, channels, *pixels), torch.tensor([2**40 + channels]), 20
-    z = torch.from_numpy(normals(seeds.numpy(), torch.tensor([row]).numpy(), x.numel(), STEP))
+    z = torch.from_numpy(
+        normals(seeds.numpy(), torch.tensor([row]).numpy(), x.numel(), STEP_STREAM)
+    )
     expected = (z * TABLE[row, 5]).view(x.shape)
     for t in (x, x.contiguous(memory_format=torch.channels_last)):
         memory = Memory()
@@ -230,10 +232,10 @@ def assert_launch_equals_eager(
             several.add("blocks")
         return quads, parts
 
-    block = launch._block
-    monkeypatch.setattr(launch, "_LARGE", 0)
-    monkeypatch.setattr(launch, "_INTERPRETED_FOURS", fours)
-    monkeypatch.setattr(launch, "_block", recorded)
+    block = geometry.block_of
+    monkeypatch.setattr(geometry, "LARGE", 0)
+    monkeypatch.setattr(geometry, "INTERPRETED_FOURS", fours)
+    monkeypatch.setattr(geometry, "block_of", recorded)
     variant = replace(VARIANTS[name], channels_last=LAYOUTS[layout])
     with use("triton"):
         expected, expected_x0 = by_reference(**step_arguments(variant, batch, shape=shape))
@@ -484,8 +486,8 @@ def check_drawn_step(data: st.DataObject) -> None:
         )
     with pytest.MonkeyPatch.context() as patch:
         if draw("small blocks", False, False, True):
-            patch.setattr(launch, "_LARGE", 0)
-            patch.setattr(launch, "_INTERPRETED_FOURS", 4)
+            patch.setattr(geometry, "LARGE", 0)
+            patch.setattr(geometry, "INTERPRETED_FOURS", 4)
         forget()  # launches of larger blocks
         assert_equals_eager(arguments, draw("offset of results", 0, 1, 2, 3))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule, Step
 from fastddim.step.op import initial_noise
-from fastddim.step.philox import FORWARD, INITIAL, normals
+from fastddim.step.philox import FORWARD_STREAM, INITIAL_STREAM, normals
 from tests.loops import by_hand, column, counter_noise, drawn, last
 from tests.refusals import refused
 from tests.tolerances import NORMAL_ATOL
@@ -89,7 +89,7 @@ def test_add_noise_is_the_forward_process(start: int, source: str, dtype: torch.
         eps = drawn(*SHAPE, seed=9)
         out = ddim.add_noise(x0, start, noise=eps)
     elif source == "seeds":
-        eps = torch.from_numpy(normals(np.array(SEEDS), np.zeros(3, np.int32), 40, INITIAL))
+        eps = torch.from_numpy(normals(np.array(SEEDS), np.zeros(3, np.int32), 40, INITIAL_STREAM))
         out = ddim.add_noise(x0, start, seeds=SEEDS)
     elif source == "generator":
         eps = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
@@ -123,7 +123,7 @@ def forward_noise(row: int) -> Tensor:
     """z of stream 2 in this row, as this device draws it."""
     z = torch.full(SHAPE, float("nan"))
     rows = torch.full((3,), row, dtype=torch.int32)
-    torch.ops.fastddim.normal_(z, torch.tensor(SEEDS), rows, FORWARD)
+    torch.ops.fastddim.normal_(z, torch.tensor(SEEDS), rows, FORWARD_STREAM)
     return z
 
 

@@ -20,6 +20,11 @@ WINGS = ("", "step", "loop", "dropins", "embedded", "models", "tools", "training
 ENTRANCES = {"fastddim", "fastddim.__main__"}
 """They hand out every name, and may import any wing."""
 LINES = 500
+LONGER = {
+    # numba's cache looks at the file of the cached function alone: what numba compiles must stay
+    # in one file, or an edit in another file would go on running the old code.
+    "fastddim/step/numba_pass.py",
+}
 
 
 def module(path: Path) -> str:
@@ -82,7 +87,7 @@ def test_no_file_is_longer_than_500_lines() -> None:
     ]
     assert len(files) > 100
     long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
-    assert not {path: lines for path, lines in long.items() if lines > LINES}
+    assert {path for path, lines in long.items() if lines > LINES} == LONGER
 
 
 def test_contributing_names_every_file_and_no_other() -> None:

@@ -34,7 +34,7 @@ from fastddim.step import backends, bound, op, reference
 from fastddim.step.backends import Fixed
 from fastddim.step.bound import Bound
 from fastddim.step.checked import BoundStep
-from fastddim.step.philox import STEP
+from fastddim.step.philox import STEP_STREAM
 from tests.paths import ALL, CPU, forget, here, instead, normal_, randn, use
 from tests.refusals import refused
 
@@ -88,7 +88,7 @@ def by_reference(
     rows = torch.as_tensor(rows, dtype=torch.int32).expand(batch)
     if seeds is not None:
         noise = torch.full(x.shape, float("nan"))
-        normal_(noise, seeds, rows, STEP)
+        normal_(noise, seeds, rows, STEP_STREAM)
     return reference.ddim_step(
         x,
         output.float(),
@@ -293,9 +293,9 @@ def test_calls_that_are_alike_are_bound_once(whose: str) -> None:
     binds: list[tuple[int, ...]] = []
     own = backends.backend("cpu")
 
-    def bind(fixed: Fixed, x: Tensor, *rest: Any) -> Any:
-        binds.append(tuple(x.shape))
-        return own.bind(fixed, x, *rest)
+    def bind(fixed: Fixed, first: backends.StepArgs) -> Any:
+        binds.append(tuple(first.x.shape))
+        return own.bind(fixed, first)
 
     counting = replace(own, name="counting", bind=bind)
     with instead(counting):

@@ -23,7 +23,7 @@ from fastddim import DDIM, using
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import on_torch, reference
 from fastddim.step.on_torch import BLOCK, PART, _blocks, _scratch
-from fastddim.step.philox import STEP
+from fastddim.step.philox import STEP_STREAM
 from tests.paths import CPU, normal_, use
 from tests.tolerances import NORMAL_ATOL
 
@@ -54,7 +54,7 @@ def by_reference(
     row = TABLE[rows.long()].view(-1, *[1] * (x.dim() - 1), 7)
     if seeds is not None:
         noise = torch.full(x.shape, float("nan"))
-        normal_(noise, seeds, rows, STEP)
+        normal_(noise, seeds, rows, STEP_STREAM)
     return reference.ddim_step(x, output.float(), row, noise, **options)
 
 
@@ -212,7 +212,7 @@ def test_samples_with_factors_of_their_own_equal_the_reference(
     rows = (torch.arange(batch) * 7 % 49).to(torch.int32)
     seeds = torch.arange(batch) + 2**32 - 2
     counted = torch.empty(shape)
-    normal_(counted, seeds, rows, STEP)
+    normal_(counted, seeds, rows, STEP_STREAM)
     noises: list[tuple[Any, Any, Any, Any]] = [
         (20, None, z, z),
         (rows, None, None, None),

@@ -22,14 +22,14 @@ import fastddim
 from fastddim import DDIM
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import backends, reference
-from fastddim.step.philox import FORWARD, INITIAL, STEP, normals, philox4x32
+from fastddim.step.philox import FORWARD_STREAM, INITIAL_STREAM, STEP_STREAM, normals, philox4x32
 from tests import paths
 from tests.tolerances import NORMAL_ATOL, NORMAL_MAX, NORMAL_RARE
 
 numba = pytest.importorskip("numba", reason="the fused pass needs the cpu extra: numba")
 
-from fastddim.step import on_numba  # noqa: E402
-from fastddim.step.on_numba import CHUNK  # noqa: E402
+from fastddim.step import numba_pass, on_numba  # noqa: E402
+from fastddim.step.numba_pass import CHUNK  # noqa: E402
 
 step = partial(paths.step, on_numba.BACKEND)
 
@@ -53,7 +53,7 @@ def rows_of(batch: int, rows: int | list[int]) -> Tensor:
 def drawn(x: Tensor, seeds: Tensor, rows: Tensor) -> Tensor:
     """The counter noise of x's elements, which has tests of its own below."""
     z = torch.full(x.shape, float("nan"))
-    on_numba.normal_(z, seeds, rows, STEP)
+    on_numba.normal_(z, seeds, rows, STEP_STREAM)
     return z
 
 
@@ -284,8 +284,9 @@ def test_samples_that_are_not_apart_are_refused_what_is_a_samples_own() -> None:
     ]
     for output, rows, w, s in each:
         arguments = (x, output, TABLE, rows, None, None, w, s)
-        with pytest.raises(ValueError, match="one after another"):
-            on_numba.bind(backends.Fixed(), *arguments, torch.empty_like(x), None, None)
+        first = backends.StepArgs(*arguments, torch.empty_like(x), None, None)
+        with pytest.raises(ValueError, match="one stretch of memory"):
+            on_numba.bind(backends.Fixed(), first)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -366,20 +367,20 @@ def jitted() -> dict[str, Any]:
 
     @numba.njit  # type: ignore[untyped-decorator, unused-ignore]
     def words(seed, row, stream, quad, quads, out):  # type: ignore[no-untyped-def]
-        on_numba._words(seed, row, stream, quad, quads, out)
+        numba_pass.philox_words(seed, row, stream, quad, quads, out)
 
     @numba.njit  # type: ignore[untyped-decorator, unused-ignore]
     def ln(u, out):  # type: ignore[no-untyped-def]
         for i in range(len(u)):
-            out[i] = on_numba._ln(u[i])
+            out[i] = numba_pass.ln(u[i])
 
     @numba.njit  # type: ignore[untyped-decorator, unused-ignore]
     def box_muller(count, words, out):  # type: ignore[no-untyped-def]
-        on_numba._box_muller(count, words, out)
+        numba_pass.box_muller(count, words, out)
 
     @numba.njit  # type: ignore[untyped-decorator, unused-ignore]
     def some(seed, row, stream, first, count, words, pairs, out):  # type: ignore[no-untyped-def]
-        return on_numba._normals(seed, row, stream, first, count, words, pairs, out)
+        return numba_pass.normals(seed, row, stream, first, count, words, pairs, out)
 
     return {"words": words, "ln": ln, "box_muller": box_muller, "normals": some}
 
@@ -394,7 +395,9 @@ def test_words_are_philoxs(jitted: dict[str, Any], seed: int, quad: int) -> None
     quads = 21
     index = np.arange(quad, quad + quads, dtype=np.uint64)
     low, high = (np.full(quads, word, np.uint64) for word in (seed % 2**32, seed >> 32))
-    for row, stream in itertools.product((0, 49, 2**31 - 1), (STEP, INITIAL, FORWARD)):
+    for row, stream in itertools.product(
+        (0, 49, 2**31 - 1), (STEP_STREAM, INITIAL_STREAM, FORWARD_STREAM)
+    ):
         rest = [np.full(quads, word, np.uint64) for word in (row, stream)]
         counter = (index & MASK, index >> np.uint64(32), rest[0], rest[1])
         expected = philox4x32(counter, (low, high))
@@ -410,7 +413,7 @@ def assert_same_normals(z: npt.NDArray[Any], truth: npt.NDArray[Any]) -> None:
     assert (error > NORMAL_ATOL).sum() <= NORMAL_RARE * error.size
 
 
-@pytest.mark.parametrize("stream", [STEP, INITIAL, FORWARD])
+@pytest.mark.parametrize("stream", [STEP_STREAM, INITIAL_STREAM, FORWARD_STREAM])
 def test_normals_are_noises(stream: int) -> None:
     seeds, rows = (a.ravel() for a in np.meshgrid(CORNERS, [0, 49, 2**31 - 1]))
     z = torch.full((len(seeds), 3001), float("nan"))
@@ -421,8 +424,10 @@ def test_normals_are_noises(stream: int) -> None:
 @pytest.mark.parametrize("first", [4 * 2**32 - 16, 2**32 - 13, 2**40 + 3])
 def test_normals_far_into_a_sample_are_noises(jitted: dict[str, Any], first: int) -> None:
     scratch = np.zeros(64, np.uint32), np.zeros(64, np.float32), np.zeros(64, np.float32)
-    lane = jitted["normals"](2**40 + 7, 3, STEP, first, 37, *scratch)
-    expected = normals(np.array([2**40 + 7]), np.array([3]), 41, STEP, first=first // 4 * 4)[0]
+    lane = jitted["normals"](2**40 + 7, 3, STEP_STREAM, first, 37, *scratch)
+    expected = normals(np.array([2**40 + 7]), np.array([3]), 41, STEP_STREAM, first=first // 4 * 4)[
+        0
+    ]
     assert lane == first % 4
     assert_same_normals(scratch[2][lane : lane + 37], expected[lane : lane + 37])
 
@@ -490,14 +495,14 @@ def test_an_elements_noise_is_the_same_in_a_vector_and_in_what_is_left_of_one(
 ) -> None:
     seed, row = 2**35 + 1, 4
     whole = torch.empty(1, 3 * CHUNK)
-    on_numba.normal_(whole, torch.tensor([seed]), rows_of(1, row), STEP)
+    on_numba.normal_(whole, torch.tensor([seed]), rows_of(1, row), STEP_STREAM)
     for n in [*range(1, 100), CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5]:
         z = torch.full((1, n), float("nan"))
-        on_numba.normal_(z, torch.tensor([seed]), rows_of(1, row), STEP)
+        on_numba.normal_(z, torch.tensor([seed]), rows_of(1, row), STEP_STREAM)
         assert torch.equal(z, whole[:, :n])
     scratch = np.zeros(2048, np.uint32), np.zeros(2048, np.float32), np.zeros(2048, np.float32)
     for first, count in itertools.product(range(40), [*range(1, 36), 64, 65, 66, 67]):
-        lane = jitted["normals"](seed, row, STEP, first, count, *scratch)
+        lane = jitted["normals"](seed, row, STEP_STREAM, first, count, *scratch)
         assert np.array_equal(scratch[2][lane : lane + count], whole[0, first : first + count])
 
 
@@ -505,10 +510,10 @@ def test_an_elements_noise_is_the_same_in_a_vector_and_in_what_is_left_of_one(
 def test_a_samples_noise_does_not_depend_on_its_batch(n: int) -> None:
     seeds, rows = torch.tensor([9, 2**35, 0, 9, 1]), rows_of(5, [4, 0, 1, 4, 2])
     batch = torch.empty(5, n)
-    on_numba.normal_(batch, seeds, rows, INITIAL)
+    on_numba.normal_(batch, seeds, rows, INITIAL_STREAM)
     for i in range(5):
         alone = torch.empty(1, n)
-        on_numba.normal_(alone, seeds[i : i + 1], rows[i : i + 1], INITIAL)
+        on_numba.normal_(alone, seeds[i : i + 1], rows[i : i + 1], INITIAL_STREAM)
         assert torch.equal(batch[i : i + 1], alone)
     assert n == 1 or not torch.equal(batch[0], batch[1])
 
@@ -516,11 +521,13 @@ def test_a_samples_noise_does_not_depend_on_its_batch(n: int) -> None:
 def test_noise_fills_a_tensor_and_nothing_beside_it() -> None:
     memory = torch.full((2 * 37 + 16,), 12345.0)
     out = memory[8:-8].view(2, 37).fill_(float("nan"))
-    on_numba.normal_(out, torch.tensor([3, 2**33]), rows_of(2, [0, 7]), FORWARD)
+    on_numba.normal_(out, torch.tensor([3, 2**33]), rows_of(2, [0, 7]), FORWARD_STREAM)
     assert out.isfinite().all()
     memory[8:-8] = 12345.0
     assert (memory == 12345.0).all()
-    on_numba.normal_(torch.empty(0, 4), torch.empty(0, dtype=torch.int64), rows_of(0, 1), STEP)
+    on_numba.normal_(
+        torch.empty(0, 4), torch.empty(0, dtype=torch.int64), rows_of(0, 1), STEP_STREAM
+    )
 
 
 # --- Threads ----------------------------------------------------------------------------------
@@ -536,7 +543,7 @@ def big_step(layout: str = "flat") -> tuple[Tensor, Tensor, Tensor]:
     args = (x, output, TABLE, rows_of(3, [0, 20, 49]), torch.tensor([5, 2**40, 6]))
     step(*args, None, None, None, 0, True, 1.0, False, out, x0)
     noise = torch.full(BIG, float("nan"))
-    on_numba.normal_(noise, torch.tensor([5, 2**40, 6]), rows_of(3, 0), INITIAL)
+    on_numba.normal_(noise, torch.tensor([5, 2**40, 6]), rows_of(3, 0), INITIAL_STREAM)
     return out, x0, noise
 
 
@@ -544,7 +551,7 @@ def big_step(layout: str = "flat") -> tuple[Tensor, Tensor, Tensor]:
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lets threads share small calls, and lists how many were asked for each."""
     asked: list[int] = []
-    team = on_numba._team
+    team = on_numba.team
     if team is None:
         pytest.skip("this PyTorch is built without OpenMP")
     run = team.run
@@ -573,7 +580,7 @@ def test_any_number_of_threads_gives_the_same(
         for found, want in zip(big_step(layout), expected, strict=True):
             assert torch.equal(found, want)
         assert shared == [threads, threads]
-    monkeypatch.setattr(on_numba, "_team", None)
+    monkeypatch.setattr(on_numba, "team", None)
     for found, want in zip(big_step(layout), expected, strict=True):
         assert torch.equal(found, want)
 
@@ -621,15 +628,15 @@ def step(out):
         x, x, table, rows, None, None, None, None, out, None, None
     )
 
-team, on_numba._team = on_numba._team, None
+team, on_numba.team = on_numba.team, None
 step(alone)
-on_numba._team = team
+on_numba.team = team
 """
 
 
 def shared_by(code: str, **env: str) -> str:
     """What a process prints in which PyTorch's threads share a step: not one of this process."""
-    if on_numba._team is None:
+    if on_numba.team is None:
         pytest.skip("this PyTorch is built without OpenMP")
     return run(SHARING + code, **env)
 
@@ -741,7 +748,7 @@ def test_a_step_without_memory_for_its_chunks_says_so(monkeypatch: pytest.Monkey
     class Undone:
         def __call__(self, address: int) -> None: ...
 
-    monkeypatch.setattr(on_numba, "_take_it_all", Undone())
+    monkeypatch.setattr(on_numba, "_call_alone", Undone())
     x = randn(2, 3)
     with pytest.raises(MemoryError, match="no memory"):
         step(x, x, TABLE, rows_of(2, 4), None, None, None, None, 0, True, None, False, x, None)

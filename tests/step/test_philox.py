@@ -20,7 +20,14 @@ import fastddim
 import fastddim_kernels
 from fastddim import DDIM
 from fastddim.step.op import initial_noise
-from fastddim.step.philox import FORWARD, INITIAL, STEP, _box_muller, normals, philox4x32
+from fastddim.step.philox import (
+    FORWARD_STREAM,
+    INITIAL_STREAM,
+    STEP_STREAM,
+    _box_muller,
+    normals,
+    philox4x32,
+)
 from fastddim_kernels.noise import key_of, philox_normal4
 from fastddim_kernels.noise import philox4x32 as jitted_philox
 from tests.paths import ALL, use
@@ -68,7 +75,7 @@ def oracle_normals(seed: int, row: int, stream: int, elements: range) -> npt.NDA
     return np.array(z)
 
 
-def draw(seed: int, row: int, n: int, stream: int = STEP, first: int = 0) -> Floats:
+def draw(seed: int, row: int, n: int, stream: int = STEP_STREAM, first: int = 0) -> Floats:
     z: Floats = normals(np.array([seed]), np.array([row]), n, stream, first=first)[0]
     return z
 
@@ -125,7 +132,7 @@ CONTRACT = list(
 )
 
 
-@pytest.mark.parametrize("stream", [STEP, INITIAL, FORWARD])
+@pytest.mark.parametrize("stream", [STEP_STREAM, INITIAL_STREAM, FORWARD_STREAM])
 def test_normals_are_those_of_the_contract(stream: int) -> None:
     z, truth = [], []
     for seed, row in CONTRACT:
@@ -137,7 +144,7 @@ def test_normals_are_those_of_the_contract(stream: int) -> None:
 
 
 def test_the_streams_are_numbered_as_the_contract_has_them() -> None:
-    assert (STEP, INITIAL, FORWARD) == (0, 1, 2)
+    assert (STEP_STREAM, INITIAL_STREAM, FORWARD_STREAM) == (0, 1, 2)
 
 
 def _normals_kernel(quad_ptr: Any, row_ptr: Any, stream: Any, seed_ptr: Any, out_ptr: Any) -> None:
@@ -151,7 +158,8 @@ def _normals_kernel(quad_ptr: Any, row_ptr: Any, stream: Any, seed_ptr: Any, out
 
 
 @pytest.mark.parametrize(
-    ("seed", "row", "stream"), [(7, 3, STEP), (2**32 + 7, 3, INITIAL), (2**63 - 1, 2**31 - 1, 2)]
+    ("seed", "row", "stream"),
+    [(7, 3, STEP_STREAM), (2**32 + 7, 3, INITIAL_STREAM), (2**63 - 1, 2**31 - 1, 2)],
 )
 def test_the_kernels_normals_are_those_of_the_contract(seed: int, row: int, stream: int) -> None:
     quads = torch.tensor([*range(8), *range(2**32 - 4, 2**32 + 4)])
@@ -169,8 +177,8 @@ def test_the_noise_kernel_fills_a_tensor_and_nothing_beside_it(n: int) -> None:
     seeds, rows = torch.tensor([3, 2**33]), torch.tensor([0, 7], dtype=torch.int32)
     memory = torch.full((2 * n + 32,), 12345.0)
     out = memory[16 : 16 + 2 * n].view(2, n).fill_(float("nan"))
-    fastddim_kernels.normal_(out, seeds, rows, INITIAL)
-    assert_same_normals(out.numpy(), normals(seeds.numpy(), rows.numpy(), n, INITIAL))
+    fastddim_kernels.normal_(out, seeds, rows, INITIAL_STREAM)
+    assert_same_normals(out.numpy(), normals(seeds.numpy(), rows.numpy(), n, INITIAL_STREAM))
     memory[16 : 16 + 2 * n] = 12345.0
     assert (memory == 12345.0).all()
 
@@ -192,11 +200,11 @@ def test_x_T_and_every_steps_noise_are_those_of_the_contract() -> None:
     model = Spied()
     last = ddim.sample(model, shape=shape, seeds=seeds)
     n = 45
-    x_T = [oracle_normals(s, 0, INITIAL, range(n)) for s in seeds]
+    x_T = [oracle_normals(s, 0, INITIAL_STREAM, range(n)) for s in seeds]
     assert_same_normals(model.seen[0].flatten(1).numpy(), np.stack(x_T))
     for row, (x, x_s) in enumerate(itertools.pairwise([*model.seen, last])):
         _, _, b_t, _, _, c1, c2 = ddim.table[row].astype(np.float64)
-        truth = np.stack([oracle_normals(s, row, STEP, range(n)) for s in seeds])
+        truth = np.stack([oracle_normals(s, row, STEP_STREAM, range(n)) for s in seeds])
         state, found = (t.double().flatten(1).numpy() for t in (x, x_s))
         assert (c1 == 0) == (row == 5)
         # √ᾱ_s·0 + c1·z + c2·x/b_t, whose own float32 rounding stays far under the tolerance.
@@ -209,19 +217,19 @@ def test_row_zero_is_the_first_step_taken_whatever_its_t() -> None:
         model = Spied()
         ddim.sample(model, torch.zeros(1, 8), seeds=[11])
         z = model.seen[1].double().numpy() / float(ddim.table[0, 5])
-        assert_same_normals(z[0], oracle_normals(11, 0, STEP, range(8)))
+        assert_same_normals(z[0], oracle_normals(11, 0, STEP_STREAM, range(8)))
 
 
 def test_initial_noise_is_stream_normals_kernel_zero() -> None:
     z = initial_noise(torch.tensor([5, 2**40]), (2, 3, 7))
-    truth = [oracle_normals(s, 0, INITIAL, range(21)) for s in (5, 2**40)]
+    truth = [oracle_normals(s, 0, INITIAL_STREAM, range(21)) for s in (5, 2**40)]
     assert_same_normals(z.flatten(1).numpy(), np.stack(truth))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 4 * 8192 - 1, 4 * 8192 + 6])
 def test_a_samples_noise_does_not_depend_on_its_batch(n: int) -> None:
     seeds, rows = np.array([9, 2**35, 0, 9, 1]), np.array([4, 0, 1, 4, 2])
-    batch = normals(seeds, rows, n, STEP)
+    batch = normals(seeds, rows, n, STEP_STREAM)
     for i in range(5):
         assert np.array_equal(batch[i], draw(int(seeds[i]), int(rows[i]), n))
     assert np.array_equal(batch[0], batch[3])
@@ -240,8 +248,8 @@ def test_drawing_into_memory_writes_all_of_it_and_no_more() -> None:
     out = memory[1:-1].reshape(2, 37)
     out[:] = np.nan
     seeds, rows = np.array([1, 2]), np.array([0, 0])
-    assert normals(seeds, rows, 37, STEP, out=out) is out
-    assert np.array_equal(out, normals(seeds, rows, 37, STEP))
+    assert normals(seeds, rows, 37, STEP_STREAM, out=out) is out
+    assert np.array_equal(out, normals(seeds, rows, 37, STEP_STREAM))
     assert memory[0] == memory[-1] == 12345.0
 
 
@@ -324,9 +332,12 @@ PAIRS: dict[str, Callable[[int], tuple[Floats, Floats]]] = {
     "seeds whose words are exchanged": lambda n: (draw(5, 0, n), draw(5 * 2**32, 0, n)),
     "neighbouring rows": lambda n: (draw(5, 0, n), draw(5, 1, n)),
     "seed and row exchanged": lambda n: (draw(5, 6, n), draw(6, 5, n)),
-    "step and initial": lambda n: (draw(5, 0, n, STEP), draw(5, 0, n, INITIAL)),
-    "initial and forward": lambda n: (draw(5, 0, n, INITIAL), draw(5, 0, n, FORWARD)),
-    "row and stream exchanged": lambda n: (draw(5, 1, n, STEP), draw(5, 0, n, INITIAL)),
+    "step and initial": lambda n: (draw(5, 0, n, STEP_STREAM), draw(5, 0, n, INITIAL_STREAM)),
+    "initial and forward": lambda n: (draw(5, 0, n, INITIAL_STREAM), draw(5, 0, n, FORWARD_STREAM)),
+    "row and stream exchanged": lambda n: (
+        draw(5, 1, n, STEP_STREAM),
+        draw(5, 0, n, INITIAL_STREAM),
+    ),
     "quads 2³² apart": lambda n: (draw(5, 0, n), draw(5, 0, n, first=4 * 2**32)),
 }
 LANES = [f"lanes {a} and {b}" for a, b in itertools.combinations(range(4), 2)]
@@ -355,7 +366,7 @@ def test_normals_are_uncorrelated(pair: str) -> None:
 
 def test_normals_across_many_seeds_are_normal() -> None:
     seeds = np.arange(100_000)
-    z = normals(seeds, np.zeros(100_000, dtype=np.int32), 4, INITIAL)
+    z = normals(seeds, np.zeros(100_000, dtype=np.int32), 4, INITIAL_STREAM)
     for lane in range(4):
         assert stats.kstest(z[:, lane], "norm").pvalue > P_VALUE
         column = z[:, lane].astype(np.float64)
@@ -380,4 +391,4 @@ def test_seeds_may_lie_anywhere(seeds: Tensor, path: str) -> None:
     with use(path):
         x = initial_noise(seeds, (4, 6))
         assert torch.equal(x, initial_noise(apart, (4, 6)))
-    assert_same_normals(x.numpy(), normals(seeds.numpy(), np.zeros(4, np.int32), 6, INITIAL))
+    assert_same_normals(x.numpy(), normals(seeds.numpy(), np.zeros(4, np.int32), 6, INITIAL_STREAM))

@@ -281,7 +281,7 @@ def test_the_recipe_names_the_backend_that_takes_the_steps(
     with use(backend):
         noted(importlib.import_module("fastddim.step.on_torch"), "_step", "torch")
         if "numba" in backends.available("cpu"):
-            noted(importlib.import_module("fastddim.step.on_numba")._Calls, "__call__", "numba")
+            noted(importlib.import_module("fastddim.step.on_numba").Calls, "__call__", "numba")
         make(tmp_path / "out", n=4)
     recipe = Folder.read(tmp_path / "out").recipe
     assert recipe["backend"] == f"cpu, {calls[0]}"

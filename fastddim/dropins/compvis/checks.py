@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastddim.check import kind
 from fastddim.loop.model import shapes
-from fastddim.step.checked import OUTPUTS
+from fastddim.step.arguments import OUTPUTS
 
 
 def check_state(name: str, x: Any) -> Tensor:

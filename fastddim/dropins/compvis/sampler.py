@@ -18,7 +18,7 @@ from fastddim.dropins._shared import C1, Buffers, Own, passed_over
 from fastddim.dropins.compvis.checks import check_mask, check_output, check_state
 from fastddim.dropins.compvis.schedule import Schedule, forward_table, make_schedule
 from fastddim.loop.model import stack
-from fastddim.step.checked import OUTPUTS, check_untransformed
+from fastddim.step.arguments import OUTPUTS, check_untransformed
 
 PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
 

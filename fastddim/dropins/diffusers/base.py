@@ -23,7 +23,7 @@ from fastddim.dropins.diffusers.tables import (
     Tables,
     version,
 )
-from fastddim.step.checked import transformed
+from fastddim.step.arguments import transformed
 
 NAMES: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 

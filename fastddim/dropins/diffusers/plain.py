@@ -20,7 +20,7 @@ from fastddim.dropins.diffusers.base import (
     like,
 )
 from fastddim.dropins.diffusers.tables import Made, Tables
-from fastddim.step.checked import transformed
+from fastddim.step.arguments import transformed
 
 
 class Plain:

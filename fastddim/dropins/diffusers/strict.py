@@ -24,8 +24,8 @@ from fastddim.dropins.diffusers.base import (
 from fastddim.dropins.diffusers.tables import CPU, Chosen, Made, Tables
 from fastddim.loop.options import checked_seeds
 from fastddim.schedule import NoiseSchedule
+from fastddim.step.arguments import OUTPUTS, check_untransformed, transformed
 from fastddim.step.buffers import Shadows
-from fastddim.step.checked import OUTPUTS, check_untransformed, transformed
 from fastddim.timesteps import Pair, make_pairs
 
 NEARLY_ZERO = 2.0**-24

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastddim.check import finite, kind, shown, whole
 from fastddim.dropins.guided.step import Condition, Denoised, Keywords, Out, Step
-from fastddim.step.checked import OUTPUTS, check_untransformed
+from fastddim.step.arguments import OUTPUTS, check_untransformed
 
 
 def ddim_sample(

@@ -14,8 +14,8 @@ from fastddim.check import finite, kind, shown
 from fastddim.dropins._shared import Buffers, checked_factors, pack_rows, passed_over, stream_of
 from fastddim.dropins._transfer import sent
 from fastddim.schedule import Float64, NoiseSchedule
+from fastddim.step.arguments import OUTPUTS
 from fastddim.step.buffers import fitting
-from fastddim.step.checked import OUTPUTS
 
 Denoised: TypeAlias = Callable[[Tensor], Tensor] | None
 Condition: TypeAlias = Callable[..., Tensor] | None

@@ -1,12 +1,11 @@
 """Where a program's elements lie: their accesses, and rows of four moved between layouts.
 
-Three things may lie in different orders: the state (x and what the step writes), the model's
-output, and the noise, which belongs to the logical element wherever memory keeps it. A program
-works on rows in the state's order; what comes in another order is renamed in registers, or turned
-through shared memory.
+The state (x and the results), the model's output and the noise may lie in different orders; noise
+belongs to the logical element. A program works on rows in the state's order. Rows in another order
+are renamed in registers, or turned through shared memory.
 """
 
-# Triton compiles these bodies; to pyright its language is made of functions that never return.
+# Triton compiles these bodies; pyright takes its language for functions that never return.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ FEW = tl.constexpr(1)
 TILE = tl.constexpr(2)
 """A multiple of four channels: a program takes a tile, some pixels by up to 16 channels."""
 SCATTERED = tl.constexpr(3)
-"""Channels last, and no four elements lie side by side: every access is one element wide."""
+"""No four elements of one Philox call are one access: every access is one element wide."""
 
 FAR = tl.constexpr(1 << 30)
-"""Beyond every block: what is left of a sample is compared in 32 bits."""
+"""A number of elements beyond every block, for comparisons in 32 bits."""
 
 
 @triton.constexpr_function
 def layout_of(channels, fours):
-    """Which of the four layouts serves.
+    """Returns which of the four layouts a launch takes.
 
-    ``channels`` = 0: state and output both lie in the order of the elements. ``fours``: the pixels
-    of a channel, and the output's samples, are multiples of four elements.
+    ``channels`` is 0 where state and output both lie in the order of the elements. ``fours`` says
+    that a channel's pixels, and the stride of the output's samples, are multiples of four elements.
     """
     if channels == 0:
         return IN_ORDER.value
@@ -45,7 +44,7 @@ def layout_of(channels, fours):
 
 @triton.constexpr_function
 def block_channels(channels, layout):
-    """How many channels a program takes; they divide ``channels``."""
+    """Returns how many channels a program takes, a divisor of ``channels``."""
     if layout == IN_ORDER.value:
         return 1
     if layout == TILE.value:
@@ -56,10 +55,10 @@ def block_channels(channels, layout):
 
 @triton.jit
 def quotient(n, magic, shift):
-    """n // d for 0 ≤ n < 2³¹, from d's ``magic`` and ``shift`` (``launch.divisor``).
+    """Returns n // d for 0 ≤ n < 2³¹, from d's ``magic`` and ``shift`` (``geometry.divisor``).
 
-    Granlund and Montgomery (1994), figure 4.1: three instructions, where a division of two
-    variables takes thirty, before which nothing of a sample can be read.
+    Granlund and Montgomery (1994), figure 4.1, in three instructions. A division of two variables
+    takes thirty, and no element of a sample can be read before the quotient is known.
     """
     high = (n.to(tl.uint64) * magic.to(tl.uint32, bitcast=True).to(tl.uint64)) >> 32
     return (high.to(tl.uint32) + n.to(tl.uint32)) >> shift.to(tl.uint32)
@@ -67,7 +66,7 @@ def quotient(n, magic, shift):
 
 @triton.jit
 def left_of(size, first):
-    """What is left of ``size`` from ``first`` on, in 32 bits."""
+    """Returns size − first, at most FAR, in 32 bits."""
     if size.dtype == tl.int64:
         return tl.minimum(size - first, FAR).to(tl.int32)
     else:  # noqa: RET505  (without it Triton compiles on)
@@ -76,9 +75,9 @@ def left_of(size, first):
 
 @triton.jit
 def place(sample_begin, first_quad, first_channel, n_pixels, PIXEL: tl.constexpr):
-    """Where a program begins in a tensor whose pixels lie ``PIXEL`` elements apart.
+    """Returns where a program begins in a tensor whose pixels lie ``PIXEL`` elements apart.
 
-    Pixels that lie 1 apart are those of one channel: the channels then lie ``n_pixels`` apart.
+    Where pixels lie 1 apart, channels lie ``n_pixels`` apart.
     """
     if PIXEL == 1:
         return sample_begin + first_channel * n_pixels + first_quad * 4
@@ -92,10 +91,10 @@ def accesses(
     CHANNELS: tl.constexpr, PIXEL: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr,
     FOURS: tl.constexpr, FIRST: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """(begin, offsets, mask) of each access to a tensor whose pixels lie ``PIXEL`` apart.
+    """Returns (begin, offsets, mask) of each access to a tensor whose pixels lie ``PIXEL`` apart.
 
-    The accesses hold the fours from ``FIRST`` on. ``left`` counts fours where ``FOURS`` is set and
-    elements otherwise; the first ``skipped`` of those belong to the channel before.
+    The accesses hold the fours from ``FIRST`` on. ``left`` counts fours with ``FOURS`` and elements
+    without; the first ``skipped`` elements belong to the channel before.
     """
     j = FIRST + tl.arange(0, QUADS)
     found = ()
@@ -121,7 +120,7 @@ def accesses(
             found = found + ((0, begin + offsets, (j < left)[:, None]),)
     elif LAYOUT == TILE:
         pixel, channel = 4 * FIRST + tl.arange(0, 4 * QUADS), tl.arange(0, WIDTH)
-        # So written, the mask is known to be the same for four pixels, which can be one access.
+        # From this form Triton knows that four pixels share a mask, and makes them one access.
         mask = pixel // 4 < left
         if PIXEL == 1:
             offsets = channel[:, None] * n_pixels + pixel[None, :]
@@ -139,7 +138,7 @@ def accesses(
 
 @triton.jit
 def load_all(ptr, accesses):
-    """What each of the accesses reads."""
+    """Returns the elements that each access reads."""
     found = ()
     for i in tl.static_range(len(accesses)):
         begin, offsets, mask = accesses[i]
@@ -149,9 +148,9 @@ def load_all(ptr, accesses):
 
 @triton.jit
 def arranged(planes, CHANNELS: tl.constexpr, PIXEL: tl.constexpr):
-    """Rows of four in the order of a layout, from ``planes``: value 4·c + p is pixel p, channel c.
+    """Returns rows of four in a layout's order, from ``planes``: 4·c + p is pixel p, channel c.
 
-    Lanes hold four pixels each, so that this renames registers and moves nothing.
+    Each lane holds four pixels, so that this renames registers and moves no data.
     """
     rows = ()
     for k in tl.static_range(CHANNELS):
@@ -170,7 +169,7 @@ def arranged(planes, CHANNELS: tl.constexpr, PIXEL: tl.constexpr):
 
 @triton.jit
 def as_planes(rows, CHANNELS: tl.constexpr, PIXEL: tl.constexpr):
-    """``arranged`` undone; of pixels further apart than their channels, the rest is left out."""
+    """Inverts ``arranged``, without the variance where pixels are further apart than channels."""
     values = ()
     for k in tl.static_range(len(rows)):
         values = values + split4(rows[k])
@@ -185,7 +184,7 @@ def as_planes(rows, CHANNELS: tl.constexpr, PIXEL: tl.constexpr):
 def as_state(
     rows, CHANNELS: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, LAYOUT: tl.constexpr
 ):
-    """Rows of a tensor whose pixels lie ``FROM`` apart, in the order of a state's, ``TO`` apart."""
+    """Returns rows in the order of pixels ``TO`` apart, from rows of pixels ``FROM`` apart."""
     if LAYOUT == FEW and FROM != TO:
         return arranged(as_planes(rows, CHANNELS, FROM), CHANNELS, TO)
     elif LAYOUT == TILE and (FROM == 1) != (TO == 1):  # noqa: RET505
@@ -200,10 +199,10 @@ def draw(
     CHANNELS: tl.constexpr, PIXEL: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr,
     FOURS: tl.constexpr, FIRST: tl.constexpr, QUADS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """The step's normals, in the rows of the state's accesses."""
+    """Returns the step's normals, in the rows of the state's accesses."""
     row, key, first_quad, first_channel, start, size = noise_of
-    # Fours are counted in as many bits as the sizes have: those of 32 leave out half of Philox's
-    # first two rounds.
+    # Fours are counted in as many bits as the sizes have: 32 bits save half of Philox's first two
+    # rounds.
     quad = (first_quad + (FIRST + tl.arange(0, QUADS))).to(size.dtype)
     if LAYOUT == IN_ORDER:
         z = philox_normal4(quad, row, 0, key, PORTABLE)

@@ -1,6 +1,6 @@
-"""Counter noise in Triton: four normals a Philox call, and the kernel that fills a tensor."""
+"""Counter noise in Triton: four normals for a Philox call, and a kernel that fills a tensor."""
 
-# Triton compiles these bodies; to pyright its language is made of functions that never return.
+# Triton compiles these bodies; pyright takes its language for functions that never return.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from triton.language.extra import libdevice
 
 @triton.jit
 def wide_multiply(a, M: tl.constexpr):
-    """(high, low) words of a·M; on NVIDIA one mul.wide.u32."""
+    """Returns the (high, low) words of a·M, on NVIDIA by one mul.wide.u32."""
     product = a.to(tl.uint64) * M
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
-    """Ten rounds of Philox4x32 (Salmon et al. 2011) on uint32 words."""
+    """Returns uint32 words after ten rounds of Philox4x32 (Salmon et al. 2011)."""
     for _ in tl.static_range(10):
         high0, low0 = wide_multiply(c0, 0xD2511F53)
         high1, low1 = wide_multiply(c2, 0xCD9E8D57)
@@ -31,16 +31,16 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def radius_and_angle(a, b, PORTABLE: tl.constexpr):
-    """(−2 ln u, sin θ, cos θ), u = (a + ½)·2⁻³² and θ = 2π·(b + ½)·2⁻³², from float32 words.
+    """Returns (−2 ln u, sin θ, cos θ), u = (a + ½)·2⁻³² and θ = 2π·(b + ½)·2⁻³², for float32 words.
 
-    The .approx instructions cost one slot each; tl.log, tl.sin and tl.cos would double the
-    kernel and give it a stack. The interpreter and AMD take the portable twins.
+    NVIDIA's .approx instructions cost one slot each; tl.log, tl.sin and tl.cos would double the
+    kernel and give it a stack. The interpreter and AMD take the portable functions.
     """
     if PORTABLE:
         u, turn = (a + 0.5) * 2.3283064365386963e-10, (b + 0.5) * 2.3283064365386963e-10
         theta = turn * 6.283185307179586
         return -2.0 * tl.log(u), tl.sin(theta), tl.cos(theta)
-    else:  # noqa: RET505  (without it Triton looks these names up on AMD, which has none)
+    else:  # noqa: RET505  (without else Triton would look up these names on AMD, which lacks them)
         u = tl.fma(a, 2.3283064365386963e-10, 1.1641532182693481e-10)
         theta = tl.fma(b, 1.4629180792671596e-09, 7.314590396335798e-10)
         minus_two_ln_u = libdevice.fast_log2f(u) * -1.3862943611198906
@@ -49,8 +49,8 @@ def radius_and_angle(a, b, PORTABLE: tl.constexpr):
 
 @triton.jit
 def box_muller(a, b, PORTABLE: tl.constexpr):
-    """Two normals from two words: u = (word + ½)·2⁻³², r = √(−2 ln u_a), θ = 2π·u_b."""
-    # θ from the signed word: the same angle less a turn, with half the rounding error.
+    """Returns two normals of two words: u = (word + ½)·2⁻³², r = √(−2 ln u_a), θ = 2π·u_b."""
+    # The word as a signed number is the same angle less a turn, with half the rounding error.
     signed = b.to(tl.int32, bitcast=True).to(tl.float32)
     minus_two_ln_u, sin, cos = radius_and_angle(a.to(tl.float32), signed, PORTABLE)
     # The approximate logarithm may exceed 0 near u = 1; without the max r would be NaN there.
@@ -60,9 +60,9 @@ def box_muller(a, b, PORTABLE: tl.constexpr):
 
 @triton.jit
 def key_of(seeds_ptr, sample):
-    """The two words of a sample's seed, low and high: Philox's key.
+    """Returns the low and the high word of a sample's seed: Philox's key.
 
-    They are loaded apart: of words cut from one number LLVM makes multiplications of 64 bits.
+    Two loads bring them, because LLVM would multiply the parts of one 64-bit number in 64 bits.
     """
     words = seeds_ptr.to(tl.pointer_type(tl.uint32))
     return tl.load(words + 2 * sample), tl.load(words + 2 * sample + 1)
@@ -70,9 +70,9 @@ def key_of(seeds_ptr, sample):
 
 @triton.jit
 def philox_normal4(quad, row, stream, key, PORTABLE: tl.constexpr):
-    """The normals of elements 4·quad … 4·quad + 3 of the sample with this key.
+    """Returns the normals of elements 4·quad … 4·quad + 3 of the sample with this key.
 
-    A quad of 32 bits has no high word, which then costs nothing.
+    A quad of 32 bits saves the high word's share of the rounds.
     """
     low = quad.to(tl.uint32)
     zeros = tl.zeros_like(low)
@@ -92,14 +92,14 @@ def philox_normal4(quad, row, stream, key, PORTABLE: tl.constexpr):
 
 @triton.jit
 def join4(a, b, c, d):
-    """Four (Q,) tensors as one (Q, 4), each lane's values side by side."""
+    """Returns four (Q,) tensors as one (Q, 4), with each lane's values side by side."""
     pairs = tl.join(tl.join(a, c), tl.join(b, d))
     return tl.reshape(pairs, (a.shape[0], 4))
 
 
 @triton.jit
 def split4(row):
-    """The four (Q,) tensors that ``join4`` has put side by side."""
+    """Returns the four (Q,) tensors that ``join4`` put side by side."""
     even, odd = tl.split(tl.reshape(row, (row.shape[0], 2, 2)))
     a, c = tl.split(even)
     b, d = tl.split(odd)
@@ -118,7 +118,7 @@ def normal_kernel(
     BLOCK_SIZE: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
-    """out[sample, i] = the normal of (seeds[sample], rows[sample], i) in this stream."""
+    """Writes the normal of (seeds[sample], rows[sample], i) in this stream to out[sample, i]."""
     pid = tl.program_id(0).to(tl.int64)
     sample, block = pid // blocks_per_sample, pid % blocks_per_sample
     quad = block * (BLOCK_SIZE // 4) + tl.arange(0, BLOCK_SIZE // 4)

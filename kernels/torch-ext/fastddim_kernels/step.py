@@ -1,6 +1,6 @@
-"""One DDIM step in Triton, one pass over memory: the kernel, its body term by term."""
+"""One DDIM step in one pass over memory: the kernel, and a function for each term."""
 
-# Triton compiles these bodies; to pyright its language is made of functions that never return.
+# Triton compiles these bodies; pyright takes its language for functions that never return.
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .layout import (
 )
 from .noise import key_of
 
-# Compile-time choices, as plain ints so that a cache key and a C signature can hold them.
+# What the model returns, as ints, which Triton's cache key and a C signature can hold.
 EPSILON = tl.constexpr(0)
 V = tl.constexpr(1)
 SAMPLE = tl.constexpr(2)
@@ -32,12 +32,12 @@ SAMPLE = tl.constexpr(2)
 
 @triton.jit
 def divide(x, c, rcp_c, FINITE: tl.constexpr, PORTABLE: tl.constexpr):
-    """x / c, correctly rounded, from rcp_c = fl(1/c): exact for |x| > 2⁻¹⁰⁰.
+    """Returns x / c, correctly rounded for |x| > 2⁻¹⁰⁰, from rcp_c = fl(1/c).
 
     tl.div_rn costs 25 instructions and a call for each element. Where q is not finite the residual
-    is NaN and q itself the answer: ``FINITE`` says that this cannot be. The interpreter does not
-    fuse its fma, hence the twin. ``c * -1.0`` is c with the other sign, which an fma takes for
-    nothing; ``-c`` is 0 − c, an instruction.
+    is NaN and q is the result; ``FINITE`` says that q is finite. The interpreter's fma does not
+    fuse, so that it takes tl.div_rn. ``c * -1.0`` flips c's sign inside the fma at no cost; ``-c``
+    is 0 − c, an instruction.
     """
     if PORTABLE:
         return tl.div_rn(x, tl.zeros_like(x) + c)
@@ -48,13 +48,13 @@ def divide(x, c, rcp_c, FINITE: tl.constexpr, PORTABLE: tl.constexpr):
 
 @triton.jit
 def guide(output, cond, w):
-    """output_u + w·(output_c − output_u), where the model's output holds both halves."""
+    """Returns u + w·(c − u), where the model's output holds u and c, or the output alone."""
     return output if w is None else output + w * (cond - output)
 
 
 @triton.jit
 def predict_x0(x, output, a_t, rcp_a_t, b_t, PREDICTION: tl.constexpr, PORTABLE: tl.constexpr):
-    """x0 from what the model returned; a_t = √ᾱ_t, b_t = √(1−ᾱ_t)."""
+    """Returns x0 by the model's output; a_t = √ᾱ_t, b_t = √(1−ᾱ_t)."""
     if PREDICTION == EPSILON:
         return divide(x - output * b_t, a_t, rcp_a_t, False, PORTABLE)
     if PREDICTION == V:
@@ -64,12 +64,12 @@ def predict_x0(x, output, a_t, rcp_a_t, b_t, PREDICTION: tl.constexpr, PORTABLE:
 
 @triton.jit
 def bound_x0(x0, clip, threshold, rcp_threshold, PORTABLE: tl.constexpr):
-    """x0 within ±clip, or within ±s and then divided by s; NaN stays NaN, as in torch.clamp."""
+    """Returns x0 clamped to ±clip, or to ±s and divided by s; NaN stays NaN, as in torch.clamp."""
     if clip is not None:
         x0 = tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
     if threshold is not None:
         x0 = tl.clamp(x0, -threshold, threshold, propagate_nan=tl.PropagateNan.ALL)
-        # An infinite s: the residual is then x0 itself, and nothing remains of it.
+        # With an infinite s the residual would be NaN, so the largest float32 stands for s there.
         c = threshold if PORTABLE else tl.minimum(threshold, 3.4028234663852886e38)
         x0 = divide(x0, c, rcp_threshold, True, PORTABLE)
     return x0
@@ -80,7 +80,7 @@ def predict_eps(
     x, output, x0, bounded_x0, a_t, b_t, rcp_b_t,
     PREDICTION: tl.constexpr, REDERIVE: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """ε from what the model returned; rederived, from the x0 that was bounded."""
+    """Returns ε by the model's output, or by the bounded x0 with ``REDERIVE``."""
     if REDERIVE:
         return divide(x - a_t * bounded_x0, b_t, rcp_b_t, False, PORTABLE)
     if PREDICTION == EPSILON:
@@ -92,7 +92,7 @@ def predict_eps(
 
 @triton.jit
 def combine(x0, eps, z, a_s, c1, c2, NOISE: tl.constexpr, NOISE_FIRST: tl.constexpr):
-    """x_s = √ᾱ_s·x0 + c1·z + c2·ε, summed in the order of the loop that is replaced."""
+    """Returns x_s = √ᾱ_s·x0 + c1·z + c2·ε, summed in the order of the original loop."""
     if not NOISE:
         return a_s * x0 + c2 * eps
     if NOISE_FIRST:
@@ -102,7 +102,7 @@ def combine(x0, eps, z, a_s, c1, c2, NOISE: tl.constexpr, NOISE_FIRST: tl.conste
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, PORTABLE: tl.constexpr):
-    """x in ``dtype``, to nearest even: the interpreter would cut bfloat16 off."""
+    """Returns x in ``dtype``, rounded to nearest even; the interpreter truncates to bfloat16."""
     if PORTABLE and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -117,7 +117,7 @@ def finish(
     PREDICTION: tl.constexpr, NOISE: tl.constexpr, NOISE_FIRST: tl.constexpr,
     REDERIVE: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """The step itself: predict x0, bound it, direction, noise, store."""
+    """Takes the step of one access: x0, its bounds, ε, x_s, and the stores."""
     begin, offsets, mask = access
     a_t, rcp_a_t, b_t, rcp_b_t, a_s, c1, c2 = factors
     clip, threshold, rcp_threshold = bounds
@@ -144,9 +144,9 @@ SIZES = [
 ]  # fmt: skip
 
 
-# The kernel reads one number at a time through these pointers, so that their alignment makes no
-# difference to the code. Triton would otherwise compile a second variant for addresses that are no
-# multiples of 16, as those of most rows are.
+# The kernel reads one number at a time through these pointers, so that their alignment does not
+# change the code. Triton would otherwise compile a second variant for addresses that are not
+# multiples of 16, as most rows' addresses are not.
 SCALARS = [
     "table_ptr", "rows_ptr", "seeds_ptr", "guidance_ptr", "threshold_ptr", "rcp_threshold_ptr",
 ]  # fmt: skip
@@ -190,21 +190,22 @@ def ddim_step_kernel(
     QUADS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """x_s and whatever else is wanted, of one block of one sample.
+    """Writes x_s, and x0 and the next input where they have pointers, of one block of one sample.
 
-    One grid axis, since the others end at 65,535. ``size`` is a sample's number of elements, or
-    that of one of its channels where CHANNELS > 0; ``output_stride`` is the distance of two samples
-    of the output. Both count fours with ``FOURS`` and elements without. ``minus_blocks`` is the
-    number of blocks of a sample, negated: the block's number then takes one multiply-add.
+    The grid has one axis, since the others end at 65,535. ``size`` is the number of elements of a
+    sample, or of a channel where CHANNELS > 0; ``output_stride`` is the distance of two samples of
+    the output. Both count fours with ``FOURS`` and elements without. ``minus_blocks`` is the number
+    of blocks of a sample, negated, so that one multiply-add gives the block's number.
 
-    None is a choice made at compile time: for a pointer, that there is none; for ``minus_blocks``,
-    that there is one sample; for ``rows_stride`` and ``guidance_stride``, that all samples have the
-    first value; for ``output_stride``, that the output's samples are as far apart as x's. What
-    changes between calls is read from device memory, so that one captured graph serves them all.
+    None is a choice at compile time: for a pointer, that its tensor is absent; for
+    ``minus_blocks``, that there is one sample; for ``rows_stride`` and ``guidance_stride``, that
+    all samples have the first value; for ``output_stride``, that the output's samples are as far
+    apart as x's. Values that change between calls are read from device memory, so that one captured
+    graph serves all calls.
 
-    CHANNELS = 0: state and output lie in the order of the elements. Otherwise their pixels lie
-    X_PIXEL and OUTPUT_PIXEL elements apart, 1 where channel follows channel (``layout``). EVEN:
-    the blocks of a sample are full, and nothing is masked.
+    With CHANNELS = 0, state and output lie in the order of the elements. Otherwise their pixels lie
+    X_PIXEL and OUTPUT_PIXEL elements apart, 1 where channel follows channel (``layout``). With EVEN
+    all blocks of a sample are full, and no access is masked.
     """
     LAYOUT: tl.constexpr = layout_of(CHANNELS, FOURS)
     WIDTH: tl.constexpr = block_channels(CHANNELS, LAYOUT)
@@ -232,8 +233,8 @@ def ddim_step_kernel(
         threshold = tl.load(threshold_ptr + sample)
         rcp_threshold = tl.load(rcp_threshold_ptr + sample)
 
-    # A block begins in 64 bits; offsets count from there and fit in 32. The products of two
-    # variables come first: while both are widened from 32 bits, one instruction multiplies them.
+    # A block's begin has 64 bits, and offsets from there fit in 32. The products of two variables
+    # come first: one instruction multiplies them while both are widened from 32 bits.
     elements = sample * size.to(tl.int64) * (UNIT * C)
     output_elements, n_pixels = elements, size.to(tl.int64) * UNIT
     all_elements = samples.to(tl.int64) * size.to(tl.int64) * (UNIT * C)
@@ -251,16 +252,16 @@ def ddim_step_kernel(
         cond_ptr = output_ptr + all_output_elements
     if NEXT_TWICE:
         next_again_ptr = next_ptr + all_elements
-    # As a tuple they are passed on, but never returned: Triton 3.6 cannot return a None.
+    # A function takes this tuple, but none returns one: Triton 3.6 cannot return a None.
     written = (out_ptr, x0_ptr, next_ptr, next_again_ptr)
 
     factors = ()
     x_channel = n_pixels if X_PIXEL == 1 else 1
     output_channel = n_pixels if OUTPUT_PIXEL == 1 else 1
     for k in tl.static_range(WIDTH if LAYOUT == SCATTERED else 1):
-        # Where sizes are no multiple of four, a channel's first element, ``start``, stands
-        # anywhere in its four: fours begin ``early`` pixels before it, and one on a border is
-        # drawn for both channels.
+        # Where sizes are not multiples of four, a channel's first element, ``start``, may be any
+        # of its four: fours begin ``early`` pixels before it, and the four at the border of two
+        # channels is drawn for both.
         start = (first_channel + k) * n_pixels
         early = start * 0 if FOURS or CHANNELS == 0 else start & 3
         skipped = tl.where(first_quad == 0, early, 0).to(tl.int32)
@@ -278,11 +279,11 @@ def ddim_step_kernel(
                 C, OUTPUT_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS,
             )  # fmt: skip
             # A tile's noise is turned through shared memory before the loads, which would hold 32
-            # registers meanwhile; elsewhere the loads come first, and the noise while they last.
+            # registers meanwhile. Elsewhere the noise is drawn while the loads are under way.
             z = ()
             if key is not None and LAYOUT == TILE:
                 z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
-            # All is read before anything is written: a load cannot be moved before a store.
+            # All loads precede all stores: a compiler cannot move a load before a store.
             x = load_all(x_ptr, here)
             output = as_state(load_all(output_ptr, there), C, OUTPUT_PIXEL, X_PIXEL, LAYOUT)
             cond = output
@@ -291,7 +292,7 @@ def ddim_step_kernel(
             if noise_ptr is not None:
                 z = load_all(noise_ptr, here)
             if k == 0 and part == 0:
-                # The factors wait for the row: the state is asked for before them.
+                # The factors wait for the row, so that the loads of the state are issued first.
                 for column in tl.static_range(7):
                     factors = factors + (tl.load(table_ptr + row.to(tl.int64) * COLUMNS + column),)
             if key is not None and LAYOUT != TILE:

@@ -1,0 +1,555 @@
+"""One step as one compiled pass over a CPU's memory: everything that numba compiles.
+
+Each chunk of elements passes through the equation's terms while it sits in the L1 cache, and LLVM
+turns each term's loop into vector instructions. There is no fused multiply-add and no
+reassociation, so a vector's lanes and the loop's remainder give the same bits: those of
+``reference.ddim_step``, and noise that depends on (seed, row, element) alone.
+
+All of it stands in one file, because numba's cache looks at the file of the cached function alone:
+after a change in another file it would go on running the old code.
+"""
+
+# numba changes the parameters of functions, and pyright does not see all names that it exports.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+
+from fastddim.step.philox import STEP_STREAM
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("the backend numba needs numba's compiler, which NUMBA_DISABLE_JIT turns off")
+
+CHUNK = 1024
+"""The elements that pass through all terms together: seven arrays of them fill a 32 KiB L1."""
+ROOM = CHUNK // 4 + 1
+"""The most quads that a chunk touches: one more than it holds, where it begins inside a quad."""
+TASK = 16 * CHUNK
+"""Threads fetch tasks of this many elements one by one, so a slowed thread fetches fewer."""
+
+_part: Callable[..., Any] = numba.njit(
+    error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
+"""Decorates a function that is compiled with its caller, when the cache lacks the caller."""
+
+
+def _c_function(function: Callable[[int], int]) -> Any:
+    """Returns ``int64_t function(void *)``, which any thread may call: compiled now or cached."""
+    try:
+        compiled = numba.cfunc("int64(int64)", cache=True, error_model="numpy")(function)
+    except (RuntimeError, OSError):  # no folder can be written to
+        compiled = numba.cfunc("int64(int64)", error_model="numpy")(function)
+    return compiled
+
+
+def _pointer(dtype: Any) -> Any:
+    """Returns a function from an address, which costs a call less than an array, to a pointer."""
+
+    @intrinsic
+    def pointer(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(dtype)(types.int64), generate
+
+    return pointer
+
+
+# A call is one record, which its threads share. First come the fields that each step brings:
+# addresses, 0 standing for None; the outcome; and how many tasks a lone thread has taken. Then come
+# the fields that a launch is bound to: sizes and flags, and the addresses of C functions.
+BROUGHT = (
+    *("x", "output", "table", "rows", "seeds", "noise", "guidance", "threshold", "out", "x0"),
+    *("outcome", "taken"),
+)
+BOUND = (
+    *("batch", "n", "channels", "steps", "dtype", "prediction", "noise_first", "rederive"),
+    *("output_stride", "row_stride", "guidance_stride", "threshold_stride", "stream", "clips"),
+    "fills",
+)
+FUNCTIONS = ("omp_get_thread_num", "fegetenv", "fesetenv")
+CALL = np.dtype(
+    [
+        *((name, np.int64) for name in (*BROUGHT, *BOUND, "threads", *FUNCTIONS)),
+        ("clip", np.float64),
+        ("modes", np.int64, (8,)),  # the caller's floating point modes; any C library's fenv_t fits
+    ]
+)
+# After the record each thread has two cache lines: how many tasks of its share have been taken, and
+# its modes.
+OWN, OWN_MODES = 128, 64
+# DONE is no small number, because a function that has failed might return one by chance.
+UNDONE, DONE, REFUSED = -1, 0x600D, 1
+
+_float32, _uint16 = _pointer(types.float32), _pointer(types.uint16)
+_int32, _int64 = _pointer(types.int32), _pointer(types.int64)
+_call = _pointer(numba.from_dtype(CALL))
+TAKEN, MODES = (CALL.fields[name][1] for name in ("taken", "modes"))  # type: ignore[index]
+SIZE = CALL.itemsize
+
+
+@intrinsic
+def _next(typing_context: Any, address: Any) -> Any:
+    """Returns the int64 at an address and adds one to it, atomically."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        place = builder.inttoptr(arguments[0], word.as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(word, 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _int_of(typing_context: Any, address: Any) -> Any:
+    """Calls the ``int function(void)`` at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function = ir.FunctionType(ir.IntType(32), ())
+        called = builder.call(builder.inttoptr(arguments[0], function.as_pointer()), ())
+        return builder.sext(called, ir.IntType(64))
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _call_with(typing_context: Any, address: Any, argument: Any) -> Any:
+    """Calls the ``int function(void *)`` at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function = ir.FunctionType(ir.IntType(32), (ir.IntType(64),))
+        place = builder.inttoptr(arguments[0], function.as_pointer())
+        return builder.sext(builder.call(place, (arguments[1],)), ir.IntType(64))
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@_part
+def _floats(address, start, count):
+    return carray(_float32(address + 4 * start), (count,))
+
+
+# --- Noise: the definition is that of fastddim.step.philox ------------------------------------
+
+# Typed int64, or numba would compile a second version for the literal.
+_STEP_STREAM = np.int64(STEP_STREAM)
+_LOW, _WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+
+_SCALE, _HALF, _ONE = np.float32(2.0**-32), np.float32(0.5), np.float32(1.0)
+_ZERO, _MINUS_TWO = np.float32(0.0), np.float32(-2.0)
+
+# ln(1 + f) = f + f²·Q(f) on [√½ − 1, √2 − 1]: minimax, 3.0e-8 of ln(1 + f) before rounding and
+# 1.0e-7 of it in float32.
+_Q0, _Q1, _Q2, _Q3 = (np.float32(c) for c in (-0.4999999, 0.3333395, -0.25001755, 0.19962072))
+_Q4, _Q5, _Q6, _Q7 = (np.float32(c) for c in (-0.16570507, 0.14917974, -0.14307527, 0.08734846))
+# ln 2 in two parts: the first has nine bits, so that its product with a binary exponent is exact.
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_EXPONENT, _SQRT_HALF = np.int32(23), np.int32(0x3F3504F3)  # the bits of √½ in float32
+
+# In turns, on [−⅛, ⅛]: sin 2πf = f·S(f²) and cos 2πf = 1 + f²·C(f²), minimax, 3.2e-9 and 6.4e-11
+# of the value before rounding; times r = 2, within 1.3e-7 of r in float32.
+_S0, _S1, _S2, _S3 = (np.float32(c) for c in (6.2831855, -41.341663, 81.592354, -75.39356))
+_C0, _C1, _C2, _C3 = (np.float32(c) for c in (-19.739208, 64.93932, -85.44324, 59.229244))
+_EIGHTH, _QUARTER = np.int32(1 << 29), np.int32((1 << 30) - 1)
+_SIGN, _BIT = np.int32(-(1 << 31)), np.int32(1)
+
+
+@_part
+def philox_words(seed, row, stream, quad, quads, words):
+    """Writes Philox4x32-10 of the quads from ``quad`` on: all words 0, all 2, all 1, all 3."""
+    low, high = np.uint64(seed) & _LOW, np.uint64(seed) >> _WORD
+    for i in range(quads):
+        index = np.uint64(quad + i)
+        c0, c1, c2, c3 = index & _LOW, index >> _WORD, np.uint64(row), np.uint64(stream)
+        k0, k1 = low, high
+        for _ in range(10):
+            # A word has 64 bits, and only a product's operands are masked to 32: the product then
+            # becomes vpmuludq, four at a time.
+            p0, p1 = (c0 & _LOW) * _M0, (c2 & _LOW) * _M1
+            c0, c1, c2, c3 = (p1 >> _WORD) ^ c1 ^ k0, p1, (p0 >> _WORD) ^ c3 ^ k1, p0
+            k0, k1 = k0 + _W0, k1 + _W1
+        words[i], words[i + 2 * quads] = np.uint32(c0 & _LOW), np.uint32(c1 & _LOW)
+        words[i + quads], words[i + 3 * quads] = np.uint32(c2 & _LOW), np.uint32(c3 & _LOW)
+
+
+@_part
+def ln(u):
+    """Returns ln u of a positive normal float32: u = 2^k·(1 + f)."""
+    bits = np.float32(u).view(np.int32)
+    k = np.int32(np.int32(bits - _SQRT_HALF) >> _EXPONENT)
+    f = np.int32(bits - np.int32(k << _EXPONENT)).view(np.float32) - _ONE
+    q = _Q3 + f * (_Q4 + f * (_Q5 + f * (_Q6 + f * _Q7)))
+    q = _Q0 + f * (_Q1 + f * (_Q2 + f * q))
+    exponent = np.float32(k)
+    return exponent * _LN2_HIGH + (f + (exponent * _LN2_LOW + f * f * q))
+
+
+@_part
+def box_muller(count, words, z):
+    """Writes all r·cos θ, then all r·sin θ, from ``count`` words for u and as many for θ."""
+    for i in range(count):
+        u = (np.float32(words[i]) + _HALF) * _SCALE
+        square = _MINUS_TWO * ln(u)
+        r = math.sqrt(square if square > _ZERO else _ZERO)
+        # θ is k quarter turns, k being the upper two bits, and f of a turn, |f| ≤ ⅛.
+        word = np.int32(np.int32(words[i + count]) + _EIGHTH)
+        f = (np.float32(np.int32((word & _QUARTER) - _EIGHTH)) + _HALF) * _SCALE
+        g = f * f
+        s = f * (_S0 + g * (_S1 + g * (_S2 + g * _S3)))
+        c = _ONE + g * (_C0 + g * (_C1 + g * (_C2 + g * _C3)))
+        next_bit = np.int32(word << _BIT)  # its sign bit says whether k is odd
+        cosine, sine = (s, c) if next_bit < 0 else (c, s)
+        cosine_sign = np.int32((word ^ next_bit) & _SIGN)
+        sine_sign = np.int32(word & _SIGN)
+        z[i] = np.int32(np.float32(r * cosine).view(np.int32) ^ cosine_sign).view(np.float32)
+        z[i + count] = np.int32(np.float32(r * sine).view(np.int32) ^ sine_sign).view(np.float32)
+
+
+@_part
+def normals(seed, row, stream, first, count, words, pairs, z):
+    """Writes the normals of elements ``first`` to ``first + count`` to z; returns their start."""
+    quad, lane = first // 4, first % 4
+    quads = (lane + count + 3) // 4
+    philox_words(seed, row, stream, quad, quads, words)
+    box_muller(2 * quads, words, pairs)
+    for i in range(quads):
+        z[4 * i], z[4 * i + 1] = pairs[i], pairs[i + 2 * quads]
+        z[4 * i + 2], z[4 * i + 3] = pairs[i + quads], pairs[i + 3 * quads]
+    return lane
+
+
+@_part
+def _scattered(seed, row, stream, first, count, channels, pixels, words, pairs, plane, z):
+    """Writes ``normals`` in the order of memory, where a pixel's channels are adjacent.
+
+    Noise belongs to the logical element, channel · pixels + pixel.
+    """
+    low, high = first // channels, (first + count - 1) // channels + 1
+    for channel in range(channels):
+        lane = normals(seed, row, stream, channel * pixels + low, high - low, words, pairs, plane)
+        for i in range(high - low):
+            z[i * channels + channel] = plane[i + lane]
+    return first - low * channels
+
+
+# --- The step's terms -------------------------------------------------------------------------
+
+
+@_part
+def _widened(address, dtype, start, count, into):
+    """Returns a chunk of the model's output as float32, converted in ``into`` if need be."""
+    if dtype == 0:
+        return _floats(address, start, count)
+    half = carray(_uint16(address + 2 * start), (count,))
+    if dtype == 1:
+        for i in range(count):
+            into[i] = np.uint32(np.uint32(half[i]) << np.uint32(16)).view(np.float32)
+    else:
+        for i in range(count):
+            bits = np.uint32(half[i])
+            magnitude = np.uint32(bits & np.uint32(0x7FFF))
+            # The exponent's bias is 15, and float32's is 127. A denormal is a multiple of 2⁻²⁴.
+            # Infinity and NaN get the largest exponent of float32.
+            word = np.uint32(np.uint32(magnitude << np.uint32(13)) + np.uint32(112 << 23))
+            word = np.uint32(word | np.uint32(0x7F800000)) if magnitude >= 0x7C00 else word
+            tiny = np.float32(np.float32(magnitude) * np.float32(2.0**-24)).view(np.uint32)
+            word = tiny if magnitude < 0x400 else word
+            sign = np.uint32((bits & np.uint32(0x8000)) << np.uint32(16))
+            into[i] = np.uint32(word | sign).view(np.float32)
+    return into
+
+
+@_part
+def _guide(count, u, c, w, into):
+    """Writes u + w·(c − u) of the unconditional and the conditional output."""
+    for i in range(count):
+        into[i] = u[i] + w * (c[i] - u[i])
+
+
+@_part
+def _guide_each(count, u, c, w, into):
+    """Is ``_guide`` where each element has its own w."""
+    for i in range(count):
+        into[i] = u[i] + w[i] * (c[i] - u[i])
+
+
+@_part
+def _repeat(values, stride, n, start, count, into):
+    """Writes to into[i] the value of the sample, of n elements, that element start + i is in."""
+    sample, i = start // n, 0
+    stop = min((sample + 1) * n - start, count)
+    while i < count:
+        value = values[sample * stride]
+        for k in range(i, stop):
+            into[k] = value
+        i, sample, stop = stop, sample + 1, min(stop + n, count)
+
+
+@_part
+def _predict(count, prediction, x, e, a_t, b_t, x0, eps):
+    """Writes x0 and ε; of an epsilon model, whose output is ε, x0 alone."""
+    if prediction == 0:
+        for i in range(count):
+            x0[i] = (x[i] - e[i] * b_t) / a_t
+    elif prediction == 1:
+        for i in range(count):
+            x0[i] = a_t * x[i] - b_t * e[i]
+            eps[i] = a_t * e[i] + b_t * x[i]
+    else:
+        for i in range(count):
+            x0[i] = e[i]
+            eps[i] = (x[i] - a_t * e[i]) / b_t
+
+
+@_part
+def _epsilon_step(count, x, e, a_t, b_t, a_s, c2, out):
+    """Writes x_s of an epsilon model in one loop, where x0 is not kept and no noise is added."""
+    for i in range(count):
+        out[i] = a_s * ((x[i] - e[i] * b_t) / a_t) + c2 * e[i]
+
+
+@_part
+def _clamp(count, x0, bound):
+    """Clamps x0 to ±bound. A NaN stays one, because neither comparison holds for it."""
+    for i in range(count):
+        value = x0[i]
+        value = -bound if value < -bound else value
+        x0[i] = bound if value > bound else value
+
+
+@_part
+def _bound_each(count, x0, s):
+    """Clamps x0 to ±s and divides it by s, where each element has its own s."""
+    for i in range(count):
+        value, bound = x0[i], s[i]
+        value = -bound if value < -bound else value
+        x0[i] = (bound if value > bound else value) / bound
+
+
+@_part
+def _combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out):
+    """Writes x_s = √ᾱ_s·x0 + c1·z + c2·ε, with the noise before the direction or after it."""
+    if not noisy:
+        for i in range(count):
+            out[i] = a_s * x0[i] + c2 * eps[i]
+    elif noise_first:
+        for i in range(count):
+            out[i] = a_s * x0[i] + c1 * z[i + lane] + c2 * eps[i]
+    else:
+        for i in range(count):
+            out[i] = a_s * x0[i] + c2 * eps[i] + c1 * z[i + lane]
+
+
+@_part
+def _taken(address, thread, total):
+    """Returns (start, stop) of a thread's next task, an empty one when none is left.
+
+    A thread begins with its own share of the tasks, the same at every step, because its core's
+    cache holds the part of x that it wrote at the last step. Then it helps the other threads.
+    """
+    call = carray(_call(address), (1,))[0]
+    if call.threads == 1:
+        return (total if _next(address + TAKEN) else 0), total
+    tasks = (total + TASK - 1) // TASK
+    for k in range(call.threads):
+        share = (thread + k) % call.threads
+        task = share * tasks // call.threads + _next(address + SIZE + OWN * share)
+        if task < (share + 1) * tasks // call.threads:
+            return TASK * task, min(TASK * (task + 1), total)
+    return total, total
+
+
+@_part
+def _light_steps(address, thread, n, total):
+    """Takes ``_steps`` of an epsilon model where every term is one of the caller's tensors.
+
+    Scratch memory for the terms would cost a small step half its time. ``n`` elements follow one
+    another on one row.
+    """
+    call = carray(_call(address), (1,))[0]
+    rows = carray(_int32(call.rows), (call.batch,))
+    table = carray(_float32(call.table), (7 * call.steps,))
+    while True:
+        start, stop = _taken(address, thread, total)
+        if start >= stop:
+            return
+        while start < stop:
+            sample = start // n
+            first = start - sample * n
+            count = min(n - first, stop - start)
+            if call.x0:
+                count = min(count, CHUNK)
+            row = rows[sample * call.row_stride]
+            a_t, b_t, a_s = table[7 * row], table[7 * row + 2], table[7 * row + 4]
+            c2 = table[7 * row + 6]
+            x, out = _floats(call.x, start, count), _floats(call.out, start, count)
+            e = _floats(call.output, sample * call.output_stride + first, count)
+            if call.x0:
+                x0 = _floats(call.x0, start, count)
+                _predict(count, 0, x, e, a_t, b_t, x0, e)
+                if call.clips:
+                    _clamp(count, x0, np.float32(call.clip))
+                _combine(count, x0, e, x0, 0, False, False, a_s, _ZERO, c2, out)
+            else:
+                _epsilon_step(count, x, e, a_t, b_t, a_s, c2, out)
+            start += count
+
+
+@_part
+def _steps(address, thread):
+    """Writes x_s of this thread's tasks, or the outcome REFUSED if a row is not in the table."""
+    call = carray(_call(address), (1,))[0]
+    batch, n, channels, steps = call.batch, call.n, call.channels, call.steps
+    rows = carray(_int32(call.rows), (batch,))
+    table = carray(_float32(call.table), (7 * steps,))
+    seeds = carray(_int64(call.seeds), (batch,))
+    guidance = carray(_float32(call.guidance), (batch,))
+    threshold = carray(_float32(call.threshold), (batch,))
+    for sample in range(batch if call.row_stride else 1):
+        row = rows[sample * call.row_stride]
+        if row < 0 or row >= steps:
+            call.outcome = REFUSED
+            return
+    total = batch * n
+    conditional = call.output + batch * call.output_stride * (4 if call.dtype == 0 else 2)
+    counted = call.seeds != 0 and (call.row_stride != 0 or table[7 * rows[0] + 5] != 0)
+    # A chunk of several small samples gets its weights and thresholds element by element: one pass
+    # for each sample would cost more than its few elements.
+    each, spread = n, (call.guidance_stride != 0 or call.threshold_stride != 0) and n < CHUNK
+    alone = call.guidance_stride == 0 and call.threshold_stride == 0
+    if call.row_stride == 0 and call.output_stride == n and not counted and (alone or spread):
+        n = total  # all samples are on one row and adjacent, so they count as one sample
+    else:
+        spread = False
+
+    kept_x0 = call.clips or call.rederive or call.x0 != 0 or call.threshold != 0
+    plain = call.prediction == 0 and not kept_x0 and call.noise == 0
+    made = call.guidance != 0 or call.dtype != 0 or call.noise != 0 or counted
+    bounded = call.threshold != 0 or call.rederive or (call.clips and call.x0 == 0)
+    if call.prediction == 0 and not made and not bounded:
+        _light_steps(address, thread, n, total)
+        return
+    x0_own, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    u_own, c_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    own = np.empty(CHUNK if spread else 1, np.float32)
+    z_own, plane = np.empty(4 * ROOM + 2 * channels, np.float32), np.empty(4 * ROOM, np.float32)
+    pairs, words = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.uint32)
+    while True:
+        start, stop = _taken(address, thread, total)
+        if start >= stop:
+            return
+        while start < stop:
+            sample = start // n
+            first = start - sample * n
+            count = min(min(CHUNK, n - first), stop - start)
+            row = rows[sample * call.row_stride]
+            a_t, b_t, a_s = table[7 * row], table[7 * row + 2], table[7 * row + 4]
+            c1, c2 = table[7 * row + 5], table[7 * row + 6]
+            x, out = _floats(call.x, start, count), _floats(call.out, start, count)
+            x0, eps = _floats(call.x0, start, count) if call.x0 else x0_own, eps_own
+
+            where = sample * call.output_stride + first
+            e = _widened(call.output, call.dtype, where, count, u_own)
+            if call.guidance:
+                c = _widened(conditional, call.dtype, where, count, c_own)
+                if spread and call.guidance_stride != 0:
+                    _repeat(guidance, call.guidance_stride, each, start, count, own)
+                    _guide_each(count, e, c, own, u_own)
+                else:
+                    _guide(count, e, c, guidance[sample * call.guidance_stride], u_own)
+                e = u_own
+            if plain and (c1 == 0 or not counted):
+                _epsilon_step(count, x, e, a_t, b_t, a_s, c2, out)
+                start += count
+                continue
+            _predict(count, call.prediction, x, e, a_t, b_t, x0, eps)
+            if call.prediction == 0:
+                eps = e
+            if call.clips:
+                _clamp(count, x0, np.float32(call.clip))
+            if call.threshold and spread and call.threshold_stride != 0:
+                _repeat(threshold, call.threshold_stride, each, start, count, own)
+                _bound_each(count, x0, own)
+            elif call.threshold:
+                s = threshold[sample * call.threshold_stride]
+                _clamp(count, x0, s)
+                for i in range(count):
+                    x0[i] = x0[i] / s
+            if call.rederive:
+                eps = eps_own
+                for i in range(count):
+                    eps[i] = (x[i] - a_t * x0[i]) / b_t
+            noisy, z, lane = call.noise != 0, _floats(call.noise, start, count), 0
+            if counted and c1 != 0:
+                noisy, z, seed = True, z_own, seeds[sample]
+                if channels == 1:
+                    lane = normals(seed, row, _STEP_STREAM, first, count, words, pairs, z_own)
+                else:
+                    lane = _scattered(
+                        seed, row, _STEP_STREAM, first, count, channels, n // channels, words,
+                        pairs, plane, z_own,
+                    )  # fmt: skip
+            _combine(count, x0, eps, z, lane, noisy, call.noise_first, a_s, c1, c2, out)
+            start += count
+
+
+@_part
+def _fill(address, thread):
+    """Writes counter noise to the elements of ``out`` in this thread's tasks."""
+    call = carray(_call(address), (1,))[0]
+    batch, n = call.batch, call.n
+    rows = carray(_int32(call.rows), (batch,))
+    seeds = carray(_int64(call.seeds), (batch,))
+    total = batch * n
+    z, pairs = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.float32)
+    words = np.empty(4 * ROOM, np.uint32)
+    while True:
+        start, stop = _taken(address, thread, total)
+        if start >= stop:
+            return
+        while start < stop:
+            sample = start // n
+            first = start - sample * n
+            count = min(min(CHUNK, n - first), stop - start)
+            row = rows[sample * call.row_stride]
+            lane = normals(seeds[sample], row, call.stream, first, count, words, pairs, z)
+            out = _floats(call.out, start, count)
+            for i in range(count):
+                out[i] = z[i + lane]
+            start += count
+
+
+@_c_function
+def take_part(address):
+    """Takes one thread's part of the call at this address, all of it if the thread is alone.
+
+    PyTorch's threads keep the rounding mode and the flushing of denormals that were set when they
+    were made. Here they have their caller's, or a result would depend on which thread took a task.
+    """
+    call = carray(_call(address), (1,))[0]
+    thread = own = 0
+    if call.threads > 1:
+        thread = _int_of(call.omp_get_thread_num)
+        own = address + SIZE + OWN * thread + OWN_MODES
+        _call_with(call.fegetenv, own)
+        _call_with(call.fesetenv, address + MODES)
+    if call.fills:
+        _fill(address, thread)
+    else:
+        _steps(address, thread)
+    if call.outcome == UNDONE:  # not reached where memory ran out
+        call.outcome = DONE
+    if call.threads > 1:
+        _call_with(call.fesetenv, own)
+    return call.outcome

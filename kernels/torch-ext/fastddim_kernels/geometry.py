@@ -1,0 +1,215 @@
+"""The geometry of a launch: how its tensors lie in memory, and the blocks of its programs."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import MODEL_DTYPES, describe, inner_strides
+from .layout import FEW, SCATTERED, TILE, block_channels, layout_of
+
+_FEW, _TILE, _SCATTERED = FEW.value, TILE.value, SCATTERED.value
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+LARGE = 1 << 20
+"""From this many elements on a program takes several parts, so that their common work costs each
+element less. Fewer elements are better spread over the multiprocessors."""
+INTERPRETED_FOURS = 4096
+"""Fours of a part under the interpreter, which pays for each program."""
+_TILE_REGISTERS = 64
+_FEWER_ELEMENTS = 1 << 34
+"""Where pixels are channels last, the kernel counts the fours of a sample in 32 bits."""
+
+
+def portable() -> bool:
+    """Returns whether the kernels use no instruction that only NVIDIA's GPUs have."""
+    return INTERPRETED or torch.version.hip is not None
+
+
+@functools.cache
+def _form(channels: int, fours: bool) -> tuple[int, int]:
+    """Returns (layout, channels of a program) by the kernel's functions, which take 5 µs a call."""
+    layout = int(layout_of(channels, fours))
+    return layout, int(block_channels(channels, layout))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a step's elements lie in memory, in the terms of the kernel."""
+
+    samples: int
+    n: int  # elements of a sample
+    output_stride: int  # from one sample of the model's output to the next
+    channels: int = 0  # 0 where state and output lie in the order of their elements
+    x_pixel: int = 1  # from one pixel of the state to the next; 1 where channel follows channel
+    output_pixel: int = 1  # from one pixel of the model's output to the next
+
+    @functools.cached_property
+    def run(self) -> int:
+        """The number of adjacent elements that also follow one another logically."""
+        return self.n // max(self.channels, 1)
+
+    @functools.cached_property
+    def in_fours(self) -> bool:
+        """Whether each four elements of one Philox call can be one access."""
+        return self.run % 4 == 0 and self.output_stride % 4 == 0
+
+    @functools.cached_property
+    def layout(self) -> int:
+        return _form(self.channels, self.in_fours)[0]
+
+    @functools.cached_property
+    def width(self) -> int:
+        """The channels that a program takes."""
+        return _form(self.channels, self.in_fours)[1]
+
+    @property
+    def groups(self) -> int:
+        """The number of programs for the channels of a pixel."""
+        return max(self.channels, 1) // self.width
+
+    @property
+    def fours(self) -> int:
+        """The fours of a run; a channel's first four may begin up to three pixels before it."""
+        early = 3 if self.channels and not self.in_fours else 0
+        return -(-(self.run + early) // 4)
+
+
+def geometry_of(
+    x: Tensor,
+    output: Tensor,
+    rows: Tensor | int,
+    seeds: Tensor | None,
+    guidance: Tensor | None,
+    threshold: Tensor | None,
+    twice: bool,
+) -> Geometry:
+    """Returns the geometry of checked arguments, or raises where the kernel cannot read them."""
+    batch = len(x)
+    shape = (batch if guidance is None else 2 * batch, *x.shape[1:])
+    if output.dtype not in MODEL_DTYPES or output.shape != shape or output.device != x.device:
+        raise ValueError(
+            f"output must be float32, bfloat16 or float16 of shape {tuple(shape)} on {x.device}, "
+            f"got {describe(output)}"
+        )
+    n = x.numel() // max(batch, 1)
+    output_stride = output.stride(0) if len(output) > 1 else n
+    by_sample = {
+        "rows differ": isinstance(rows, Tensor) and rows.stride(0) != 0,
+        "there are seeds": seeds is not None,
+        "guidance differs": guidance is not None and guidance.stride(0) != 0,
+        "there is a threshold": threshold is not None,
+        "the samples of output are apart": batch > 1 and output_stride != x.stride(0),
+    }
+    alike = inner_strides(output) == inner_strides(x)
+    stacked = {
+        "guidance stacks output": guidance is not None,
+        "next_input is stacked": twice,
+        "output lies otherwise than x": not alike,
+    }
+    reasons = [reason for reason, holds in (by_sample | stacked).items() if holds]
+    if reasons and batch > 1 and x.numel() and x.stride(0) != n:
+        raise ValueError(
+            f"x must hold each sample in one stretch where {reasons[0]}, got {describe(x)}"
+        )
+    if alike and (seeds is None or x.is_contiguous()):
+        if any(by_sample.values()):
+            return Geometry(batch, n, output_stride)
+        # All samples count as one. The stride leads to the conditional half of the output.
+        return Geometry(1, x.numel(), x.numel() if guidance is None else output_stride * batch)
+    x_pixel, output_pixel = pixel_spacing(x), pixel_spacing(output)
+    if x_pixel is None or output_pixel is None:
+        name, tensor = ("x", x) if x_pixel is None else ("output", output)
+        raise ValueError(f"{name} must be contiguous or channels last, got {describe(tensor)}")
+    if seeds is not None and n >= _FEWER_ELEMENTS:
+        raise ValueError(
+            f"x must hold fewer than 2³⁴ elements a sample where pixels are channels last, noise "
+            f"being drawn from seeds, got {describe(x)}"
+        )
+    return Geometry(batch, n, output_stride, x.shape[1], x_pixel, output_pixel)
+
+
+def pixel_spacing(tensor: Tensor) -> int | None:
+    """Returns the elements from one pixel to the next; 1 where channel follows channel.
+
+    Returns None where a sample lies in any other order. A pixel holds its channels, or twice as
+    many where a learned variance follows them.
+    """
+    if tensor.dim() < 2:
+        return 1
+    strides, (channels, *pixels) = tensor.stride()[1:], tensor.shape[1:]
+
+    def lie(channel: int, pixel: int) -> bool:
+        """Returns whether channels and pixels lie this far apart, ignoring dimensions of one."""
+        apart = [channel, *(pixel * math.prod(pixels[i + 1 :]) for i in range(len(pixels)))]
+        of = zip(strides, apart, tensor.shape[1:], strict=True)
+        return all(size == 1 or stride == expected for stride, expected, size in of)
+
+    if lie(math.prod(pixels), 1):
+        return 1
+    spacing = next(
+        (s for s, n in zip(strides[:0:-1], pixels[::-1], strict=True) if n > 1), channels
+    )
+    return spacing if lie(1, spacing) and spacing in (channels, 2 * channels) else None
+
+
+def block_of(g: Geometry, noisy: bool, light: bool) -> tuple[int, int]:
+    """Returns (quads, parts): the fours of a part, and a program's parts, of each of its channels.
+
+    ``light`` is the step of an ε model without guidance, a threshold or the next input.
+    """
+    # Each lane takes a four (AMD's wavefronts have 64 lanes), or lanes would exchange elements.
+    lanes = 256 if portable() else 128
+    if g.layout == _TILE:
+        # As a share of a copy's speed on an H200, four channels with noise, 2048 elements a part:
+        # 0.944 with four parts a program, 0.905 with two, 0.932 with one; 4096 elements are slower.
+        # With a step that is not light, more channels, or an output that is turned as well, four
+        # parts would spill registers.
+        alike = g.x_pixel == g.output_pixel
+        turned = (g.x_pixel == 1) != (g.output_pixel == 1)
+        quads = (512 if noisy and not turned else 256) // g.width
+        parts = 4 if noisy and alike and light and g.width == 4 else 1
+    elif g.layout == _FEW:
+        # Three channels with noise: 0.948 with one part, 0.919 with two, 0.679 with four.
+        quads, parts = lanes, 1
+    elif g.layout == _SCATTERED:
+        quads, parts = lanes, 4 if g.width == 1 and not noisy else 2
+    elif not g.in_fours:
+        quads, parts = lanes, 4
+    else:
+        # Two tensors read and one written: 1.011 with one part of 1024 elements, 0.997 with two,
+        # 0.990 with four; two and two 0.969, 0.958, 0.946; three and one 1.031, 1.020, 0.997.
+        # Counter noise was measured with four parts alone, at 0.965: more parts spread a program's
+        # fixed work over more elements.
+        quads, parts = 256, 4 if noisy else 1
+    if INTERPRETED:
+        quads = INTERPRETED_FOURS
+    if g.samples * g.n < LARGE or g.fours < quads * parts:
+        parts = 1
+    # A block that one part covers is the next power of two, of four fours at least.
+    return (quads if g.fours > quads else max(4, 1 << max(g.fours - 1, 0).bit_length())), parts
+
+
+def registers(g: Geometry) -> int | None:
+    """Returns the most registers of a lane, or None where the compiler decides.
+
+    For a tile of four parts ptxas would need 90 registers and more, and fewer than eight programs
+    would fit on a multiprocessor. Elsewhere ptxas takes fewer without a limit. AMD's compiler does
+    not know the option.
+    """
+    return _TILE_REGISTERS if g.layout == _TILE and not portable() else None
+
+
+def divisor(d: int) -> tuple[int, int]:
+    """Returns (magic, shift), by which ``layout.quotient`` divides a number below 2³¹ by d.
+
+    The magic is a 32-bit word as a signed number: Triton would give a larger int another type, and
+    compile the kernel twice.
+    """
+    shift = (d - 1).bit_length()
+    magic = (2**shift - d) * 2**32 // d + 1
+    return magic - (magic >> 31 << 32), shift
