@@ -1,4 +1,4 @@
-"""A backend in NumPy: all that one has to have. It takes a step for what lies in a CPU's memory."""
+"""A backend in NumPy for a CPU's tensors: the example of everything that a backend needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floats = npt.NDArray[Any]
 
 
 def bind(fixed: Fixed, x: Tensor, *first: Any) -> Launch:
-    """See ``backends.Backend``. Nothing is compiled, so that only the rank is decided here."""
+    """Implements ``backends.Backend.bind``. NumPy compiles nothing; only the rank is fixed."""
     each = (-1, *[1] * (x.dim() - 1))
 
     def launch(
@@ -36,19 +36,19 @@ def bind(fixed: Fixed, x: Tensor, *first: Any) -> Launch:
         batch = len(x)
         rows = np.broadcast_to(np.asarray(row), (batch,))
         if rows.min() < 0 or rows.max() >= len(table):
-            said = f"[0, {len(table)}), got {rows.min()} to {rows.max()}"
-            raise ValueError(f"rows must lie in {said}")
+            span = f"{rows.min()} to {rows.max()}"
+            raise ValueError(f"rows must lie in [0, {len(table)}), got {span}")
         factors = [column.reshape(each) for column in array(table)[rows].T]
         z = None if noise is None else array(noise)
         if seeds is not None:
-            # Noise belongs to the logical element, however x lies in memory.
+            # Noise belongs to the logical element, whatever the strides of x.
             z = counter.normals(seeds.numpy(), rows, x[0].numel(), counter.STEP).reshape(x.shape)
-        said_by_model = array(output)
+        predicted_output = array(output)
         if guidance is not None:
-            u, c = said_by_model[:batch], said_by_model[batch:]
-            said_by_model = u + array(guidance).reshape(each) * (c - u)
+            u, c = predicted_output[:batch], predicted_output[batch:]
+            predicted_output = u + array(guidance).reshape(each) * (c - u)
         bound = None if threshold is None else array(threshold).reshape(each)
-        x_s, predicted = step(fixed, array(x), said_by_model, factors, z, bound)
+        x_s, predicted = step(fixed, array(x), predicted_output, factors, z, bound)
         array(out)[...] = x_s
         if x0 is not None:
             array(x0)[...] = predicted
@@ -61,7 +61,7 @@ def bind(fixed: Fixed, x: Tensor, *first: Any) -> Launch:
 def step(
     fixed: Fixed, x: Floats, output: Floats, factors: list[Floats], z: Floats | None, bound: Any
 ) -> tuple[Floats, Floats]:
-    """(x_s, x0) as ``reference.ddim_step`` has them, operation for operation."""
+    """(x_s, x0) by the operations of ``reference.ddim_step``, in the same order."""
     a_t, _, b_t, _, a_s, c1, c2 = factors
     eps, x0 = output, output
     if fixed.prediction == 0:
@@ -84,14 +84,14 @@ def step(
 
 
 def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
-    """See ``backends.Backend``: ``fastddim.step.philox`` is this backend's noise."""
+    """Implements ``backends.Backend.normal_`` with ``fastddim.step.philox``."""
     if out.numel():
         flat = out.view(len(out), -1).numpy()
         counter.normals(seeds.numpy(), rows.numpy(), flat.shape[1], stream, out=flat)
 
 
 def array(tensor: Tensor) -> Floats:
-    """The tensor's own memory, or of half precision, which NumPy does not know, a float32 copy."""
+    """A float32 tensor's own memory, or a float32 copy of a half-precision tensor."""
     numbers: Floats = tensor.detach().to(torch.float32).numpy()
     return numbers
 
