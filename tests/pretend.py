@@ -107,9 +107,8 @@ class Device(TorchDispatchMode):
 
     def __enter__(self) -> Device:
         self._lifts = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(
-            True
-        )  # So torch.tensor(..., device=CUDA) dispatches its copy.
+        # Otherwise torch.tensor(..., device=CUDA) would not dispatch its copy.
+        torch._C._set_only_lift_cpu_tensors(True)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
