@@ -116,7 +116,7 @@ class Table:
     scope="module", params=GROUPS, ids=lambda g: f"{'x'.join(map(str, g[0]))}-eta{g[1]}"
 )
 def table(request: pytest.FixtureRequest) -> Table:
-    """Timed at its first row, the rows that were asked for alone."""
+    """Times the table of this shape and η before its first row, with the selected rows only."""
     items: list[Any] = request.session.items
     params = [item.callspec.params for item in items if hasattr(item, "callspec")]
     names = [p["peer"] for p in params if p.get("table") == request.param]

@@ -218,11 +218,13 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of the whole run")
-    parser.add_argument("--sections", nargs="+", choices=list(SHARES), default=list(SHARES))
+    parser.add_argument("--sections", nargs="+", metavar="NAME", choices=list(SHARES),
+        default=list(SHARES), help=f"among {', '.join(SHARES)} (default: all)")  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
-    parser.add_argument("--elements", type=int, default=ELEMENTS)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--elements", type=int, default=ELEMENTS, help="least size of a state")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of a measurement")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", choices=list(VARIANTS),
+        default=list(VARIANTS), help="variants to measure (default: all)")  # fmt: skip
     args = parser.parse_args(arguments)
     for name, least in (("elements", ELEMENTS), ("rounds", 6), ("seconds", 30)):
         if getattr(args, name) < least:

@@ -189,9 +189,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--until", type=float, help="deadline by time.monotonic()")
     parser.add_argument("--rows", help="file to write the rows to (default: stdout)")
     parser.add_argument("--begin", type=int, default=0, help="number of the first part")
-    parser.add_argument("--elements", type=int, default=scale.ELEMENTS)
-    parser.add_argument("--rounds", type=int, default=scale.ROUNDS)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument(
+        "--elements", type=int, default=scale.ELEMENTS, help="least size of a state"
+    )
+    parser.add_argument("--rounds", type=int, default=scale.ROUNDS, help="rounds")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", choices=list(VARIANTS),
+        default=list(VARIANTS), help="variants to measure (default: all)")  # fmt: skip
     args = parser.parse_args(arguments)
     # The imports above take seconds, so the starting process sets the deadline before them.
     left = args.seconds if args.until is None else args.until - time.monotonic()

@@ -141,7 +141,7 @@ def whole_tree(out: Path, format: str, count: int, moment: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--trials", type=int, default=20, help="number of trials")
     parser.add_argument("--count", type=int, default=1003, help="images in each trial")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     parser.add_argument("--tree", action="store_true", help="kill torchrun, then all processes")

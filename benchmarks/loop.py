@@ -58,7 +58,7 @@ def contenders(
     wanted, left = loops.original(), rng_state()
     wanted_native = native_eager()
     runs: dict[str, Run] = {ORIGINAL: loops.original}
-    drop_ins = [loops.drop_in, loops.drop_in_last] if len(shape) == 4 else []  # it takes images
+    drop_ins = [loops.drop_in, loops.drop_in_last] if len(shape) == 4 else []  # of images
     if device != "cpu":  # a second base: most of the original's time is copies to the CPU
         runs["reference.ddim_step"] = native_eager
     for path in paths(device):
@@ -67,13 +67,15 @@ def contenders(
                 torch.manual_seed(4)
                 if not (torch.equal(run(), wanted) and torch.equal(rng_state(), left)):
                     raise SystemExit(
-                        f"{run.__name__}{name} is not the original loop: nothing was timed"
+                        f"{run.__name__}{name} differs from the original loop: nothing was timed"
                     )
             if not torch.equal(loops.sample(), wanted_native):
-                raise SystemExit(f"DDIM.sample{name} is not the reference: nothing was timed")
+                raise SystemExit(f"DDIM.sample{name} differs from the reference: nothing was timed")
             counter = bool(eta) and path is not pytorch
             if counter and not torch.equal(loops.sample_seeds(), loops.eager_seeds()):
-                raise SystemExit(f"DDIM.sample(seeds=){name} is not the reference: nothing timed")
+                raise SystemExit(
+                    f"DDIM.sample(seeds=){name} differs from the reference: nothing was timed"
+                )
         found: dict[str, Run] = {}
         if drop_ins:
             found["generalized_steps"], found['generalized_steps(keep="last")'] = drop_ins
@@ -178,11 +180,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", type=int, nargs="+", default=SHAPE)
+    parser.add_argument("--shape", type=int, nargs="+", default=SHAPE, help="shape of x")
     # The first touch of memory costs more than a step, so a run takes many steps.
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=LEAST)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=50, help="steps of each loop")
+    parser.add_argument("--repeats", type=int, default=LEAST, help="timed runs of each loop")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads")
     parser.add_argument("--busy", action="store_true", help="run beside another busy process")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

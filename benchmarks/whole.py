@@ -138,8 +138,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each loop")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = [row for name in args.models for row in whole(name, args.rounds)]
