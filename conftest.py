@@ -1,4 +1,4 @@
-"""The benchmarks: asked for with ``pytest --benchmark``, and otherwise left alone."""
+"""Adds ``pytest --benchmark``, which runs the benchmarks; without it pytest runs only tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--level",
         choices=("quick", "full"),
         default="quick",
-        help="quick: under three minutes on two cores; full: what results are kept of",
+        help="quick: under three minutes on two cores; full: the level of kept results",
     )
     group.addoption(
         "--results",
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
             "--benchmark needs pytest-benchmark, which is not installed: "
             'pip install -e ".[test]" brings it'
         )
-    os.environ.pop("TRITON_INTERPRET", None)  # the kernels would be interpreted
+    os.environ.pop("TRITON_INTERPRET", None)  # with it the kernels would be interpreted
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(config.rootpath / "benchmarks")]
 
@@ -50,19 +50,19 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Benchmarks alone where they are asked for, tests alone where they are not."""
+    """Ignores the tests with ``--benchmark``, and the benchmarks without it."""
     if collection_path.is_dir() or collection_path.name == "__init__.py":
         return None
-    return _unasked(collection_path, config) or None
+    return _ignored(collection_path, config) or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is named on the command line is collected whatever it is: it is refused here."""
-    unasked = [item for item in items if _unasked(item.path, config)]
-    if unasked:
+    """Refuses paths on the command line that pytest collects although they are ignored."""
+    ignored = [item for item in items if _ignored(item.path, config)]
+    if ignored:
         only = "runs no tests" if config.getoption("benchmark") else "alone runs benchmarks"
-        raise pytest.UsageError(f"--benchmark {only}, got {unasked[0].nodeid}")
+        raise pytest.UsageError(f"--benchmark {only}, got {ignored[0].nodeid}")
 
 
-def _unasked(path: Path, config: pytest.Config) -> bool:
+def _ignored(path: Path, config: pytest.Config) -> bool:
     return path.name.startswith("bench_") != bool(config.getoption("benchmark"))

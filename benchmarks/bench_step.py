@@ -1,23 +1,23 @@
-"""What a step costs beside the model: ``pytest --benchmark [--level full] [--results DIR]``.
+"""The time of a step without the model: ``pytest --benchmark [--level full] [--results DIR]``.
 
-One table a shape and η. A row is a whole loop without its model (``benchmarks.peers``), its time
-divided by its steps. pytest-benchmark times one row after another, and a slow minute would fall on
-one of them alone: so the loops of a table are timed in turns, round by round, before its first row,
-and each row gives pytest-benchmark the seconds that were taken then. Ratios are those of single
-rounds, their median with a 95% interval. Beside the loops, in the same rounds, memory is copied:
-12 bytes an element, what a step must read and write.
+There is one table for each shape and η. A row is a whole loop without a model
+(``benchmarks.peers``); its time is divided by its steps. pytest-benchmark times one row after
+another, so a slow minute would fall on one row alone. Therefore the loops of a table are timed in
+turns, round by round, before the table's first row, and each row hands these seconds to
+pytest-benchmark. A ratio is the median of the ratios of single rounds, with a 95% interval. In the
+same rounds memory is copied: 12 bytes an element, as many as a step must read and write.
 
-Nothing is timed whose result is wrong; its row fails. ``extra_info`` has, of each row:
+A loop whose result is wrong is not timed; its row fails. The ``extra_info`` of a row:
 
-    noise               where it comes from
-    bytes_per_element   read and written by its operations, as counted (``benchmarks.counts``)
-    gb_per_s            of these bytes
-    us_per_step         [median, low, high], as are
-    times_seed          how often the step fits into that of the original loop
-    times_diffusers, times_compile      or into that of these
-    times_plain, times_tensors  or into that of a plain loop, its factors made before as numbers, or
-                        as tensors of no dimensions, on a CPU the faster of the two
-    of_copy             the share of a copy's speed at which it moves its bytes
+    noise               source of the noise
+    bytes_per_element   bytes that its operations read and write (``benchmarks.counts``)
+    gb_per_s            these bytes per second
+    us_per_step         [median, low, high], like all values below
+    times_original      (time of the original loop) / (time of this one)
+    times_diffusers, times_compile      the same for these loops
+    times_plain, times_tensors          the same for the plain loop with its factors as numbers, or
+                        as zero-dimensional tensors, which are faster on a CPU
+    of_copy             the share of a copy's bytes per second
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ SHAPES = ((4, 3, 32, 32), (64, 3, 256, 256), (1, 16, 7), (1, 16, 21, 60, 104))
 ETAS = (0, 1)
 NAMES = [name for name, peer in PEERS.items() if DEVICE in peer.devices]
 MUST_MOVE = 12
-"""Bytes of an element that a step cannot but read and write."""
-BASES = ("seed", "diffusers", "plain", "tensors", "compile")
-BESIDE = ("seed", "plain", *(("tensors",) if DEVICE == "cpu" else ()))
-"""What every table times, be it asked for as a row or not: what its rows are held against."""
+"""Least bytes per element that a step reads and writes."""
+BASES = ("original", "diffusers", "plain", "tensors", "compile")
+BESIDE = ("original", "plain", *(("tensors",) if DEVICE == "cpu" else ()))
+"""Loops that every table times, even without a row of their own, because ratios refer to them."""
 GROUPS = [(shape, eta) for shape in SHAPES for eta in ETAS]
 
 
 @dataclass(frozen=True)
 class Level:
-    """How long a table is timed, and of how many steps the loops are that move much memory."""
+    """Seconds and rounds of a table, and the steps of loops over large states."""
 
     seconds: float
     rounds: int
@@ -58,12 +58,13 @@ class Level:
 
 
 MUCH = 2**20
+"""Elements from which a state is large."""
 STEPS = 50
 LEVELS = {"quick": Level(2.0, 6, 5), "full": Level(10.0, 9, STEPS)}
 
 
 class Table:
-    """The loops of one shape and η: those that are right, timed in turns; why others are not."""
+    """The loops of one shape and η: times of the right ones, and why the others have none."""
 
     def __init__(self, shape: tuple[int, ...], eta: float, names: list[str], level: Level) -> None:
         n = torch.Size(shape).numel()
@@ -76,7 +77,7 @@ class Table:
         for name in dict.fromkeys([*BESIDE, *names]):
             try:
                 runs[name] = PEERS[name].ready(loops)
-            except MissingError as error:  # noqa: PERF203 (each on its own)
+            except MissingError as error:  # noqa: PERF203 (each loop is tried separately)
                 self.missing[name] = str(error)
             except WrongResultError as error:
                 self.wrong[name] = error
@@ -115,7 +116,7 @@ class Table:
     scope="module", params=GROUPS, ids=lambda g: f"{'x'.join(map(str, g[0]))}-eta{g[1]}"
 )
 def table(request: pytest.FixtureRequest) -> Table:
-    """Timed at its first row, the rows that were asked for alone."""
+    """Times the table of this shape and η before its first row, with the selected rows only."""
     items: list[Any] = request.session.items
     params = [item.callspec.params for item in items if hasattr(item, "callspec")]
     names = [p["peer"] for p in params if p.get("table") == request.param]
@@ -125,7 +126,7 @@ def table(request: pytest.FixtureRequest) -> Table:
 
 @pytest.fixture(scope="session")
 def rows(request: pytest.FixtureRequest) -> Iterator[list[Record]]:
-    """What has been measured, kept at the end if it is all there is and all of it is right."""
+    """The rows so far. At the end they are kept if the run is complete and every result right."""
     found: list[Record] = []
     yield found
     where = request.config.getoption("results")
@@ -133,26 +134,26 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[Record]]:
         return
     config: Any = request.config
     if request.session.testsfailed or len(found) < len(GROUPS) * len(NAMES):
-        what = "nothing is kept of a run with wrong results, or of a part of one"
+        outcome = "nothing is kept of a run with wrong results, or of a part of a run"
     else:
         section = provenance("pytest") | {"level": config.getoption("level"), "rows": found}
         name = torch.cuda.get_device_name() if DEVICE == "cuda" else None
-        what = str(keep("step", section, where, name))
-    # What is said while a test's output is caught would be lost.
+        outcome = str(keep("step", section, where, name))
+    # Output is lost while pytest captures it.
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        config.get_terminal_writer().line(f"\n{what}")
+        config.get_terminal_writer().line(f"\n{outcome}")
 
 
 _now = 0.0
 
 
 def _clock() -> float:
-    """Stands still but for the seconds that were measured."""
+    """A clock that advances only by the seconds that were measured before."""
     return _now
 
 
 @pytest.mark.benchmark(timer=_clock)
-@pytest.mark.filterwarnings("default")  # what the compiler's own parts warn of is not ours
+@pytest.mark.filterwarnings("default")  # the compiler's own warnings are no errors of ours
 @pytest.mark.parametrize("peer", NAMES)
 def test_step(benchmark: Any, table: Table, peer: str, rows: list[Record]) -> None:
     about = {"shape": list(table.shape), "eta": table.eta, "peer": peer}

@@ -1,4 +1,4 @@
-"""What a launch must give: every result is compared with the reference before it is timed."""
+"""Checks of a launch's results: each is compared with the reference before it is timed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fastddim.step.philox import STEP_STREAM, normals
 Given: TypeAlias = dict[str, Any]
 """The arguments of ``fastddim.ddim_step``, or of ``fastddim_kernels.ddim_step``."""
 NORMAL_MAX = 1e-3
-"""How far normals drawn on a CPU and a GPU may be apart (fastddim.step.philox)."""
+"""Greatest difference of normals drawn on a CPU and on a GPU (``fastddim.step.philox``)."""
 
 
 def zeros_as(tensor: Tensor) -> Tensor:
-    """Zeros where ``tensor``'s elements lie, gaps included: ``zeros_like`` would close them."""
+    """Zeros with ``tensor``'s strides, gaps included, which ``zeros_like`` would close."""
     room = torch.zeros(
         tensor.untyped_storage().nbytes() // tensor.itemsize,
         dtype=tensor.dtype,
@@ -30,7 +30,7 @@ def zeros_as(tensor: Tensor) -> Tensor:
 
 
 def kernel_noise(given: Given) -> Tensor | None:
-    """z as this specialisation of the step draws it: from x = ε = 0, with c1 = 1, x_s is z."""
+    """z as this specialisation of the step draws it: for x = ε = 0 and c1 = 1, x_s is z."""
     if given.get("seeds") is None:
         return given.get("noise")
     table = torch.zeros_like(given["table"])
@@ -44,7 +44,7 @@ def kernel_noise(given: Given) -> Tensor | None:
 
 
 def rows_of(given: Given) -> Tensor:
-    """The row of each sample."""
+    """The table row of each sample, int32 (batch,)."""
     rows, x = given["rows"], given["x"]
     if isinstance(rows, Tensor):
         return rows
@@ -52,7 +52,7 @@ def rows_of(given: Given) -> Tensor:
 
 
 def by_reference(given: Given, z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(x_s, x0) of ``fastddim.ddim_step(**given)`` in eager PyTorch, where the tensors are."""
+    """(x_s, x0) of ``fastddim.ddim_step(**given)`` in eager PyTorch on the tensors' device."""
     x, each = given["x"], (-1, *[1] * (given["x"].dim() - 1))
 
     def by_sample(name: str) -> Tensor | None:
@@ -74,14 +74,14 @@ def by_reference(given: Given, z: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def as_step(launch: Given) -> Given:
-    """What ``fastddim.ddim_step`` would be called with in place of this launch."""
+    """The arguments of ``fastddim.ddim_step`` that correspond to this launch."""
     given = {name: value for name, value in launch.items() if name not in ("out", "x0")}
     given["prediction"] = PREDICTIONS[launch["prediction"]]
     return given | {"want_x0": launch["x0"] is not None}
 
 
 def contract_error(given: Given, z: Tensor, samples: tuple[int, ...]) -> Tensor:
-    """How far the noise of these samples is from what ``fastddim.step.philox`` says it is."""
+    """|noise of these samples − their noise by ``fastddim.step.philox``|, elementwise."""
     chosen = list(samples)
     truth = normals(
         given["seeds"][chosen].cpu().numpy(),
@@ -94,7 +94,7 @@ def contract_error(given: Given, z: Tensor, samples: tuple[int, ...]) -> Tensor:
 
 
 def differing(launch: Given) -> list[str]:
-    """What a launch has written that is not what the reference gives, by name."""
+    """Names of the launch's outputs that differ from the reference."""
     given = as_step(launch)
     z = kernel_noise(given)
     x_s, x0 = by_reference(given, z)
@@ -113,14 +113,14 @@ def differing(launch: Given) -> list[str]:
 
 
 def poison(launch: Given) -> None:
-    """NaN in all that the launch is to write."""
+    """Fills every output of the launch with NaN."""
     for name in ("out", "x0", "next_input"):
         if launch.get(name) is not None:
             launch[name].fill_(float("nan"))
 
 
 def differ(what: str, names: list[str]) -> None:
-    """Raises if there are any."""
+    """Raises ``WrongResultError`` if there are any names."""
     if names:
         raise WrongResultError(f"{what}: {', '.join(names)} differs from the reference")
 
@@ -128,7 +128,7 @@ def differ(what: str, names: list[str]) -> None:
 def checked_graph(
     name: str, sets: list[Given], launches: int, every: bool = True
 ) -> tuple[torch.cuda.CUDAGraph, list[object]]:
-    """The graph of launches that go round these sets, its own results having been checked."""
+    """Captures launches that cycle through these sets, and checks the graph's own results."""
     import fastddim_kernels
 
     def call(i: int) -> None:

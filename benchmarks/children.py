@@ -1,8 +1,8 @@
-"""Other programs, started with a time limit, whose findings are read while they run.
+"""Child processes with a time limit, whose results are read while they run.
 
-What is measured runs in processes of its own: an illegal address, a hang or a crash then ends one
-of them, and not the command that keeps the record. A program writes its findings to a pipe, one
-JSON object a line; its standard output is left to whoever watches.
+Measurements run in child processes, so that an illegal address, a hang or a crash ends one of them
+and not the command that writes the record. A child writes its results to a pipe, one JSON object a
+line; its standard output stays free for progress.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any, TextIO
 
 ROOT = Path(__file__).parents[1]
 POLL = 0.1
-"""Seconds between two looks at whether a silent program still runs."""
+"""Seconds between two checks whether a silent program still runs."""
 
 
 class Deadline:
-    """A moment in the future up to which there is time."""
+    """The moment at which the time is over."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -37,21 +37,21 @@ class Deadline:
         return self.left() == 0
 
     def part(self, share: float) -> Deadline:
-        """A deadline after this share of the time that is left."""
+        """The deadline after this share of the time that is left."""
         return Deadline(self.left() * share)
 
 
 class Child:
-    """A program that is killed, with all processes it started, when its time is over.
+    """A program that is killed at its deadline, with all processes that it has started.
 
     Args:
-        command: the program and its arguments, made from the name of the file it writes to.
-        deadline: when it is killed.
-        env: its environment, by default this process's.
+        command: returns the program and its arguments for the path of the file to write to.
+        deadline: the moment at which the program is killed.
+        env: the program's environment; by default this process's.
 
     Attributes:
-        status: None while it runs, then its exit status, negative if a signal ended it.
-        late: whether its time was over.
+        status: None while the program runs, then its exit status, negative after a signal.
+        late: True if the program was killed at its deadline.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Child:
         self.late = False
 
     def __iter__(self) -> Iterator[Any]:
-        """What it writes, object by object, until it ends."""
+        """Starts the program and yields the objects that it writes, until it ends."""
         reading, writing = os.pipe()
         try:
             process = subprocess.Popen(
@@ -79,12 +79,12 @@ class Child:
             os.close(writing)
         try:
             for line in self._lines(reading, process):
-                # A program that is killed may leave half a line.
+                # A killed program may leave half a line.
                 with suppress(json.JSONDecodeError):
                     yield json.loads(line)
         finally:
             os.close(reading)
-            # Its own children may outlive it, and hold the GPU.
+            # Its children may outlive it and hold the GPU.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             self.status = process.wait()
@@ -93,7 +93,7 @@ class Child:
         rest = b""
         while True:
             over = self.deadline.over()
-            # Look first whether it has ended, and then once more for what it wrote before it did.
+            # Check for the end first, then read once more, or the last lines could be lost.
             ended = process.poll() is not None
             if select.select([pipe], [], [], 0 if ended or over else POLL)[0]:
                 chunk = os.read(pipe, 1 << 16)
@@ -101,7 +101,7 @@ class Child:
                     *lines, rest = (rest + chunk).split(b"\n")
                     yield from lines
                     continue
-                # The pipe is closed: all that is left is to wait until the program has ended.
+                # The pipe is closed, so only the program's end is left to wait for.
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(self.deadline.left())
                 self.late = process.poll() is None
@@ -112,7 +112,7 @@ class Child:
 
 
 class Pipe:
-    """The other end: where a program writes what it finds."""
+    """The child's end of the pipe: writes objects to ``path``, or to stdout."""
 
     def __init__(self, path: str | None) -> None:
         self.file: TextIO = sys.stdout if path is None else open(path, "w")  # noqa: SIM115

@@ -1,16 +1,17 @@
-"""The machine code of every variant, compiled ahead of time: no GPU is needed.
+"""Compiles every variant ahead of time and counts its machine code; this needs no GPU.
 
     python -m benchmarks.codegen --out DIR                  # sm_80, sm_90 and sm_100
     python -m benchmarks.codegen --out DIR --arch 90,gfx942 --only "epsilon,v philox bf16 next"
 
-The launcher itself is called, on tensors without content, and Triton's own dispatch compiles what
-it asks for, for a GPU that need not be there. DIR gets ``codegen.json``, one row a variant and
-architecture; ``details.json``, how often each instruction stands in the code; and
-``<variant>-<arch>.cubin`` beside its ``.ttir``, ``.ptx`` and ``.sass``.
+The launcher is called on tensors without content, and Triton's own dispatch compiles the kernel for
+a GPU that need not exist. DIR gets ``codegen.json`` with one row for each variant and architecture,
+``details.json`` with the count of each instruction, and ``<variant>-<arch>.cubin`` beside its
+``.ttir``, ``.ptx`` and ``.sass``.
 
-Accesses are counted as the machine code has them, the scalars of a block among the loads of 32
-bits: the row and its factors, guidance and thresholds, and the two words of the seed. For AMD,
-gfx942: vector registers, bytes of scratch, of LDS, and spilled registers for local; no budget.
+Accesses are counted in the machine code. The loads of 32 bits include a block's scalars: the row
+and its factors, guidance and thresholds, and the two words of the seed. For AMD (gfx942) the
+columns are vector registers, bytes of scratch, bytes of LDS, and spilled registers; there is no
+budget.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ BIN = Path(nvidia.__file__).parent / "bin"
 NORMAL = "normal"
 NAMES = (*VARIANTS, NORMAL)
 BATCH = 512
-"""Enough for the blocks of a large launch: 2²³ elements of four channels of 64²."""
+"""Batch of a large launch: 2²³ elements of four channels of 64², so the largest blocks are used."""
 SLOTS_PER_BYTE = {"80": 11.0, "90": 7.75, "100": 5.2}
-"""Instructions of a thread that an A100, H200 and B200 can issue while a copy moves one byte."""
+"""Thread instructions that an A100, an H200 and a B200 can issue while a copy moves one byte."""
 ARCHS = (*SLOTS_PER_BYTE, "gfx942")
 COLUMNS = {
     "variant": "variant",
@@ -64,10 +65,10 @@ Row = dict[str, Any]
 
 
 class Driver:
-    """What Triton's dispatch asks of a driver before it compiles; nothing can be launched."""
+    """The part of a driver that Triton's dispatch needs to compile; it cannot launch."""
 
     def __init__(self, arch: str) -> None:
-        self.device = ARCHS.index(arch)  # dispatch keeps what it compiled by device
+        self.device = ARCHS.index(arch)  # dispatch caches compiled kernels by device
         amd = arch.startswith("gfx")
         self.target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
 
@@ -82,10 +83,11 @@ class Driver:
 
 
 class Compiler:
-    """Stands where the launcher has a kernel; compiles it where that would launch."""
+    """Replaces the launcher's kernel: compiles it where the launcher would launch it."""
 
     kernel: Any
-    elements: int  # of a thread
+    elements: int
+    """Elements per thread."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -126,7 +128,7 @@ def compiled(name: str, arch: str) -> Compiler:
 
 
 def row_of(name: str, arch: str, facts: dict[str, int], sass: Counter[str], elements: int) -> Row:
-    """A row of the table: ``sass`` counts a thread's instructions, for so many elements."""
+    """A table row; ``sass`` counts a thread's instructions for its ``elements`` elements."""
     v = VARIANTS.get(name)
     per_element = round(sass.total() / elements, 2)
     moved = v.bytes_per_element if v else 4
@@ -145,7 +147,7 @@ def row_of(name: str, arch: str, facts: dict[str, int], sass: Counter[str], elem
 
 
 def instructions(sass: str) -> Counter[str]:
-    """How often each stands in the code, up to the last exit: what follows is padding."""
+    """Count of each instruction up to the last exit; the rest is padding."""
     names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
     if not names:  # AMD's assembly
         names = re.findall(r"^\s+([a-z]+_[a-z]\w*)", sass, re.MULTILINE)
@@ -154,7 +156,7 @@ def instructions(sass: str) -> Counter[str]:
 
 
 def widths(sass: Counter[str], *access: str) -> dict[str, int]:
-    """Bits → accesses of global memory, widest first."""
+    """{bits: accesses of global memory}, widest first."""
     found: Counter[int] = Counter()
     for name, n in sass.items():
         if name.startswith(access):
@@ -166,7 +168,7 @@ def widths(sass: Counter[str], *access: str) -> dict[str, int]:
 
 
 def disassembled(cubin: bytes) -> tuple[str, dict[str, int]]:
-    """The SASS, and the registers and bytes of memory that the machine code asks for."""
+    """The SASS, and the registers and bytes of memory that the machine code needs."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -178,11 +180,11 @@ def disassembled(cubin: bytes) -> tuple[str, dict[str, int]]:
         )
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     names = {"regs": "REG", "stack": "STACK", "shared": "SHARED", "local": "LOCAL"}
-    return sass, {name: found[said] for name, said in names.items()}
+    return sass, {name: found[key] for name, key in names.items()}
 
 
 def amd_facts(code: str) -> dict[str, int]:
-    """The same of AMD's assembly."""
+    """The registers and bytes of memory of AMD's assembly."""
     names = {
         "regs": "vgpr_count",
         "stack": "private_segment_fixed_size",
@@ -190,7 +192,7 @@ def amd_facts(code: str) -> dict[str, int]:
         "local": "vgpr_spill_count",
     }
     found = dict(re.findall(r"^\s+\.(\w+):\s+(\d+)", code, re.MULTILINE))
-    return {name: int(found[said]) for name, said in names.items()}
+    return {name: int(found[key]) for name, key in names.items()}
 
 
 def file_name(variant: str, arch: str) -> str:
@@ -198,7 +200,7 @@ def file_name(variant: str, arch: str) -> str:
 
 
 def compile_to(out: Path, name: str, arch: str) -> tuple[Row, dict[str, Any]]:
-    """Compiles one variant and writes its files; its row and its details."""
+    """Compiles one variant, writes its files, and returns its row and its details."""
     compiler = compiled(name, arch)
     asm, elements = compiler.kernel.asm, compiler.elements
     files: dict[str, str | bytes] = {"ttir": asm["ttir"]}
@@ -208,7 +210,7 @@ def compile_to(out: Path, name: str, arch: str) -> tuple[Row, dict[str, Any]]:
     else:
         sass, facts = asm["amdgcn"], amd_facts(asm["amdgcn"])
         files |= {"amdgcn": sass}
-    facts["shared"] += compiler.kernel.metadata.shared  # what a launch adds to the code's own
+    facts["shared"] += compiler.kernel.metadata.shared  # dynamic shared memory, beside the static
     for kind, content in files.items():
         write(out / f"{file_name(name, arch)}.{kind}", content)
     counts = instructions(sass)
@@ -220,7 +222,7 @@ def compile_to(out: Path, name: str, arch: str) -> tuple[Row, dict[str, Any]]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """The whole file or, where that fails, what was there before."""
+    """Writes the file atomically: after a failure the old content is still there."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -237,7 +239,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows in columns, as Markdown, which reads as well in a terminal."""
+    """The rows as a Markdown table that is aligned for a terminal too."""
     lines = [list(COLUMNS.values()), *([cell(row[name]) for name in COLUMNS] for row in rows)]
     spans = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = [
@@ -256,18 +258,18 @@ def table(rows: list[Row]) -> str:
 
 
 def spans(rows: list[Row]) -> str:
-    """The least and the most of the steps, with counter noise and without, by architecture."""
+    """Least and greatest instructions of a step by architecture, without and with counter noise."""
     lines = []
     for arch in dict.fromkeys(row["arch"] for row in rows if row["arch"] in SLOTS_PER_BYTE):
-        for noisy, noise in ((False, "without counter noise"), (True, "with it")):
+        for noisy, noise in ((False, "without counter noise"), (True, "with counter noise")):
             named = [n for n, v in VARIANTS.items() if (v.noise == "philox") == noisy]
             some = [row for row in rows if row["arch"] == arch and row["variant"] in named]
             if some:
-                said, share = (
+                counts, share = (
                     [row[key] for row in some] for key in ("sass_per_element", "budget_share")
                 )
                 lines.append(
-                    f"- sm_{arch} {noise}: {min(said)} to {max(said)} instructions an element, "
+                    f"- sm_{arch} {noise}: {min(counts)} to {max(counts)} instructions an element, "
                     f"{min(share):.0%} to {max(share):.0%} of the budget"
                 )
     return "\n".join(lines)
@@ -279,9 +281,9 @@ def cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def chosen(option: str, said: str, allowed: tuple[str, ...]) -> list[str]:
-    """What was said between commas, each once, if all of it is allowed."""
-    found = list(dict.fromkeys(part.strip() for part in said.split(",")))
+def chosen(option: str, value: str, allowed: tuple[str, ...]) -> list[str]:
+    """The comma-separated parts of an option's value, without repeats; all must be allowed."""
+    found = list(dict.fromkeys(part.strip() for part in value.split(",")))
     for part in found:
         if part not in allowed:
             refuse(f"{option} must be among {', '.join(allowed)}, got {part!r}")
@@ -301,11 +303,11 @@ def main() -> None:
     parser.add_argument(
         "--arch", default=",".join(SLOTS_PER_BYTE), help=f"among {', '.join(ARCHS)}"
     )
-    parser.add_argument("--only", default=",".join(NAMES), help="variants; all where not given")
+    parser.add_argument("--only", default=",".join(NAMES), help="variants (default: all)")
     args = parser.parse_args()
     interpret = os.environ.get("TRITON_INTERPRET", "")
     if interpret not in ("", "0"):
-        refuse(f"TRITON_INTERPRET must not be set, got {interpret!r}: nothing would be compiled")
+        refuse(f"TRITON_INTERPRET must not be set, got {interpret!r}: no kernel would be compiled")
     archs = chosen("--arch", args.arch, ARCHS)
     names = chosen("--only", args.only, NAMES)
     out: Path = args.out

@@ -1,13 +1,13 @@
-"""What each way of taking a step asks of the machine, counted: no clock, no GPU.
+"""Counts the operations of a step of each loop: this needs neither a clock nor a GPU.
 
-    python -m benchmarks.counts    # keeps it as benchmarks/results/counts.json
+    python -m benchmarks.counts    # writes benchmarks/results/counts.json
 
-Each loop runs for a few steps on a CPU, and what PyTorch dispatches between two calls of the model
-is counted. An operation is one that computes or copies: on a GPU a launch; views and allocations
-are none. A pass is an operation that reads or writes a tensor of the state's size, and its bytes
-are those of all such tensors, once for each time they are read or written. A transfer is a copy of
-such a tensor to the CPU or back (here nothing, but asked for), a question an ``.item()``: on a GPU
-the host waits for both.
+Each loop runs for a few steps on a CPU, and the operations that PyTorch dispatches between two
+calls of the model are counted. Operations compute or copy (on a GPU each is a launch); views and
+allocations do not count. A pass is an operation that reads or writes a tensor of the state's size.
+Its bytes are those of all such tensors, once for each read and once for each write. A transfer is a
+copy of such a tensor to the CPU or back (on a CPU a request without effect), and a host sync is an
+``.item()``. On a GPU the host waits for both.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from benchmarks.timing import Record
 
 SHAPE = (2, 3, 16, 16)
 STEPS = 5
-NAMES = ("operations", "passes", "bytes_per_element", "transfers", "questions")
+NAMES = ("operations", "passes", "bytes_per_element", "transfers", "host_syncs")
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "alias")
 FILLS = ("normal_", "copy_", "fill_", "zero_")
-"""Operations in place that read nothing of what they write."""
+"""In-place operations that do not read the tensor that they write."""
 
 
 class Transfers(TorchFunctionMode):
-    """States taken to the CPU by name, and those of them that are taken back."""
+    """Counts the states that are copied to the CPU, and those of them that are copied back."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Transfers(TorchFunctionMode):
 
 
 class Tally(TorchDispatchMode):
-    """What is dispatched, and how much of it moves the state."""
+    """Counts the dispatched operations and the bytes of the state that they move."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -68,7 +68,7 @@ class Tally(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         if name == "_local_scalar_dense":
-            self.found["questions"] += 1
+            self.found["host_syncs"] += 1
         elif not func.is_view and name not in ALLOCATIONS and not is_row(name, out):
             moved = self.moved(func, name, args, kwargs or {}, out)
             self.found["operations"] += 1
@@ -77,7 +77,7 @@ class Tally(TorchDispatchMode):
         return out
 
     def moved(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
-        """Bytes of the state's size that it reads and writes."""
+        """Bytes of tensors of the state's size that the operation reads and writes."""
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         total, written = 0, []
         for argument in func._schema.arguments:
@@ -96,15 +96,16 @@ class Tally(TorchDispatchMode):
 
 
 def is_row(name: str, out: Any) -> bool:
-    """Whether this is the number of a step's row, of which only a step that is watched makes one.
+    """True if the operation makes the tensor of a step's row number, which only happens under a
+    mode.
 
-    Where no mode is on, the step reads the number from memory that was written before the first.
+    Without a dispatch mode, the step reads the number from memory written before the first step.
     """
     return name == "full" and out.dim() == 0 and out.dtype == torch.int32
 
 
 def counted(eta: float, choose: Callable[[Loops], Run]) -> Record:
-    """What stands between the second call of the model and the third."""
+    """The counts between the second and the third call of the model."""
     calls: list[Record] = []
     elements = torch.Size(SHAPE).numel()
     eps = torch.randn(SHAPE)
@@ -120,7 +121,7 @@ def counted(eta: float, choose: Callable[[Loops], Run]) -> Record:
 
 
 LOOPS: dict[str, Callable[[Loops], Run]] = {
-    "original loop": lambda loops: loops.seed,
+    "original loop": lambda loops: loops.original,
     "diffusers' DDIMScheduler": lambda loops: loops.scheduled("DDIMScheduler"),
     PEERS["plain"].title: PEERS["plain"].make,
     "FastDDIMScheduler": lambda loops: loops.scheduled("FastDDIMScheduler"),

@@ -1,14 +1,14 @@
-"""Everything that is claimed of a GPU, measured on it in seven minutes: one record, named after it.
+"""Runs the GPU tests and every GPU measurement in seven minutes, and keeps one record a GPU.
 
     benchmarks/gpu.sh                            # the GPU tests, then every measurement
     benchmarks/gpu.sh --seconds 240              # the same in less time
-    benchmarks/gpu.sh --sections tests ladder    # a part of it, in a record of its own
+    benchmarks/gpu.sh --sections tests ladder    # only these sections, in a separate record
 
-Sections run in the order of their worth, each in a process of its own (``gpu_sections.py``) with a
-share of the time; what one leaves goes to the later ones. Every row is printed and written to the
-record when it is measured: the record of a run that is cut off at any moment holds all that was
-measured until then, and names what is missing. Tests that fail stop no measurement; the record
-names them, and the pages say so beside the figures. This process itself never uses the GPU.
+Sections run in the order of their importance. Each runs in its own process (``gpu_sections.py``)
+with a share of the time; the time that a section leaves goes to the later ones. Every row is
+printed and written to the record as soon as it is measured. So the record of a run that is cut off
+holds all rows measured until then, and names the missing sections. Failing tests do not stop
+measurements; the record and the pages name them. This process itself never uses the GPU.
 """
 
 from __future__ import annotations
@@ -24,32 +24,33 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-# tests/kernels/test_gpu.py has these from here.
+# tests/kernels/test_gpu.py imports these from here.
 from benchmarks.checks import Given as Given
 from benchmarks.checks import by_reference as by_reference
 from benchmarks.checks import contract_error as contract_error
 from benchmarks.checks import kernel_noise as kernel_noise
 from benchmarks.children import Child, Deadline
-from benchmarks.gpu_sections import DEAD, ELEMENTS, ROUNDS
+from benchmarks.gpu_sections import DEAD
 from benchmarks.records import RESULTS, commit, slug, write
+from benchmarks.sections.scale import ELEMENTS, ROUNDS
 from benchmarks.testing import Tests
 from benchmarks.timing import Record, by, rounded
 from benchmarks.variants import VARIANTS
 
 SECONDS = 420.0
 CLOSING = 3.0
-"""Seconds at the end, in which a section that is late is ended and the record written."""
+"""Seconds at the end for killing a late section and writing the record."""
 MACHINE = 60.0
-"""The seconds in which the GPU must say its name: PyTorch is slow to load on a cold machine."""
+"""Seconds in which the GPU must answer; PyTorch loads slowly on a cold machine."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """How a section's time is measured out.
+    """A section's share of the time.
 
     Attributes:
-        seconds: its share of ``SECONDS``; of other times, in proportion.
-        least: seconds below which it is not begun: it would not get beyond its preparation.
+        seconds: the section's seconds of ``SECONDS``; a shorter run gives proportionally less.
+        least: seconds below which the section is not begun, since it could only prepare.
     """
 
     seconds: float
@@ -67,15 +68,15 @@ SHARES = {
     "sanitizer": Share(50, 20),
     "tuning": Share(10, 8),
 }
-"""In the order of their worth. On an H200 with cold caches the tests took 80 s, the variants 39, a
-peer's compilation 10, and the others a few seconds beside the start of their process."""
+"""The sections, the most important first. On an H200 with cold caches the tests took 80 s, the
+variants 39, a peer's compilation 10, and the others a few seconds beside their process's start."""
 RANGES = "[median, low, high]: the true median lies from low to high with 95% probability"
 
 
 def budget(name: str, later: list[str], left: float) -> float:
-    """Seconds for this section of those that are left, the later ones having theirs.
+    """This section's share of the ``left`` seconds, beside the shares of the ``later`` sections.
 
-    Where that is too little to begin with, the last sections go without.
+    If its share is too short to begin, the last sections get no time.
     """
     others = [SHARES[section].seconds for section in later]
     share = SHARES[name]
@@ -89,32 +90,33 @@ def budget(name: str, later: list[str], left: float) -> float:
 
 
 class Book:
-    """The record of a run: what is known so far is in its file at any moment."""
+    """The record of a run; its file holds everything known so far at any moment."""
 
-    def __init__(self, record: Record, path: Path, asked: list[str]) -> None:
+    def __init__(self, record: Record, path: Path, sections: list[str]) -> None:
         self.record, self.path = record, path
-        self.sections: dict[str, Record] = {name: {"ended": "not begun"} for name in asked}
+        self.sections: dict[str, Record] = {name: {"ended": "not begun"} for name in sections}
         self.wrong: list[str] = []
         self.written = 0.0
 
     def keep(self) -> None:
-        """Writes the file anew, all of it or nothing."""
+        """Rewrites the file atomically."""
         missing = [name for name in SHARES if self.sections.get(name, {}).get("ended") != "done"]
         state = {"complete": not missing, "missing": missing, "sections": self.sections}
         write(self.path, self.record | state)
         self.written = time.monotonic()
 
     def add(self, key: str, row: Record) -> None:
+        """Adds a row to the record, keeps it and prints it."""
         self.record.setdefault(key, []).append(row)
         self.keep()
         print(shown(key, row), flush=True)
-        # An error that the sanitizer finds is as bad as a wrong result.
+        # An error that the sanitizer finds fails the run like a wrong result.
         if "wrong" in row or row.get("errors"):
             self.wrong.append(shown(key, row))
 
 
 def shown(key: str, row: Record) -> str:
-    """A row as one line: a shape as 64x3x256x256, an interval as 12.7 (11.1–14)."""
+    """A row as one line, with a shape as 64x3x256x256 and an interval as 12.7 (11.1–14)."""
 
     def cell(name: str, value: Any) -> str:
         if name == "shape":
@@ -131,10 +133,10 @@ def shown(key: str, row: Record) -> str:
 
 
 def measured(name: str, deadline: Deadline, options: list[str], book: Book) -> str:
-    """Runs a section, adds its rows, and says how it ended.
+    """Runs a section, adds its rows, and returns how it ended.
 
-    A part that ends its process (an illegal address, a crash) costs itself: another process goes on
-    with the next part.
+    A part that ends its process (by an illegal address or a crash) loses only its own rows: another
+    process goes on with the next part.
     """
     begin, failed, left_out = 0, False, False
     while True:
@@ -164,7 +166,7 @@ def measured(name: str, deadline: Deadline, options: list[str], book: Book) -> s
 
 
 def section(name: str, deadline: Deadline, options: list[str]) -> Child:
-    """A section's process, which is told to end before the deadline, and killed at it."""
+    """A section's process: it ends itself before the deadline, or is killed at the deadline."""
     left = deadline.left()
     until = time.monotonic() + max(0.5 * left, 0.9 * left - 2)
     arguments = [name, "--until", str(until), *options]
@@ -178,13 +180,13 @@ def section(name: str, deadline: Deadline, options: list[str]) -> Child:
 
 
 def tested(deadline: Deadline, book: Book) -> str:
-    """Runs the GPU tests, their outcomes being in the record at all times; says how it ended."""
+    """Runs the GPU tests, keeps their outcomes in the record, and returns how the run ended."""
     tests = Tests()
     for found in tests.run(deadline):
         book.record["tests"] = tests.summary()
         if found["outcome"] == "failed":
             print(f"FAILED {found['test']}: {found.get('why', '')}", flush=True)
-        # Each of several hundred tests: to write the file for every one would take too long.
+        # Writing the file after each of several hundred tests would take too long.
         if time.monotonic() - book.written > 1:
             book.keep()
     book.record["tests"] = summary = tests.summary()
@@ -197,7 +199,7 @@ def tested(deadline: Deadline, book: Book) -> str:
 
 
 def described(deadline: Deadline) -> Record | str:
-    """The machine, or in one line why nothing can be measured on it."""
+    """The machine's row, or one line that says why nothing can be measured on it."""
     child = section("machine", Deadline(min(MACHINE, deadline.left())), [])
     found: list[Record] = [line["row"] for line in child if "row" in line]
     if not found:
@@ -207,7 +209,7 @@ def described(deadline: Deadline) -> Record | str:
 
 
 def ended(signum: int, _: object) -> None:
-    """So that processes are ended with this one."""
+    """Exits in place of dying by a signal, so that child processes are killed too."""
     sys.exit(128 + signum)
 
 
@@ -215,12 +217,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
-    parser.add_argument("--sections", nargs="+", choices=list(SHARES), default=list(SHARES))
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the record goes")
-    parser.add_argument("--elements", type=int, default=ELEMENTS)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of the whole run")
+    parser.add_argument("--sections", nargs="+", metavar="NAME", choices=list(SHARES),
+        default=list(SHARES), help=f"among {', '.join(SHARES)} (default: all)")  # fmt: skip
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--elements", type=int, default=ELEMENTS, help="least size of a state")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of a measurement")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", choices=list(VARIANTS),
+        default=list(VARIANTS), help="variants to measure (default: all)")  # fmt: skip
     args = parser.parse_args(arguments)
     for name, least in (("elements", ELEMENTS), ("rounds", 6), ("seconds", 30)):
         if getattr(args, name) < least:
@@ -233,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
 
-    asked = [name for name in SHARES if name in args.sections]
+    chosen = [name for name in SHARES if name in args.sections]
     given = sys.argv[1:] if arguments is None else arguments
     record: Record = machine | {
         "command": " ".join(["benchmarks/gpu.sh", *given]),
@@ -245,13 +249,13 @@ def main(arguments: list[str] | None = None) -> int:
         "ranges": RANGES,
         "tests": Tests().summary(),
     }
-    if record["commit"] == "unknown":  # a copy of the tree without its history
+    if record["commit"] == "unknown":  # a copy of the tree without its git history
         record["commit"] = os.environ.get("COMMIT", "unknown")
-    part = "" if len(asked) == len(SHARES) else f"-{'-'.join(asked)}"
-    book = Book(record, args.results / f"{slug(machine['gpu'])}{part}.json", asked)
+    part = "" if len(chosen) == len(SHARES) else f"-{'-'.join(chosen)}"
+    book = Book(record, args.results / f"{slug(machine['gpu'])}{part}.json", chosen)
     sizes = ["--elements", str(args.elements), "--rounds", str(args.rounds)]
     options = [*sizes, "--variants", *args.variants]
-    for name, later in after(asked):
+    for name, later in after(chosen):
         state, begin = book.sections[name], time.monotonic()
         left = deadline.left()
         seconds = budget(name, later, left)
@@ -270,17 +274,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {state['ended']} after {state['seconds']:g} s", flush=True)
         book.keep()
     book.keep()
-    return told(book)
+    return concluded(book)
 
 
 def after(names: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each name, and those that come after it."""
+    """Yields each name with the names that come after it."""
     for k, name in enumerate(names):
         yield name, names[k + 1 :]
 
 
-def told(book: Book) -> int:
-    """What became of it, in a few lines, and the exit status."""
+def concluded(book: Book) -> int:
+    """Prints the failures and the incomplete sections, and returns the exit status."""
     tests = book.record["tests"]
     bad = list(book.wrong)
     if "tests" in book.sections:

@@ -1,18 +1,18 @@
-"""A GPU's record as people read it: what was asked and measured, and what failed in that run."""
+"""Formats a GPU's record for the pages: figures, limits, and the failures of that run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.gpu_sections import BY_NUMBERS, COMPILED
 from benchmarks.markdown import grid, median, met, met_at_most, span
+from benchmarks.sections.peers import BY_NUMBERS, COMPILED
 from benchmarks.timing import Record, by
 
 NOT_YET = "No GPU's record is in `benchmarks/results`: `benchmarks/gpu.sh` makes one."
 
 
 def reason(row: Record) -> str | None:
-    """Why a row has no figures, if it has none."""
+    """Why a row has no figures, or None if it has some."""
     if "wrong" in row:
         return f"**wrong**: {row['wrong']}"
     for key in ("failed", "left_out"):
@@ -22,14 +22,14 @@ def reason(row: Record) -> str | None:
 
 
 def made(record: Record) -> str:
-    """Where, when and how it was measured."""
+    """Versions, date, commit and command of the record."""
     names = ("driver", "cuda", "torch", "triton", "python")
     of = ", ".join(f"{name} {record[name]}" for name in names if record.get(name))
     return f"{of}; {record['date'][:10]}, commit {record['commit']}: `{record['command']}`"
 
 
 def tested(record: Record) -> str:
-    """What became of the GPU tests in that run, with the names of those that failed."""
+    """The outcome of the GPU tests in that run, with the names of the failed tests."""
     tests = record["tests"]
     if tests["ended"] == "not run":
         return "The GPU tests were **not run** beside these figures."
@@ -43,7 +43,7 @@ def tested(record: Record) -> str:
 
 
 def missing(record: Record) -> str:
-    """What was not measured, and why."""
+    """The sections that were not measured, and the reasons."""
     if record["complete"]:
         return ""
     ended = {
@@ -53,6 +53,7 @@ def missing(record: Record) -> str:
 
 
 def ranges(record: Record) -> str:
+    """The meaning of the values in parentheses."""
     return f"In parentheses: {record['ranges'].split(': ', 1)[-1]}."
 
 
@@ -60,7 +61,7 @@ def ranges(record: Record) -> str:
 
 
 def variants(rows: list[Record]) -> str:
-    head = ["bytes per second", "shape", "bytes", "µs", "GB/s", "of a copy", "asked", "met"]
+    head = ["bytes per second", "shape", "bytes", "µs", "GB/s", "of a copy", "required", "met"]
     lines, notes = [head], []
     for row in rows:
         name, why = row["variant"], reason(row)
@@ -70,16 +71,16 @@ def variants(rows: list[Record]) -> str:
         held = row["of_copy"]
         if "yardstick" in row:
             held, name = row["of_add"], f"{name} †"
-            notes.append(f"† Held against {row['yardstick']}.")
+            notes.append(f"† Compared with {row['yardstick']}.")
         us = f"{median(row['us']):.4g}"
         numbers = [by(row["shape"]), str(row["bytes_moved"]), us, f"{row['gb_per_s']:.4g}"]
-        asked = f"≥ {row['asked']:g}"
-        lines.append([name, *numbers, span(held, "", 4), asked, met(held, row["asked"])])
+        least = f"≥ {row['required']:g}"
+        lines.append([name, *numbers, span(held, "", 4), least, met(held, row["required"])])
     return "\n\n".join([grid(*lines), *dict.fromkeys(notes)])
 
 
 def marginal(rows: list[Record]) -> str:
-    lines = [["one more step in a graph", "η", "µs", "an empty node", "of it", "asked", "met"]]
+    lines = [["one more step in a graph", "η", "µs", "an empty node", "of it", "required", "met"]]
     for row in rows:
         begin, why = [by(row["shape"]), f"{row['eta']:g}"], reason(row)
         if why is not None:
@@ -87,8 +88,8 @@ def marginal(rows: list[Record]) -> str:
             continue
         of = row["of_small_kernel"]
         ends = ["", ""]
-        if "asked" in row:
-            ends = [f"≤ {row['asked']:g}×", met_at_most(of, row["asked"])]
+        if "required" in row:
+            ends = [f"≤ {row['required']:g}×", met_at_most(of, row["required"])]
         us = [span(row[name], "") for name in ("us_per_step", "us_per_small_kernel")]
         lines.append([*begin, *us, span(of), *ends])
     return grid(*lines)
@@ -107,34 +108,36 @@ def graph(rows: list[Record]) -> str:
 
 
 def peers(rows: list[Record]) -> str:
-    lines = [["a step of 12.6 million elements", "µs", "over fastddim's", "asked", "met"]]
+    lines = [["a step of 12.6 million elements", "µs", "over fastddim's", "required", "met"]]
     for row in rows:
         name, why = row.get("step", ""), reason(row)
         if why is not None:
             lines.append([name, "", why, "", ""])
             continue
         of = row["times_fastddim"]
-        ends = [f"≥ {row['asked']:g}×", met(of, row["asked"])] if "asked" in row else ["", ""]
+        ends = (
+            [f"≥ {row['required']:g}×", met(of, row["required"])] if "required" in row else ["", ""]
+        )
         lines.append([name, span(row["us"], "", 4), span(of, digits=4), *ends])
     return grid(*lines)
 
 
 def host(rows: list[Record]) -> str:
-    lines = [["the host's time for a call or a step", "µs", "of torch.add(out=)", "asked", "met"]]
+    lines = [
+        ["the host's time for a call or a step", "µs", "of torch.add(out=)", "required", "met"]
+    ]
     for row in rows:
         call, why = f"`{row['call']}`" if "call" in row else "", reason(row)
         if why is not None:
             lines.append([call, why, "", "", ""])
         elif "times" in row:
-            ends = [f"≥ {row['asked_at_least']:g}×", met(row["times"], row["asked_at_least"])]
+            ends = [f"≥ {row['required_at_least']:g}×", met(row["times"], row["required_at_least"])]
             lines.append([call, f"{row['times']:.3g}×", "", *ends])
         else:
-            # The first record says neither.
+            # The first record has neither key.
             of = [span(row["of_add"])] if "of_add" in row else [""]
-            asked = row.get("asked")
-            ends = (
-                ["", ""] if asked is None else [f"≤ {asked:g}×", met_at_most(row["of_add"], asked)]
-            )
+            most = row.get("required")
+            ends = ["", ""] if most is None else [f"≤ {most:g}×", met_at_most(row["of_add"], most)]
             lines.append([call, f"{row['us']:.3g}", *of, *ends])
     return grid(*lines)
 
@@ -148,7 +151,7 @@ def loops(rows: list[Record]) -> str:
         if why is not None:
             lines.append([*begin, "", why, ""])
             continue
-        # Records made before the plain loop was a peer do not say it.
+        # Records from before the plain loop was a peer lack this key.
         held = span(row["times_plain"]) if "times_plain" in row else ""
         lines.append([*begin, span(row["us_per_step"], ""), span(row["times_faster"]), held])
     return grid(*lines)
@@ -184,13 +187,13 @@ def sanitizer(rows: list[Record]) -> str:
         why = reason(row)
         passed = f"{row['tests_passed']}" if "tests_passed" in row else ""
         errors = "" if row.get("errors") is None else str(row["errors"])
-        said = why or "; ".join([row["verdict"], *row.get("first", [])])
-        lines.append([row["tool"], row["of"], passed, errors, said])
+        verdict = why or "; ".join([row["verdict"], *row.get("first", [])])
+        lines.append([row["tool"], row["of"], passed, errors, verdict])
     return grid(*lines)
 
 
 def tuning(rows: list[Record]) -> str:
-    """The quickest three of each variant: the rest is in the record."""
+    """The three fastest choices for each variant; the record has the others."""
     lines = [["launch constants", "fours × parts, warps", "µs", "GB/s"]]
     good = [row for row in rows if reason(row) is None]
     for name in dict.fromkeys(row["variant"] for row in good):
@@ -217,21 +220,21 @@ TABLES: dict[str, Callable[[list[Record]], str]] = {
 
 
 def tables(record: Record) -> str:
-    """All of a record: how it was made, what failed, and a table for each section there is."""
+    """The whole record: how it was made, the failures, and a table for each measured section."""
     about = [made(record), record.get("note", ""), tested(record), missing(record), ranges(record)]
     shown = [show(record[name]) for name, show in TABLES.items() if record.get(name)]
     return "\n\n".join([f"### {record['gpu']}", *filter(None, about), *shown])
 
 
 def headline(record: Record) -> str:
-    """What a GPU gives, in one line: for as much of it as was measured."""
+    """The most important figures of a GPU in one line, as far as they were measured."""
     parts = []
     row = of("variant", "epsilon", record.get("variants", []))
     if row is not None:
         parts.append(f"a step reaches {span(row['of_copy'], '')} of a copy's speed")
     beside = {
         "eager": "eager PyTorch",
-        BY_NUMBERS: "eager PyTorch with factors made before as numbers",
+        BY_NUMBERS: "eager PyTorch with factors precomputed as numbers",
         "eager, randn_like (the original loop's step)": "the original loop's step",
         COMPILED: "`torch.compile` of the simplified maths",
     }
@@ -257,12 +260,12 @@ def headline(record: Record) -> str:
 
 
 def of(key: str, name: str, rows: list[Record]) -> Record | None:
-    """The row of this name, if it has figures."""
+    """The row of this name, or None if it has no figures."""
     found = (row for row in rows if row.get(key) == name and reason(row) is None)
     return next(found, None)
 
 
 def summary(records: list[Record]) -> str:
-    """A line for each GPU, from the latest record of it."""
+    """One line for each GPU, from its latest record."""
     latest = {record["gpu"]: record for record in sorted(records, key=lambda r: str(r["date"]))}
     return "\n\n".join(filter(None, map(headline, latest.values()))) or NOT_YET

@@ -1,15 +1,15 @@
-"""The host's time for a step, by each way in: what Python, PyTorch and the checks cost.
+"""Times the host's work for a step by each call: Python, PyTorch and the checks.
 
-    python -m benchmarks.host                       # keeps it as "host" of results/<machine>.json
+    python -m benchmarks.host                       # "host" of benchmarks/results/<machine>.json
     python -m benchmarks.host --beside ../before    # in turns with the package of another checkout
 
-On tensors this small the arithmetic costs next to nothing. ``torch.add(out=)``, a single operation
-of PyTorch's, is the yardstick, and a plain loop whose factors were made before is the peer. Each
-result is compared first: with that loop's, or with the result of the class that a drop-in replaces.
-A process runs one backend of one checkout, on one thread, and times its rows in turns; processes
-take turns too. What the other checkout does not have is blank, and a row whose package is not
-installed is left out. The bound Triton launch needs no GPU: a function that does nothing stands in
-for the driver's own launch.
+On tensors this small the arithmetic takes next to no time. ``torch.add(out=)``, a single PyTorch
+operation, is the yardstick, and the plain loop with precomputed factors is the peer. Each result is
+checked first, against the plain loop's or against that of the class that a drop-in replaces. A
+process runs one backend of one checkout, on one thread, and times its rows in turns; processes take
+turns too. A cell is blank where the other checkout lacks the call, and a row is left out where its
+package is not installed. The bound Triton launch needs no GPU: a function that does nothing
+replaces the driver's launch.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from benchmarks.timing import Record, by, interval, times, turn, wall_seconds
 from benchmarks.ways import ADD, DRIVERLESS, LAUNCH, NOISY, SHAPES, STEPS, Ways
 
 ROOT = Path(__file__).parents[1]
-ASKED = 1.2
-"""How many times ``torch.add(out=)`` a bound launch may take, at most, without the driver."""
+LIMIT = 1.2
+"""Greatest (time of a bound launch without the driver) / (time of ``torch.add(out=)``)."""
 LEAST = 6
-"""The fewest rounds, of all processes together, that are kept."""
+"""Fewest rounds, over all processes, whose record is kept."""
 Taken: TypeAlias = dict[tuple[str, str], list[float]]
 """{(shape, row): seconds a step, round by round}."""
 
 
 def child(root: Path, rounds: int) -> None:
-    """Prints what was taken by the package of this checkout, on one thread."""
+    """Prints the times of this checkout's package, on one thread, as JSON."""
     sys.path[:0] = [str(root), str(root / "kernels" / "torch-ext")]
     torch.set_num_threads(1)
     where = Path(str(importlib.import_module("fastddim").__file__))
@@ -56,8 +56,8 @@ def child(root: Path, rounds: int) -> None:
 
 
 def measured(root: Path, backend: str, rounds: int) -> Taken:
-    """What a process of this checkout takes."""
-    # A checkout that does not know the first variable has PyTorch's steps by the second.
+    """Runs a process of this checkout and returns its times."""
+    # The second variable selects PyTorch's steps in a checkout that does not know the first.
     env = os.environ | {"FASTDDIM_BACKEND": backend}
     env |= {"NUMBA_DISABLE_JIT": "1"} if backend == "torch" else {}
     env.pop("TRITON_INTERPRET", None)
@@ -78,7 +78,7 @@ def measured(root: Path, backend: str, rounds: int) -> Taken:
 
 
 def rows_of(backend: str, others: list[Path], processes: int, rounds: int) -> list[Record]:
-    """A row each shape and way, checkouts taking turns."""
+    """One row for each shape and call; checkouts take turns."""
     taken: dict[Path, list[Taken]] = {root: [] for root in (ROOT, *others)}
     roots = {str(root): root for root in taken}
     for k in range(processes):
@@ -94,7 +94,7 @@ def rows_of(backend: str, others: list[Path], processes: int, rounds: int) -> li
         row["of_add"] = times(seconds, all_of[shape, ADD])
         base = all_of.get((shape, NUMBERS + NOISY * name.endswith(NOISY)))
         row |= {} if base is None else {"of_plain": times(seconds, base)}
-        row |= {"asked": ASKED} if name == LAUNCH else {}
+        row |= {"required": LIMIT} if name == LAUNCH else {}
         medians = [
             [statistics.median(of[key]) for of in taken[root] if key in of] for root in taken
         ]
@@ -106,16 +106,16 @@ def rows_of(backend: str, others: list[Path], processes: int, rounds: int) -> li
 
 
 def shown(section: Record) -> str:
-    """A table each backend and shape."""
+    """One table for each backend and shape."""
     head = ["µs", f"of {ADD}", "of the plain loop", *(f"now / {c}" for c in section["beside"])]
     parts = []
     for backend, shape in dict.fromkeys((r["backend"], r["shape"]) for r in section["rows"]):
         lines = [[f"{backend}, {shape}", *head]]
         for row in section["rows"]:
             if (row["backend"], row["shape"]) == (backend, shape):
-                of_add, asked = span(row["of_add"]), row.get("asked")
-                if asked is not None:
-                    of_add += f"; asked: ≤ {asked:g}×, met: {met_at_most(row['of_add'], asked)}"
+                of_add, most = span(row["of_add"]), row.get("required")
+                if most is not None:
+                    of_add += f"; required: ≤ {most:g}×, met: {met_at_most(row['of_add'], most)}"
                 found = (row.get("of_plain"), *row["now_before"])
                 cells = ["" if ratio is None else span(ratio) for ratio in found]
                 lines.append([row["row"], span(row["us"], ""), of_add, *cells])
@@ -129,15 +129,20 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--beside", type=Path, action="append", default=[], metavar="PATH",
-        help="another checkout, timed in turns with this one; may be given again")  # fmt: skip
-    add("--backends", nargs="+", help="by default all that can take a CPU's steps here")
-    add("--processes", type=int, default=3, help="of each backend and checkout (default: 3)")
-    add("--rounds", type=int, default=15, help="of each process (default: 15)")
+        help="another checkout, timed in turns with this one; may be repeated")  # fmt: skip
+    add("--backends", nargs="+", help="backends to time (default: all that run on this CPU)")
+    add(
+        "--processes",
+        type=int,
+        default=3,
+        help="processes of each backend (default: 3)",
+    )
+    add("--rounds", type=int, default=15, help="rounds of each process (default: 15)")
     add("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
         return child(args.child, args.rounds)
-    # Late, so that a child has not imported this checkout's package.
+    # Imported late: a child must not import this checkout's package.
     from benchmarks.records import commit, keep, provenance
     from fastddim.step import backends
 
@@ -147,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     there = backends.available("cpu")
     section: Record = provenance("python -m benchmarks.host") | {"threads": 1}
     section["beside"] = [commit(other) for other in others]
-    for path in args.beside:  # where it lies is nobody else's concern
+    for path in args.beside:  # the record keeps no path of this machine
         section["command"] = section["command"].replace(str(path), path.name)
     section["rows"] = rows = []
     for backend in args.backends or there:

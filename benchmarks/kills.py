@@ -1,10 +1,11 @@
-"""Whether ``fastddim generate`` survives: SIGKILL at random moments, then every byte compared.
+"""Kills ``fastddim generate`` at random moments, lets it finish, and compares every byte.
 
-    python -m benchmarks.kills --trials 20           # one of two workers, under --max-restarts
-    python -m benchmarks.kills --trials 5 --tree     # torchrun alone; then all; then begun again
+    python -m benchmarks.kills --trials 20           # kills one of two workers, under
+    --max-restarts python -m benchmarks.kills --trials 5 --tree     # kills torchrun, then all
+    processes of a rerun
 
-Each trial makes the same images as an undisturbed run and compares all files with its files, the
-manifest among them. The model is an exact ε that takes its time.
+Each trial makes the same images as an undisturbed run and compares all files, the manifest among
+them, with that run's files. The model is an exact ε that sleeps in each call.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ class Slow(Gaussian):
 
 
 def model() -> tuple[Slow, tuple[int, int, int]]:
+    """The model and its shape, as ``--model`` loads them."""
     return Slow(0.0, 0.5), SHAPE
 
 
 def start(out: Path, format: str, count: int) -> subprocess.Popen[str]:
-    """Two workers under torchrun that make ``count`` images in ``out``."""
+    """Starts two workers under torchrun that make ``count`` images in ``out``."""
     command = (
         f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 3 "
         f"-m fastddim generate --seeds 0-{count - 1} --out {out} --format {format} "
@@ -59,11 +61,12 @@ def start(out: Path, format: str, count: int) -> subprocess.Popen[str]:
 
 
 def workers(parent: int) -> list[int]:
-    """The processes that ``parent`` has started."""
+    """The child processes of ``parent``."""
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
 def alive(pid: int) -> bool:
+    """True if the process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -71,24 +74,26 @@ def alive(pid: int) -> bool:
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """All files by name, hidden ones too."""
+    """The bytes of all files by name, including hidden files."""
     files = (file for file in out.rglob("*") if file.is_file())
     return {str(file.relative_to(out)): file.read_bytes() for file in files}
 
 
 def begun(out: Path) -> None:
+    """Waits until the manifest exists, which a run writes first."""
     while not (out / MANIFEST).exists():
         time.sleep(0.01)
 
 
 def ended(run: subprocess.Popen[str]) -> None:
-    said, _ = run.communicate(timeout=300)
+    """Waits for the run's end, and raises if it has failed."""
+    output, _ = run.communicate(timeout=300)
     if run.returncode:
-        raise SystemExit(f"torchrun ended with {run.returncode}:\n{said}")
+        raise SystemExit(f"torchrun ended with {run.returncode}:\n{output}")
 
 
 def one_worker(out: Path, format: str, count: int, moment: float) -> str:
-    """SIGKILL of a random worker ``moment`` seconds after the work has begun."""
+    """Kills a random worker ``moment`` seconds after the work has begun."""
     run = start(out, format, count)
     begun(out)
     time.sleep(moment)
@@ -104,7 +109,7 @@ def one_worker(out: Path, format: str, count: int, moment: float) -> str:
 
 
 def whole_tree(out: Path, format: str, count: int, moment: float) -> str:
-    """SIGKILL of torchrun, whose workers must end by themselves; of all; then begun again."""
+    """Kills torchrun, whose workers must then end; reruns and kills all processes; reruns."""
     run = start(out, format, count)
     begun(out)
     time.sleep(moment / 2)
@@ -121,7 +126,7 @@ def whole_tree(out: Path, format: str, count: int, moment: float) -> str:
     run = start(out, format, count)
     while not (now := workers(run.pid)):
         time.sleep(0.01)
-    time.sleep(moment / 2 + 3)  # about what importing takes
+    time.sleep(moment / 2 + 3)  # importing takes about 3 s
     for pid in (run.pid, *now):
         with suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
@@ -136,10 +141,10 @@ def whole_tree(out: Path, format: str, count: int, moment: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--count", type=int, default=1003, help="images in each")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--tree", action="store_true", help="kill all processes, not one worker")
+    parser.add_argument("--trials", type=int, default=20, help="number of trials")
+    parser.add_argument("--count", type=int, default=1003, help="images in each trial")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--tree", action="store_true", help="kill torchrun, then all processes")
     args = parser.parse_args()
     random.seed(args.seed)
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
@@ -158,15 +163,15 @@ def main() -> None:
             format = FORMATS[trial % len(FORMATS)]
             out = folder / f"trial-{trial}"
             disturb = whole_tree if args.tree else one_worker
-            said = disturb(out, format, args.count, random.uniform(0, seconds[format]))
+            report = disturb(out, format, args.count, random.uniform(0, seconds[format]))
             Folder.read(out).verify()
             if content(out) != undisturbed[format]:
-                raise SystemExit(f"trial {trial}: {said}; other bytes, kept in {out}")
-            print(f"trial {trial}, {format}: {said}; complete, the same bytes", flush=True)
+                raise SystemExit(f"trial {trial}: {report}; other bytes, kept in {out}")
+            print(f"trial {trial}, {format}: {report}; complete, the same bytes", flush=True)
             shutil.rmtree(out)
         print(f"{args.trials} of {args.trials} trials complete and byte-identical")
     except BaseException:
-        print(f"what there is has been left in {folder}", file=sys.stderr)
+        print(f"the files are left in {folder}", file=sys.stderr)
         raise
     shutil.rmtree(folder)
 

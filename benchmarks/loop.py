@@ -1,13 +1,13 @@
-"""The loop without its model, against the original loop: the README's table.
+"""Times the loops without a model, beside the original loop: the README's table.
 
-    python -m benchmarks.loop           # keeps it as "loop" of benchmarks/results/<machine>.json
-    python -m benchmarks.loop --busy    # beside one other busy process, as "loop-busy"
-    python -m benchmarks.loop --shape 1 16 7 --repeats 20    # any other shape, not kept
+    python -m benchmarks.loop           # "loop" of benchmarks/results/<machine>.json
+    python -m benchmarks.loop --busy    # "loop-busy", beside another busy process
+    python -m benchmarks.loop --shape 1 16 7 --repeats 20    # another shape; not kept
 
-Every contender's result is checked before anything is timed: the drop-in against the original loop,
-``DDIM.sample`` against the reference step on its own table, all bit for bit, and other people's
-steps as ``benchmarks.peers`` says. Where numba is installed fastddim's run twice, on PyTorch's
-operations and on the fused pass.
+The result of every loop is checked before anything is timed: the drop-in's against the original
+loop's and ``DDIM.sample``'s against the reference step on its own table, bit for bit, and other
+people's as ``benchmarks.peers`` describes. Where numba is installed, fastddim's loops run twice: on
+PyTorch's operations and on the fused pass.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from benchmarks.timing import (
     Record,
     WrongResultError,
     by,
+    first_line,
     interval,
-    last_line,
     rounded,
     times,
     turn,
@@ -38,16 +38,16 @@ from benchmarks.timing import (
 from fastddim.step import backends
 from fastddim.tools.provenance import cpu_name
 
-SEED = "original loop"
+ORIGINAL = "original loop"
 SHAPE = (64, 3, 256, 256)
 LEAST = 6
-"""The fewest repeats of which the least and the greatest are a 95% interval."""
+"""Fewest repeats whose least and greatest values are a 95% interval."""
 
 
 def contenders(
     shape: tuple[int, ...], steps: int, eta: float, device: str = "cpu"
 ) -> dict[str, Run]:
-    """Each loop as a call without arguments that returns the last x; the seed's comes first."""
+    """Loops as calls without arguments that return the last x; the original loop comes first."""
     loops = Loops(shape, steps, eta, device)
 
     def native_eager() -> torch.Tensor:
@@ -55,11 +55,11 @@ def contenders(
 
     rng_state = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
     torch.manual_seed(4)
-    wanted, left = loops.seed(), rng_state()
+    wanted, left = loops.original(), rng_state()
     wanted_native = native_eager()
-    runs: dict[str, Run] = {SEED: loops.seed}
-    drop_ins = [loops.drop_in, loops.drop_in_last] if len(shape) == 4 else []  # theirs is of images
-    if device != "cpu":  # where what the original loop pays for most is its copies to the CPU
+    runs: dict[str, Run] = {ORIGINAL: loops.original}
+    drop_ins = [loops.drop_in, loops.drop_in_last] if len(shape) == 4 else []  # of images
+    if device != "cpu":  # a second base: most of the original's time is copies to the CPU
         runs["reference.ddim_step"] = native_eager
     for path in paths(device):
         with path() as name:
@@ -67,18 +67,20 @@ def contenders(
                 torch.manual_seed(4)
                 if not (torch.equal(run(), wanted) and torch.equal(rng_state(), left)):
                     raise SystemExit(
-                        f"{run.__name__}{name} is not the original loop: nothing was timed"
+                        f"{run.__name__}{name} differs from the original loop: nothing was timed"
                     )
             if not torch.equal(loops.sample(), wanted_native):
-                raise SystemExit(f"DDIM.sample{name} is not the reference: nothing was timed")
+                raise SystemExit(f"DDIM.sample{name} differs from the reference: nothing was timed")
             counter = bool(eta) and path is not pytorch
             if counter and not torch.equal(loops.sample_seeds(), loops.eager_seeds()):
-                raise SystemExit(f"DDIM.sample(seeds=){name} is not the reference: nothing timed")
+                raise SystemExit(
+                    f"DDIM.sample(seeds=){name} differs from the reference: nothing was timed"
+                )
         found: dict[str, Run] = {}
         if drop_ins:
             found["generalized_steps"], found['generalized_steps(keep="last")'] = drop_ins
         found["DDIM.sample(generator=)"] = loops.sample
-        # Philox in numpy takes minutes here and is nobody's choice where numba is installed.
+        # Philox in NumPy takes minutes, and is not used where numba is installed.
         found |= {"DDIM.sample(seeds=)": loops.sample_seeds} if counter else {}
         runs |= {loop + name: on(path, run) for loop, run in found.items()}
     return runs
@@ -87,15 +89,15 @@ def contenders(
 def others(
     shape: tuple[int, ...], steps: int, eta: float, device: str = "cpu"
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """The peers that are no function of the original loop's, and why others cannot be had here.
+    """(the other peers, why some are missing).
 
-    On a GPU these are a plain loop, diffusers' scheduler and ours: a compiled step has a section of
-    its own.
+    On a GPU the peers are the plain loop, diffusers' scheduler and ours; compiled steps are timed
+    in the section "peers".
     """
     loops = Loops(shape, steps, eta, device)
     found: dict[str, Run] = {}
     missing: dict[str, str] = {}
-    # On a GPU the reference step, one of the contenders, has its factors as tensors already.
+    # On a GPU the contender reference.ddim_step already has its factors as tensors.
     on_cpu = ("tensors", "compile", "same") if device == "cpu" else ()
     for name in ("plain", *on_cpu, "diffusers"):
         peer = PEERS[name]
@@ -105,7 +107,7 @@ def others(
             missing[peer.title] = str(error)
     scheduler = PEERS["scheduler"]
     if device != "cpu":
-        # Bit for bit is promised on a CPU: on a GPU eager PyTorch divides by a scalar otherwise.
+        # Bit identity is promised on a CPU; a GPU's eager PyTorch divides by a scalar differently.
         scheduler = replace(scheduler, check=Loops.near)
     try:
         for path in paths(device):
@@ -119,12 +121,13 @@ def others(
     except Exception as error:
         if device == "cpu":
             raise
-        # A GPU's machine may have diffusers without all that it imports.
-        missing[scheduler.title] = last_line(error)
+        # A GPU's machine may have diffusers without the packages that it imports.
+        missing[scheduler.title] = first_line(error)
     return found, missing
 
 
 def paths(device: str) -> list[Backend]:
+    """The backends that take fastddim's steps in turn."""
     if device != "cpu":
         return [lambda: contextlib.nullcontext("")]
     return [pytorch, numba] if "numba" in backends.available("cpu") else [pytorch]
@@ -133,9 +136,9 @@ def paths(device: str) -> list[Backend]:
 def measure(
     runs: dict[str, Run], repeats: int, wait: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turns so that a slow minute falls on all alike.
+    """Seconds of each run, taken in turns so that a slow minute falls on all runs alike.
 
-    ``wait`` returns once the device has done what it was given.
+    ``wait`` returns once the device has finished.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -160,7 +163,7 @@ def rows_of(seconds: dict[str, list[float]], eta: float, steps: int) -> list[Rec
             "eta": eta,
             "loop": name,
             "ms_per_step": [rounded(s / steps * 1e3) for s in interval(took)],
-            "times_seed": times(seconds[SEED], took),
+            "times_original": times(seconds[ORIGINAL], took),
         }
         | {key: times(seconds[base], took) for key, base in bases.items() if base in seconds}
         for name, took in seconds.items()
@@ -168,6 +171,7 @@ def rows_of(seconds: dict[str, list[float]], eta: float, steps: int) -> list[Rec
 
 
 def spin() -> None:
+    """Keeps a core busy."""
     while True:
         math.sqrt(2.0)
 
@@ -176,12 +180,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", type=int, nargs="+", default=SHAPE)
-    # Memory touched for the first time costs more than a step, once in a run.
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=LEAST)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--busy", action="store_true", help="beside one other busy process")
+    parser.add_argument("--shape", type=int, nargs="+", default=SHAPE, help="shape of x")
+    # The first touch of memory costs more than a step, so a run takes many steps.
+    parser.add_argument("--steps", type=int, default=50, help="steps of each loop")
+    parser.add_argument("--repeats", type=int, default=LEAST, help="timed runs of each loop")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads")
+    parser.add_argument("--busy", action="store_true", help="run beside another busy process")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     shape, rows = tuple(args.shape), []
@@ -197,9 +201,9 @@ def main() -> None:
         if args.busy:
             other.terminate()
     print(f"{by(shape)}, {args.steps} steps, {args.threads} threads, {cpu_name()}")
-    bases = ("seed", "plain", "tensors", "same")
-    print("plain, tensors: a plain loop, its factors made before as numbers, or as tensors")
-    print("same: torch.compile of the reference step, the very same maths")
+    bases = ("original", "plain", "tensors", "same")
+    print("plain, tensors: a plain loop, its factors precomputed as numbers, or as tensors")
+    print("same: torch.compile of the reference step")
     head = "".join(f"{f'{base}/it':>11}{'(95% interval)':>21}" for base in bases)
     print(f"{'eta':>4}  {'loop':<45}{'ms/step':>9}{head}")
     for r in rows:

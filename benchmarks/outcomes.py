@@ -1,9 +1,9 @@
-"""A plugin of pytest's that tells of each test as soon as it has ended.
+"""A pytest plugin that writes the outcome of each test as soon as the test ends.
 
     python -m pytest -p benchmarks.outcomes --outcomes FILE ...
 
-A JUnit report is written at the end only, and a run that is killed leaves none. Each line of FILE
-is a JSON object: the test's name, "passed", "failed" or "skipped", and the reason in one line.
+pytest writes a JUnit report only at the end, and none when it is killed. Each line of FILE is a
+JSON object: the test's name, "passed", "failed" or "skipped", and the reason in one line.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from benchmarks.children import Pipe
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--outcomes", metavar="FILE", help="where each test's outcome is written")
+    parser.addoption("--outcomes", metavar="FILE", help="file to write each test's outcome to")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("outcomes")
-    # A worker of pytest-xdist reports to the process that started it, which has this plugin too.
+    # A pytest-xdist worker reports to its parent, which has this plugin too.
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(Pipe(path)))
 
 
 class Outcomes:
-    """Writes what pytest reports of each test: of its fixtures only where these end it."""
+    """Writes the report of each test's call, and of its setup and teardown unless they pass."""
 
     def __init__(self, pipe: Pipe) -> None:
         self.pipe = pipe
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self.tell(report.nodeid, report.outcome, report.longrepr)
+            self.write(report.nodeid, report.outcome, report.longrepr)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file that cannot be imported is one failure, in place of its tests."""
+        """Reports a file that cannot be imported as one failure in place of its tests."""
         if report.failed:
-            self.tell(report.nodeid, "failed", report.longrepr)
+            self.write(report.nodeid, "failed", report.longrepr)
 
-    def tell(self, name: str, outcome: str, why: Any) -> None:
+    def write(self, name: str, outcome: str, why: Any) -> None:
         found = {"test": name, "outcome": outcome}
         if outcome != "passed" and why is not None:
             found["why"] = reason(why)
@@ -49,10 +49,10 @@ class Outcomes:
 
 
 def reason(why: Any) -> str:
-    """The line that names the error, of a report's long representation."""
-    if isinstance(why, tuple):  # of a skipped test: (file, line, reason)
+    """The line of a report's long representation that names the error."""
+    if isinstance(why, tuple):  # a skipped test's (file, line, reason)
         return str(why[2])[:200]
     crash = getattr(why, "reprcrash", None)
     lines = [line for line in str(crash.message if crash else why).splitlines() if line.strip()]
-    # The first line of an assertion says what failed; the last one of an import error does.
+    # An assertion names the error in its first line, an import error in its last.
     return (lines[0 if crash else -1] if lines else "")[:200]

@@ -1,8 +1,8 @@
-"""The loop as people run it and as fastddim does, without its model: what is compared.
+"""The loops that are compared: fastddim's and other people's, without a model's time.
 
-Each is a call without arguments that goes from the same x_T down the same steps and returns the
-last x. The model returns a tensor made beforehand, so that all there is stands between two of its
-calls. What each gives is checked before anything is timed (``Loops.check``).
+Each loop is a call without arguments that goes from the same x_T down the same steps and returns
+the last x. The model returns a tensor made beforehand, so that the time is spent between its calls.
+Each result is checked before anything is timed (``Peer.check``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastddim
 from benchmarks import plain
-from benchmarks.timing import WrongResultError, by, last_line
+from benchmarks.timing import WrongResultError, by, first_line
 from fastddim.step import backends, reference
 from fastddim.step.philox import STEP_STREAM
 
@@ -29,33 +29,36 @@ Backend: TypeAlias = Callable[[], contextlib.AbstractContextManager[str]]
 
 T = 1000
 TOLERANCE = 2e-3
-"""How far, root mean square by root mean square, results may be apart whose float32 coefficients
-are rounded differently: those of the seed lose up to 1.9e-4."""
+"""Greatest (root mean square difference) / (root mean square) of results whose float32 factors are
+rounded differently: the original loop's factors are up to 1.9e-4 off."""
 SIGMAS = 6.0
-"""How far the mean and the deviation of somebody else's noise may be from those of normals."""
+"""Greatest difference of other noise's mean and deviation from normals', in standard errors."""
 
 
 class MissingError(Exception):
-    """What a peer needs is not there: a package, a compiler."""
+    """A package or a compiler that a peer needs is missing."""
 
 
-# Who computes the step on a CPU
+# The backend of fastddim's steps on a CPU
 
 
 @contextlib.contextmanager
 def pytorch() -> Iterator[str]:
-    """The step's PyTorch operations, where numba is installed too."""
+    """Within it, the backend "torch" takes the steps; gives the suffix of the loop's name."""
     with backends.using("torch"):
         yield ", PyTorch"
 
 
 @contextlib.contextmanager
 def numba() -> Iterator[str]:
+    """Within it, the backend "numba" takes the steps; gives the suffix of the loop's name."""
     with backends.using("numba"):
         yield ", numba"
 
 
 def on(path: Backend, run: Run) -> Run:
+    """The run with its steps taken by this backend."""
+
     def there() -> Tensor:
         with path():
             return run()
@@ -63,35 +66,37 @@ def on(path: Backend, run: Run) -> Run:
     return there
 
 
-# What torch.compile is given: the simplified maths, and the same
+# The functions that torch.compile compiles
 
 
 def simplified(x: Tensor, eps: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """x_s = (√ᾱ_s/√ᾱ_t)·x + (c2 − √ᾱ_s·√(1−ᾱ_t)/√ᾱ_t)·ε: the same but for its rounding."""
+    """x_s = (√ᾱ_s/√ᾱ_t)·x + (c2 − √ᾱ_s·√(1−ᾱ_t)/√ᾱ_t)·ε: the step, but rounded differently."""
     return p * x + q * eps
 
 
 def simplified_noisy(x: Tensor, eps: Tensor, p: Tensor, q: Tensor, c1: Tensor) -> Tensor:
+    """``simplified`` with noise: + c1·z."""
     return p * x + q * eps + c1 * torch.randn_like(x)
 
 
 def same(x: Tensor, eps: Tensor, row: Tensor) -> Tensor:
-    """fastddim's own order of operations."""
+    """The reference step, in fastddim's order of operations."""
     return reference.ddim_step(x, eps, row)[0]
 
 
 def same_noisy(x: Tensor, eps: Tensor, row: Tensor) -> Tensor:
+    """The reference step with noise."""
     return reference.ddim_step(x, eps, row, torch.randn_like(x))[0]
 
 
 def simplified_factors(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(p, q, c1) of rows of a table."""
+    """The factors (p, q, c1) of rows of a coefficient table."""
     a_t, _, b_t, _, a_s, c1, c2 = table.unbind(-1)
     return a_s / a_t, c2 - a_s * b_t / a_t, c1
 
 
 def scheduler(name: str, steps: int, device: torch.device | str) -> Any:
-    """diffusers' scheduler of this name, or ours, on the seed's schedule and timesteps."""
+    """diffusers' or fastddim's scheduler of this name, on the original loop's schedule."""
     module = "fastddim.dropins.diffusers" if name.startswith("Fast") else "diffusers"
     found = getattr(importlib.import_module(module), name)(
         num_train_timesteps=T,
@@ -106,7 +111,7 @@ def scheduler(name: str, steps: int, device: torch.device | str) -> Any:
 
 
 class Loops:
-    """The loops on one x_T. ``model`` is what they call; by default it returns ε made before."""
+    """The loops on one x_T. ``model`` is the loops' model; by default it returns a fixed ε."""
 
     def __init__(
         self,
@@ -132,10 +137,10 @@ class Loops:
     def stream(self, seed: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(seed)
 
-    # As people run it
+    # Other people's loops
 
-    def seed(self) -> Tensor:
-        """The original loop. Its factors have four dimensions, and so must what they scale."""
+    def original(self) -> Tensor:
+        """The original loop. Its factors have four dimensions, so x is viewed in four too."""
         x, model = self.x, self.model
         if x.dim() != 4:
             x = x.view(len(x), 1, 1, -1)
@@ -143,23 +148,23 @@ class Loops:
         last = reference.generalized_steps(x, self.seq, model, self.betas, self.eta)[0][-1]
         return last.view(self.shape)
 
-    def scheduled(self, name: str, told: Callable[[Tensor], Any] = Tensor.unbind) -> Run:
-        """A scheduler as diffusers' pipelines run it: each t a tensor on the device.
+    def scheduled(self, name: str, form: Callable[[Tensor], Any] = Tensor.unbind) -> Run:
+        """A scheduler's loop; as in diffusers' pipelines, each t is a tensor on the device.
 
-        ``told`` makes of the timesteps what it is told of them instead, as ``Tensor.tolist`` does.
+        ``form`` turns the timesteps into another form: ``Tensor.tolist`` into numbers.
         """
         made = scheduler(name, self.steps, self.device)
 
         def run() -> Tensor:
             x = self.x
-            for t in told(made.timesteps):
+            for t in form(made.timesteps):
                 x = made.step(self.model(x, t), t, x, eta=self.eta).prev_sample
             return x
 
         return run
 
     def compiled(self) -> Run:
-        """The simplified maths by torch.compile, its factors made before."""
+        """The simplified maths by ``torch.compile`` with precomputed factors."""
         maths: Any = simplified_noisy if self.eta else simplified
         fast: Any = torch.compile(maths, dynamic=False)
         p, q, c1 = simplified_factors(self.table)
@@ -176,7 +181,7 @@ class Loops:
         return run
 
     def compiled_same(self) -> Run:
-        """The reference step by torch.compile, which leaves out the x0 that nobody reads."""
+        """The reference step by ``torch.compile``, which drops the x0 that no caller reads."""
         maths: Any = same_noisy if self.eta else same
         fast: Any = torch.compile(maths, dynamic=False)
         rows = self.table.unbind()
@@ -190,10 +195,10 @@ class Loops:
         return run
 
     def plain(self, rows: list[plain.Row]) -> Run:
-        """The six lines, of which each row's factors were made before."""
+        """The plain loop with these factors."""
         return lambda: plain.plain(self.model, self.x, rows, self.noisy, self.ts, self.stream(3))
 
-    # As fastddim does
+    # fastddim's loops
 
     def drop_in(self) -> Tensor:
         return fastddim.generalized_steps(self.x, self.seq, self.model, self.betas, self.eta)[0][-1]
@@ -209,10 +214,10 @@ class Loops:
     def sample_seeds(self) -> Tensor:
         return self.ddim.sample(self.model, self.x, seeds=range(self.shape[0]))
 
-    # What is right
+    # Expected results and checks
 
     def eager(self, generator: torch.Generator | None) -> Tensor:
-        """The reference's steps, noise from torch's own stream."""
+        """The reference's steps with noise from ``generator``, or from PyTorch's default one."""
         x = self.x
         for row, draw, t in zip(self.table.unbind(), self.noisy, self.ts, strict=True):
             z = None
@@ -222,7 +227,7 @@ class Loops:
         return x
 
     def eager_seeds(self) -> Tensor:
-        """The same, with the noise that belongs to each seed."""
+        """The reference's steps with the counter noise of each seed."""
         x, z = self.x, torch.empty_like(self.x)
         rows = torch.arange(self.steps, dtype=torch.int32, device=self.device)
         for row, t in enumerate(self.ts):
@@ -231,39 +236,39 @@ class Loops:
         return x
 
     def near(self, run: Run, expected: Run | None = None) -> None:
-        """Raises unless the run gives the reference's result, noise from the same stream.
+        """Raises unless the run's result is within ``TOLERANCE`` of the reference's.
 
-        ``expected`` is the reference with another stream than PyTorch's own.
+        ``expected`` replaces the reference, whose noise comes from PyTorch's default generator.
         """
         torch.manual_seed(4)
         want = (self.eager(None) if expected is None else expected()).double()
         torch.manual_seed(4)
-        gap = run().to(want.device).double() - want  # the original loop ends on the CPU
+        gap = run().to(want.device).double() - want  # the original loop returns x on the CPU
         off = (gap.square().mean() / want.square().mean()).sqrt().item()
-        if not off <= TOLERANCE:  # NaN is beyond it too
+        if not off <= TOLERANCE:  # `not <=` also catches NaN
             raise WrongResultError(f"it is {off:.3g} off the reference, allowed: {TOLERANCE:g}")
 
     def equal(self, run: Run, want: Run) -> None:
-        """Raises unless both give the same, bit for bit, noise from the same stream."""
+        """Raises unless both results are bit-identical, with the same seed of the generator."""
         torch.manual_seed(4)
         expected = want()
         torch.manual_seed(4)
         if not torch.equal(run(), expected):
-            raise WrongResultError("it is not what it must be, bit for bit")
+            raise WrongResultError("it is not equal to the expected result, bit for bit")
 
     def as_reference(self, run: Run) -> None:
-        """Raises unless the run gives the reference's result, noise from ``sample``'s generator.
+        """Raises unless the run gives the reference's result, with noise from ``stream(3)``.
 
-        It is compared bit for bit on a CPU. A GPU divides by a Python float through its reciprocal.
+        On a CPU the results must be bit-identical. A GPU divides by a float through its reciprocal.
         """
         check = self.equal if self.device == "cpu" else self.near
         check(run, lambda: self.eager(self.stream(3)))
 
     def near_but_for_noise(self, run: Run) -> None:
-        """Raises unless the run gives the reference's result with some normals as its noise.
+        """Raises unless the run gives the reference's result, whatever normals its noise is.
 
-        ε being the same throughout, the result is that without noise and the noise of all steps,
-        which are normals of a known deviation.
+        Since ε is the same in all steps, the result is the result without noise plus the noise of
+        all steps, which is normal with a known deviation.
         """
         table = self.table.clone()
         table[:, 5] = 0
@@ -285,16 +290,17 @@ class Loops:
 
 @dataclass(frozen=True)
 class Peer:
-    """A way of taking the steps, and where its noise comes from.
+    """A loop to compare.
 
     Attributes:
-        title: its name in a table.
-        make: the loop, or an exception where it cannot be had.
-        check: raises unless what it gives is right.
-        noise, quiet_noise: where its noise comes from, and where at η = 0.
-        counted: whether PyTorch's dispatcher sees its operations.
-        ours: a failure of it is one, and not a peer that is missing.
-        devices: where it has a row of its own in ``pytest --benchmark``, which has room for sixty.
+        title: the loop's name in a table.
+        make: returns the loop, or raises where something that it needs is missing.
+        check: raises unless the loop's result is right.
+        noise: source of the loop's noise at η = 1.
+        quiet_noise: source of the noise that it draws at η = 0.
+        counted: True if PyTorch's dispatcher sees its operations.
+        ours: True if a failure is an error rather than a missing peer.
+        devices: devices on which ``pytest --benchmark``, limited to sixty rows, has a row of it.
     """
 
     title: str
@@ -307,14 +313,14 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     def ready(self, loops: Loops) -> Run:
-        """The loop compiled, its memory touched, and what it gives found right."""
+        """Makes the loop, runs it once (which compiles it), checks its result, and returns it."""
         try:
             run = self.make(loops)
             run()
         except Exception as error:
             if self.ours and not isinstance(error, ImportError):
                 raise
-            raise MissingError(last_line(error)) from error
+            raise MissingError(first_line(error)) from error
         try:
             self.check(loops, run)
         except WrongResultError as error:
@@ -330,9 +336,9 @@ def by_numba(loops: Loops) -> Run:
 
 
 PEERS = {
-    "seed": Peer(
+    "original": Peer(
         "the original loop",
-        lambda loops: loops.seed,
+        lambda loops: loops.original,
         Loops.near,
         "torch.randn_like",
         "torch.randn_like, times 0",

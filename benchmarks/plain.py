@@ -1,6 +1,6 @@
-"""The loop that is written in six lines once its factors are made: the peer that costs nothing.
+"""The plain loop: DDIM in six lines of PyTorch with precomputed factors, a peer without a library.
 
-It imports PyTorch alone, so that it can be timed beside any version of fastddim.
+This module imports only PyTorch, so that the loop can be timed beside any version of fastddim.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-NUMBERS = "a plain loop, factors made before"
-TENSORS = "a plain loop, factors made before as tensors"
+NUMBERS = "a plain loop, factors precomputed"
+TENSORS = "a plain loop, factors precomputed as tensors"
 Row: TypeAlias = Sequence[Any]
 """√ᾱ_t, 1/√ᾱ_t, √(1−ᾱ_t), 1/√(1−ᾱ_t), √ᾱ_s, c1, c2: a row of a coefficient table."""
 
 
 def numbers(table: Tensor) -> list[Row]:
-    """The rows' factors as Python floats. A GPU divides by such a number through its reciprocal."""
+    """The rows' factors as Python floats. A GPU divides by a float through its reciprocal."""
     found: list[Row] = table.tolist()
     return found
 
 
 def tensors(table: Tensor) -> list[Row]:
-    """The rows' factors as tensors of no dimensions, by which a CPU multiplies sooner."""
+    """The rows' factors as zero-dimensional tensors, with which a CPU multiplies faster."""
     return [row.unbind() for row in table]
 
 
@@ -37,7 +37,7 @@ def plain(
     ts: Iterable[Any],
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The last x. Noise is drawn where ``noisy`` says that the row adds some."""
+    """Runs the loop and returns the last x; rows for which ``noisy`` is true add noise."""
     for (a, _, b, _, a_s, c1, c2), draw, t in zip(rows, noisy, ts, strict=True):
         eps = model(x, t)
         x0 = (x - eps * b) / a

@@ -1,4 +1,4 @@
-"""What was measured, kept: one file a machine, in which each command writes its own section."""
+"""The record files: one JSON file a machine, in which each command writes its own section."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "numba", "triton", "diffusers")
 
 
 def commit(where: Path = RESULTS.parent) -> str:
-    """The commit that is checked out there."""
+    """The commit that is checked out at ``where``, or "unknown"."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=where)
@@ -33,6 +33,7 @@ def commit(where: Path = RESULTS.parent) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages among ``PACKAGES``."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -41,11 +42,12 @@ def versions() -> dict[str, str]:
 
 
 def slug(name: str) -> str:
+    """A machine's name as a file name: "NVIDIA H200" gives "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-")
 
 
 def write(path: Path, record: Record) -> None:
-    """All of the file or nothing of it."""
+    """Writes the file atomically: a reader sees the old record or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps(record, indent=1) + "\n")
@@ -53,7 +55,7 @@ def write(path: Path, record: Record) -> None:
 
 
 def provenance(command: str) -> Record:
-    """What a section says beside its rows: how they were made, when, and of what."""
+    """A section's content beside its rows: command, date, commit, versions and threads."""
     return {
         "command": " ".join([command, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -64,10 +66,10 @@ def provenance(command: str) -> Record:
 
 
 def keep(section: str, content: Record, where: Path = RESULTS, name: str | None = None) -> Path:
-    """Puts the section into a machine's file, in place of what it held under that name.
+    """Writes the section into the machine's file, replaces an older one, and returns the path.
 
-    The machine is the CPU unless ``name`` says otherwise. A GPU's file has ``-loops`` after its
-    name, beside the one that benchmarks/gpu.py writes.
+    ``name`` is the GPU; None means this CPU. A GPU's file has the suffix ``-loops``, because
+    benchmarks/gpu.py writes the file without it.
     """
     suffix = "" if name is None else "-loops"
     name = name or cpu_name()

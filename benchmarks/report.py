@@ -1,10 +1,10 @@
-"""The results as people read them: written into benchmarks/README.md and README.md.
+"""Writes the tables of benchmarks/README.md and README.md from ``benchmarks/results``.
 
-    python -m benchmarks.report            # writes what differs
+    python -m benchmarks.report            # rewrites the pages that differ
     python -m benchmarks.report --check    # writes nothing, and fails where a page differs
 
-All that stands between ``<!-- report: NAME -->`` and ``<!-- end -->`` comes from
-``benchmarks/results``; the rest is prose.
+This module generates the text between ``<!-- report: NAME -->`` and ``<!-- end -->``. The rest of a
+page is written by hand.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ BLOCK = re.compile(r"(<!-- report: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTA
 NONE = "Not yet measured."
 LARGE = [64, 3, 256, 256]
 OURS = ("scheduler", "pytorch", "numba", "triton")
-THEIRS = ("seed", "diffusers", "plain", "tensors", "compile")
-SEED = "original loop"
+THEIRS = ("original", "diffusers", "plain", "tensors", "compile")
+ORIGINAL = "original loop"
 
 
 @dataclass(frozen=True)
 class Results:
-    """All that is in a folder of results: the machines, and what belongs to none."""
+    """The records of a folder: those of machines, and those that no machine affects."""
 
     machines: list[Record]
     gpus: list[Record]
@@ -50,20 +50,20 @@ class Results:
         return cls(machines, [r for r in found.values() if "gpu" in r], counts, code)
 
     def sections(self, name: str) -> list[tuple[Record, Record]]:
-        """(machine, section) of every machine that has it."""
+        """(machine, section) of every machine that has this section."""
         return [(m, m[name]) for m in self.machines if name in m]
 
 
-# How it is put
+# Titles and origins
 
 
 def title(loop: str) -> str:
-    """A loop's name, as code where it is a call."""
-    return PEERS["seed"].title if loop == SEED else f"`{loop}`" if "(" in loop else loop
+    """A loop's name; a call is formatted as code."""
+    return PEERS["original"].title if loop == ORIGINAL else f"`{loop}`" if "(" in loop else loop
 
 
 def made(machine: Record, section: Record) -> str:
-    """Where, when and how a section was measured."""
+    """Machine, versions, date, commit and command of a section."""
     of = ", ".join(f"{name} {number}" for name, number in section["versions"].items())
     return (
         f"{machine['machine']}, {section['threads']} threads, {of}; {section['date']}, commit "
@@ -72,18 +72,20 @@ def made(machine: Record, section: Record) -> str:
 
 
 def each(results: Results, name: str, show: Callable[[Record], str]) -> str:
-    """A section of every machine, each below where it comes from."""
+    """The section of every machine, each below its origin."""
     shown = [f"{made(m, s)}\n\n{show(s)}" for m, s in results.sections(name)]
     return "\n\n".join(shown) or NONE
 
 
-# What is shown
+# The tables
 
 
 def counts(results: Results) -> str:
     rows = results.counts["rows"]
-    names = ("operations", "passes", "bytes_per_element", "transfers", "questions")
-    lines = [["", "operations", "passes over memory", "bytes an element", "transfers", "questions"]]
+    names = ("operations", "passes", "bytes_per_element", "transfers", "host_syncs")
+    lines = [
+        ["", "operations", "passes over memory", "bytes an element", "transfers", "host syncs"]
+    ]
     for loop in dict.fromkeys(row["loop"] for row in rows):
         both = [row for row in rows if row["loop"] == loop]
         values = [dict.fromkeys(str(row[name]) for row in both) for name in names]
@@ -113,11 +115,11 @@ def steps(section: Record) -> str:
 def step_cell(row: Record) -> str:
     if "missing" in row:
         return str(row["missing"])
-    return f"{duration(row['us_per_step'][0])}, {span(row['times_seed'])}"
+    return f"{duration(row['us_per_step'][0])}, {span(row['times_original'])}"
 
 
 def losses(section: Record) -> str:
-    """Where somebody else's step is faster than ours, by the median."""
+    """The rows in which another step is faster than ours, by the median."""
     lines = []
     for row in section["rows"]:
         for base in THEIRS:
@@ -128,7 +130,7 @@ def losses(section: Record) -> str:
                     f"{1 / median:.3g} times as long ({1 / high:.3g}–{1 / low:.3g}) as "
                     f"{PEERS[base].title}"
                 )
-    return "\n".join(lines) or "In none of these tables is a step of others faster."
+    return "\n".join(lines) or "No other step is faster in any of these tables."
 
 
 def whole(section: Record) -> str:
@@ -152,7 +154,7 @@ def writing(section: Record) -> str:
 
 
 def loops(section: Record, show: Callable[[list[float]], str] = span) -> str:
-    """A row a loop; a column each η, without numba and with it."""
+    """A row for each loop, and a column for each η, without numba and with it."""
     rows = {(row["loop"], row["eta"]): row for row in section["rows"]}
     etas = sorted({eta for _, eta in rows})
     columns = [(ways, eta) for ways in (("", ", PyTorch"), (", numba",)) for eta in etas]
@@ -165,12 +167,12 @@ def loops(section: Record, show: Callable[[list[float]], str] = span) -> str:
 
 
 def loop_cell(row: Record, show: Callable[[list[float]], str]) -> str:
-    ratio = "" if row["loop"] == SEED else f", {show(row['times_seed'])}"
+    ratio = "" if row["loop"] == ORIGINAL else f", {show(row['times_original'])}"
     return f"{row['ms_per_step'][0]:.3g}{ratio}"
 
 
 def cost(results: Results) -> str:
-    """The README's table: the latest measured."""
+    """The README's table, from the latest section "loop"."""
     found = sorted(results.sections("loop"), key=lambda pair: pair[1]["date"])
     if not found:
         return NONE
@@ -184,7 +186,7 @@ def cost(results: Results) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """What is asked of a step: that it fits so often, at least, into that of another."""
+    """A required speed: (time of ``base``) / (time of ``peer``) must be at least ``least``."""
 
     peer: str
     base: str
@@ -193,7 +195,7 @@ class Figure:
     shape: list[int] | None = None
 
     def shown(self, rows: list[Record]) -> list[str] | None:
-        """At the shape where it does worst; None where it was not measured."""
+        """The table row of the shape with the worst ratio, or None if it was not measured."""
         key = f"times_{self.base}"
         found = [
             row
@@ -211,10 +213,10 @@ class Figure:
 
 
 FIGURES = (
-    Figure("pytorch", "seed", 0, 8, LARGE),
-    Figure("pytorch", "seed", 1, 3, LARGE),
-    Figure("numba", "seed", 0, 15, LARGE),
-    Figure("numba", "seed", 1, 6, LARGE),
+    Figure("pytorch", "original", 0, 8, LARGE),
+    Figure("pytorch", "original", 1, 3, LARGE),
+    Figure("numba", "original", 0, 15, LARGE),
+    Figure("numba", "original", 1, 6, LARGE),
     Figure("pytorch", "diffusers", 0, 4, LARGE),
     Figure("numba", "diffusers", 0, 4, LARGE),
     Figure("scheduler", "diffusers", 0, 4, LARGE),
@@ -230,7 +232,7 @@ FIGURES = (
 
 def figures(section: Record) -> str:
     shown = [figure.shown(section["rows"]) for figure in FIGURES]
-    return grid(["", "at", "asked", "measured", "met"], *(line for line in shown if line))
+    return grid(["", "shape", "required", "measured", "met"], *(line for line in shown if line))
 
 
 def machine_code(results: Results) -> str:
@@ -239,7 +241,7 @@ def machine_code(results: Results) -> str:
 
 
 def gpu(results: Results) -> str:
-    """Every GPU's record."""
+    """The tables of every GPU's record."""
     return "\n\n".join(map(gpu_report.tables, results.gpus)) or gpu_report.NOT_YET
 
 
@@ -262,7 +264,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
 
 
 def rendered(page: str, results: Results) -> str:
-    """The page with what the results say between its marks."""
+    """The page with its blocks generated from the results."""
 
     def block(found: re.Match[str]) -> str:
         begin, name, end = found.groups()
@@ -277,7 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page differs")
+    parser.add_argument(
+        "--check", action="store_true", help="only compare; exit with 1 if a page differs"
+    )
     check, results, stale = parser.parse_args(arguments).check, Results.of(RESULTS), []
     for path in PAGES:
         page = path.read_text()
@@ -287,7 +291,9 @@ def main(arguments: list[str] | None = None) -> int:
             if not check:
                 path.write_text(again)
     if check and stale:
-        print(f"{' and '.join(stale)} must say what the results do: python -m benchmarks.report")
+        print(
+            f"{' and '.join(stale)} must match benchmarks/results: run python -m benchmarks.report"
+        )
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""The GPU tests, run by the benchmarks: which of them passed stands beside every figure."""
+"""Runs the GPU tests, so that a record holds their outcomes beside its figures."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from benchmarks.children import ROOT, Child, Deadline
 from benchmarks.timing import Record
 
 WORKERS = 10
-"""Processes that run tests beside one another. Each holds about half a GiB of the GPU's memory."""
+"""Greatest number of parallel test processes. Each holds about half a GiB of the GPU's memory."""
 WORST = ("passed", "skipped", "failed")
+"""Outcomes from the best to the worst."""
 
 
 def files() -> list[str]:
-    """The files with GPU tests: others may import what is not installed on a GPU's machine."""
+    """The files with GPU tests; others may import packages that a GPU's machine lacks."""
     found = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(path.relative_to(ROOT)) for path in found if "mark.gpu" in path.read_text()]
 
 
 def workers() -> int:
-    """One core stays with the process that hands out the tests."""
+    """Number of test processes; one core is left to the process that distributes the tests."""
     return max(1, min(WORKERS, (os.cpu_count() or 1) - 1))
 
 
 def beside_one_another() -> list[str]:
-    """pytest's options for several processes, where pytest-xdist is installed.
+    """pytest's options for parallel processes, if pytest-xdist is installed.
 
-    pytest-benchmark warns that it cannot measure beside others, and warnings are errors here.
+    pytest-benchmark warns when it runs beside pytest-xdist, and warnings are errors here.
     """
     if find_spec("xdist") is None:
         return []
@@ -38,10 +39,10 @@ def beside_one_another() -> list[str]:
 
 
 def pytest(path: str, *arguments: str) -> list[str]:
-    """The command that runs GPU tests and writes each one's outcome to ``path``."""
+    """The command that runs GPU tests and writes each outcome to ``path``."""
     return [
         *(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"),
-        # A file that cannot be imported keeps no other from being tested.
+        # A file that cannot be imported must not stop the tests of other files.
         *("--continue-on-collection-errors", "--tb=short"),
         *("-p", "benchmarks.outcomes", "--outcomes", path),
         *arguments,
@@ -49,7 +50,7 @@ def pytest(path: str, *arguments: str) -> list[str]:
 
 
 class Tests:
-    """What is known of the tests so far: each one's worst outcome, and why."""
+    """The tests that have ended so far: the worst outcome of each, and the reason."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, str] = {}
@@ -57,7 +58,7 @@ class Tests:
         self.ended: str = "not run"
 
     def add(self, found: Record) -> None:
-        """A test's setup, its call and its teardown are reported apart; the worst one counts."""
+        """Adds a report of a test's setup, call or teardown, of which the worst outcome counts."""
         name, outcome = found["test"], found["outcome"]
         before = self.outcomes.get(name, "passed")
         if WORST.index(outcome) >= WORST.index(before):
@@ -66,7 +67,7 @@ class Tests:
                 self.reasons[name] = found.get("why", "")
 
     def summary(self) -> Record:
-        """For the record: how many, and the names of those that failed."""
+        """The record's entry: numbers of tests by outcome, and each failure with its reason."""
         counts = {outcome: list(self.outcomes.values()).count(outcome) for outcome in WORST}
         failures = [name for name, outcome in self.outcomes.items() if outcome == "failed"]
         return counts | {
@@ -80,13 +81,13 @@ class Tests:
         return self.ended == "done" and bool(counts["passed"]) and not counts["failed"]
 
     def run(self, deadline: Deadline) -> Iterator[Record]:
-        """Runs all GPU tests, and gives each outcome when it is known."""
+        """Runs all GPU tests and yields each outcome as soon as it is known."""
         child = Child(lambda path: pytest(path, *beside_one_another(), *files()), deadline)
         self.ended = "cut off"
         for found in child:
             self.add(found)
             yield found
-        # pytest exits with 1 where tests failed, which their outcomes say already.
+        # pytest exits with 1 where tests failed; their outcomes already record that.
         self.ended = "done" if child.status in (0, 1) and not child.late else "cut off"
         if not child.late and child.status not in (0, 1):
             self.ended = f"pytest exited with {child.status}"

@@ -1,4 +1,4 @@
-"""How the device and the host are timed, and what may be said of the times."""
+"""Timing of the device and of the host, and statistics of the times."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from typing import Any, TypeAlias
 import torch
 
 Call: TypeAlias = Callable[[int], object]
-"""A launch on one of several sets of tensors, by its number."""
+"""Launches on the set of tensors with this number."""
 Record: TypeAlias = dict[str, Any]
+"""A row of figures, or a file of rows: JSON."""
 LEFT_OUT: Record = {"left_out": "no time"}
-"""What a row says of something that was not measured since its time was over."""
+"""Content of a row that was not measured because the time was over."""
 
 
 class WrongResultError(Exception):
-    """Results that are not what they have to be: their time is of no interest."""
+    """A result differs from the expected one, so it must not be timed."""
 
 
 def captured(call: Call, launches: int) -> tuple[torch.cuda.CUDAGraph, list[object]]:
-    """``launches`` calls as one graph, and what they returned, which keeps their memory apart."""
+    """(``launches`` calls as one graph, their results, which own the graph's memory)."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call(0)  # compiled before the capture
+        call(0)  # compile before the capture, which must not
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -40,17 +41,17 @@ def captured(call: Call, launches: int) -> tuple[torch.cuda.CUDAGraph, list[obje
 def device_seconds(
     runs: Mapping[str, Callable[[], object]], launches: int, rounds: int, head_start: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds of a launch of each run, round by round, in turns that begin with another each time.
+    """Seconds per launch of each run, one value a round; each round begins with another run.
 
-    A run enqueues ``launches`` launches and does not wait for them. Where these take the device
-    less time than the host, it sleeps for ``head_start`` cycles while they are enqueued.
+    A run enqueues ``launches`` launches and does not wait for them. Where the host needs longer to
+    enqueue them than the device to run them, the device sleeps for ``head_start`` cycles meanwhile.
     """
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for k in range(rounds + 3):
         order = turn(names, k)
         events = {}
-        runs[order[-1]]()  # the device is busy by the time the first is enqueued
+        runs[order[-1]]()  # the device is busy when the first timed run is enqueued
         for name in order:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             if head_start:
@@ -61,7 +62,7 @@ def device_seconds(
             events[name] = begin, end
         torch.cuda.synchronize()
         for name, (begin, end) in events.items():
-            if k >= 3:  # the clocks have risen
+            if k >= 3:  # by then the clocks have risen
                 seconds[name].append(begin.elapsed_time(end) / 1e3 / launches)
     return seconds
 
@@ -69,7 +70,7 @@ def device_seconds(
 def host_seconds(
     calls: Mapping[str, Callable[[], object]], repeats: int = 300, together: int = 10
 ) -> dict[str, float]:
-    """Median seconds until a call returns. The queue is emptied before it could fill up."""
+    """Median seconds until each call returns; the queue is emptied before it can fill up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(min(100, repeats)):
@@ -93,10 +94,10 @@ def wall_seconds(
     least: int = 3,
     most: int = 30,
 ) -> dict[str, list[float]]:
-    """Seconds of each run until all it asked for is done, in turns, for about so many seconds.
+    """Seconds of each run until the device has finished, one value a round, for about ``seconds``.
 
-    ``wait`` returns once the device has done what it was given. Each round begins with another,
-    or each run would always find the cache as one other leaves it.
+    ``wait`` returns once the device has finished. Each round begins with another run, or a run
+    would always find the cache in the state that the same other run leaves.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     end = time.monotonic() + seconds
@@ -118,13 +119,13 @@ def wall_seconds(
 
 @contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raises ``TimeoutError`` in what takes longer, be it waiting for others."""
+    """Raises ``TimeoutError`` in the block after ``seconds``, even while it waits."""
 
     def over(*_: object) -> None:
         raise TimeoutError(f"took more than {seconds:.3g} s")
 
     before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # 0 would be no limit at all
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # 0 would switch the timer off
     try:
         yield
     finally:
@@ -133,7 +134,7 @@ def limit(seconds: float) -> Iterator[None]:
 
 
 def turn(names: list[str], k: int) -> list[str]:
-    """The names in the order of round ``k``."""
+    """The names in the order of round ``k``: rotated by ``k``."""
     first = k % len(names)
     return names[first:] + names[:first]
 
@@ -141,9 +142,10 @@ def turn(names: list[str], k: int) -> list[str]:
 def interval(values: Sequence[float]) -> list[float]:
     """[median, low, high]: with 95% probability the true median lies from low to high.
 
-    Of n values each is below the median with probability ½, whatever their distribution: the k
-    least and the k greatest can be left out as long as a binomial of n is below k, or above
-    n − k, in 5% at most. Fewer than six values cannot say it, and give their least and greatest.
+    Each of n values is below the median with probability ½, whatever the distribution. So the k
+    least and the k greatest values can be left out as long as a binomial count of n falls below k
+    or above n − k with a probability of at most 5%. Of fewer than six values, low and high are the
+    least and the greatest, with less than 95% probability.
     """
     ordered, n, k = sorted(values), len(values), 0
     while 2 * sum(math.comb(n, i) for i in range(k + 2)) <= 0.05 * 2**n:
@@ -152,19 +154,21 @@ def interval(values: Sequence[float]) -> list[float]:
 
 
 def times(base: Sequence[float], taken: Sequence[float]) -> list[float]:
-    """How often ``taken`` fits into ``base``, round by round: the interval of the ratios."""
+    """``interval`` of base / taken, computed round by round: above 1 ``taken`` is faster."""
     return interval([b / a for a, b in zip(taken, base, strict=True)])
 
 
 def rounded(value: float) -> float:
-    """Four digits: more than any of it is worth."""
+    """The value to four significant digits; the measurements are less precise."""
     return float(f"{value:.4g}")
 
 
 def by(shape: Sequence[int]) -> str:
+    """A shape as text: 64x3x32x32."""
     return "x".join(map(str, shape))
 
 
-def last_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The error's type and the first line of its message, cut to 200 characters."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

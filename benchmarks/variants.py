@@ -1,4 +1,4 @@
-"""The ways people run a step, by name, for the tests, the machine code and the benchmarks."""
+"""Named variants of the step's options, for the tests, the machine code and the benchmarks."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ class Variant:
     """One specialisation of the step.
 
     Attributes:
-        prediction: what the model returns.
+        prediction: ``"epsilon"``, ``"v"`` or ``"sample"``: the quantity that the model predicts.
         noise: ``"none"``, ``"tensor"`` or ``"philox"`` (counter noise, from seeds).
-        dtype: of the model's output and input; the state is float32.
-        shape: of a sample, (channels, height, width).
-        channels_last: the layout of every tensor.
-        mixed: whether the model's output lies in the other of the two layouts.
-        learned: whether the output has twice the channels, a learned variance after ε.
-        guidance: whether the output holds both halves of classifier-free guidance.
-        clip, threshold: how x0 is bounded, if it is.
-        rederive: whether ε follows from the bounded x0.
-        noise_first: whether noise is added before the direction (the seed) or after (diffusers).
-        want_x0: whether x0 is written too.
-        next_inputs: how often x_s is written for the model's next call, in its dtype.
-        rows_differ: whether each sample is on a row of its own.
+        dtype: dtype of the model's output and input; the state is float32.
+        shape: shape of a sample, (channels, height, width).
+        channels_last: True if every tensor is channels last.
+        mixed: True if the model's output has the other of the two layouts.
+        learned: True if the output has twice the channels: ε, then a learned variance.
+        guidance: True if the output holds both halves of classifier-free guidance.
+        clip: bound of x0, or None.
+        threshold: True if each sample has its own bound of x0 (dynamic thresholding).
+        rederive: True if ε is computed again from the bounded x0.
+        noise_first: True if noise is added before the direction term (the original loop), False
+            if after (diffusers).
+        want_x0: True if x0 is written too.
+        next_inputs: how many copies of x_s are written for the model's next call, in its dtype.
+        rows_differ: True if each sample has its own table row.
     """
 
     prediction: str = "epsilon"
@@ -51,10 +53,10 @@ class Variant:
 
     @property
     def bytes_per_element(self) -> int:
-        """Read and written, coefficients apart: what a copy would have to move."""
-        said = self.dtype.itemsize * (2 if self.guidance else 1)
+        """Bytes read and written per element, without the coefficients."""
+        output = self.dtype.itemsize * (2 if self.guidance else 1)
         state = 4 * (2 + self.want_x0 + (self.noise == "tensor"))
-        return state + said + self.dtype.itemsize * self.next_inputs
+        return state + output + self.dtype.itemsize * self.next_inputs
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -103,9 +105,9 @@ VARIANTS = {
 def step_arguments(
     v: Variant, batch: int, device: str = "cpu", shape: tuple[int, ...] | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """What ``fastddim.ddim_step`` is called with for a batch of this variant.
+    """The arguments of ``fastddim.ddim_step`` for a batch of this variant.
 
-    On ``"meta"`` the tensors have no content, and the step does not run.
+    On the device ``"meta"`` tensors have no content, so the step cannot run.
     """
     sample = shape or v.shape
     table = fastddim.DDIM(steps=50, eta=1.0).table
@@ -146,7 +148,7 @@ def step_arguments(
 
 
 def launch_arguments(v: Variant, batch: int, device: str = "cpu", **options: Any) -> dict[str, Any]:
-    """The same in the terms of ``fastddim_kernels.ddim_step``, which takes tensors laid out."""
+    """The arguments of ``fastddim_kernels.ddim_step``, which also takes the output tensors."""
     found = step_arguments(v, batch, device, **options)
     x = found["x"]
     found["output"] = found["output"][:, : x.shape[1]]

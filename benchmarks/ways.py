@@ -1,6 +1,6 @@
-"""Ways in to a step, of which ``benchmarks.host`` times the host's part: each checked, none timed.
+"""The calls that take a step: ``benchmarks.host`` times the host's part of each.
 
-Their package is whichever is on the path. It may be another checkout's, which lacks some of it.
+They use the fastddim package on the path, which may be another checkout's and lack some of them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ DRIVERLESS = (4, 4, 8, 8)
 STEPS = 50
 ADD, LAUNCH, NOISY = "torch.add(out=)", "bound Triton launch, driver replaced", ", η = 1"
 TOLERANCE = 2e-3
-"""How far, root mean square by root mean square, factors that are rounded otherwise may lead."""
+"""Greatest relative difference of results whose factors are rounded differently."""
 Run: TypeAlias = Callable[[], Tensor]
 
 
 class Way(NamedTuple):
-    """``make`` fails where it lacks what it needs; what ``want`` makes gives the right result."""
+    """``make`` returns the run, or raises where a package is missing; ``want`` the expected one."""
 
     make: Callable[[], Run]
     want: Callable[[], Run] | None = None
@@ -34,10 +34,10 @@ class Way(NamedTuple):
 
 
 class Ways:
-    """Ways to take ``STEPS`` steps of one shape, by whatever package is on the path."""
+    """Ways to take ``STEPS`` steps of one shape, by the package on the path."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        # By name, as a checkout's types need not be those of this one.
+        # By name, because another checkout's types may differ from this one's.
         self.fastddim: Any = importlib.import_module("fastddim")
         made, self.shape = torch.Generator().manual_seed(0), shape
         self.x, self.eps, self.out = (torch.randn(shape, generator=made) for _ in range(3))
@@ -87,11 +87,11 @@ class Ways:
             x = step.x
         return x
 
-    def scheduled(self, name: str, told: Callable[[Tensor], Any] = list, **options: Any) -> Run:
+    def scheduled(self, name: str, form: Callable[[Tensor], Any] = list, **options: Any) -> Run:
         module = "fastddim.dropins.diffusers" if name.startswith("Fast") else "diffusers"
         made = getattr(importlib.import_module(module), name)(clip_sample=False, **options)
         made.set_timesteps(STEPS)
-        ts = told(made.timesteps)
+        ts = form(made.timesteps)
 
         def run() -> Tensor:
             x = self.x
@@ -99,7 +99,7 @@ class Ways:
                 x = made.step(self.eps, t, x).prev_sample
             return x
 
-        return torch.no_grad()(run)  # as diffusers' pipelines do
+        return torch.no_grad()(run)  # as in diffusers' pipelines
 
     def guided(self) -> Run:
         module: Any = importlib.import_module("fastddim.dropins.guided")
@@ -128,14 +128,14 @@ class Ways:
             made.adopt(kernel, first.x)
             return made
 
-        # These two would ask a driver that is not there, and each costs less than 0.1 µs.
+        # Both would call the missing driver; each takes less than 0.1 µs.
         launch._current_device, launch._stream = lambda: 0, lambda device: 0
         x, eps, table, rest = self.x, self.eps, self.table, (*[None] * 4, self.out, None, None)
         step = bound.Bound(backends.Backend("driverless", bind, None), backends.Fixed())
         launched = step.launch(x, eps, table, 0, *rest)
         launched(x, eps, table, 0, *rest)
         if not {t.data_ptr() for t in (x, eps, table, self.out)} <= {*given}:
-            raise WrongResultError(f"{LAUNCH}: it is not given the tensors' addresses")
+            raise WrongResultError(f"{LAUNCH}: it does not get the tensors' addresses")
         launched._run = lambda *_: None
 
         def run() -> Tensor:
@@ -148,7 +148,7 @@ class Ways:
     def every(self) -> dict[str, Way]:
         if self.shape == DRIVERLESS:
             return {ADD: Way(lambda: self.add), LAUNCH: Way(self.driverless)}
-        # CompVis' timesteps are one later than others', and end at level 0.
+        # CompVis' timesteps are one greater than the others', and end at level 0.
         later = self.fastddim.DDIM(spacing=[(t + 1, s + 1) for t, s in self.quiet.pairs])
 
         def floats() -> Run:
@@ -160,7 +160,7 @@ class Ways:
         def theirs() -> Run:
             return self.scheduled("DDIMScheduler")
 
-        fast, strict = "FastDDIMScheduler", "FastDDIMScheduler(strict=True), told tensors"
+        fast, strict = "FastDDIMScheduler", "FastDDIMScheduler(strict=True), timesteps as tensors"
         ways = {
             ADD: Way(lambda: self.add),
             NUMBERS: Way(floats),
@@ -171,28 +171,31 @@ class Ways:
             "DDIM.iterate": Way(lambda: self.iterate, floats),
             NUMBERS + NOISY: Way(noisy),
             "DDIM.sample" + NOISY: Way(lambda: lambda: self.sample(self.noisy), noisy),
-            "diffusers' DDIMScheduler, told tensors": Way(theirs, floats, exact=False),
-            f"{fast}, told numbers": Way(lambda: self.scheduled(fast, Tensor.tolist), theirs),
-            f"{fast}, told tensors": Way(lambda: self.scheduled(fast), theirs),
+            "diffusers' DDIMScheduler, timesteps as tensors": Way(theirs, floats, exact=False),
+            f"{fast}, timesteps as numbers": Way(
+                lambda: self.scheduled(fast, Tensor.tolist), theirs
+            ),
+            f"{fast}, timesteps as tensors": Way(lambda: self.scheduled(fast), theirs),
             strict: Way(lambda: self.scheduled(fast, strict=True), floats, exact=False),
-            "FastDDIMInverseScheduler, told tensors": Way(
+            "FastDDIMInverseScheduler, timesteps as tensors": Way(
                 lambda: self.scheduled("FastDDIMInverseScheduler"),
                 lambda: self.scheduled("DDIMInverseScheduler"),
             ),
         }
-        if len(self.shape) == 4:  # these are of images
+        if len(self.shape) == 4:  # these take images
             ways["guided.ddim_sample_loop"] = Way(self.guided, floats, exact=False)
             ways["compvis.DDIMSampler"] = Way(self.compvis, lambda: self.plain(later), exact=False)
         return ways
 
     def ready(self, ours: bool) -> dict[str, Run]:
-        """Those that there are, each result being right."""
+        """The ways that this package has, each checked before it is returned."""
         found = {}
         for name, (make, want, exact) in self.every().items():
             try:
                 got = (run := make())()
             except (AttributeError, ImportError) as error:
-                # A machine may lack diffusers or Triton, another checkout any of these ways.
+                # A machine may lack diffusers or Triton; another checkout may lack any of these
+                # ways.
                 if ours and not isinstance(error, ImportError):
                     raise
                 continue

@@ -1,11 +1,11 @@
-"""The loop with a model: what is spent outside it by the original loop, and by fastddim's.
+"""Times whole calls with a model, and the share of the time that is spent outside the model.
 
-    python -m benchmarks.whole    # keeps it as "whole" of benchmarks/results/<machine>.json
+    python -m benchmarks.whole    # "whole" of benchmarks/results/<machine>.json
 
-The model's calls are timed within each run: on a CPU what is left of the run is the loop's own. All
-begin at the same x_T, and their results are compared with the seed's before anything is timed. The
-embedded model draws 16 images in 50 steps; a model of the size of CIFAR-10's (35.7 M parameters,
-random weights) 4 in 10.
+The model's calls are timed within each run; on a CPU the rest of the run is the loop's own time.
+All loops begin at the same x_T, and their results are compared with the original loop's before
+anything is timed. The embedded model draws 16 images in 50 steps, and a model of CIFAR-10's size
+(35.7 M parameters, random weights) draws 4 images in 10 steps.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ladder import CIFAR10, TOLERANCE, UNet
+from benchmarks.networks import CIFAR10, UNet
 from benchmarks.peers import PEERS, Loops, Run, scheduler
 from benchmarks.records import keep, provenance
+from benchmarks.sections.ladder import TOLERANCE
 from benchmarks.timing import Record, WrongResultError, interval, rounded, times, turn
 from fastddim import embedded
 
-SEED, PIPELINE = "original loop", "DDIMPipeline"
+ORIGINAL, PIPELINE = "original loop", "DDIMPipeline"
 
 
 class Clocked:
-    """A model, and the seconds its calls have taken. A pipeline takes it for its U-Net."""
+    """A model with the seconds that its calls have taken; a pipeline accepts it as its U-Net."""
 
     dtype = torch.float32
 
@@ -47,9 +48,9 @@ class Clocked:
 
 
 def pipeline(loops: Loops, model: Clocked, name: str) -> Run:
-    """diffusers' pipeline with this scheduler; it draws the same x_T."""
+    """diffusers' pipeline with this scheduler; it draws the loops' x_T."""
     made: Any = importlib.import_module("diffusers").DDIMPipeline(
-        # A pipeline tells one t for the whole batch, where our models read one for each sample.
+        # A pipeline passes one t for the whole batch; these models read one for each sample.
         unet=lambda x, t: SimpleNamespace(sample=model(x, t.expand(len(x)))),
         scheduler=scheduler("DDIMScheduler", loops.steps, "cpu"),
     )
@@ -71,10 +72,12 @@ def pipeline(loops: Loops, model: Clocked, name: str) -> Run:
 
 
 def garments() -> nn.Module:
+    """The embedded model."""
     return embedded.load()
 
 
 def cifar10() -> nn.Module:
+    """A model of CIFAR-10's size with random weights."""
     torch.manual_seed(0)
     return UNet(**CIFAR10).eval().requires_grad_(False)
 
@@ -86,17 +89,18 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 
 
 def whole(name: str, rounds: int) -> list[Record]:
+    """Checks and times the loops around one model, in turns."""
     make, shape, steps = CASES[name]
     model = Clocked(make(), shape)
     loops = Loops(shape, steps, 0.0, model=model)
     runs: dict[str, Run] = {
-        SEED: loops.seed,
+        ORIGINAL: loops.original,
         PIPELINE: pipeline(loops, model, "DDIMScheduler"),
         f"{PIPELINE}, FastDDIMScheduler": pipeline(loops, model, "FastDDIMScheduler"),
         PEERS["plain"].title: PEERS["plain"].make(loops),
         "DDIM.sample": loops.sample,
     }
-    want = loops.seed()
+    want = loops.original()
     for loop, run in runs.items():
         expected = (want / 2 + 0.5).clamp(0, 1) if loop.startswith(PIPELINE) else want
         off = ((run() - expected).norm() / expected.norm()).item()
@@ -134,8 +138,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each loop")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = [row for name in args.models for row in whole(name, args.rounds)]
@@ -146,7 +150,7 @@ def main() -> None:
             f"({share[1]:.2%} to {share[2]:.2%}), {us[0]} µs a step  "
             f"{PIPELINE} / it {faster[0]} ({faster[1]} to {faster[2]})"
         )
-    if set(args.models) == set(CASES):  # or what was measured of the others would be lost
+    if set(args.models) == set(CASES):  # or the record would lose the other models
         print(f"wrote {keep('whole', provenance('python -m benchmarks.whole') | {'rows': rows})}")
 
 

@@ -1,10 +1,10 @@
-"""What ``fastddim.generate`` adds to the sampling: pictures, writing, hashing, bookkeeping.
+"""Times the work of ``fastddim.generate`` beside the sampling: encoding, writing and hashing.
 
-    python -m benchmarks.writing    # keeps it as "writing" of benchmarks/results/<machine>.json
+    python -m benchmarks.writing    # "writing" of benchmarks/results/<machine>.json
 
-The calls of the sampler are timed within each run, with the embedded model; what is left of the
-run is what generating costs, from the first look at the arguments to the finished manifest. Then
-peak memory of processes that make few images and many, with a model that costs nothing.
+The sampler's calls are timed within each run of the embedded model. The rest of the run is the cost
+of ``generate``, from the checks of its arguments to the finished manifest. Then the peak memory of
+processes that make few and many images is measured, with a model that costs nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COUNTS = (1_000, 100_000)
 
 
 def shares(format: str, count: int, out: Path) -> Record:
-    """The seconds of a run of ``count`` images, and those of them outside the sampler."""
+    """The seconds of a run of ``count`` images, and the share of them outside the sampler."""
     sampling, sample = 0.0, DDIM.sample
 
     def clocked(*args: Any, **keywords: Any) -> Any:
@@ -61,7 +61,7 @@ def shares(format: str, count: int, out: Path) -> Record:
 
 
 def peak(count: int) -> float:
-    """MiB that a process of its own has held at the most to make ``count`` images."""
+    """Peak memory in MiB of a new process that makes ``count`` images."""
     with tempfile.TemporaryDirectory() as folder:
         code = f"from benchmarks.writing import alone; alone({count}, {folder + '/out'!r})"
         done = subprocess.run(
@@ -71,6 +71,7 @@ def peak(count: int) -> float:
 
 
 def alone(count: int, out: str) -> None:
+    """Makes the images and prints the process's peak memory in KiB."""
     fastddim.generate(DDIM(steps=1), Gaussian(0.0, 0.5), (1, 8, 8), range(count), out, 64)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
@@ -79,14 +80,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=512, help="images with the embedded model")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--count", type=int, default=512, help="images of the embedded model")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for format in FORMATS:
-            shares(format, BATCH, Path(folder) / f"first-{format}")  # what is loaded only once
+            shares(format, BATCH, Path(folder) / f"first-{format}")  # loads modules and weights
             rows.append(shares(format, args.count, Path(folder) / format))
             row = rows[-1]
             print(

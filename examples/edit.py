@@ -1,4 +1,4 @@
-"""An edit by inversion: two images become noise, and what lies between them becomes an image.
+"""An edit by inversion: blends two images by the noise halfway between them.
 
 ``DDIM.invert`` runs the loop backwards, from an image to the noise that it comes from. The script
 draws two garments with the model that ships, inverts both, samples them back and prints the error
@@ -22,7 +22,7 @@ from fastddim.tools import images
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--out", default="edit.png", help="the PNG that is written")
+    parser.add_argument("--out", default="edit.png", help="the PNG file to write")
     arguments = parser.parse_args()
 
     model = embedded.load()

@@ -1,9 +1,9 @@
-"""Classifier-free guidance of a model that is told a class.
+"""Classifier-free guidance of a class-conditional model.
 
 The data are points in a plane: class 0 lies around (-1, 0), class 1 around (1, 0). For such data
-the exact ε is known, so the model below needs no training. It is told class -1 where it shall not
-know the class. The script prints where the points of class 1 land for several scales: the larger
-the scale, the farther they are from the other class, and the closer together.
+the exact ε is known, so the model below needs no training. Label -1 is the unconditional model. The
+script prints the mean and the deviation of class 1's points for several scales: the larger the
+scale, the farther the points are from the other class, and the closer together.
 
     python examples/guidance.py
 """
@@ -27,14 +27,15 @@ def model(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
     """The exact ε(x, t) of one class, or of both together where ``label`` is -1.
 
     Under class k, x_t is normal with mean √ᾱ·m_k and variance v = ᾱ·d² + 1 − ᾱ, and
-    ε = √(1−ᾱ)·(x − √ᾱ·m_k)/v. Of both together ε is the mean of these by the classes' weights.
+    ε = √(1−ᾱ)·(x − √ᾱ·m_k)/v. Without a label, ε is the mean of both, weighted by the classes'
+    probabilities.
     """
     abar = ABAR[t].view(-1, 1)
     variance = abar * DEVIATION**2 + 1 - abar
     offsets = x.unsqueeze(1) - abar.sqrt().unsqueeze(2) * MEANS  # (batch, classes, 2)
     weights = torch.softmax(-offsets.square().sum(2) / (2 * variance), 1)
-    told = torch.nn.functional.one_hot(label.clamp(min=0), len(MEANS)).to(x.dtype)
-    weights = torch.where(label.view(-1, 1) >= 0, told, weights)
+    chosen = torch.nn.functional.one_hot(label.clamp(min=0), len(MEANS)).to(x.dtype)
+    weights = torch.where(label.view(-1, 1) >= 0, chosen, weights)
     return (1 - abar).sqrt() * (weights.unsqueeze(2) * offsets).sum(1) / variance
 
 

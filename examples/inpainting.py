@@ -1,4 +1,4 @@
-"""Inpainting: the upper half of a garment is kept, and the lower half is drawn anew.
+"""Inpainting: keeps the upper half of a garment and draws the lower half anew.
 
 The script draws one garment with the model that ships, then four garments whose upper half is that
 of the first, and writes all five side by side. It needs the extra ``cli``.
@@ -20,14 +20,14 @@ from fastddim.tools import images
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--out", default="inpainting.png", help="the PNG that is written")
+    parser.add_argument("--out", default="inpainting.png", help="the PNG file to write")
     arguments = parser.parse_args()
 
     model = embedded.load()
     ddim = fastddim.DDIM(steps=arguments.steps, eta=1.0)
     known = ddim.sample(model, shape=(1, 1, 28, 28), seeds=[0])
     mask = torch.zeros(1, 1, 28, 28)
-    mask[..., :14, :] = 1  # Where the mask is 1 the image is kept.
+    mask[..., :14, :] = 1  # The image is kept where the mask is 1.
     drawn = ddim.sample(
         model,
         shape=(4, 1, 28, 28),

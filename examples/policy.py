@@ -1,8 +1,8 @@
-"""A small model whose whole sampling loop is one CUDA graph: a robot's policy, say.
+"""A robot policy, a small model whose whole sampling loop is one CUDA graph.
 
 The policy turns an observation into 16 actions of 7 numbers by ten steps of DDIM. ``DDIM.capture``
-records these steps once. Each call then replays them with another seed and another observation. On
-a CPU, which has no graphs, a call runs the loop itself and returns the same actions.
+records these steps once. Each call replays them with a new seed and a new observation. A CPU has no
+graphs: there a call runs the loop and returns the same actions.
 
     python examples/policy.py
 """
@@ -19,7 +19,7 @@ import fastddim
 
 
 class Policy(nn.Module):
-    """ε(x, t, obs) for actions x of shape (batch, 16, 7); its weights are random here."""
+    """ε(x, t, obs) for actions x of shape (batch, 16, 7), with random weights."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Policy(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ticks", type=int, default=20, help="how many times the policy is called")
+    parser.add_argument("--ticks", type=int, default=20, help="number of calls of the policy")
     ticks = parser.parse_args().ticks
 
     torch.manual_seed(0)

@@ -1,12 +1,12 @@
-"""Tests that run in a process of their own, so that one fault is one failure.
+"""Runs a test in its own process, so that one fault is one failure.
 
     @pytest.mark.gpu
     @apart
     @pytest.mark.parametrize("steps", [7, 102])
     def test_a_replay(steps: int) -> None: ...
 
-A graph that reads memory which is not its own ends the use of the GPU for its whole process: every
-later test would fail as well. A child that fails, dies or hangs is one test that fails.
+A graph that reads foreign memory makes the GPU unusable for its whole process, so every later test
+would fail too. A child process that fails, dies or hangs is one failing test.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ import pytest
 
 Test = TypeVar("Test", bound=Callable[..., None])
 SECONDS = 120.0
-"""What a test may take with cold caches; most take two."""
+"""Time limit of a test with cold caches; most tests take two seconds."""
 PRELOADED = ["torch", "triton", "fastddim", "fastddim_kernels", "tests.apart"]
 
 
 def apart(test: Test) -> Test:
-    """The test in a child process. It is a function of a module, and can pickle its arguments."""
+    """Decorates a module-level test with picklable arguments to run in a child process."""
 
     @functools.wraps(test)
     def in_a_child(**given: Any) -> None:
@@ -52,16 +52,16 @@ def apart(test: Test) -> Test:
 
 
 def run(module: str, name: str, given: dict[str, Any], seconds: float) -> tuple[str, str]:
-    """(passed, skipped or failed, what there is to say) of this test in a child."""
+    """Runs the test in a child; returns ("passed", "skipped" or "failed", its text)."""
     with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "said"
+        log = Path(folder) / "log"
         parent, child = _context().Pipe(duplex=False)
         process = _context().Process(
-            target=_run, args=(child, module, name, given, str(said)), daemon=True
+            target=_run, args=(child, module, name, given, str(log)), daemon=True
         )
         process.start()
         child.close()
-        # Its death is noticed too, for something of its own may hold the pipe open.
+        # Wait for its death too: a grandchild may hold the pipe open.
         if not wait([parent, process.sentinel], seconds):
             outcome, text = "failed", f"{name} took over {seconds:g} s"
         elif (report := _report(parent)) is not None:
@@ -70,24 +70,24 @@ def run(module: str, name: str, given: dict[str, Any], seconds: float) -> tuple[
             process.join(10)
             outcome, text = "failed", f"the process of {name} died: exit code {process.exitcode}"
         process.join(1)
-        process.kill()  # What it does after its report is of no interest.
+        process.kill()  # After the report its work does not matter.
         process.join()
-        printed = said.read_text(errors="replace")[-4000:] if said.exists() else ""
+        printed = log.read_text(errors="replace")[-4000:] if log.exists() else ""
     return outcome, f"{text}\n{printed}".strip()
 
 
 def _report(parent: Connection) -> tuple[str, str] | None:
-    """What the child has sent before its end."""
+    """The child's report, or None if it ended without one."""
     try:
         return parent.recv() if parent.poll() else None
     except EOFError:
         return None
 
 
-def _run(child: Connection, module: str, name: str, given: dict[str, Any], said: str) -> None:
-    """The child: it runs the test and reports."""
-    out = os.open(said, os.O_WRONLY | os.O_CREAT)
-    os.dup2(out, 1)  # CUDA's own messages, such as an assertion's, do not pass by Python.
+def _run(child: Connection, module: str, name: str, given: dict[str, Any], log: str) -> None:
+    """The child's main function: runs the test and sends its report."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)  # CUDA writes messages, such as a failed assertion's, without Python.
     os.dup2(out, 2)
     try:
         test = inspect.unwrap(getattr(importlib.import_module(module), name))
@@ -105,12 +105,12 @@ def _run(child: Connection, module: str, name: str, given: dict[str, Any], said:
     child.send(report)
     child.close()
     sys.stdout.flush()
-    os._exit(0)  # Where CUDA has failed, the end of the interpreter may hang or abort.
+    os._exit(0)  # After a CUDA failure the interpreter's shutdown may hang or abort.
 
 
 @functools.cache
 def _context() -> ForkServerContext:
-    """Children are forked from a server that has imported what they need and never touched CUDA."""
+    """Forks children from a server that has imported ``PRELOADED`` and never initialised CUDA."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with _path_inherited():
@@ -120,7 +120,7 @@ def _context() -> ForkServerContext:
 
 @contextmanager
 def _path_inherited() -> Iterator[None]:
-    """Up to Python 3.12.3 the server does not know its parent's sys.path."""
+    """Sets PYTHONPATH to sys.path, which the server does not inherit up to Python 3.12.3."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
     try:

@@ -1,4 +1,4 @@
-"""What every test shares. Nothing here imports Triton, which reads TRITON_INTERPRET but once."""
+"""Settings of every test. Triton reads TRITON_INTERPRET once, so this file must not import it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["pytest_runtest_makereport", "waiting_allowed_again"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The kernels run in Triton's interpreter, unless the GPU tests were asked for by name."""
-    if config.getoption("benchmark", False):  # which run no test, and compiled kernels
+    """Selects Triton's interpreter for the kernels, unless ``-m gpu`` selects the GPU tests."""
+    if config.getoption("benchmark", False):  # benchmarks run the compiled kernels
         return
-    asked = config.getoption("markexpr") or ""
-    if "gpu" not in asked.replace("not gpu", ""):
+    selected = config.getoption("markexpr") or ""
+    if "gpu" not in selected.replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
@@ -25,13 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests are skipped where there is no GPU, and where the interpreter stands in for it."""
+    """Skips GPU tests where there is no GPU, and where the kernels are interpreted."""
     import torch
 
     if not torch.cuda.is_available():
         reason = "no CUDA device"
     elif os.environ.get("TRITON_INTERPRET") == "1":
-        reason = "the kernels are interpreted here: ask for these tests with -m gpu"
+        reason = "the kernels are interpreted: select these tests with -m gpu"
     else:
         return
     for item in items:
@@ -41,10 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def recorders_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The square root of the machine that recorded ``tests/golden``.
+    """Replaces the square root by that of the machine that recorded ``tests/golden``.
 
-    PyTorch takes a CPU's square roots from MKL, which rounds some wrongly, and others on other
-    processors. Those of the recording are off by 2⁻³¹ at most before they are rounded.
+    On a CPU PyTorch computes square roots with MKL, which rounds some of them wrongly, and
+    different ones on different processors. Before rounding, the recording's roots are off by at
+    most 2⁻³¹.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""A latent diffusion model with what CompVis' sampler uses of one."""
+"""A latent diffusion model with the attributes that CompVis' sampler uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 class Model:
-    """What the sampler asks of a LatentDiffusion; rounds alike wherever it runs."""
+    """Stands in for a LatentDiffusion; its results are rounded the same on every machine."""
 
     num_timesteps = 1000
 

@@ -1,4 +1,4 @@
-"""What a failing GPU test must not do to the tests after it."""
+"""Keeps a failing GPU test from failing the tests after it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def waiting_allowed_again() -> Iterator[None]:
-    """A test that forbids waiting for the GPU and then fails has forbidden it for itself alone."""
+    """Allows waiting for the GPU again, even after a test that forbade it has failed."""
     yield
     waiting = sys.modules.get("tests.waiting")
     if waiting is not None:
@@ -23,11 +23,11 @@ def waiting_allowed_again() -> Iterator[None]:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Ends a process whose GPU is lost: every later test of it would fail for no fault of its own.
+    """Ends a process whose GPU is unusable, since every later test in it would fail.
 
-    pytest-xdist puts another worker in the place of one that dies, and reports the test that it
-    was running as failed. So the process dies before its own report is sent, or there were two
-    failures, and says what it has to say on the terminal. Without pytest-xdist the run ends here.
+    pytest-xdist replaces a worker that dies, and reports the test that was running as failed. So
+    the worker prints its report and dies before sending it, or the test would be reported twice.
+    Without pytest-xdist the run stops here.
     """
     report = yield
     if report.failed and item.get_closest_marker("gpu") and _gpu_is_lost():

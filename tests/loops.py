@@ -1,4 +1,4 @@
-"""The loop in plain PyTorch with all a call may bring: what the sampler's tests compare with."""
+"""The loop in plain PyTorch with every option: the expected result of the sampler's tests."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from fastddim.step import reference
 
 
 def column(t: Tensor, x: Tensor) -> Tensor:
+    """t (batch,) in x's dtype, shaped to broadcast against x."""
     return t.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
 def drawn(*shape: int, seed: int = 1) -> Tensor:
+    """Normals from a generator with this seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def counter_noise(ddim: DDIM, seeds: list[int], shape: tuple[int, ...]) -> list[Tensor | None]:
-    """z of each row as this device draws it, which has tests of its own."""
+    """z of each row, or None, as the CPU draws it; other tests check the draws."""
     from fastddim.step.philox import STEP_STREAM
 
     def z(row: int) -> Tensor:
@@ -35,12 +37,13 @@ def counter_noise(ddim: DDIM, seeds: list[int], shape: tuple[int, ...]) -> list[
 
 
 def last(states: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The last x_s."""
     *_, (x, _) = states
     return x
 
 
 def conditioned(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-    """Elementwise, so that it rounds alike in any batch."""
+    """A conditional model; it is elementwise, so the batch does not affect rounding."""
     return 0.7 * x.clamp(-1.5, 1.5) + 1e-3 * column(t % 97, x) + 0.2 * c.to(x.dtype)
 
 
@@ -57,7 +60,7 @@ def by_hand(
     self_condition: str | None = None,
     start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x_s, x0) of each step; ``w`` is (rows, batch), the halves are asked one after the other."""
+    """Yields (x_s, x0) of each step. ``w`` is (rows, batch); the halves are two model calls."""
     table, cond, before = torch.tensor(ddim.table), dict(cond or {}), None
     z = [None] * len(table) if noise is None else list(noise)
     for row, (t, _) in list(enumerate(ddim.pairs))[start:]:
@@ -65,13 +68,13 @@ def by_hand(
         if self_condition is not None:
             own = {self_condition: (torch.zeros_like(x) if before is None else before).to(dtype)}
 
-        def asked(keywords: Mapping[str, Any], x: Tensor = x, t: int = t, own: Any = own) -> Tensor:
+        def call(keywords: Mapping[str, Any], x: Tensor = x, t: int = t, own: Any = own) -> Tensor:
             output: Tensor = net(x.to(dtype), torch.full((len(x),), t), **keywords, **own)
             return output.float()
 
-        output, each = asked(cond), None
+        output, each = call(cond), None
         if w is not None and uncond is not None:
-            output = torch.cat([asked({**cond, **uncond}), output])
+            output = torch.cat([call({**cond, **uncond}), output])
             each = w[row].view(-1, *[1] * (x.dim() - 1))
         x, before = reference.ddim_step(
             x, output, table[row], z[row], ddim.prediction, ddim.clip, guidance=each
@@ -80,7 +83,7 @@ def by_hand(
 
 
 class Dispatched(TorchDispatchMode):
-    """Every operation PyTorch dispatches, by name."""
+    """Records the names of the operations that PyTorch dispatches."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

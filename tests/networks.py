@@ -1,6 +1,6 @@
-"""The networks of ermongroup/ddim and guided-diffusion, from their description.
+"""The networks of ermongroup/ddim and guided-diffusion, written from their description.
 
-What their tensors are called, the shapes, and what guided-diffusion's compute.
+This module has the names and shapes of their tensors, and guided-diffusion's forward pass.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 
 def layer(name: str, *shape: int) -> Shapes:
-    """A convolution or linear layer of that weight; of one dimension, a norm."""
+    """Shapes of a linear layer or convolution with this weight, or of a norm (one dimension)."""
     return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
 
 def random(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
-    """Weights at which a network neither dies nor explodes."""
+    """Random weights, scaled so that activations neither vanish nor explode."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator) / max(1, math.prod(shape[1:])) ** 0.5
@@ -32,12 +32,12 @@ def random(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
 
 
 def empty(shapes: Shapes) -> dict[str, Tensor]:
-    """One number behind every tensor, so that the largest network is a small file."""
+    """Tensors that each share one number, so that the largest network is a small file."""
     return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
 
 
 def ermongroup(multiples: Sequence[int], size: int, width: int = 128, blocks: int = 2) -> Shapes:
-    """Attention where images are 16 wide, as in all of its configurations."""
+    """Shapes of ermongroup/ddim's network, with attention at width 16 as in its configurations."""
     inner = 4 * width
 
     def block(name: str, n: int, m: int) -> Shapes:
@@ -81,13 +81,16 @@ def ermongroup(multiples: Sequence[int], size: int, width: int = 128, blocks: in
 
 
 Part: TypeAlias = tuple[str, str, int, int]
-"""What it does, the name of its tensors, its channels in and out."""
+"""(kind, prefix of the tensors' names, input channels, output channels)."""
 
 
 @dataclass(frozen=True)
 class Guided:
-    """A ``UNetModel``. ``attention``: at which factors of reduction; ``heads``: how many, or 0
-    for ``head_channels`` each."""
+    """A ``UNetModel``.
+
+    ``attention`` lists the downsampling factors with attention. ``heads`` is the number of heads,
+    or 0 for heads of ``head_channels`` channels.
+    """
 
     width: int
     multiples: Sequence[float]
@@ -101,7 +104,7 @@ class Guided:
     out: int = 6
 
     def parts(self) -> tuple[list[list[Part]], list[Part], list[list[Part]]]:
-        """The input blocks, the middle one and the output blocks."""
+        """The parts of the input blocks, of the middle block and of the output blocks."""
         n = int(self.width * self.multiples[0])
         inputs: list[list[Part]] = [[("conv", "input_blocks.0.0", 3, n)]]
         skips, last = [n], len(self.multiples) - 1
@@ -142,14 +145,14 @@ class Guided:
         inner = 4 * self.width
         shapes = layer("time_embed.0", inner, self.width) | layer("time_embed.2", inner, inner)
         inputs, middle, outputs = self.parts()
-        for what, name, n, m in (part for parts in (*inputs, middle, *outputs) for part in parts):
-            if what == "conv":
+        for kind, name, n, m in (part for parts in (*inputs, middle, *outputs) for part in parts):
+            if kind == "conv":
                 shapes |= layer(name, m, n, 3, 3)
-            elif what == "down":
+            elif kind == "down":
                 shapes |= layer(f"{name}.op", m, n, 3, 3)
-            elif what == "up":
+            elif kind == "up":
                 shapes |= layer(f"{name}.conv", m, n, 3, 3)
-            elif what == "attention":
+            elif kind == "attention":
                 shapes |= layer(f"{name}.norm", n) | layer(f"{name}.qkv", 3 * n, n, 1)
                 shapes |= layer(f"{name}.proj_out", n, n, 1)
             else:
@@ -195,24 +198,24 @@ class Guided:
             channels = h.shape[1]
             heads = self.heads or channels // self.head_channels
             qkv = F.conv1d(norm(f"{name}.norm", h).flatten(2), *of(f"{name}.qkv"))
-            if self.new_order:  # (q, k, v), each of all heads
+            if self.new_order:  # q, k, v, each for all heads
                 q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)
-            else:  # of each head (q, k, v)
+            else:  # for each head q, k, v
                 q, k, v = qkv.unflatten(1, (heads, 3, -1)).unbind(2)
             weight = torch.einsum("bhct,bhcs->bhts", q, k) / (channels // heads) ** 0.5
             a = torch.einsum("bhts,bhcs->bhct", weight.softmax(-1), v).flatten(1, 2)
             return h + F.conv1d(a, *of(f"{name}.proj_out")).view_as(h)
 
         def run(parts: list[Part], h: Tensor) -> Tensor:
-            for what, name, _, _ in parts:
-                if what == "conv":
+            for kind, name, _, _ in parts:
+                if kind == "conv":
                     h = conv(name, h)
-                elif what == "down":
+                elif kind == "down":
                     h = conv(f"{name}.op", h, stride=2)
-                elif what == "up":
+                elif kind == "up":
                     h = conv(f"{name}.conv", twice(h))
                 else:
-                    h = attention(name, h) if what == "attention" else block(what, name, h)
+                    h = attention(name, h) if kind == "attention" else block(kind, name, h)
             return h
 
         half = self.width // 2

@@ -1,4 +1,4 @@
-"""The backends that a test takes its steps by, each where it can be had."""
+"""Selects the backend of a test's steps, as far as it is available."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from fastddim.step import checked as step_module
 from fastddim.step.bound import Bound
 
 CPU = ("torch", "numba")
-"""A CPU's own."""
+"""Backends of a CPU."""
 ALL = ("triton", *CPU)
-"""And Triton's interpreter, which reads a CPU's memory too."""
+"""Those and Triton's interpreter, which also works on a CPU's memory."""
 
 
 def has_numba() -> bool:
+    """True if the backend "numba" is available, which needs the extra ``cpu``."""
     return "numba" in backends.available("cpu")
 
 
 def here(*names: str) -> list[str]:
-    """Those of the backends ``names`` that can take a CPU's steps, numba being an extra."""
+    """The backends among ``names`` that are available: numba needs the extra ``cpu``."""
     return [name for name in names if name != "numba" or has_numba()]
 
 
 def use(name: str) -> AbstractContextManager[None]:
-    """``fastddim.using``; the test is skipped where numba is asked for and missing."""
+    """``fastddim.using``; skips the test where ``name`` is numba and numba is missing."""
     if not here(name):
         pytest.skip("this backend needs the cpu extra: numba")
     return backends.using(name)
@@ -39,7 +40,7 @@ def use(name: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def instead(backend: backends.Backend) -> Iterator[None]:
-    """Within, the table has this backend too, and it takes the steps."""
+    """Adds this backend to the table within the block, and takes the steps by it."""
     module = f"stand-in for {backend.name}"
     forget()
     with pytest.MonkeyPatch.context() as patch:
@@ -53,16 +54,16 @@ def instead(backend: backends.Backend) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Nothing that was decided before is kept: neither a backend nor a launch."""
+    """Clears the caches of backends and launches."""
     backends._found.cache_clear()
     step_module._steps.clear()
     bound._steps.clear()
 
 
 def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
-    """The counter noise of the CPU's backend in use, which has tests of its own.
+    """Fills ``out`` with the counter noise of the backend in use; other tests check the noise.
 
-    The interpreter computes with NumPy, whose normals are the PyTorch backend's.
+    Triton's interpreter computes with NumPy, whose normals equal the PyTorch backend's.
     """
     name = backends.backend("cpu").name
     backends.backend("cpu", "torch" if name == "triton" else name).normal_(out, seeds, rows, stream)
@@ -86,7 +87,7 @@ def step(
     x0: Tensor | None,
     next_input: Tensor | None = None,
 ) -> None:
-    """One step by this backend, bound anew, with nothing checked and nothing remembered."""
+    """Takes one step by this backend, bound anew: no checks and no caches."""
     fixed = backends.Fixed(prediction, noise_first, clip, rederive)
     Bound(backend, fixed)(
         x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input

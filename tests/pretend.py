@@ -1,4 +1,4 @@
-"""A GPU that is not there: its tensors hold their values on the CPU, and who waits is noted.
+"""A fake GPU: its tensors hold their values on the CPU, and it records each wait of the host.
 
     with Device() as device:
         x = device.put(x)  # x.device is cuda:0
@@ -6,8 +6,8 @@
             y = 2 * x[x > 0]
         # waits == ["aten.index.Tensor with a mask (test_it.py:12)"]
 
-On a GPU the host enqueues an operation and goes on. It waits where it needs a value, where values
-decide a result's shape, and where it copies from one side to the other without ``non_blocking``.
+On a GPU the host enqueues an operation and goes on. It waits where it reads a value, where values
+decide a result's shape, and where it copies between CPU and GPU without ``non_blocking``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ COPIES = {aten.copy_, aten._to_copy}
 
 
 class There(Tensor):
-    """A tensor of the device: ``here`` holds its values, on the CPU."""
+    """A tensor on the fake GPU; ``here`` holds its values on the CPU."""
 
     here: Tensor
 
@@ -59,7 +59,7 @@ class There(Tensor):
             strides=here.stride(),
             storage_offset=here.storage_offset(),
             dtype=here.dtype,
-            device=torch.device("meta"),  # C++ is told so: it has no driver to ask about CUDA.
+            device=torch.device("meta"),  # C++ sees "meta": for CUDA it would need a driver.
         )
         made.here = here
         return made
@@ -70,7 +70,7 @@ class There(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.untyped_storage:  # Its address tells a view from a copy.
+        if func is Tensor.untyped_storage:  # Tests tell views from copies by its address.
             return args[0].here.untyped_storage()
         with torch._C.DisableTorchFunctionSubclass():
             if func is Tensor.tolist:
@@ -81,14 +81,14 @@ class There(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise AssertionError(f"{func} outside of its device")
+        raise AssertionError(f"{func} outside of the fake GPU's block")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"There({self.here})"
 
 
 class Generator(torch.Generator):
-    """A generator of the device, whose numbers are those of the CPU's."""
+    """A generator on the fake GPU that draws the CPU generator's numbers."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -96,9 +96,9 @@ class Generator(torch.Generator):
 
 
 class Device(TorchDispatchMode):
-    """While it is entered, ``cuda:0`` can be used; ``waits`` says what the host has waited for."""
+    """Makes ``cuda:0`` usable within its block; ``waits`` lists the waits of the host."""
 
-    # PyTorch does not look for a CUDA driver while a mode of this key is on.
+    # While a mode with this key is active, PyTorch does not look for a CUDA driver.
     _mode_key = torch._C._TorchDispatchModeKey.FAKE
 
     def __init__(self) -> None:
@@ -107,7 +107,8 @@ class Device(TorchDispatchMode):
 
     def __enter__(self) -> Device:
         self._lifts = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=CUDA) shows its copy.
+        # Otherwise torch.tensor(..., device=CUDA) would not dispatch its copy.
+        torch._C._set_only_lift_cpu_tensors(True)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -116,13 +117,13 @@ class Device(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(self._lifts)
 
     def put(self, value: Any) -> Any:
-        """``value`` with a copy of every tensor in it on the device."""
+        """``value`` with every tensor in it copied to the fake GPU."""
         with torch._C._DisableTorchDispatch():
             return tree_map(lambda t: There(t.clone()) if isinstance(t, Tensor) else t, value)
 
     @contextmanager
     def watch(self) -> Iterator[list[str]]:
-        """What the host waits for within."""
+        """Yields the list of the waits within the block."""
         before, self.waits = self.waits, []
         try:
             yield self.waits
@@ -130,7 +131,7 @@ class Device(TorchDispatchMode):
             self.waits = before
 
     def wait(self, what: str) -> None:
-        """Notes ``what`` the host waits for, with the line of ours that makes it."""
+        """Records a wait for ``what``, with the repository's line that causes it."""
         ours = [
             frame
             for frame in traceback.extract_stack()
@@ -155,7 +156,7 @@ class Device(TorchDispatchMode):
                 args[0].dtype,
             )
         ):
-            return args[0]  # It is there already, which C++ does not know.
+            return args[0]  # Already on the device, which C++ does not know.
         kwargs.pop("pin_memory", None)
         self._note(func, args, kwargs, there, lands)
         here = tree_map(lambda t: t.here if isinstance(t, There) else t, (args, kwargs))
@@ -169,7 +170,7 @@ class Device(TorchDispatchMode):
         return out
 
     def _note(self, func: Any, args: Any, kwargs: Any, there: bool, lands: bool) -> None:
-        """Notes what the host waits for in this operation, and refuses what CUDA would refuse."""
+        """Records the operation's waits, and raises where CUDA would."""
         packet = func.overloadpacket
         if packet in COPIES:
             source = args[packet is aten.copy_]

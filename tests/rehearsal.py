@@ -1,13 +1,12 @@
-"""A stand-in for Python on a machine that seems to have a GPU: it rehearses ``benchmarks/gpu.sh``.
+"""Replaces the Python interpreter to rehearse ``benchmarks/gpu.sh`` on a machine without a GPU.
 
     printf '#!/bin/sh\\nexec python -m tests.rehearsal "$@"\\n' >/tmp/python && chmod +x /tmp/python
     PYTHON=/tmp/python benchmarks/gpu.sh --results /tmp/record
 
 runs every section end to end on the CPU, with small sizes. Kernels run in Triton's interpreter, and
-what PyTorch offers of CUDA is faked here: a graph is a tape of the operations it was made of. Every
-result is compared with the reference as on a GPU; the times mean nothing. The record's GPU is named
-"rehearsal (no GPU)", and the record must not go to ``benchmarks/results``. The benchmarks
-themselves know nothing of all this.
+this module fakes ``torch.cuda``: a graph is a tape of its operations. Every result is compared with
+the reference as on a GPU; the times mean nothing. The record's GPU is named "rehearsal (no GPU)",
+and the record must not go to ``benchmarks/results``. The benchmarks have no code for rehearsals.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ ELEMENTS = 64
 
 
 class Graph:
-    """``torch.cuda.CUDAGraph``: what was done while it was captured can be done again."""
+    """Replaces ``torch.cuda.CUDAGraph``: replays the operations that were captured."""
 
-    recording: list[Graph] = []  # noqa: RUF012  # the captures that are under way
+    recording: list[Graph] = []  # noqa: RUF012  # the captures in progress
 
     def __init__(self) -> None:
         self.again: list[Callable[[], object]] = []
@@ -40,7 +39,7 @@ class Graph:
 
 
 def graphs() -> Callable[..., Any]:
-    """``torch.cuda.graph``: records PyTorch's operations and launches of interpreted kernels."""
+    """Replaces ``torch.cuda.graph``: records PyTorch's operations and interpreted launches."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
     from torch.utils._pytree import tree_leaves
@@ -90,7 +89,7 @@ def graphs() -> Callable[..., Any]:
 
 
 class Event:
-    """``torch.cuda.Event``, on the host's clock."""
+    """Replaces ``torch.cuda.Event`` by the host's clock."""
 
     def __init__(self, **_: object) -> None:
         self.at = 0.0
@@ -108,7 +107,7 @@ class Stream:
 
 
 def fake_cuda() -> None:
-    """What the benchmarks ask of ``torch.cuda``, answered without it."""
+    """Replaces the functions of ``torch.cuda`` that the benchmarks use."""
     import torch
 
     properties = SimpleNamespace(L2_cache_size=1)
@@ -130,11 +129,13 @@ def fake_cuda() -> None:
 
 
 def small_sizes() -> None:
-    """Everything as on a GPU, but of sizes that an interpreter can bear, on the CPU."""
+    """Moves the measurements to the CPU, at sizes that the interpreter can manage."""
     import torch
     import triton
 
-    from benchmarks import gpu_sections, ladder, timing, variants
+    from benchmarks import networks, timing, variants
+    from benchmarks.sections import graph, host, ladder, machine, scale
+    from benchmarks.sections.rungs import Case
     from fastddim.step import backends
 
     torch.set_num_threads(1)
@@ -142,38 +143,39 @@ def small_sizes() -> None:
         side = 5 if v.shape == variants.ODD else 4
         variants.VARIANTS[name] = replace(v, shape=(v.shape[0], side, side))
 
-    sections: Any = gpu_sections
-    sections.DEVICE = ladder.DEVICE = "cpu"
-    sections.LAUNCHES = 2
-    sections.SMALL = (4, 4, 4)
-    sections.CHOICES = ((16, 1, 4), (16, 2, 4))
-    sections.NODES, sections.STEPS = ((2, 3, 4, 4),), 3
-    sizes: Any = ladder
-    sizes.SHAPES = ((1, 16, 7), (2, 3, 4, 4))
-    ladder.SHORT, ladder.LONG = 2, 4
+    sizes: Any = scale
+    sizes.DEVICE = "cpu"
+    sizes.LAUNCHES = 2
+    sizes.SMALL = (4, 4, 4)
+    sizes.CHOICES = ((16, 1, 4), (16, 2, 4))
+    sizes.NODES, sizes.STEPS = ((2, 3, 4, 4),), 3
+    sizes.LOOPS = (((1, 16, 7), 4), ((2, 3, 8, 8), 4))
+    graphs: Any = graph
+    graphs.SHAPES = ((1, 16, 7), (2, 3, 4, 4))
+    graph.SHORT, graph.LONG = 2, 4
     ladder.SECONDS = 0.2
-    sections.LOOPS = (((1, 16, 7), 4), ((2, 3, 8, 8), 4))
-    sections.unusable = lambda: None
+    machine.unusable = lambda: None
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    sections.describe = lambda: {"gpu": GPU, **versions}
+    machine.describe = lambda: {"gpu": GPU, **versions}
     host_seconds = timing.host_seconds
-    sections.host_seconds = lambda calls, *_: host_seconds(calls, 2, 1)
-    # numba takes long to compile, and would run on no GPU.
+    for section in (host, graph):
+        setattr(section, "host_seconds", lambda calls, *_: host_seconds(calls, 2, 1))  # noqa: B010
+    # numba takes long to compile, and does not run on a GPU.
     del backends.TABLE["numba"]
 
-    ladder.CIFAR10 |= {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
-    ladder.LATENTS |= {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+    networks.CIFAR10 |= {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+    networks.LATENTS |= {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
     cases = ladder.cases
 
-    def small_cases() -> list[ladder.Case]:
+    def small_cases() -> list[Case]:
         found = []
-        for case in cases()[:4]:  # the others are these, at other sizes
+        for case in cases()[:4]:  # the other cases are these at other sizes
             size = (2, case.shape[1], 16, 16) if len(case.shape) == 4 else case.shape
             found.append(replace(case, shape=size, steps=2))
         return found
 
     ladder.cases = small_cases
-    # The compiler's front end runs; C++ would take it a minute for each model.
+    # Only the compiler's front end runs: C++ would take a minute for each model.
     compile: Any = torch.compile
 
     def front_end(function: Any, dynamic: bool, mode: str | None = None) -> Any:
@@ -183,15 +185,15 @@ def small_sizes() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs ``-m MODULE ARGUMENTS...`` as Python would, on a machine that seems to have a GPU."""
+    """Runs ``-m MODULE ARGUMENTS...`` like Python, with ``torch.cuda`` faked where it is needed."""
     minus_m, name, *rest = arguments
     assert minus_m == "-m", arguments
     if name == "benchmarks.gpu":
         from benchmarks import gpu
 
         if "--results" not in rest:
-            raise SystemExit("a rehearsal's record is of no GPU: name another folder (--results)")
-        # The interpreter of the processes that it starts.
+            raise SystemExit("--results must be given: a rehearsal's record belongs to no GPU")
+        # Child processes use the same replacement.
         sys.executable = os.environ["PYTHON"]
         setattr(gpu, "ELEMENTS", ELEMENTS)  # noqa: B010
         return gpu.main(rest)
@@ -201,9 +203,9 @@ def main(arguments: list[str]) -> int:
         small_sizes()
         from benchmarks import gpu_sections
 
-        # A check of the sanitizer's starts pytest, without any of this.
+        # The section "sanitizer" starts pytest, which the lines below run unchanged.
         return gpu_sections.main(rest)
-    # pytest, say, and what that starts.
+    # Other modules, such as pytest, run unchanged.
     module: Any = importlib.import_module(name)
     return int(module.main(rest))
 

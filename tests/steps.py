@@ -1,4 +1,4 @@
-"""One step's table, tensors and model, and how its results are compared."""
+"""Table, tensors and model of the step's tests, and the comparison of results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastddim import DDIM
 
 TABLE = torch.tensor(DDIM(steps=50, eta=1.0).table)
 
-# Nothing is shrunk: an interpreted example takes a while, and each is small.
+# No shrinking: examples are small, and interpreted ones are slow.
 DRAWN: dict[str, Any] = {
     "deadline": None,
     "derandomize": True,
@@ -26,11 +26,11 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def model(x: Tensor, row: int) -> Tensor:
-    """Any nonlinear function will do, as long as it keeps a trajectory bounded."""
+    """An arbitrary nonlinear function that keeps a trajectory bounded."""
     return torch.tanh(x * 0.7 + 0.3 * torch.sin(x.flip(-1) * 3 + row))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal in value, NaN being equal to NaN."""
+    """True if the values are equal, where NaN equals NaN."""
     nan = a.isnan()
     return torch.equal(nan, b.isnan()) and torch.equal(a[~nan], b[~nan])

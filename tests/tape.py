@@ -1,4 +1,4 @@
-"""What a CUDA graph is, on any device: the operations with their memory, done again in place."""
+"""A CUDA graph on any device: records operations with their memory and replays them in place."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ALLOCATIONS = {
 
 
 class FreedError(RuntimeError):
-    """A graph has the address of memory that has been freed."""
+    """A graph holds the address of freed memory."""
 
 
 class Place(NamedTuple):
-    """A tensor as a graph knows it, which keeps no memory alive."""
+    """A tensor's address and layout, without a reference that keeps its memory alive."""
 
     storage: StorageWeakRef
     dtype: torch.dtype
@@ -55,11 +55,12 @@ class Place(NamedTuple):
 
 
 class Tape(TorchDispatchMode):
-    """Records what is done while it is entered, and does it again.
+    """Records the operations within its block, and replays them.
 
-    As with a graph on a GPU, Python does not run again, every address is the recorded one, and
-    reading a value is refused. The tape holds the memory that was allocated while it was entered,
-    as a graph's pool does, and none beside it: what it reads and writes there is somebody else's.
+    As with a CUDA graph, a replay runs no Python and uses the recorded addresses, and reading a
+    value during the recording raises. Like a graph's pool, the tape keeps only the memory alive
+    that was allocated within its block. Other memory that it reads or writes must be kept alive by
+    its owner.
     """
 
     def __init__(self) -> None:
@@ -70,7 +71,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
-            raise RuntimeError("a graph reads no values")
+            raise RuntimeError("a graph cannot read values")
         kwargs = kwargs or {}
         for tensor in tensors_of((args, kwargs)):
             if tensor.untyped_storage()._cdata not in self.pool:
@@ -89,7 +90,7 @@ class Tape(TorchDispatchMode):
             for func, args, kwargs, places in self.done:
                 outs = [place.tensor() for place in places]
                 if func in ALLOCATIONS:
-                    for out in outs:  # whatever stood there
+                    for out in outs:  # an allocation leaves any values
                         out.fill_(float("nan") if out.is_floating_point() else 1)
                     continue
                 here = tree_map(
@@ -104,7 +105,7 @@ class Tape(TorchDispatchMode):
 
     @property
     def freed(self) -> list[Place]:
-        """What the graph reads or writes that nobody holds any more."""
+        """Freed memory outside the pool that the graph reads or writes."""
         return [place for place in self.outside.values() if place.storage.expired()]
 
 
@@ -113,7 +114,7 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 def tapes_for_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    """Makes ``graph.capture`` record tapes, on a CPU, and returns the list that they join."""
+    """Makes ``graph.capture`` record tapes on a CPU, and returns the list that collects them."""
     tapes: list[Tape] = []
 
     class Stream:

@@ -1,4 +1,4 @@
-"""PyTorch's sync debug mode, in which an operation that waits for the GPU is an error."""
+"""PyTorch's sync debug mode, in which an operation that waits for the GPU raises."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _forbidden = False
 
 
 def forbid_waiting() -> None:
-    """From now on what waits for the GPU is an error, to the end of the test at the latest.
+    """Makes operations that wait for the GPU raise, to the end of the test at the latest.
 
-    The test's fixture (``faults.waiting_allowed_again``) ends it even where the test has failed.
+    The fixture ``faults.waiting_allowed_again`` ends this mode even if the test fails.
     """
     global _forbidden
     _forbidden = True
@@ -22,6 +22,7 @@ def forbid_waiting() -> None:
 
 
 def allow_waiting() -> None:
+    """Ends the effect of ``forbid_waiting``."""
     global _forbidden
     if _forbidden:
         _set("default")
@@ -30,7 +31,7 @@ def allow_waiting() -> None:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Within, what waits for the GPU is an error."""
+    """Makes operations that wait for the GPU raise within the block."""
     torch.cuda.synchronize()
     forbid_waiting()
     try:

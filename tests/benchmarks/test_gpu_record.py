@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import children, gpu, gpu_report, gpu_sections, records, sanitizer, testing
+from benchmarks import children, gpu, gpu_report, gpu_sections, records, testing
 from benchmarks.checks import differing
 from benchmarks.children import ROOT, Child, Deadline, Pipe
 from benchmarks.gpu import SHARES, Book, budget, measured
 from benchmarks.gpu_report import TABLES
 from benchmarks.gpu_sections import DEAD, Part
+from benchmarks.sections import launches, sanitizer, scale, variants
 from benchmarks.timing import Record, WrongResultError
 from benchmarks.variants import VARIANTS, launch_arguments
 
@@ -461,21 +462,21 @@ ASKED = {
 
 
 def test_each_variant_is_asked_the_least_of_its_kinds() -> None:
-    found = {name: gpu_sections.asked(v) for name, v in VARIANTS.items()}
+    found = {name: variants.required(v) for name, v in VARIANTS.items()}
     assert found == {name: least for least, names in ASKED.items() for name in names}
 
 
 def test_a_learned_variance_between_the_pixels_is_read_along() -> None:
-    moved = {name: gpu_sections.moved_bytes(v) for name, v in VARIANTS.items()}
+    moved = {name: launches.moved_bytes(v) for name, v in VARIANTS.items()}
     assert moved["learned last"] == moved["learned last rgb"] == 16
     assert moved["learned philox clip rederive"] == moved["epsilon"] == 12
     assert moved["epsilon bf16"] == 10
 
 
 def test_a_copy_moves_as_many_bytes_in_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_sections, "DEVICE", "cpu")
+    monkeypatch.setattr(scale, "DEVICE", "cpu")
     for total in (12 * 65 * 3 * 255 * 255, 12 * 1024, 10):
-        calls, moved = gpu_sections.copies(total, 2)
+        calls, moved = launches.copies(total, 2)
         copied, added = calls["copy"](0), calls["add"](1)
         assert isinstance(copied, torch.Tensor)
         assert isinstance(added, torch.Tensor)
@@ -866,6 +867,6 @@ def test_a_rehearsal_keeps_no_record_among_the_results() -> None:
         timeout=60,
     )
     assert done.returncode == 1
-    assert "a rehearsal's record is of no GPU" in done.stderr
+    assert "a rehearsal's record belongs to no GPU" in done.stderr
     for path in records.RESULTS.glob("*.json"):
         assert "rehearsal" not in path.read_text()

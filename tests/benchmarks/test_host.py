@@ -79,7 +79,7 @@ def test_ratios_are_to_the_yardstick_the_peer_and_the_other_checkout(
     assert "of_plain" not in of[LAUNCH]
     shown = host.shown({"beside": ["abc"], "rows": rows})
     assert "| torch, 1x16x7 | µs | of torch.add(out=) | of the plain loop | now / abc |" in shown
-    assert "1× (1–1); asked: ≤ 1.2×, met: yes" in shown
+    assert "1× (1–1); required: ≤ 1.2×, met: yes" in shown
     (line,) = (line for line in shown.splitlines() if line.startswith("| fastddim.bind"))
     assert line.endswith("| 3× (3–3) | 0.75× (0.75–0.75) |  |")
 

@@ -16,14 +16,23 @@ import torch
 from torch import Tensor, nn
 
 import fastddim
-from benchmarks import gpu, ladder, plain
+from benchmarks import gpu, networks, plain
 from benchmarks.children import Deadline
-from benchmarks.ladder import BESIDE_COMPILE, CAPTURE, MODELS, PLAIN, RUNGS, SEED, TORCH_COMPILE
+from benchmarks.sections import graph, ladder, rungs
+from benchmarks.sections.rungs import (
+    BESIDE_COMPILE,
+    CAPTURE,
+    MODELS,
+    ORIGINAL,
+    PLAIN,
+    RUNGS,
+    TORCH_COMPILE,
+)
 from benchmarks.timing import Record, wall_seconds
 from fastddim import using
 
-POLICY = ladder.Case(
-    "policy", lambda: ladder.Policy(widths=(8, 16)), (2, 16, 7), 5, cond={"global_cond": (64,)}
+POLICY = rungs.Case(
+    "policy", lambda: networks.Policy(widths=(8, 16)), (2, 16, 7), 5, cond={"global_cond": (64,)}
 )
 
 
@@ -42,7 +51,7 @@ class ByClass(nn.Module):
         return out.tanh()
 
 
-IMAGE = ladder.Case("image", ByClass, (3, 3, 8, 8), 4)
+IMAGE = rungs.Case("image", ByClass, (3, 3, 8, 8), 4)
 GUIDED = replace(
     IMAGE, name="guided", cond={"class_labels": 1}, uncond={"class_labels": 3}, guidance=2.0
 )
@@ -61,7 +70,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def rows_of(
-    case: ladder.Case, names: tuple[str, ...] = PLAIN, seconds: float = 60.0
+    case: rungs.Case, names: tuple[str, ...] = PLAIN, seconds: float = 60.0
 ) -> dict[str, Record]:
     rows = list(ladder.ladder(case, names, "cpu", Deadline(seconds)))
     assert len({row["rung"] for row in rows}) == len(rows)
@@ -69,21 +78,21 @@ def rows_of(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name} {case.dtype}")
-def test_every_rung_gives_what_the_seeds_loop_gives(case: ladder.Case) -> None:
+def test_every_rung_gives_what_the_seeds_loop_gives(case: rungs.Case) -> None:
     rows = rows_of(case, EXACT)
     assert list(rows) == [*EXACT, *ALONE]
     for name in EXACT:
         assert rows[name]["bit_equal"], name
         assert len(rows[name]["us_per_step_beside_model"]) == 3
         assert rows[name]["rounds"] == 3
-    assert rows[SEED]["times_faster"] == [1, 1, 1]
+    assert rows[ORIGINAL]["times_faster"] == [1, 1, 1]
     for row in rows.values():
         assert "\n" not in gpu.shown("ladder", json.loads(json.dumps(row)))
 
 
 @pytest.mark.slow  # to import diffusers takes long
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name} {case.dtype}")
-def test_so_do_those_of_diffusers(case: ladder.Case) -> None:
+def test_so_do_those_of_diffusers(case: rungs.Case) -> None:
     rows = rows_of(case)
     assert list(rows) == [*PLAIN, *ALONE]
     assert not [row for row in rows.values() if "failed" in row]
@@ -95,7 +104,7 @@ def test_so_do_those_of_diffusers(case: ladder.Case) -> None:
 
 @pytest.mark.parametrize("case", [POLICY, GUIDED], ids=lambda case: case.name)
 def test_the_compiled_model_is_a_rung_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, case: ladder.Case
+    monkeypatch: pytest.MonkeyPatch, case: rungs.Case
 ) -> None:
     asked: list[Record] = []
 
@@ -113,14 +122,14 @@ def test_the_compiled_model_is_a_rung_of_its_own(
     assert not [row for row in rows.values() if "failed" in row]
     assert list(rows) == [*BESIDE_COMPILE, *MODELS]
     assert rows[TORCH_COMPILE]["bit_equal"]
-    assert "torch.compile" in rows[SEED]["case"]
+    assert "torch.compile" in rows[ORIGINAL]["case"]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what torch imports for its compiler
 @pytest.mark.parametrize("case", [POLICY, GUIDED], ids=lambda case: case.name)
 def test_what_torch_compile_makes_of_it_is_right(
-    monkeypatch: pytest.MonkeyPatch, case: ladder.Case
+    monkeypatch: pytest.MonkeyPatch, case: rungs.Case
 ) -> None:
     compile = torch.compile
     monkeypatch.setattr(
@@ -145,7 +154,7 @@ def test_what_cannot_be_compiled_says_so_and_no_more(monkeypatch: pytest.MonkeyP
 def wrongly(monkeypatch: pytest.MonkeyPatch, name: str, error: float) -> None:
     make, model = RUNGS[name]
 
-    def off(ready: ladder.Ready) -> ladder.Run:
+    def off(ready: rungs.Ready) -> rungs.Run:
         run = make(ready)
         return lambda: run() * (1 + error)
 
@@ -168,7 +177,7 @@ def test_nor_is_one_timed_that_is_wrong_from_the_second_time_on(
 ) -> None:
     make, model = RUNGS[CAPTURE]
 
-    def stale(ready: ladder.Ready) -> ladder.Run:
+    def stale(ready: rungs.Ready) -> rungs.Run:
         run, times = make(ready), iter([1.0])
         return lambda: run() * next(times, float("nan"))
 
@@ -177,10 +186,10 @@ def test_nor_is_one_timed_that_is_wrong_from_the_second_time_on(
 
 
 def test_a_rung_that_fails_or_hangs_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(_: ladder.Ready) -> ladder.Run:
+    def fails(_: rungs.Ready) -> rungs.Run:
         raise RuntimeError("no such luck")
 
-    def hangs(_: ladder.Ready) -> ladder.Run:
+    def hangs(_: rungs.Ready) -> rungs.Run:
         time.sleep(60)
         raise AssertionError
 
@@ -188,19 +197,19 @@ def test_a_rung_that_fails_or_hangs_leaves_the_others(monkeypatch: pytest.Monkey
     monkeypatch.setitem(RUNGS, CAPTURE, (fails, RUNGS[CAPTURE][1]))
     monkeypatch.setitem(RUNGS, "DDIM.sample", (hangs, RUNGS["DDIM.sample"][1]))
     begin = time.monotonic()
-    rows = rows_of(IMAGE, (SEED, CAPTURE, "DDIM.sample", last), seconds=3.0)
+    rows = rows_of(IMAGE, (ORIGINAL, CAPTURE, "DDIM.sample", last), seconds=3.0)
     assert time.monotonic() - begin < 10
     assert rows[CAPTURE]["failed"] == "RuntimeError: no such luck"
     assert rows["DDIM.sample"]["left_out"].startswith("no time: it took more than 2")
     assert rows[last]["left_out"] == "no time"
-    assert rows[SEED]["times_faster"] == [1, 1, 1]
+    assert rows[ORIGINAL]["times_faster"] == [1, 1, 1]
 
 
 def test_without_the_original_loop_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(_: ladder.Ready) -> ladder.Run:
+    def fails(_: rungs.Ready) -> rungs.Run:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setitem(RUNGS, SEED, (fails, RUNGS[SEED][1]))
+    monkeypatch.setitem(RUNGS, ORIGINAL, (fails, RUNGS[ORIGINAL][1]))
     (row,) = rows_of(POLICY, EXACT).values()
     assert row["failed"] == "RuntimeError: no such luck"
 
@@ -211,11 +220,11 @@ def test_a_replay_keeps_what_its_graph_reads_alive(monkeypatch: pytest.MonkeyPat
         def __call__(self) -> Tensor:
             return torch.zeros(1)
 
-    monkeypatch.setattr(ladder, "capture", lambda body, device: lambda: torch.zeros(1))
-    ready = ladder.prepared(POLICY, "cpu")
+    monkeypatch.setattr(rungs, "capture", lambda body, device: lambda: torch.zeros(1))
+    ready = rungs.prepared(POLICY, "cpu")
     owner = Owner()
     held = weakref.ref(owner)
-    replay = ladder.in_a_graph(owner, ready)
+    replay = rungs.in_a_graph(owner, ready)
     del owner
     gc.collect()
     assert held() is not None
@@ -232,7 +241,7 @@ def test_a_replay_keeps_what_its_graph_reads_alive(monkeypatch: pytest.MonkeyPat
         return act
 
     monkeypatch.setattr(fastddim.DDIM, "capture", noted)
-    step, small = ladder.chain((2, 4, 4), 0.0, 2, "cpu")
+    step, small = graph.chain((2, 4, 4), 0.0, 2, "cpu")
     gc.collect()
     assert captures[0]() is not None
     del step, small
@@ -269,7 +278,7 @@ def test_the_cases_are_what_they_are_called_and_in_the_order_of_their_worth() ->
     assert [case.steps for case in cases] == [10, *[20] * 5]
     assert cases[1].make is cases[4].make
     x, cond = torch.randn(1, 16, 7), torch.randn(1, 64)
-    assert ladder.Policy()(x, torch.tensor([3]), global_cond=cond).shape == x.shape
+    assert networks.Policy()(x, torch.tensor([3]), global_cond=cond).shape == x.shape
     plan = ladder.plan()
     assert [(name, rungs) for name, _, rungs, _ in plan[:4]] == [
         ("robot policy, float32", PLAIN),
@@ -279,10 +288,10 @@ def test_the_cases_are_what_they_are_called_and_in_the_order_of_their_worth() ->
     ]
     assert len({name for name, *_ in plan}) == len(plan) == 9
     assert list(RUNGS)[:6] == [
-        SEED,
+        ORIGINAL,
         "DDIM.sample",
         CAPTURE,
-        "eager step, factors made before",
+        "eager step, factors precomputed",
         TORCH_COMPILE,
         plain.NUMBERS,
     ]
@@ -291,12 +300,12 @@ def test_the_cases_are_what_they_are_called_and_in_the_order_of_their_worth() ->
 @pytest.mark.slow
 def test_the_unets_are_what_they_are_called() -> None:
     with torch.device("meta"):
-        unet, latents = ladder.UNet(**ladder.CIFAR10), ladder.UNet(**ladder.LATENTS)
+        unet, latents = networks.UNet(**networks.CIFAR10), networks.UNet(**networks.LATENTS)
     assert sum(p.numel() for p in unet.parameters()) == 35_746_307
     assert 5e7 < sum(p.numel() for p in latents.parameters()) < 2e8
-    small = {**ladder.LATENTS, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+    small = {**networks.LATENTS, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
     guided = ladder.cases()[2]
-    case = replace(guided, make=lambda: ladder.UNet(**small), shape=(1, 4, 8, 8), steps=2)
+    case = replace(guided, make=lambda: networks.UNet(**small), shape=(1, 4, 8, 8), steps=2)
     rows = rows_of(case)
     assert not [row for row in rows.values() if "failed" in row]
     assert all(rows[name]["bit_equal"] for name in EXACT)
@@ -319,16 +328,16 @@ def timed(runs: dict[str, Callable[[], object]], *_: object) -> dict[str, list[f
 def test_the_marginal_step_is_the_difference_of_two_graphs(
     monkeypatch: pytest.MonkeyPatch, eta: float, shape: tuple[int, ...], asked: float | None
 ) -> None:
-    assert shape in ladder.SHAPES
-    monkeypatch.setattr(ladder, "device_seconds", timed)
-    monkeypatch.setattr(ladder, "SHORT", 2)
-    monkeypatch.setattr(ladder, "LONG", 4)
-    (row,) = ladder.marginal(shape, eta, "cpu", Deadline(60))
+    assert shape in graph.SHAPES
+    monkeypatch.setattr(graph, "device_seconds", timed)
+    monkeypatch.setattr(graph, "SHORT", 2)
+    monkeypatch.setattr(graph, "LONG", 4)
+    (row,) = graph.marginal(shape, eta, "cpu", Deadline(60))
     assert row["us_per_step"] == [1.5, 1, 2]
     assert row["us_per_small_kernel"] == [0.75, 0.5, 1]
     assert row["of_small_kernel"] == [2, 2, 2]  # round by round
     assert row["us_2_steps"] == 18
-    assert row.get("asked") == asked
+    assert row.get("required") == asked
     assert row.get("met") == (None if asked is None else False)
 
 

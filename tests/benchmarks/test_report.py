@@ -17,9 +17,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from benchmarks import bench_step, counts, gpu_report, gpu_sections, records, report
+from benchmarks import bench_step, counts, gpu_report, records, report
 from benchmarks.bench_step import Level, Table
 from benchmarks.peers import PEERS, Loops, MissingError, Peer
+from benchmarks.sections import host, variants
 from benchmarks.timing import WrongResultError, interval, times
 from benchmarks.variants import VARIANTS
 from fastddim.step import reference
@@ -47,7 +48,7 @@ def test_a_page_that_says_otherwise_is_noticed_and_mended(
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "PAGES", (page,))
     assert report.main(["--check"]) == 1
-    assert capsys.readouterr().out.startswith("README.md must say what the results do")
+    assert capsys.readouterr().out.startswith("README.md must match benchmarks/results")
     assert page.read_text() != right
     assert report.main([]) == 0
     assert page.read_text() == right
@@ -74,15 +75,23 @@ def test_figures_name_the_worst_shape_and_whether_they_are_met() -> None:
     large = report.LARGE
     section = {
         "rows": [
-            row("numba", 0, large, times_seed=[16.0, 14.0, 18.0], times_compile=[3.0, 2.0, 4.0]),
-            row("numba", 0, [1, 16, 7], times_seed=[2.0, 1.9, 2.1], times_compile=[0.9, 0.8, 1.1]),
-            row("numba", 1, large, times_seed=[5.9, 5.0, 7.0], times_compile=[0.9, 0.8, 0.99]),
-            row("pytorch", 0, large, times_seed=[8.0, 7.0, 9.0], times_compile=[0.5, 0.4, 0.6]),
+            row(
+                "numba", 0, large, times_original=[16.0, 14.0, 18.0], times_compile=[3.0, 2.0, 4.0]
+            ),
+            row(
+                "numba",
+                0,
+                [1, 16, 7],
+                times_original=[2.0, 1.9, 2.1],
+                times_compile=[0.9, 0.8, 1.1],
+            ),
+            row("numba", 1, large, times_original=[5.9, 5.0, 7.0], times_compile=[0.9, 0.8, 0.99]),
+            row("pytorch", 0, large, times_original=[8.0, 7.0, 9.0], times_compile=[0.5, 0.4, 0.6]),
             row(
                 "numba",
                 0,
                 [4, 3, 32, 32],
-                times_seed=[9.0, 8.0, 9.5],
+                times_original=[9.0, 8.0, 9.5],
                 times_compile=[0.95, 0.92, 0.97],
             ),
         ]
@@ -91,14 +100,14 @@ def test_figures_name_the_worst_shape_and_whether_they_are_met() -> None:
     assert [line.split(" | ")[-1] for line in lines] == [
         "yes, by the median |",
         "yes, by the median |",
-        "open: the interval holds it |",
+        "open: the interval contains the limit |",
         "**no** |",
         "**no** |",
     ]
     # Not 0.9 (0.8 to 1.1), which may be none: a certain loss at another shape comes before it.
     assert "here 4x3x32x32 | ≥ 1× | 0.95× (0.92–0.97)" in lines[3]
     assert "64x3x256x256 | ≥ 6× | 5.9× (5–7)" in lines[2]
-    section["rows"][2]["times_seed"] = [7.0, 6.0, 8.0]
+    section["rows"][2]["times_original"] = [7.0, 6.0, 8.0]
     assert report.figures(section).splitlines()[4].endswith("| 7× (6–8) | yes |")
     lost = report.losses(section).splitlines()
     assert [line.split(":")[0] for line in lost] == [
@@ -124,12 +133,12 @@ def test_the_plain_loop_is_a_figure_and_a_loss_where_it_was_measured() -> None:
         ]
     }
     scheduler, numba = report.figures(section).splitlines()[2:]
-    assert scheduler.endswith("against a plain loop, factors made before | any shape, here 1x16x7 "
+    assert scheduler.endswith("against a plain loop, factors precomputed | any shape, here 1x16x7 "
                               "| ≥ 1× | 0.8× (0.7–0.9) | **no** |")  # fmt: skip
     assert numba.endswith("| 2× (1.9–2.1) | yes |")
     first, second = report.losses(section).splitlines()
-    assert first.endswith("1.25 times as long (1.11–1.43) as a plain loop, factors made before")
-    assert second.endswith("2 times as long (2–2) as a plain loop, factors made before as tensors")
+    assert first.endswith("1.25 times as long (1.11–1.43) as a plain loop, factors precomputed")
+    assert second.endswith("2 times as long (2–2) as a plain loop, factors precomputed as tensors")
     # Records made before it was a peer are shown without it.
     of_gpu = {"loop": "DDIM.sample", "shape": [1, 16, 7], "eta": 0, "us_per_step": [2.0] * 3}
     old = of_gpu | {"times_faster": [9.0, 8.0, 10.0]}
@@ -159,7 +168,7 @@ def a_gpu(**more: Any) -> dict[str, Any]:
 
 def variant(name: str, of_copy: Any, least: float = 0.9, **more: Any) -> dict[str, Any]:
     numbers = {"bytes_moved": 12, "us": [1.0, 0.9, 1.1], "gb_per_s": 4000.0}
-    asked = {"of_copy": of_copy, "of_add": [0.5, 0.4, 0.6], "asked": least}
+    asked = {"of_copy": of_copy, "of_add": [0.5, 0.4, 0.6], "required": least}
     return {"variant": name, "shape": [2, 3, 4], **numbers, **asked, **more}
 
 
@@ -183,25 +192,25 @@ def test_a_gpus_tables_say_what_was_met_and_what_is_wrong() -> None:
     )
     assert cells(table, "certain")[4:] == ["4000", "0.95 (0.93–0.97)", "≥ 0.9", "yes"]
     assert cells(table, "probable")[-1] == "yes, by the median"
-    assert cells(table, "open")[-1] == "open: the interval holds it"
+    assert cells(table, "open")[-1] == "open: the interval contains the limit"
     assert cells(table, "lost")[-1] == "**no**"
     assert cells(table, "short")[-3:] == ["0.95", "≥ 0.9", "yes"]
     # However fast it is beside a copy that is slow.
     assert cells(table, "held elsewhere †")[-3:] == ["0.5 (0.4–0.6)", "≥ 0.9", "**no**"]
-    assert table.endswith("† Held against the addition: reasons.")
+    assert table.endswith("† Compared with the addition: reasons.")
     assert "**wrong**: out differs" in cells(table, "astray")
     assert "no time" in cells(table, "late")
 
 
 def test_the_hosts_limits_stand_beside_what_was_measured() -> None:
-    theirs, ours = (of["told CUDA tensors"] for of in (gpu_sections.THEIRS, gpu_sections.FAST))
+    theirs, ours = (of["timesteps as CUDA tensors"] for of in (host.THEIRS, host.FAST))
     table = gpu_report.host(
         [
             {"call": "old", "us": 6.3},
             {"call": "free", "us": 6.3, "of_add": 1.0},
-            {"call": "kept", "us": 15.0, "of_add": 2.4, "asked": 2.5},
-            {"call": "lost", "us": 30.0, "of_add": 4.1, "asked": 4.0},
-            {"call": "ratio", "times": 8.5, "asked_at_least": 8.0},
+            {"call": "kept", "us": 15.0, "of_add": 2.4, "required": 2.5},
+            {"call": "lost", "us": 30.0, "of_add": 4.1, "required": 4.0},
+            {"call": "ratio", "times": 8.5, "required_at_least": 8.0},
             {"call": theirs, "failed": "ImportError: diffusers"},
         ]
     )
@@ -211,20 +220,21 @@ def test_the_hosts_limits_stand_beside_what_was_measured() -> None:
     assert cells(table, "`lost`")[1:] == ["30", "4.1×", "≤ 4×", "**no**"]
     assert cells(table, "`ratio`")[1:] == ["8.5×", "", "≥ 8×", "yes"]
     assert "ImportError: diffusers" in cells(table, f"`{theirs}`")[1]
-    assert set(gpu_sections.OF_ADD.values()) == {2.5, 4.0}
-    assert ours in gpu_sections.OF_ADD
+    assert set(host.OF_ADD.values()) == {2.5, 4.0}
+    assert ours in host.OF_ADD
 
 
 def test_what_must_not_exceed_a_figure_is_met_below_it() -> None:
     def of(ratio: Any) -> str:
-        row = {"shape": [1, 16, 7], "eta": 0, "us_per_step": 1.2, "us_per_small_kernel": 1.0}
-        return cells(gpu_report.marginal([row | {"of_small_kernel": ratio, "asked": 1.3}]), "1x")[
-            -1
-        ]
+        row: dict[str, Any] = {"shape": [1, 16, 7], "eta": 0}
+        row |= {"us_per_step": 1.2, "us_per_small_kernel": 1.0}
+        return cells(
+            gpu_report.marginal([row | {"of_small_kernel": ratio, "required": 1.3}]), "1x"
+        )[-1]
 
     assert of([1.2, 1.1, 1.3]) == "yes"
     assert of([1.2, 1.1, 1.4]) == "yes, by the median"
-    assert of([1.4, 1.2, 1.5]) == "open: the interval holds it"
+    assert of([1.4, 1.2, 1.5]) == "open: the interval contains the limit"
     assert of([1.4, 1.31, 1.5]) == "**no**"
     assert (of(1.3), of(1.31)) == ("yes", "**no**")
 
@@ -287,8 +297,8 @@ def test_the_record_of_the_h200_says_what_failed_there() -> None:
     record = json.loads((records.RESULTS / "nvidia-h200.json").read_text())
     for row in record["variants"]:
         held = row["of_add"] if "yardstick" in row else row["of_copy"][0]
-        assert row["asked"] == gpu_sections.asked(VARIANTS[row["variant"]])
-        assert row["met"] == (held >= row["asked"])
+        assert row["required"] == variants.required(VARIANTS[row["variant"]])
+        assert row["met"] == (held >= row["required"])
     assert record["complete"] == (not record["missing"])
     assert len(record["tests"]["failures"]) == record["tests"]["failed"]
     page = (ROOT / "README.md").read_text()
@@ -315,13 +325,13 @@ def test_the_tally_counts_by_the_definition() -> None:
         torch.mul(x, y, out=y)  # two read, one written
         y.view(64).copy_(x.view(64))  # read, written; views are nothing
         torch.randn_like(x)  # written
-        small.sum().item()  # an operation and a question
+        small.sum().item()  # an operation and a host sync
         y = y.to("cpu").to(x.device).to(x.device)  # there and back
         small.to("cpu")
     assert tally.found["operations"] == 6
     assert tally.found["passes"] == 5
     assert tally.found["bytes_per_element"] == 8 + 8 + 12 + 8 + 4
-    assert tally.found["questions"] == 1
+    assert tally.found["host_syncs"] == 1
     assert transfers.count == 2
 
 
@@ -352,22 +362,22 @@ def test_ratios_are_those_of_a_round() -> None:
 def test_every_peer_gives_what_it_must(eta: float) -> None:
     for shape in ((1, 16, 7), (2, 3, 5, 7), (1, 2, 3, 5, 7)):
         loops = Loops(shape, 5, eta)
-        names = ("seed", "diffusers", "plain", "tensors", "scheduler", "pytorch")
+        names = ("original", "diffusers", "plain", "tensors", "scheduler", "pytorch")
         for name in (*names, *here("numba")):
             PEERS[name].ready(loops)
 
 
 def test_a_result_that_is_wrong_raises() -> None:
     loops = Loops((2, 3, 16, 16), 5, 1.0)
-    right = loops.seed()
-    loops.near(loops.seed)
+    right = loops.original()
+    loops.near(loops.original)
     nan = torch.full_like(right, math.nan)
-    wrong = (lambda: 1.01 * loops.seed(), lambda: nan, loops.sample)
+    wrong = (lambda: 1.01 * loops.original(), lambda: nan, loops.sample)
     for run in wrong:
         with pytest.raises(WrongResultError, match="off the reference"):
             loops.near(run)
     with pytest.raises(WrongResultError, match="bit for bit"):
-        loops.equal(lambda: loops.seed().nextafter(right), loops.eager_seeds)
+        loops.equal(lambda: loops.original().nextafter(right), loops.eager_seeds)
 
 
 def test_noise_of_another_strength_is_wrong() -> None:
@@ -414,7 +424,7 @@ def test_what_is_wrong_or_missing_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
     found = table.row("diffusers")
     assert found["bytes_per_element"] == 56
     assert found["rounds"] == 2
-    assert {"times_seed", "times_plain", "times_tensors"} <= set(found)
+    assert {"times_original", "times_plain", "times_tensors"} <= set(found)
     seconds = found["us_per_step"][0] / 1e6
     assert found["gb_per_s"] == pytest.approx(56 * 112 / seconds / 1e9, rel=1e-3)
     assert "times_compile" not in found
@@ -495,7 +505,7 @@ def test_pytest_benchmark_reports_the_seconds_that_were_taken(tmp_path: Path) ->
     assert run.returncode == 0, run.stdout
     assert "nothing is kept" in run.stdout
     rows = json.loads(out.read_text())["benchmarks"]
-    assert {"test_step[1x16x7-eta1-seed]", "test_step[1x16x7-eta1-compile]"} <= {
+    assert {"test_step[1x16x7-eta1-original]", "test_step[1x16x7-eta1-compile]"} <= {
         row["name"] for row in rows
     }
     for row in rows:

@@ -1,8 +1,8 @@
-"""NVIDIA's compute-sanitizer over a few of the GPU tests: no kernel reads or writes astray.
+"""Section "sanitizer": NVIDIA's compute-sanitizer over some GPU tests, for stray reads and writes.
 
-``benchmarks.gpu`` runs this as its section "sanitizer". A test compares results; it notices neither
-a read beyond a tensor whose value is masked away nor a write into memory that nobody looks at.
-``memcheck`` notices both, and ``initcheck`` a read of memory that nobody has written.
+A test compares results. It notices neither a read beyond a tensor whose value is masked away, nor a
+write into memory that no test reads. ``memcheck`` notices both, and ``initcheck`` notices a read of
+memory that was never written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.timing import Record, rounded
 
 NAME = "compute-sanitizer"
 VARIABLE = "COMPUTE_SANITIZER"
-"""The environment variable that names the program, where it is somewhere else."""
+"""Environment variable that names the program."""
 TOOLKITS = Path("/usr/local")
 STEP = "tests/kernels/test_gpu.py::test_every_variant_equals_the_reference"
 VARIANTS = (
@@ -33,8 +33,8 @@ VARIANTS = (
     *("guidance philox bf16 clip next", "epsilon threshold"),
 )
 STEPS = tuple(f"{STEP}[{name}-{size}]" for size in ("odd", "its own shape") for name in VARIANTS)
-"""Every way of addressing memory: in fours and one by one, channels last with three and with four
-channels, beside a learned variance, both halves of guidance, a sample's own threshold."""
+"""Tests of every way of addressing memory: in fours and one by one, channels last with three and
+four channels, beside a learned variance, both halves of guidance, a threshold for each sample."""
 CAPTURED = "tests/kernels/test_gpu.py::test_a_captured_step_follows_what_its_arguments_hold"
 GRAPHS = (
     f"{CAPTURED}[epsilon philox rows x0]",
@@ -42,7 +42,7 @@ GRAPHS = (
 )
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 SHOWN = 3
-"""How many of the errors stand in the record, each with the two lines that say where it is."""
+"""Number of errors that the record quotes, each with the two lines that locate it."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Check:
     """One tool over some tests.
 
     Attributes:
-        tool: of compute-sanitizer's.
-        of: what the tests are of.
-        tests: their names.
-        caching: whether PyTorch may keep memory that is free. It takes memory in blocks of 2 MiB
-            and more, and of what lies beside a tensor in its block the tools believe that it may be
-            read and written, and that it holds values. So every tensor gets memory of its own from
-            the driver; but not in a capture, which must not ask the driver for memory.
+        tool: name of the tool.
+        of: "steps" or "graphs".
+        tests: names of the tests.
+        caching: True if PyTorch may use its caching allocator, which takes blocks of 2 MiB or more.
+            The tools treat the whole block as valid and initialised, so they miss a read or write
+            beyond a tensor in it. Without caching each tensor gets its own memory from the driver.
+            A capture needs caching, because it must not allocate from the driver.
     """
 
     tool: str
@@ -67,13 +67,13 @@ class Check:
     def options(self) -> list[str]:
         found = [
             *("--tool", self.tool, "--print-limit", "20"),
-            # pytest exits with 1 where a test fails, and PyTorch asks the driver for functions that
-            # older ones lack: neither is an error of a kernel's.
+            # pytest exits with 1 where a test fails, and PyTorch looks up functions that older
+            # drivers lack: neither is a kernel's error.
             *("--check-exit-code", "no"),
         ]
         if self.tool == "memcheck":
-            # PyTorch's own kernels are not in question, and to check them takes long. initcheck
-            # must see them: it is they who write what ours read.
+            # Checking PyTorch's own kernels takes long and tells nothing about ours. initcheck must
+            # see them, because they write the memory that ours read.
             kernels = ("kns=ddim_step_kernel", "kns=normal_kernel")
             found += ["--report-api-errors", "no"]
             found += [word for kernel in kernels for word in ("--kernel-name", kernel)]
@@ -89,14 +89,15 @@ CHECKS = (
 
 
 def program() -> str | None:
-    """Where compute-sanitizer is: named, on PATH, in a CUDA toolkit, or in a package of pip's."""
+    """Path of compute-sanitizer: named, on PATH, in a CUDA toolkit, or in a pip package."""
     named = os.environ.get(VARIABLE)
     if named is not None:
         return shutil.which(named)
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     folders = [Path(home) / "bin" for home in homes]
     folders += sorted(TOOLKITS.glob("cuda*/bin"), reverse=True)
-    # nvidia-cuda-sanitizer-api has nvidia/cu13/bin; that of CUDA 12 has nvidia/cuda_sanitizer_api.
+    # For CUDA 13 nvidia-cuda-sanitizer-api has nvidia/cu13/bin, for CUDA 12
+    # nvidia/cuda_sanitizer_api/bin.
     packages = find_spec("nvidia")
     for place in packages.submodule_search_locations or () if packages else ():
         folders += sorted(Path(place).glob("*/bin"), reverse=True)
@@ -105,9 +106,9 @@ def program() -> str | None:
 
 
 def errors(log: str) -> tuple[int | None, list[str]]:
-    """How many errors there are, None where that is not known; and the first of them.
+    """(number of errors, or None where it is unknown; the first errors as text).
 
-    A tool that is ended early writes no summary, but may have told of errors before.
+    A tool that is killed writes no summary, but may have reported errors before.
     """
     summaries = [int(count) for count in SUMMARY.findall(log)]
     lines = [line.lstrip("= ").rstrip() for line in log.splitlines()]
@@ -120,7 +121,7 @@ def errors(log: str) -> tuple[int | None, list[str]]:
 
 
 def run(check: Check, deadline: Deadline) -> Iterator[Record]:
-    """The verdict of one check: how many errors in how many tests, or why there is none."""
+    """The row of one check: its verdict, the numbers of errors and tests, and the first errors."""
     row: Record = {"tool": check.tool, "of": check.of}
     found = program()
     if found is None:
@@ -132,19 +133,19 @@ def run(check: Check, deadline: Deadline) -> Iterator[Record]:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log, outcomes = Path(folder) / "log", Path(folder) / "outcomes"
-        # The outcomes go to a file: the tool need not hand an open pipe on to what it starts.
+        # The outcomes go to a file, because the tool need not pass an open pipe on to pytest.
         tests = testing.pytest(str(outcomes), *check.tests)
         child = Child(
             lambda _: [found, *check.options(), "--log-file", str(log), *tests], deadline, env
         )
         for _ in child:
             pass
-        said = log.read_text(errors="replace") if log.exists() else ""
+        text = log.read_text(errors="replace") if log.exists() else ""
         known = testing.Tests()
         for line in outcomes.read_text().splitlines() if outcomes.exists() else ():
-            with suppress(json.JSONDecodeError):  # half a line, where it was killed
+            with suppress(json.JSONDecodeError):  # a killed pytest may leave half a line
                 known.add(json.loads(line))
-    count, first = errors(said)
+    count, first = errors(text)
     summary = known.summary()
     row |= {f"tests_{outcome}": summary[outcome] for outcome in testing.WORST}
     row |= {"errors": count, "verdict": verdict(child, count, summary), "first": first}
@@ -152,7 +153,7 @@ def run(check: Check, deadline: Deadline) -> Iterator[Record]:
 
 
 def verdict(child: Child, count: int | None, summary: Record) -> str:
-    """ "clean" only where every test has run and passed, and the tool has found nothing."""
+    """ "clean" only if every test has run and passed, and the tool has found no error."""
     if count:
         return f"{count} errors"
     if child.late:
