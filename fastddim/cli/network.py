@@ -36,7 +36,7 @@ SCHEDULES = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class Prepared:
     """A model, where it is, and what it is told beside x and t.
 
     Attributes:
@@ -82,7 +82,7 @@ class Asked:
         return {"class_labels": torch.full((samples,), label, device=self.device)}
 
 
-def prepare(machine: Machine, network: Network, device: str | None = None) -> Asked:
+def prepare(machine: Machine, network: Network, device: str | None = None) -> Prepared:
     """The model that was asked for. What it was taken for is said on stderr.
 
     Args:
@@ -111,7 +111,7 @@ def prepare(machine: Machine, network: Network, device: str | None = None) -> As
         print(f"{loaded.description}\n{taken_for(loaded)}", file=sys.stderr)
     no_class = loaded.null_class if network.no_class is None else network.no_class
     guidance = None if network.guidance is None else parse_number("guidance", network.guidance)
-    return Asked(loaded, where, dtype, network.label, guidance, no_class)
+    return Prepared(loaded, where, dtype, network.label, guidance, no_class)
 
 
 def usable(machine: Machine, device: str | None = None) -> torch.device:

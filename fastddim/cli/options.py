@@ -20,6 +20,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from fastddim.check import finite, whole
+from fastddim.tools.seeds import parse_ranges
 
 MOST_IMAGES = 10_000
 """What one picture holds: beyond it nobody sees one, and a 256x256 grid outgrows memory."""
@@ -462,24 +463,6 @@ def parse_seeds(text: str) -> list[int]:
     if (count := sum(r.stop - r.start for r in ranges)) > MOST_IMAGES:
         raise ValueError(f"seeds must be at most {MOST_IMAGES}, got {count}")
     return [seed for r in ranges for seed in r]
-
-
-def parse_ranges(text: str) -> list[range]:
-    """ "0-9,20,30-39" → its ranges, in order."""
-    allowed = f"such as 7, 0-63 or 0-9,20,30-39, each seed in [0, 2^63-1], got {text!r}"
-    ranges: list[range] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,19})(?:-([0-9]{1,19}))?\s*", part)
-        if match is None:
-            raise ValueError(f"seeds must be {allowed}")
-        first = int(match[1])
-        last = int(match[2] or first)
-        if last >= 2**63:
-            raise ValueError(f"seeds must be {allowed}")
-        if last < first:
-            raise ValueError(f"seeds must be ranges that go up, {allowed}")
-        ranges.append(range(first, last + 1))
-    return ranges
 
 
 def check_cells(what: str, rows: int, columns: int) -> None:

@@ -17,108 +17,30 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 import os
 import shutil
-import sys
 import time
 import uuid
-from bisect import bisect
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.check import shown, whole
+from fastddim.check import shown
 from fastddim.tools import images
+from fastddim.tools.seeds import Seeds
 
 FORMATS = ("npy", "png", "npz")
 MANIFEST = "manifest.json"
 DONE = "sha256"
 _PATIENCE = 60.0
 """Seconds for which a process waits for that of rank 0, which starts at the same time."""
-
-
-class Seeds(Sequence[int]):
-    """Ranges of seeds, one after the other. None of the seeds is in memory.
-
-    Ranges that go on where the one before ends are one: the same seeds in the same order have
-    the same ranges.
-
-    Raises:
-        ValueError: there is none, or one twice.
-    """
-
-    def __init__(self, ranges: Iterable[range]) -> None:
-        self.ranges: list[range] = []
-        for r in ranges:
-            if self.ranges and self.ranges[-1].stop == r.start:
-                r = range(self.ranges.pop().start, r.stop)
-            self.ranges.append(r)
-        # Not len(), which ends at 2^63.
-        self._starts = [0, *itertools.accumulate(r.stop - r.start for r in self.ranges)]
-        if not 0 < self._starts[-1] <= sys.maxsize:  # what len() can say
-            raise ValueError(f"seeds must be at least 1, got {self._starts[-1]} of them")
-        ordered = sorted(self.ranges, key=lambda r: r.start)
-        for a, b in itertools.pairwise(ordered):
-            if b.start < a.stop:
-                raise ValueError(f"seeds must be there once each, got {b.start} twice")
-
-    @classmethod
-    def of(cls, seeds: Sequence[int]) -> Seeds:
-        """``seeds`` as the ranges they are made of."""
-        if isinstance(seeds, Seeds):
-            return seeds
-        if isinstance(seeds, range) and seeds.step == 1 and seeds:
-            whole("seeds[0]", seeds[0], low=0)
-            whole("seeds[-1]", seeds[-1], low=0, high=2**63 - 1)
-            return cls([seeds])
-        keys = (whole(f"seeds[{i}]", k, low=0, high=2**63 - 1) for i, k in enumerate(seeds))
-        runs = itertools.groupby(enumerate(keys), lambda place: place[1] - place[0])
-        bounds = ([key for _, key in run] for _, run in runs)
-        return cls(range(run[0], run[-1] + 1) for run in bounds)
-
-    @classmethod
-    def parse(cls, text: str) -> Seeds:
-        """What ``str`` gives."""
-        ends = (part.split("-") for part in text.split(","))
-        return cls(range(int(end[0]), int(end[-1]) + 1) for end in ends)
-
-    def begin_with(self, others: Seeds) -> bool:
-        """Whether ``others`` are the first of these."""
-        n = len(others.ranges)
-        if n > len(self.ranges) or others.ranges[:-1] != self.ranges[: n - 1]:
-            return False
-        a, b = self.ranges[n - 1], others.ranges[-1]
-        return a.start == b.start and b.stop <= a.stop
-
-    def __str__(self) -> str:
-        return ",".join(
-            f"{r.start}" if r.stop == r.start + 1 else f"{r.start}-{r.stop - 1}"
-            for r in self.ranges
-        )
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        i = range(len(self))[index]
-        at = bisect(self._starts, i) - 1
-        return self.ranges[at][i - self._starts[at]]
 
 
 class Folder:

@@ -33,9 +33,10 @@ from fastddim.loop.options import DownOptions, PrecisionOptions, option_names
 from fastddim.loop.sampler import DDIM
 from fastddim.step import backends
 from fastddim.tools import draw, images, provenance
-from fastddim.tools.folder import FORMATS, Folder, Seeds, holding
+from fastddim.tools.folder import FORMATS, Folder, holding
 from fastddim.tools.launch import PARENT
 from fastddim.tools.pace import Pace, There
+from fastddim.tools.seeds import Seeds
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

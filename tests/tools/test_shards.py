@@ -37,7 +37,7 @@ from fastddim.step import backends
 from fastddim.step.op import initial_noise
 from fastddim.tools import distance, draw, evaluate, images, provenance
 from fastddim.tools.folder import FORMATS, MANIFEST, Folder, Seeds
-from fastddim.tools.pace import There
+from fastddim.tools.pace import Count
 from fastddim.tools.quality import Gaussian, frechet_distance
 from fastddim.tools.shards import Worker, pictures, shard
 from tests.paths import CPU, use
@@ -888,7 +888,7 @@ def test_seeds_without_end_begin_at_once(tmp_path: Path) -> None:
 
 
 def test_progress_counts_the_images_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[There] = []
+    told: list[Count] = []
     for rank in (1, 0):
         for name, value in zip(LAUNCHERS, (rank, 2, rank), strict=True):
             monkeypatch.setenv(name, str(value))
@@ -915,7 +915,7 @@ def test_the_time_left_is_that_of_its_own_share(
 
     for name, value in zip(LAUNCHERS, (0, 4, 0), strict=True):
         monkeypatch.setenv(name, str(value))
-    told: list[tuple[float, There]] = []
+    told: list[tuple[float, Count]] = []
     make(
         tmp_path / "out", n=80, shard_size=20, model=a_second_each,
         progress=lambda n: told.append((now[0], n)),
