@@ -547,7 +547,7 @@ COMMON = {
     "device": "(cuda if",
     "checkpoint": "(the garment",
     "model": "(none)",
-    "config": "(what is beside",
+    "config": "(the file beside",
     "shape": "(the model's own)",
 }
 

@@ -36,8 +36,9 @@ from fastddim.__main__ import main
 from fastddim.step import backends
 from fastddim.step.op import initial_noise
 from fastddim.tools import distance, draw, evaluate, images, provenance
-from fastddim.tools.folder import FORMATS, MANIFEST, Folder, Seeds
+from fastddim.tools.folder import FORMATS, MANIFEST, Folder
 from fastddim.tools.pace import Count
+from fastddim.tools.seeds import Seeds
 from fastddim.tools.quality import Gaussian, frechet_distance
 from fastddim.tools.shards import Worker, pictures, shard
 from tests.paths import CPU, use
@@ -1078,7 +1079,7 @@ FEW = ("--steps", "2", "--batch-size", "4", "--shard-size", "8", "--device", "cp
 def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     asked = ("generate", "--seeds", "0-9,20", *FEW, "--eta", "1", "--spacing", "quad")
     assert main([*asked, "--out", "out"]) == 0
-    assert capfd.readouterr() == ("out: 11 images\n", "0 of 11 images are there\n")
+    assert capfd.readouterr() == ("out: 11 images\n", "0 of 11 images are finished\n")
     made = Folder.read(Path("out"))
     ddim = DDIM(2, eta=1.0, spacing="quad")
     x = torch.cat(list(draw.by_seed(ddim, embedded.load(), [*range(10), 20], embedded.SHAPE, 4)))
