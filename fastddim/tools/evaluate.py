@@ -18,7 +18,7 @@ from fastddim.tools.quality import frechet_distance
 from fastddim.tools.sources import Source
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-"""The name of torch-fidelity's weights of Inception v3, which ends in the start of their SHA-256."""
+"""torch-fidelity's name of its Inception v3 weights, which ends in the start of their SHA-256."""
 
 
 class Garments(NamedTuple):
@@ -90,7 +90,7 @@ def fid(
     if not checksum.startswith(Path(INCEPTION).stem.rpartition("-")[2]):
         raise ValueError(
             f"inception must be torch-fidelity's weights, {INCEPTION}, got {path}, which is "
-            f"another file: other features do not give FID"
+            f"another file: its features would not make a FID"
         )
     if not reference.is_dir():
         raise FileNotFoundError(f"fid must be a folder of pictures, got {reference}")

@@ -356,7 +356,7 @@ def test_another_recipe_is_refused_with_the_difference_named(
         refused(partial(make, tmp_path / "out", **change), ValueError, "out must be", said)
     torch.set_num_threads(2)
     try:
-        said = "threads (1 there, 2 here). Go on with as many threads: --threads 1"
+        said = "threads (1 there, 2 here). Use the same number of threads: --threads 1"
         refused(partial(make, tmp_path / "out"), ValueError, "out must be", said)
     finally:
         torch.set_num_threads(1)
@@ -779,7 +779,7 @@ def test_a_lost_shard_is_made_again_as_it_was_or_not_at_all(
     make(tmp_path / "out")
     before = content(tmp_path / "out")
     (tmp_path / "out/00002.npy").unlink()
-    refused(Folder.read(tmp_path / "out").verify, ValueError, "", "makes again what is missing")
+    refused(Folder.read(tmp_path / "out").verify, ValueError, "", "makes missing files again")
     assert not Folder.read(tmp_path / "out").finish()
     # A machine that says it is the same and rounds otherwise.
     real = images.to_uint8
@@ -1095,8 +1095,8 @@ def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     Path("out/00001.npy").unlink()
     assert main(["generate", "--verify", "out"]) == 2
     assert capfd.readouterr().err == (
-        "fastddim: out is not as it was made: 00001.npy is missing. Remove what has changed, and "
-        "the command that made it makes again what is missing\n"
+        "fastddim: out is not as it was made: 00001.npy is missing. Remove the changed files, and "
+        "the command that made it makes missing files again\n"
     )
 
 
