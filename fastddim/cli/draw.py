@@ -201,7 +201,7 @@ def sequence(
     columns: Annotated[
         int | None,
         columns_option(
-            "The number of steps to show, from 1 to S, at even distances up to the last.",
+            "The number of steps to show, from 1 to S, evenly spaced; the last is always shown.",
             show_default="10, or S if that is less",
         ),
     ] = None,

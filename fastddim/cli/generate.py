@@ -84,8 +84,8 @@ def generate(
 ) -> None:
     """Make any number of images by seed, in any number of processes, each image exactly once.
 
-    The command may be killed at any moment: the same command makes the images that are missing.
-    Of several processes each makes its share:
+    The command may be killed at any moment: the same command then makes the missing images.
+    Each of several processes makes its share:
 
     torchrun --nproc-per-node 8 --max-restarts 3 -m fastddim generate --seeds 0-49999 --out DIR
 

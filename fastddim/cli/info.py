@@ -40,9 +40,8 @@ def info(machine: Machine) -> None:
     print(f"fastddim {__version__}, Python {platform.python_version()} on {sys.platform}")
     print(", ".join(f"{name} {found[name]}" for name in packages if name in found))
     for device in usable_here:
-        what = provenance.machine(torch.device(device))
-        print(f"{device}: {what}; {takes[device]}")
-    for extra, (modules, what) in EXTRAS.items():
+        print(f"{device}: {provenance.machine(torch.device(device))}; {takes[device]}")
+    for extra, (modules, adds) in EXTRAS.items():
         missing = [
             package
             for module, package in modules.items()
@@ -50,11 +49,11 @@ def info(machine: Machine) -> None:
         ]
         if missing:
             print(
-                f"fastddim[{extra}] would add {what} ({', '.join(missing)} missing): "
+                f"fastddim[{extra}] would add {adds} ({', '.join(missing)} missing): "
                 f"pip install 'fastddim[{extra}]'"
             )
         else:
-            print(f"fastddim[{extra}] is installed: {what}")
+            print(f"fastddim[{extra}] is installed: {adds}")
 
 
 def _step_on(device: str) -> str:

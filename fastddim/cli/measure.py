@@ -78,10 +78,10 @@ def reconstruct(
             "--refine",
             "N",
             "Fixed-point iterations in each step of the encoding, >= 0. An exact step back needs "
-            "the model's output at the state it leads to, and uses the output at the state it "
-            "starts from; each iteration calls the model again at the state found so far. N "
-            "iterations take S*(2+N) model calls in all and lower the error, the faster the more "
-            "steps there are. The paper has N = 0.",
+            "the model's output at the state that it leads to. The first estimate of this state "
+            "uses the output at the state before, and each iteration the output at the latest "
+            "estimate. With N iterations an image takes S*(2+N) model calls, and the error is "
+            "smaller, most of all with many steps. The paper has N = 0.",
         ),
     ] = 0,
     spacing: Spacing = "uniform",
@@ -328,7 +328,7 @@ def profile(
 ) -> None:
     """Measure time, memory and image quality for each number of steps with each eta.
 
-    The grid is that of table 1 of the DDIM paper (Song et al. 2021). For each cell the command
+    The grid follows table 1 of the DDIM paper (Song et al. 2021). For each cell the command
     prints the milliseconds that a step of a full batch spends in the update (all work outside the
     model) and in the model, the images per second, and the peak memory of the tensors, weights
     included, in MB.

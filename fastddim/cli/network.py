@@ -89,7 +89,7 @@ def prepare(machine: Machine, network: Network, device: str | None = None) -> Pr
         device: the device if ``machine`` names none.
 
     Raises:
-        ValueError, OSError: one line naming the option, its value and what is allowed.
+        ValueError, OSError: an option is not allowed, or a file cannot be read.
     """
     where = usable(machine, device)
     shape = None if network.shape is None else parse_shape(network.shape)

@@ -1,4 +1,4 @@
-"""Steps against η: what each step costs, and how good the samples are (the paper's Table 1)."""
+"""Measures S against η: the cost of a step and the quality of the samples (the paper's Table 1)."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def cells(
         An iterator that yields one ``Cell`` for each sampler, in order.
 
     Raises:
-        TypeError, ValueError: before any work, naming the argument, the value and what is allowed.
+        TypeError, ValueError: before any work, if an argument is not allowed.
     """
     size = whole("batch_size", batch_size, low=1, high=draw.LARGEST_BATCH)
     least = 1 if judge is None else 2

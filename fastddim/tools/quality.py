@@ -224,7 +224,10 @@ class GaussianMixture(_Oracle):
         return (noise * r / v * difference).sum(1).view(x.shape)
 
     def moments(self) -> Moments:
-        """Returns the data's, on the CPU: μ = Σ_k w_k·μ_k, Σ = Σ_k w_k·(s_k²·I + (μ_k−μ)(μ_k−μ)ᵀ)."""
+        """Returns the data's moments on the CPU.
+
+        μ = Σ_k w_k·μ_k,   Σ = Σ_k w_k·(s_k²·I + (μ_k−μ)(μ_k−μ)ᵀ)
+        """
         w = (self.weights / self.weights.sum()).cpu()
         mu, s = self.means.flatten(1).cpu(), self.stds.cpu()
         mean = w @ mu
@@ -246,7 +249,7 @@ class GaussianMixture(_Oracle):
 
 
 def _parameter(name: str, values: Any, positive: bool = False) -> Tensor:
-    """Returns ``values`` as a new float64 tensor, checked to be finite and, if ``positive``, ≥ 0."""
+    """Returns ``values`` as a new float64 tensor; they must be finite and, if ``positive``, ≥ 0."""
     if isinstance(values, Tensor):
         tensor = values.detach().to("cpu", torch.float64, copy=True)
     else:

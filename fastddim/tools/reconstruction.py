@@ -24,8 +24,8 @@ class Reconstruction:
     Attributes:
         ddim: the sampler.
         calls: the model calls for each image: |τ|·(1 + refine) to encode and |τ| to decode.
-        error: the mean over images and elements of (x0 − decoded)²/4, that is, of the squared
-            difference with data in [−1, 1] scaled to [0, 1].
+        error: the mean over images and elements of (x0 − decoded)²/4: the squared difference
+            with data in [−1, 1] scaled to [0, 1].
         seconds: the time for all images.
         images: the decoded images, of x0's shape and dtype, on the CPU.
     """
@@ -65,7 +65,7 @@ def errors(
         An iterator that yields one ``Reconstruction`` for each sampler, in order.
 
     Raises:
-        TypeError, ValueError: before any work, naming the argument, the value and what is allowed.
+        TypeError, ValueError: before any work, if an argument is not allowed.
     """
     if not len(checked_state("x0", x0, None)):
         raise ValueError(f"x0 must hold at least one image, got shape {tuple(x0.shape)}")

@@ -1,8 +1,8 @@
 """N images, each exactly once, from any number of processes that may be killed at any moment.
 
-Shard k is ``seeds[k·S:(k+1)·S]``, whatever the number of processes. Process r of W makes those of
-the shards r, r + W, r + 2W, ... that are missing. The processes share a folder and nothing else:
-no process group, no lock.
+Shard k is ``seeds[k·S:(k+1)·S]``, whatever the number of processes. Process r of W makes the
+missing shards among r, r + W, r + 2W, ... The processes share a folder and nothing else: no process
+group, no lock.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ from fastddim.step.op import initial_noise
 from fastddim.tools import distance, draw, evaluate, images, provenance
 from fastddim.tools.folder import FORMATS, MANIFEST, Folder
 from fastddim.tools.pace import Count
-from fastddim.tools.seeds import Seeds
 from fastddim.tools.quality import Gaussian, frechet_distance
+from fastddim.tools.seeds import Seeds
 from fastddim.tools.shards import Worker, pictures, shard
 from tests.paths import CPU, use
 from tests.refusals import refused
