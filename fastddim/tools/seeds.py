@@ -90,7 +90,7 @@ class Seeds(Sequence[int]):
         if isinstance(seeds, Seeds):
             return seeds
         if isinstance(seeds, range) and seeds.step == 1 and seeds:
-            checked("seeds[0]", seeds[0])
+            whole("seeds[0]", seeds[0], low=0)
             checked("seeds[-1]", seeds[-1])
             return cls([seeds])
         runs = itertools.groupby(enumerate(checked_all(seeds)), lambda place: place[1] - place[0])

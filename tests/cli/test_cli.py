@@ -93,7 +93,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return iter([torch.zeros(64, *embedded.SHAPE)])
 
     monkeypatch.setattr(draw, "by_seed", by_seed)
-    monkeypatch.setattr(timing, "warm_up", lambda *_: None)
+    monkeypatch.setattr(timing, "warm_up", lambda *_, **__: None)
     assert main(["sample"]) == 0
     assert asked == {"ddim": asked["ddim"], "seeds": list(range(64)), "rest": (embedded.SHAPE, 16)}
     ddim = asked["ddim"]
