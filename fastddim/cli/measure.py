@@ -349,7 +349,7 @@ def profile(
     numbers = options.parse_steps(steps)
     wanted = options.parse_seeds(seeds)
     if len(wanted) < 2:
-        raise ValueError(f"seeds must be two or more, whose spread can be compared, got {seeds!r}")
+        raise ValueError(f"seeds must be two or more to measure a distance, got {seeds!r}")
     options.check_common(batch_size, spacing)
     if oracle and network.given:
         name, value = next(iter(network.given.items()))

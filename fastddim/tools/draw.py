@@ -165,7 +165,9 @@ def interpolations(
     n = whole("columns", columns, low=2)
     check_pairs(keys)
     if ddim.eta != 0:
-        raise ValueError(f"eta must be 0 to interpolate, got {ddim.eta}: noise would decide too")
+        raise ValueError(
+            f"eta must be 0 to interpolate, got {ddim.eta}: x_T must determine the image"
+        )
     own = torch.tensor(keys, dtype=torch.int64, device=usable(device))
     ends = initial_noise(own, (len(keys), *shape))
     between = slerp(ends[0::2], ends[1::2], [i / (n - 1) for i in range(n)])

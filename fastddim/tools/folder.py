@@ -75,7 +75,7 @@ class Folder:
         identity = json.dumps(recipe, sort_keys=True).encode()
         self._parts = path / f".parts-{hashlib.sha256(identity).hexdigest()[:16]}"
         if len(self.seeds) != recipe["images"] or len(checksums) not in (0, len(self)):
-            raise ValueError(f"{len(checksums)} checksums of {len(self)}")
+            raise ValueError(f"{len(checksums)} checksums for {len(self)} shards")
 
     @classmethod
     def begin(cls, path: Path, recipe: Mapping[str, Any], rank: int = 0) -> Folder:

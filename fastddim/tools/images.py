@@ -136,7 +136,7 @@ def _picture(file: IO[bytes]) -> np.ndarray[Any, Any]:
                 raise ValueError("a picture that is not opaque")
             return np.asarray(full.convert("L" if picture.mode in ("1", "LA") else "RGB"))[None]
         if picture.mode not in ("L", "RGB"):
-            raise ValueError(f"a picture of mode {picture.mode}, which is none of 8 bits")
+            raise ValueError(f"a picture of mode {picture.mode}, which does not have 8 bits")
         return np.asarray(picture)[None]
 
 

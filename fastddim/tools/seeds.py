@@ -82,7 +82,7 @@ class Seeds(Sequence[int]):
         ordered = sorted(self.ranges, key=lambda r: r.start)
         for a, b in itertools.pairwise(ordered):
             if b.start < a.stop:
-                raise ValueError(f"seeds must be there once each, got {b.start} twice")
+                raise ValueError(f"seeds must occur once each, got {b.start} twice")
 
     @classmethod
     def of(cls, seeds: Sequence[int]) -> Seeds:

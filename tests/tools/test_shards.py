@@ -467,7 +467,7 @@ def test_nonsense_is_refused_before_any_work(tmp_path: Path) -> None:
         "shard_size must be an integer ≥ 1, got 0": {"shard_size": 0},
         "batch_size must be an integer in [1, 65536], got 0": {"batch_size": 0},
         "seeds must be at least 1": {"seeds": []},
-        "seeds must be there once each, got 3 twice": {"seeds": [1, 2, 3, 3]},
+        "seeds must occur once each, got 3 twice": {"seeds": [1, 2, 3, 3]},
         "seeds[1] must be an integer in [0, 9223372036854775807], got -1": {"seeds": [0, -1]},
         "seeds[-1] must be an integer in": {"seeds": range(2**63, 2**63 + 2)},
         "postprocess must be given for shape (4, 8, 8)": {"shape": (4, 8, 8)},
@@ -1129,7 +1129,7 @@ def test_the_command_refuses(capfd: pytest.CaptureFixture[str], tmp_path: Path) 
         "out must be given": ("--seeds", "1"),
         "verify must be given alone": ("--verify", "o", "--seeds", "1"),
         "a folder must be one that fastddim generate has made": ("--verify", "o"),
-        "seeds must be there once each, got 5 twice": ("--seeds", "0-9,5", "--out", "o"),
+        "seeds must occur once each, got 5 twice": ("--seeds", "0-9,5", "--out", "o"),
         "dtype must be one of float32, bfloat16, float16": (
             "--seeds", "1", "--out", "o", "--dtype", "int8",
         ),
