@@ -74,6 +74,10 @@ SAMPLER = (
 OPTIONS = tuple(name for name in option_names(Options) if name not in ("postprocess", "device"))
 """The options of a call in a recipe, beside ``postprocess``."""
 
+PICTURES = "fastddim.generate.pictures"
+"""The name of ``pictures`` in recipes. It is the path of an earlier version: with another name
+the folders that it began would be refused."""
+
 SMALLEST_SHARD = 256
 """The least default ``shard_size``: a shard is one file, and a kill loses at most one shard."""
 
@@ -197,10 +201,7 @@ def shard(
 
 
 def pictures(x: Tensor) -> Tensor:
-    """Returns samples (N, C, H, W) in [-1, 1] as uint8 (N, H, W, C), rounded to the nearest.
-
-    Recipes in manifests hold the path of this function: do not rename or move it.
-    """
+    """Returns samples (N, C, H, W) in [-1, 1] as uint8 (N, H, W, C), rounded to the nearest."""
     return images.to_uint8(x).movedim(1, -1).contiguous()
 
 
@@ -365,7 +366,7 @@ def _recipe(
         },
         **{name: getattr(ddim, name) for name in SAMPLER},
         **{name: _plain(options.get(name)) for name in OPTIONS},
-        "postprocess": _plain(postprocess),
+        "postprocess": PICTURES if postprocess is pictures else _plain(postprocess),
         "architecture": provenance.architecture(device),
         "threads": provenance.threads(device),
         "backend": f"{device.type}, {backend}",

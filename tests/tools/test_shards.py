@@ -262,6 +262,7 @@ def test_the_manifest_is_the_recipe(tmp_path: Path) -> None:
     assert recipe["architecture"].startswith(f"{provenance.cpu_name()}, ")
     assert recipe["backend"].startswith("cpu, ")
     assert recipe["notes"] == {"prompts": "a.txt"}
+    assert recipe["postprocess"] == "fastddim.generate.pictures"
 
 
 @pytest.mark.parametrize("backend", CPU)
