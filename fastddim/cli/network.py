@@ -165,8 +165,8 @@ def check_classes(loaded: checkpoints.Loaded, network: Network) -> None:
         whole("no-class", network.no_class, low=0, high=loaded.classes - 1)
     if network.guidance is not None and network.no_class is None and loaded.null_class is None:
         raise ValueError(
-            f"no-class must be given with guidance, got none: it is the null class of this "
-            f"network, in [0, {loaded.classes - 1}]"
+            f"no-class must be given with guidance, got none: the class in "
+            f"[0, {loaded.classes - 1}] that means no class in this network"
         )
 
 
