@@ -23,7 +23,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "embedded.train": ("training.model",),
     "embedded.train_classifier": ("training.classifier",),
     "evaluate": ("tools.evaluate",),
-    "folder": ("tools.folder",),
+    "folder": ("tools.folder", "tools.seeds"),
     "fused": ("step.on_numba", "step.numba_pass"),
     "generate": ("tools.shards",),
     "graph": ("loop.graph",),

@@ -1,3 +1,3 @@
-"""The command line, a module for each kind of command. Options are declared in ``options``."""
+"""The command line: one module for each kind of command, and ``options`` for their options."""
 
 from fastddim.cli.commands import app as app

@@ -1,4 +1,4 @@
-"""What a command shows on stderr while it works, and how its tables are printed."""
+"""The progress that a command shows on stderr, and the tables that it prints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -17,34 +16,34 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from fastddim.tools.pace import There
+from fastddim.tools.pace import Count
 
 SOON, LATER = 5, 60
-"""Seconds from the first line of progress to the second, and from then on to the next."""
+"""Seconds from the first line of progress to the second, and between later lines."""
 
 
 @contextmanager
-def spinner(what: str, quiet: bool = False) -> Iterator[None]:
-    """A sign of life on a terminal, from the first moment: importing torch takes seconds."""
+def spinner(text: str, quiet: bool = False) -> Iterator[None]:
+    """Shows a spinner on a terminal at once, because importing torch takes seconds."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield
         return
-    with Live(Spinner("dots", what), console=console, transient=True) as live:
-        live.refresh()  # at once, and not when its thread first gets a turn
+    with Live(Spinner("dots", text), console=console, transient=True) as live:
+        live.refresh()  # now, and not at the first turn of its thread
         yield
 
 
 @contextmanager
 def bar(
-    what: str, total: int, quiet: bool = False
+    text: str, total: int, quiet: bool = False
 ) -> Iterator[Callable[[Iterable[Any]], Iterable[Any]]]:
-    """A wrapper of iterables, all counted by one bar on stderr; none where that is no terminal."""
+    """Yields a wrapper of iterables, which all advance one bar; it shows on a terminal only."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     hidden = quiet or not console.is_terminal
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(text, total=total)
 
         def counted(steps: Iterable[Any]) -> Iterator[Any]:
             for step in steps:
@@ -55,10 +54,10 @@ def bar(
 
 
 @contextmanager
-def bar_of_images(total: int, quiet: bool) -> Iterator[Callable[[There], None]]:
-    """A bar on stderr of how many of ``total`` images there are, told the number from outside.
+def bar_of_images(total: int, quiet: bool) -> Iterator[Callable[[Count], None]]:
+    """Yields a function that shows the number of finished images, of ``total``, in a bar on stderr.
 
-    Where stderr is no terminal there is a line at once, one after five seconds, and then one a
+    If stderr is no terminal, it prints a line at once, one after five seconds, and then one each
     minute.
     """
     console = Console(stderr=True)
@@ -73,32 +72,29 @@ def bar_of_images(total: int, quiet: bool) -> Iterator[Callable[[There], None]]:
         task = progress.add_task("", total=total)
         due: list[float] = []
 
-        def there(n: There) -> None:
-            said = ""
-            if n.rate is not None and n.left is not None:
-                left = timedelta(seconds=round(n.left))
-                said = f"{n.rate:.1f} images/s, {left} left"
-            progress.update(task, completed=n, description=said)
+        def show(n: Count) -> None:
+            pace = n.pace()
+            progress.update(task, completed=n, description=pace)
             if not lines:
                 return
             now = time.perf_counter()
             if not due or (n < total and now >= due[0]):
                 due[:] = [now + (LATER if due else SOON)]
-                what = f"{n} of {total} images" + (f", {said}" if said else " are there")
-                print(what, file=sys.stderr, flush=True)
+                line = f"{n} of {total} images" + (f", {pace}" if pace else " are finished")
+                print(line, file=sys.stderr, flush=True)
 
-        yield there
+        yield show
 
 
 def print_table(heading: str, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on stdout, numbers to the right; piped, no line of it is broken."""
+    """Prints a right-aligned table to stdout, without line breaks in rows if stdout is piped."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    # Rich takes 80 columns where it cannot see the width of a terminal.
+    # Rich assumes 80 columns if it finds no terminal.
     console = Console(highlight=False, width=10_000 if piped else None)
     console.print(Text(heading))
     console.print(table)

@@ -1,4 +1,4 @@
-"""The command line: its commands by name. Each is in a module of its kind."""
+"""The commands of ``fastddim`` by name."""
 
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ from fastddim.cli.options import grouped, one_of
 
 
 class Commands(TyperGroup):
-    """The group of commands, which names the nearest one where there is none of that name."""
+    """The group of commands. An unknown name raises an error that suggests the nearest command."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
@@ -18,7 +18,7 @@ class Commands(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-# Markdown, so that the help's paragraphs are filled to the terminal's width.
+# Markdown mode, because it wraps the help's paragraphs at the terminal's width.
 app = typer.Typer(
     cls=Commands,
     pretty_exceptions_enable=False,

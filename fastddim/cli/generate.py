@@ -1,4 +1,4 @@
-"""The command that makes any number of images: generate."""
+"""The command ``generate``, which makes any number of images in any number of processes."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,8 @@ from fastddim.cli.options import (
     number,
     option,
 )
-from fastddim.tools.pace import There
+from fastddim.tools.pace import Count
+from fastddim.tools.seeds import Seeds, parse_ranges
 
 
 def generate(
@@ -30,7 +31,7 @@ def generate(
         option(
             "--seeds",
             "SEEDS",
-            "The images to make: 0-49999, or 0-9,20,30-39, each seed once. A seed is an "
+            "The images to make, for example 0-49999 or 0-9,20,30-39, each seed once. A seed is an "
             "integer from 0 to 2^63-1.",
             show_default="needed",
         ),
@@ -40,9 +41,9 @@ def generate(
         option(
             "--out",
             "DIR",
-            "The folder to fill, made if it does not exist. One that the same command has "
-            "begun goes on, with more seeds after those it has too; one with another recipe is "
-            "refused.",
+            "The folder to fill, which is made if it does not exist. The command continues a "
+            "folder that it began, also with further seeds after the old ones. It refuses a "
+            "folder with another recipe.",
             show_default="needed",
         ),
     ] = None,
@@ -55,9 +56,10 @@ def generate(
         option(
             "--format",
             "npy|png|npz",
-            "npy: files 00000.npy, ... of uint8 (images, H, W, C). npz: the same as arr_0 of "
-            "00000.npz, ..., in three channels, as guided-diffusion has it; with --shard-size of "
-            "all seeds, one file. png: 000/000123.png for seed 123, in EDM's manner.",
+            "npy: files 00000.npy, ... of uint8 (images, H, W, C). npz: files 00000.npz, ... with "
+            "the same array as arr_0, in three channels, which guided-diffusion's evaluator "
+            "reads; it needs one file, so give --shard-size the number of seeds. png: "
+            "000/000123.png for seed 123, the layout of EDM.",
         ),
     ] = "npy",
     shard_size: Annotated[
@@ -65,7 +67,8 @@ def generate(
         number(
             "--shard-size",
             "N",
-            "Images in a shard: one file, or so many PNGs. What a kill can lose.",
+            "The number of images in a shard, which is one file, or N PNGs. A killed process "
+            "loses at most its unfinished shard.",
             show_default="256, or the next multiple of the batch size",
         ),
     ] = None,
@@ -74,29 +77,30 @@ def generate(
         option(
             "--verify",
             "DIR",
-            "Make nothing, but read every byte of DIR. The exit status is 0 only if all its "
-            "images are there, each once and as it was made, and none holds NaN or infinity.",
+            "Read every byte of DIR and make no image. The exit status is 0 only if all images "
+            "exist once and unchanged, and no sample held NaN or infinity.",
         ),
     ] = None,
 ) -> None:
-    """Make any number of images by seed, in any number of processes: exactly those, each once.
+    """Make any number of images by seed, in any number of processes, each image exactly once.
 
-    It may be killed at any moment. The same command goes on with what is not there yet, and in
-    several processes each takes its share:
+    The command may be killed at any moment: the same command then makes the missing images.
+    Each of several processes makes its share:
 
     torchrun --nproc-per-node 8 --max-restarts 3 -m fastddim generate --seeds 0-49999 --out DIR
 
-    on one machine, or with --nnodes on several that share DIR; srun does as well. When all have
-    ended, fastddim generate --verify DIR says whether all is there, which no exit status of a
-    launcher does. Where stderr is no terminal, a line a minute says how far it is.
+    This runs on one machine, or with --nnodes on several machines that share DIR. srun works too.
+    When all processes have ended, run fastddim generate --verify DIR: a launcher's exit status
+    does not tell whether the folder is complete. If stderr is not a terminal, the command prints
+    its progress once a minute.
 
-    An image depends on its seed and on the recipe in DIR/manifest.json: not a byte on how many
-    processes there were, which of them made it, or how often they were killed. The recipe has
-    the kind of machine and on a CPU the number of threads (--threads), since networks round
-    differently on another.
+    The bytes of an image depend on its seed and on the recipe in DIR/manifest.json alone, and not
+    on the number of processes, on which of them made it, or on kills. The recipe includes the
+    kind of machine and, on a CPU, the number of threads (--threads), because networks round
+    differently when these change.
 
-    The exit status is 3 where images hold NaN or infinity, whose seeds are said and kept in the
-    manifest; under torchrun it is 0, which would start everything again otherwise.
+    The exit status is 3 if samples hold NaN or infinity; their seeds are printed and kept in the
+    manifest. Under torchrun the status is then 0, because torchrun would restart all processes.
 
     For example: fastddim generate --seeds 0-999 --steps 20 --out garments
     """
@@ -115,7 +119,7 @@ def generate(
     with for_all():
         if seeds is None or out is None:
             raise ValueError(f"{'seeds' if seeds is None else 'out'} must be given, or verify")
-        ranges = options.parse_ranges(seeds)
+        ranges = parse_ranges(seeds)
         noise = options.parse_eta(eta)
         options.check_common(batch_size, spacing)
         if shard_size is not None:
@@ -126,7 +130,7 @@ def generate(
 
         from fastddim.cli.network import prepare
         from fastddim.tools import images
-        from fastddim.tools.folder import Folder, Seeds
+        from fastddim.tools.folder import Folder
         from fastddim.tools.shards import Worker
         from fastddim.tools.shards import generate as generated
 
@@ -135,22 +139,22 @@ def generate(
         worker.end_with_launcher()
         one = Machine(machine.device, machine.threads, machine.quiet or worker.rank > 0)
         share = str(worker.device()) if machine.device in (None, "cuda") else machine.device
-        asked = prepare(Machine(share, one.threads, one.quiet), network)
-        images.check_channels(asked.shape[0])
-        ddim = asked.ddim(steps, eta=noise, spacing=spacing)
+        prepared = prepare(Machine(share, one.threads, one.quiet), network)
+        images.check_channels(prepared.shape[0])
+        ddim = prepared.ddim(steps, eta=noise, spacing=spacing)
     there = [0]
     finished: list[Folder] = []
     total = len(wanted)
     with bars.bar_of_images(total, one.quiet) as progress:
 
-        def tell(n: There) -> None:
+        def tell(n: Count) -> None:
             there[0] = n
             progress(n)
 
         complete = generated(
             ddim,
-            asked.model,
-            asked.shape,
+            prepared.model,
+            prepared.shape,
             wanted,
             out,
             batch_size,
@@ -158,37 +162,42 @@ def generate(
             shard_size=shard_size,
             progress=tell,
             summary=finished.append,
-            device=asked.device,
-            dtype=asked.dtype or torch.float32,
-            **conditions(asked),
+            device=prepared.device,
+            dtype=prepared.dtype or torch.float32,
+            **conditions(prepared),
         )
-    for folder in finished:  # in one process of several, the one that has finished it
+    for folder in finished:  # only in the process that finished the folder
         if not machine.quiet:
             print(f"{out}: {counted(total, 'image')}")
         say_not_finite(folder.not_finite, worker.retried)
     if not complete and not one.quiet:
         print(
-            f"{out}: {there[0]} of {counted(total, 'image')}; other processes are still at the "
-            f"rest, and fastddim generate --verify {out} says when all are there",
+            f"{out}: {there[0]} of {counted(total, 'image')}; other processes still make the "
+            f"rest, and fastddim generate --verify {out} tells when all are finished",
             file=sys.stderr,
         )
 
 
-def conditions(asked: Any) -> dict[str, Any]:
-    """The class as ``fastddim.generate`` takes it: functions of a batch's seeds."""
+def conditions(prepared: Any) -> dict[str, Any]:
+    """Returns class and guidance as ``fastddim.generate`` takes them: functions of seeds."""
     from functools import partial
 
-    told: dict[str, Any] = {}
-    if asked.label is not None:
-        told["cond"] = partial(labels, label=asked.label, device=str(asked.device))
-    if asked.guidance is not None:
-        told["uncond"] = partial(labels, label=asked.no_class, device=str(asked.device))
-        told["guidance"] = asked.guidance
-    return told
+    model_options: dict[str, Any] = {}
+    if prepared.label is not None:
+        model_options["cond"] = partial(labels, label=prepared.label, device=str(prepared.device))
+    if prepared.guidance is not None:
+        model_options["uncond"] = partial(
+            labels, label=prepared.no_class, device=str(prepared.device)
+        )
+        model_options["guidance"] = prepared.guidance
+    return model_options
 
 
 def labels(seeds: list[int], *, label: int, device: str) -> dict[str, Any]:
-    """The keyword argument of a network that is told a class, the same for each seed."""
+    """Returns the keyword argument of a class-conditional network, the same for each seed.
+
+    Recipes in manifests hold the path of this function: do not rename or move it.
+    """
     import torch
 
     return {"class_labels": torch.full((len(seeds),), label, device=device)}

@@ -1,4 +1,4 @@
-"""The command that says what is installed and what runs: info."""
+"""The command ``info``, which prints what is installed, and the backend of each device."""
 
 import platform
 import sys
@@ -16,10 +16,10 @@ STEPS = {
 
 
 def info(machine: Machine) -> None:
-    """Say what is installed, which devices there are, and what takes the steps on each.
+    """Print the versions, the devices of this machine, and the backend that each device uses.
 
-    For each extra of the package there is a line with what it adds, and with the command that
-    installs it where something of it is missing.
+    A line for each extra of the package tells what the extra adds and, if a part of it is
+    missing, the command that installs it.
 
     For example: fastddim info
     """
@@ -40,9 +40,8 @@ def info(machine: Machine) -> None:
     print(f"fastddim {__version__}, Python {platform.python_version()} on {sys.platform}")
     print(", ".join(f"{name} {found[name]}" for name in packages if name in found))
     for device in usable_here:
-        what = provenance.machine(torch.device(device))
-        print(f"{device}: {what}; {takes[device]}")
-    for extra, (modules, what) in EXTRAS.items():
+        print(f"{device}: {provenance.machine(torch.device(device))}; {takes[device]}")
+    for extra, (modules, adds) in EXTRAS.items():
         missing = [
             package
             for module, package in modules.items()
@@ -50,20 +49,20 @@ def info(machine: Machine) -> None:
         ]
         if missing:
             print(
-                f"fastddim[{extra}] would add {what} ({', '.join(missing)} missing): "
+                f"fastddim[{extra}] would add {adds} ({', '.join(missing)} missing): "
                 f"pip install 'fastddim[{extra}]'"
             )
         else:
-            print(f"fastddim[{extra}] is installed: {what}")
+            print(f"fastddim[{extra}] is installed: {adds}")
 
 
 def _step_on(device: str) -> str:
-    """What takes a step there, or why the backend that is asked for takes none."""
+    """Returns how ``device`` takes a step, or why the chosen backend cannot take one there."""
     from fastddim.step import backends
 
     try:
         name = backends.backend(device).name
     except (ValueError, ImportError) as error:
-        # FASTDDIM_BACKEND may name one that runs on some of the devices and not on others.
+        # FASTDDIM_BACKEND may name a backend that runs on some of the devices only.
         return f"no step can be taken: {error}"
     return STEPS.get(name, f"a step is taken by {name}")

@@ -1,4 +1,4 @@
-"""The commands that measure: reconstruct, evaluate, profile."""
+"""The commands ``reconstruct``, ``evaluate`` and ``profile``, each of which measures images."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from fastddim.check import whole
 from fastddim.cli import bars, options
-from fastddim.cli.draw import calls, recipe, say_not_finite, written
+from fastddim.cli.draw import recipe, say_not_finite, written
 from fastddim.cli.options import (
     MOST_IMAGES,
     BatchSize,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastddim.tools.reconstruction import Reconstruction
 
 DRAWN = 50
-"""The steps in which ``reconstruct`` draws the images it is not given: those of ``sample``."""
+"""The number of steps with which ``reconstruct`` draws its images: the default of ``sample``."""
 
 
 def reconstruct(
@@ -42,7 +42,7 @@ def reconstruct(
             "The images to encode: a folder that fastddim generate has filled, a folder of PNGs, "
             "a .png, a .npy or .npz of uint8 (N, H, W) or (N, H, W, C), or an idx file of bytes, "
             "gzipped or not. They must have the model's size and channels.",
-            show_default="drawn by the model itself",
+            show_default="drawn by the model",
         ),
     ] = None,
     count: Annotated[
@@ -50,8 +50,8 @@ def reconstruct(
         number(
             "--count",
             "N",
-            f"How many of these images, the first so many; at most {MOST_IMAGES}.",
-            show_default="16, or all where there are fewer",
+            f"With --images: encode the first N of them, at most {MOST_IMAGES}.",
+            show_default="16, or all if there are fewer",
         ),
     ] = None,
     seeds: Annotated[
@@ -59,8 +59,8 @@ def reconstruct(
         option(
             "--seeds",
             "SEEDS",
-            "Without --images: the images that fastddim sample draws for these seeds, in "
-            f"{DRAWN} steps. Written as there.",
+            "Without --images: encode the images that fastddim sample draws for these seeds, such "
+            f"as 0-9,20, with {DRAWN} steps.",
             show_default="0-15",
         ),
     ] = None,
@@ -69,7 +69,7 @@ def reconstruct(
         option(
             "--steps",
             "S,S,...",
-            "Each S to try, as in fastddim sample. The paper's table goes on with 500,1000.",
+            "The numbers of steps to compare. The paper's table also has 500 and 1000.",
         ),
     ] = "10,20,50,100,200",
     refine: Annotated[
@@ -77,11 +77,11 @@ def reconstruct(
         number(
             "--refine",
             "N",
-            "Fixed-point iterations in each step of the encoding, >= 0. A step back needs "
-            "the model's answer at the point it goes to, and takes the one at the point it comes "
-            "from; each iteration asks again at the point found. It costs one more model call a "
-            "step, S*(2+N) in all, and the error falls with each, the faster the more steps "
-            "there are. 0 is the paper's.",
+            "Fixed-point iterations in each step of the encoding, >= 0. An exact step back needs "
+            "the model's output at the state that it leads to. The first estimate of this state "
+            "uses the output at the state before, and each iteration the output at the latest "
+            "estimate. With N iterations an image takes S*(2+N) model calls, and the error is "
+            "smaller, most of all with many steps. The paper has N = 0.",
         ),
     ] = 0,
     spacing: Spacing = "uniform",
@@ -93,19 +93,20 @@ def reconstruct(
             "--out",
             "FILE.png",
             "A PNG to write or replace, in a folder that exists: the images in the first "
-            "row, below it their reconstructions, one row for each S.",
+            "row, and below it their reconstructions, one row for each S.",
             show_default="no picture",
         ),
     ] = None,
 ) -> None:
-    """Measure what images lose when they are encoded as noise and decoded again.
+    """Measure the error of images that are encoded as noise and decoded again.
 
-    Table 2 of the DDIM paper (Song et al. 2021, section 5.4): DDIM with eta = 0 is an ordinary
-    differential equation. It is run backwards from an image to its noise in S steps, and forwards
-    again in the same S steps. What is printed is the mean squared difference per pixel, images
-    scaled to [0, 1], for each S, with the model calls for an image and the seconds for all images.
+    This measures table 2 of the DDIM paper (Song et al. 2021, section 5.4). DDIM with eta = 0
+    integrates an ordinary differential equation: backwards in S steps it encodes an image as
+    noise, and forwards in the same S steps it decodes the noise. The command prints for each S
+    the mean squared error per pixel, with images scaled to [0, 1], the model calls for each image
+    and the seconds for all images.
 
-    After Ctrl-C the rows that are done are printed, and no picture is written.
+    After Ctrl-C it prints the rows that are finished, and writes no picture.
 
     For example: fastddim reconstruct --images t10k-images-idx3-ubyte.gz --count 16 --refine 2
     """
@@ -126,62 +127,62 @@ def reconstruct(
         from fastddim.tools import draw, images, reconstruction, sheet, sources
 
         png = None if out is None else images.check_png(out)
-        asked = prepare(machine, network)
-        # Nothing that was clipped could be encoded.
-        ddims = [asked.ddim(S, spacing=spacing, clip=None) for S in numbers]
-        drawn = asked.ddim(DRAWN)
-        told = asked.options(batch_size)
+        prepared = prepare(machine, network)
+        # A step that clips cannot be inverted.
+        ddims = [prepared.ddim(S, spacing=spacing, clip=None) for S in numbers]
+        drawn = prepared.ddim(DRAWN)
+        model_options = prepared.options(batch_size)
         if png is not None:
-            images.check_channels(asked.shape[0])
+            images.check_channels(prepared.shape[0])
         given = None
         if file is not None:
-            source = sources.opened(file, asked.shape)
+            source = sources.opened(file, prepared.shape)
             given = images.from_uint8(source.first(count or min(16, source.count)))
         n = len(wanted) if given is None else len(given)
         if png is not None:
             options.check_cells("(1 + steps) x images", 1 + len(ddims), n)
-        # The first calls prepare and compile, which no row's seconds should hold.
-        zeros = torch.zeros(1, *asked.shape, device=asked.device)
-        first = asked.ddim(1, spacing="trailing", clip=None)
-        list(reconstruction.errors([first], asked.model, zeros, batch_size=batch_size, **told))
+        first = prepared.ddim(1, spacing="trailing", clip=None)
+        reconstruction.warm_up(
+            first, prepared.model, prepared.shape, batch_size, prepared.device, **model_options
+        )
     total = reconstruction.model_calls(ddims, n, batch_size, refine)
-    total += 0 if given is not None else calls(drawn, n, batch_size)
+    total += 0 if given is not None else draw.model_calls([drawn], n, batch_size)
     done: list[Reconstruction] = []
     try:
         with bars.bar("reconstructing", total, machine.quiet) as progress:
             if given is None:
                 samples = draw.by_seed(
                     drawn,
-                    asked.model,
+                    prepared.model,
                     wanted,
-                    asked.shape,
+                    prepared.shape,
                     batch_size,
-                    device=asked.device,
+                    device=prepared.device,
                     progress=progress,
-                    **told,
+                    **model_options,
                 )
                 given = torch.cat(list(samples))
             rows = reconstruction.errors(
                 ddims,
-                asked.model,
-                given.to(asked.device),
+                prepared.model,
+                given.to(prepared.device),
                 refine=refine,
                 batch_size=batch_size,
                 progress=progress,
-                **told,
+                **model_options,
             )
             for row in rows:
-                # extend need not have kept any when Ctrl-C comes
+                # With extend, Ctrl-C could lose finished rows.
                 done.append(row)  # noqa: PERF402
     finally:  # Ctrl-C too
         if done:
-            what = (
+            encoded = (
                 f"{counted(n, 'image')} drawn by the model, seeds {seeds or '0-15'}"
                 if file is None
                 else f"The first {counted(n, 'image')} of {file}"
             )
             bars.print_table(
-                f"{what}, refine {refine}, {spacing} spacing. The mean squared error per pixel "
+                f"{encoded}, refine {refine}, {spacing} spacing. The mean squared error per pixel "
                 f"in [0, 1]:",
                 ("S", "calls", "error", "seconds"),
                 [(r.ddim.steps, r.calls, f"{r.error:.2e}", f"{r.seconds:.1f}") for r in done],
@@ -191,7 +192,7 @@ def reconstruct(
         made = recipe(
             "reconstruct",
             ddims[-1],
-            asked,
+            prepared,
             network,
             "0-15" if seeds is None else seeds,
             batch_size,
@@ -215,8 +216,8 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="A folder that fastddim generate has filled, a folder of pictures, or a file of "
-            "images.",
+            help="The images: a folder that fastddim generate has filled, a folder of pictures, or "
+            "a .png, .npy, .npz or idx file.",
         ),
     ],
     reference: Annotated[
@@ -224,7 +225,8 @@ def evaluate(
         option(
             "--fid",
             "IMAGES",
-            "Measure FID as well, to these: a folder of pictures, or another DIR.",
+            "Measure FID too, to these images: a folder of pictures, or one that fastddim "
+            "generate has filled.",
             show_default="no FID",
         ),
     ] = None,
@@ -233,20 +235,21 @@ def evaluate(
         option(
             "--inception",
             "FILE.pth",
-            "torch-fidelity's weights of Inception v3, which are not fetched for you.",
+            "torch-fidelity's weights of Inception v3. The command does not download them.",
             show_default="where torch-fidelity keeps them",
         ),
     ] = None,
 ) -> None:
-    """Measure how far images are from real ones.
+    """Measure how far images are from real images.
 
-    Images of 1x28x28 are compared with garments: FD-clf is the Frechet distance of the features
-    of a small classifier to those of the test set, and beside it stands what as many real images
-    score, as mean ± standard deviation over draws; some draws score less. Both ship. It is no
-    FID and to be compared with FD-clf alone.
+    Images of 1x28x28 are compared with real garments by FD-clf: the Frechet distance between the
+    features of a small classifier for these images and for Fashion-MNIST's test set. The
+    command also prints the FD-clf of as many real garments, as mean ± standard deviation over
+    draws; some draws of real garments score less. The classifier and the features ship with the
+    package. FD-clf is not FID: compare it with FD-clf only.
 
-    FID is computed by torch-fidelity (pip install 'fastddim[fid]'), with its weights. Compare it
-    only between sets of one size: 50,000 images are the custom.
+    torch-fidelity (pip install 'fastddim[fid]') computes FID with its own weights. Compare FID
+    only between sets of the same size; 50,000 images are usual.
 
     For example: fastddim evaluate garments
     """
@@ -281,15 +284,15 @@ def profile(
     machine: Machine,
     network: Network,
     steps: Annotated[
-        str, option("--steps", "S,S,...", "The numbers of steps, each 1 to 1000.")
+        str, option("--steps", "S,S,...", "The numbers of steps to measure, each from 1 to 1000.")
     ] = "10,20,50,100",
     eta: Annotated[
         str,
         option(
             "--eta",
             "ETA,ETA,...",
-            "The etas: numbers >= 0, and hat for DDPM's larger variance. 0 is DDIM, 1 as "
-            "DDPM does.",
+            "The etas to measure: numbers >= 0, or hat for DDPM's larger variance. 0 is DDIM, and "
+            "1 adds as much noise as DDPM.",
         ),
     ] = "0,0.2,0.5,1,hat",
     seeds: Annotated[str, seeds_option("The images to draw in each cell")] = "0-255",
@@ -297,16 +300,16 @@ def profile(
         bool,
         flag(
             "--oracle",
-            "Instead of a model, the exact epsilon of a mixture of eight Gaussians in 64 "
-            "dimensions. The distance, FD, is that of the samples themselves to the mixture's "
-            "exact mean and covariance, so that what is left is what the sampler gets wrong.",
+            "Use the exact epsilon of a mixture of eight Gaussians in 64 dimensions instead of a "
+            "model. FD is then the Frechet distance of the samples to the mixture's exact mean "
+            "and covariance, which shows the error of the sampler alone.",
         ),
     ] = False,
     trace: Annotated[
         bool,
         flag(
             "--trace",
-            "Write DIR/trace.json too, to be opened at ui.perfetto.dev: three steps for each "
+            "Also write DIR/trace.json, which ui.perfetto.dev opens: three steps for each "
             'eta, in ranges named "model" and "update".',
         ),
     ] = False,
@@ -317,26 +320,28 @@ def profile(
         option(
             "--out",
             "DIR",
-            "The folder for profile.json, profile.csv and profile.png, made if it does not "
-            "exist. A profile in it goes on: cells it has are not measured again, and other "
-            "settings are refused.",
+            "The folder for profile.json, profile.csv and profile.png, which is made if it does "
+            "not exist. The command continues a profile in it without measuring finished cells "
+            "again, and refuses a profile with other settings.",
         ),
     ] = Path("profile"),
 ) -> None:
-    """Measure each number of steps with each eta: time, memory, and how good the images are.
+    """Measure time, memory and image quality for each number of steps with each eta.
 
-    Table 1 of the DDIM paper (Song et al. 2021). For each cell: the milliseconds of a step that
-    are the update's (all that is not the model) and the model's, for a full batch; images a
-    second; and the most memory that tensors held at once, weights included, in MB.
+    The grid follows table 1 of the DDIM paper (Song et al. 2021). For each cell the command
+    prints the milliseconds that a step of a full batch spends in the update (all work outside the
+    model) and in the model, the images per second, and the peak memory of the tensors, weights
+    included, in MB.
 
-    Images of 1x28x28 are compared with garments: FD-clf is the Frechet distance of the features
-    of a small classifier, 64 of them, to those of the test set (it is no FID). It falls with the
-    number of images, so beside it stands what as many real images score, as mean ± standard
-    deviation over draws: some draws of real images score less, and so may a good model. Both
-    ship, and no data set is needed. Other images are not judged.
+    Images of 1x28x28 are compared with real garments by FD-clf: the Frechet distance between 64
+    features of a small classifier for these images and for Fashion-MNIST's test set (not FID).
+    FD-clf falls as the number of images grows, so the last column gives the FD-clf of as many real
+    garments, as mean ± standard deviation over draws: some draws of real garments, and also a
+    good model, may score less. Classifier and features ship with the package, so no data set is
+    needed. Images of other sizes have no distance.
 
-    The default grid takes a quarter to half an hour on two CPU cores, with --oracle a minute or so.
-    After Ctrl-C what is done is kept, and the same command goes on with the rest.
+    The default grid takes 15 to 30 minutes on two CPU cores, and about a minute with --oracle.
+    After Ctrl-C the finished cells are kept, and the same command measures the others.
 
     For example: fastddim profile --steps 10,50 --eta 0,1,hat --seeds 0-127 --out table1
     """
@@ -344,7 +349,7 @@ def profile(
     numbers = options.parse_steps(steps)
     wanted = options.parse_seeds(seeds)
     if len(wanted) < 2:
-        raise ValueError(f"seeds must be two or more, whose spread can be compared, got {seeds!r}")
+        raise ValueError(f"seeds must be two or more to measure a distance, got {seeds!r}")
     options.check_common(batch_size, spacing)
     if oracle and network.given:
         name, value = next(iter(network.given.items()))
@@ -360,15 +365,20 @@ def profile(
         size: Sequence[int]
         make: Callable[..., DDIM] = DDIM
         judge: Judge | None
-        told: dict[str, Any] = {}
+        model_options: dict[str, Any] = {}
         if oracle:
             where, data = usable(machine), measured.oracle()
             model, size = measured.oracle().to(where), data.means.shape[1:]
             judge = measured.mixture(data)
         else:
-            asked = prepare(machine, network)
-            model, size, where, make = asked.model, asked.shape, asked.device, asked.ddim
-            told = asked.options(batch_size)
+            prepared = prepare(machine, network)
+            model, size, where, make = (
+                prepared.model,
+                prepared.shape,
+                prepared.device,
+                prepared.ddim,
+            )
+            model_options = prepared.options(batch_size)
             judge = measured.garments() if size == embedded.SHAPE else None
         ddims = measured.grid(numbers, etas, spacing, make)
         text = "".join(seeds.split())
@@ -383,13 +393,12 @@ def profile(
         }
         settings = measured.settings(model, ddims[0], text, batch_size, where, judge, **more)
         done = measured.read(out, settings)
-        finished = {(cell.steps, cell.eta) for cell in done}
-        rest = [ddim for ddim in ddims if (len(ddim.pairs), ddim.eta) not in finished]
+        rest = measured.remaining(ddims, done)
         measured.make_folder(out)
         if trace:
             longest = measured.grid([max(numbers)], etas, spacing, make)
             path = out / measured.TRACE
-            measured.trace(longest, model, size, batch_size, path, device=where, **told)
+            measured.trace(longest, model, size, batch_size, path, device=where, **model_options)
     total = measured.model_calls(rest, len(wanted), batch_size)
     try:
         with bars.bar("profiling", total, machine.quiet) as progress:
@@ -402,7 +411,7 @@ def profile(
                 judge=judge,
                 device=where,
                 progress=progress,
-                **told,
+                **model_options,
             ):
                 done.append(cell)
                 measured.save(out, settings, done)
@@ -432,7 +441,7 @@ def print_cells(done: "list[Cell]", settings: "Settings") -> None:
     bars.print_table(
         f"Seeds {settings['seeds']}, {settings['spacing']} spacing, on {settings['device']}, "
         f"steps by {settings['backend']}. "
-        f"Milliseconds are those of a step of {settings['batch_size']} images:",
+        f"Milliseconds are for a step of {settings['batch_size']} images:",
         names,
         rows,
     )

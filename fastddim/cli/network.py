@@ -1,4 +1,4 @@
-"""The model that was asked for, on its device, and what each call of it gets."""
+"""Turns the options ``Machine`` and ``Network`` into a model on its device, ready to sample."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fastddim.models import checkpoints
 from fastddim.schedule import NoiseSchedule
 
 HIDDEN = ("transformers", "torchvision", "peft", "scipy", "accelerate")
-"""What diffusers imports where it is installed, and a U-Net does not use. Each takes long to
-import, and a torchvision that was built for another torch ends the import with an error."""
+"""Packages that diffusers imports if they are installed, and that a U-Net does not need. Each is
+slow to import, and a torchvision built for another torch makes the import fail."""
 
 VERBOSITY = "DIFFUSERS_VERBOSITY"
 
@@ -36,14 +36,14 @@ SCHEDULES = {
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A model, where it is, and what it is told beside x and t.
+class Prepared:
+    """A model on its device, with its class and guidance.
 
     Attributes:
-        loaded: the model and what is known of it, the command line's word before the files'.
-        device: where it is.
-        dtype: what it computes in; None is the state's float32.
-        label, guidance, no_class: the class to draw, w, and the class that stands for none.
+        loaded: the model, its shape and its training; the command line overrides the files.
+        device: the device that the model is on.
+        dtype: the dtype that the model computes in; None is the state's float32.
+        label, guidance, no_class: the class to draw, the guidance weight w, and the null class.
     """
 
     loaded: checkpoints.Loaded
@@ -65,7 +65,7 @@ class Asked:
         return self.loaded.ddim(steps, **options)
 
     def options(self, samples: int) -> dict[str, Any]:
-        """What ``DDIM.sample`` is told for so many samples; nothing for a plain model."""
+        """Returns ``DDIM.sample``'s options for so many samples; none for a plain model."""
         options: dict[str, Any] = {} if self.dtype is None else {"dtype": self.dtype}
         if self.label is not None:
             options["cond"] = self.labels(self.label, samples)
@@ -78,18 +78,18 @@ class Asked:
         return options
 
     def labels(self, label: int, samples: int) -> dict[str, torch.Tensor]:
-        """The keyword argument of a network that is told a class."""
+        """Returns the keyword argument of a class-conditional network."""
         return {"class_labels": torch.full((samples,), label, device=self.device)}
 
 
-def prepare(machine: Machine, network: Network, device: str | None = None) -> Asked:
-    """The model that was asked for. What it was taken for is said on stderr.
+def prepare(machine: Machine, network: Network, device: str | None = None) -> Prepared:
+    """Loads the model, moves it to its device, and prints on stderr how its files were read.
 
     Args:
-        device: where ``machine`` names none.
+        device: the device if ``machine`` names none.
 
     Raises:
-        ValueError, OSError: one line naming the option, its value and what is allowed.
+        ValueError, OSError: an option is not allowed, or a file cannot be read.
     """
     where = usable(machine, device)
     shape = None if network.shape is None else parse_shape(network.shape)
@@ -111,11 +111,11 @@ def prepare(machine: Machine, network: Network, device: str | None = None) -> As
         print(f"{loaded.description}\n{taken_for(loaded)}", file=sys.stderr)
     no_class = loaded.null_class if network.no_class is None else network.no_class
     guidance = None if network.guidance is None else parse_number("guidance", network.guidance)
-    return Asked(loaded, where, dtype, network.label, guidance, no_class)
+    return Prepared(loaded, where, dtype, network.label, guidance, no_class)
 
 
 def usable(machine: Machine, device: str | None = None) -> torch.device:
-    """The device, with as many threads as were asked for."""
+    """Returns the device, and sets the number of threads."""
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     name = machine.device or device or devices.preferred_device()
@@ -123,7 +123,7 @@ def usable(machine: Machine, device: str | None = None) -> torch.device:
 
 
 def overruled(loaded: checkpoints.Loaded, network: Network) -> checkpoints.Loaded:
-    """``loaded`` with the schedule and the prediction that the command line names."""
+    """Returns ``loaded`` with the schedule and the prediction of the command line."""
     if network.prediction is not None:
         loaded = replace(loaded, prediction=checked_prediction(network.prediction))
     if network.schedule is None and network.levels is None:
@@ -140,20 +140,20 @@ def overruled(loaded: checkpoints.Loaded, network: Network) -> checkpoints.Loade
 
 
 def taken_for(loaded: checkpoints.Loaded) -> str:
-    """One line about what the steps rely on, which no error would tell if it were wrong."""
+    """Returns a line on the prediction and schedule: no error would show if these were wrong."""
     return (
         f"it is taken to predict {loaded.prediction} on {loaded.schedule.name} noise, "
-        f"T = {len(loaded.schedule)} (--prediction, --schedule and --train-steps say otherwise)"
+        f"T = {len(loaded.schedule)} (--prediction, --schedule and --train-steps change this)"
     )
 
 
 def check_classes(loaded: checkpoints.Loaded, network: Network) -> None:
-    """Raises ``ValueError`` unless a class is given exactly to a network that is told one."""
+    """Raises ``ValueError`` unless a class-conditional network, and no other, has a class."""
     if loaded.classes is None:
         if network.label is not None:
             raise ValueError(
-                f"class must be left out with a network that is told none, got {network.label} "
-                f"(a --model says that it is told one by returning a Loaded with classes)"
+                f"class must be left out with a network without classes, got {network.label} "
+                f"(a --model with classes returns a Loaded whose classes are set)"
             )
         return
     if network.label is None:
@@ -167,18 +167,18 @@ def check_classes(loaded: checkpoints.Loaded, network: Network) -> None:
     if network.guidance is not None and network.no_class is None and loaded.null_class is None:
         raise ValueError(
             f"no-class must be given with guidance, got none: the class in "
-            f"[0, {loaded.classes - 1}] that stands for none in this network"
+            f"[0, {loaded.classes - 1}] that means no class in this network"
         )
 
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """Meanwhile diffusers finds none of ``HIDDEN``, and says no more than what is wrong.
+    """Hides the packages ``HIDDEN`` from diffusers' import, and its messages below errors.
 
-    What is imported already stays, and afterwards the rest can be imported as ever.
+    Modules that are already imported stay, and the others can be imported again afterwards.
     """
     hidden = [name for name in HIDDEN if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: not to be found
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: the import fails
     given = os.environ.get(VERBOSITY)
     os.environ.setdefault(VERBOSITY, "error")  # diffusers reads it once, when it is imported
     try:

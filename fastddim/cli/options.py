@@ -1,10 +1,10 @@
-"""The vocabulary of the command line: each option once, and what the text given to it means.
+"""Every option of the command line once, and the parsers of their values.
 
-Nothing here imports torch, so that ``--help`` shows at once and a mistake is told at once. The
-names that the library knows are therefore written out, and a test compares them with its own.
+Nothing here imports torch, so that ``--help`` and errors appear at once. The names that the
+library accepts are therefore written out, and a test compares them with the library's.
 
-Every option has its name spelled out: some versions of Typer (0.27.0 to 0.27.3) otherwise take
-the metavar for the name.
+Every option spells its name out, because some versions of Typer (0.27.0 to 0.27.3) otherwise use
+the metavar as the name.
 """
 
 import difflib
@@ -20,9 +20,10 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from fastddim.check import finite, whole
+from fastddim.tools.seeds import parse_ranges
 
 MOST_IMAGES = 10_000
-"""What one picture holds: beyond it nobody sees one, and a 256x256 grid outgrows memory."""
+"""The most images in one picture: more are too small to see, and at 256x256 exceed memory."""
 
 SPACINGS = (
     "uniform",
@@ -42,12 +43,12 @@ LARGEST_BATCH = 65_536
 
 
 class RefusedError(ValueError):
-    """What was asked for cannot be done, and all processes of a machine find the same."""
+    """The command refuses its arguments, and does so alike in all processes of a machine."""
 
 
 @contextmanager
 def for_all() -> Iterator[None]:
-    """What is refused here all processes of a machine refuse alike, and one of them says so."""
+    """Turns errors into ``RefusedError``: all processes fail alike, and one prints the error."""
     try:
         yield
     except (TypeError, ValueError, OSError) as error:
@@ -73,17 +74,17 @@ def flag(name: str, help: str, **rest: Any) -> Any:
     return typer.Option(name, help=help, **rest)
 
 
-def seeds_option(what: str, such_as: str = "7, 0-63 or 0-9,20,30-39") -> Any:
+def seeds_option(use: str, example: str = "7, 0-63 or 0-9,20,30-39") -> Any:
     return option(
         "--seeds",
         "SEEDS",
-        f"{what}: {such_as}, in this order. A seed is an integer from 0 to 2^63-1; at most "
-        f"{MOST_IMAGES} of them.",
+        f"{use}, in the order given: {example}. A seed is an integer from 0 to 2^63-1; at most "
+        f"{MOST_IMAGES} seeds.",
     )
 
 
-def columns_option(what: str, **rest: Any) -> Any:
-    return number("--columns", "N", what, **rest)
+def columns_option(help: str, **rest: Any) -> Any:
+    return number("--columns", "N", help, **rest)
 
 
 Steps = Annotated[
@@ -91,8 +92,8 @@ Steps = Annotated[
     number(
         "--steps",
         "S",
-        "The number of model calls per image, from 1 to the T of the model's noise, which is "
-        "1000 for most.",
+        "The number of model calls per image, from 1 to the number T of noise levels that the "
+        "model was trained on, 1000 for most models.",
     ),
 ]
 Eta = Annotated[
@@ -100,20 +101,20 @@ Eta = Annotated[
     option(
         "--eta",
         "NUMBER|hat",
-        "How much noise each step adds: 0 adds none (DDIM), 1 as much as DDPM, other numbers "
-        ">= 0 something between or a little more; hat is DDPM's larger variance.",
+        "The noise that each step adds, a number >= 0: 0 adds none (DDIM), 1 as much as DDPM. "
+        "hat is DDPM's larger variance.",
     ),
 ]
 Spacing = Annotated[
-    str, option("--spacing", "NAME", f"How the timesteps are chosen: {', '.join(SPACINGS)}.")
+    str, option("--spacing", "NAME", f"The spacing of the timesteps: {', '.join(SPACINGS)}.")
 ]
 BatchSize = Annotated[
     int,
     number(
         "--batch-size",
         "N",
-        f"Images per model call, 1 to {LARGEST_BATCH}. Batches are always full, "
-        "the last one padded.",
+        f"The number of images per model call, 1 to {LARGEST_BATCH}. Batches are always full; "
+        "the last one is padded.",
     ),
 ]
 Out = Annotated[
@@ -121,7 +122,7 @@ Out = Annotated[
 ]
 Labels = Annotated[
     bool,
-    flag("--labels", "Write in the picture what its rows and columns are, or each image's seed."),
+    flag("--labels", "Label the rows and columns of the picture, or each image with its seed."),
 ]
 
 MACHINE = "Machine"
@@ -130,16 +131,16 @@ NETWORK = "Model"
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a command runs, and how much it says."""
+    """The device and the threads of a command, and whether it prints messages."""
 
     device: Annotated[
         str | None,
         option(
             "--device",
             "DEVICE",
-            "Where to compute: cpu, cuda, cuda:1, mps, ... Of several processes that a launcher "
-            "starts, each takes its share of the GPUs for cuda.",
-            show_default="cuda if there is one, else cpu",
+            "The device to compute on: cpu, cuda, cuda:1, mps, ... With cuda, processes that a "
+            "launcher starts share out the GPUs.",
+            show_default="cuda if present, else cpu",
             rich_help_panel=MACHINE,
         ),
     ] = None
@@ -148,8 +149,8 @@ class Machine:
         number(
             "--threads",
             "N",
-            "Threads of each process on a CPU. Sums round differently on another number: the "
-            "last bits of an image depend on it.",
+            "The number of threads of each process on a CPU. Sums round differently with another "
+            "number, so the last bits of an image depend on it.",
             show_default="PyTorch's",
             rich_help_panel=MACHINE,
         ),
@@ -158,7 +159,7 @@ class Machine:
         bool,
         flag(
             "--quiet",
-            "Print what was measured and what is wrong, and nothing else.",
+            "Print measurements and errors only.",
             rich_help_panel=MACHINE,
         ),
     ] = False
@@ -170,7 +171,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Network:
-    """The model, and what is asked of it beside x and t."""
+    """The model, and its class, guidance and dtype."""
 
     checkpoint: Annotated[
         Path | None,
@@ -178,9 +179,9 @@ class Network:
             "--checkpoint",
             "PATH",
             "A folder with a diffusers UNet2DModel (or with one in unet/), or a file with the "
-            "weights of ermongroup/ddim (of a whole checkpoint the EMA), guided-diffusion or "
-            "garments, as safetensors or as torch.save writes them. The kind is found out from "
-            "the content and said on stderr. No code in a file is run, and nothing is fetched.",
+            "weights of ermongroup/ddim, guided-diffusion or the garment model, in safetensors or "
+            "torch.save format. The kind is detected from the content and printed on stderr. No "
+            "code in a file is run, and nothing is downloaded.",
             show_default="the garment model that ships",
             rich_help_panel=NETWORK,
         ),
@@ -190,10 +191,9 @@ class Network:
         option(
             "--model",
             "MODULE:FACTORY",
-            "Or your own model: package.module:factory, in the current folder or anywhere on "
-            "Python's path. The factory takes no arguments and returns a model, called as "
-            "model(x, t), or (model, (channels, height, width)), or a "
-            "fastddim.models.checkpoints.Loaded.",
+            "Your own model: package.module:factory, in the current folder or on Python's path. "
+            "The factory takes no arguments and returns a model, which is called as model(x, t), "
+            "or (model, (channels, height, width)), or a fastddim.models.checkpoints.Loaded.",
             show_default="none",
             rich_help_panel=NETWORK,
         ),
@@ -203,11 +203,11 @@ class Network:
         option(
             "--config",
             "NAME|FILE.json",
-            f"What the checkpoint's tensors do not tell: {', '.join(CONFIGS)} for "
-            "ermongroup/ddim's; for guided-diffusion's a file of its scripts' flags, such as "
-            '{"image_size": 64, "num_heads": 4, "noise_schedule": "cosine"}, in which its own '
+            f"The configuration of the checkpoint: {', '.join(CONFIGS)} for ermongroup/ddim; "
+            "for guided-diffusion a JSON file of its scripts' flags, such as "
+            '{"image_size": 64, "num_heads": 4, "noise_schedule": "cosine"}, where flags at their '
             "defaults may be left out; for diffusers weights their config.json.",
-            show_default="what is beside the weights, or as published",
+            show_default="the file beside the weights, or as published",
             rich_help_panel=NETWORK,
         ),
     ] = None
@@ -216,8 +216,8 @@ class Network:
         option(
             "--shape",
             "C,H,W",
-            "Channels, height and width of an image, such as 3,32,32, where neither model nor "
-            "config says it, or another size.",
+            "Channels, height and width of an image, such as 3,32,32: needed if neither the "
+            "model nor the config gives them, or to draw another size.",
             show_default="the model's own",
             rich_help_panel=NETWORK,
         ),
@@ -226,9 +226,9 @@ class Network:
         bool | None,
         flag(
             "--ema/--last",
-            "Of a checkpoint that has both: the average of the weights over the training (EMA), "
+            "For a checkpoint with both: use the average of the weights over the training (EMA), "
             "or the last weights.",
-            show_default="the average where there is one",
+            show_default="the EMA if the file has it",
             rich_help_panel=NETWORK,
         ),
     ] = None
@@ -237,8 +237,8 @@ class Network:
         option(
             "--prediction",
             "NAME",
-            f"What the model predicts: {', '.join(PREDICTIONS)} (sample is x0).",
-            show_default="what the model's files say, else epsilon",
+            f"The quantity that the model predicts: {', '.join(PREDICTIONS)} (sample is x0).",
+            show_default="from the model's files, else epsilon",
             rich_help_panel=NETWORK,
         ),
     ] = None
@@ -247,9 +247,9 @@ class Network:
         option(
             "--schedule",
             "NAME",
-            f"The noise it was trained on: {', '.join(SCHEDULES)} (Stable Diffusion's is "
-            "scaled_linear).",
-            show_default="what the model's files say, else linear",
+            f"The noise schedule of the model's training: {', '.join(SCHEDULES)} (Stable "
+            "Diffusion's is scaled_linear).",
+            show_default="from the model's files, else linear",
             rich_help_panel=NETWORK,
         ),
     ] = None
@@ -258,8 +258,8 @@ class Network:
         number(
             "--train-steps",
             "T",
-            "The number of noise levels it was trained on.",
-            show_default="what the model's files say, else 1000",
+            "The number of noise levels of the model's training.",
+            show_default="from the model's files, else 1000",
             rich_help_panel=NETWORK,
         ),
     ] = None
@@ -268,7 +268,7 @@ class Network:
         number(
             "--class",
             "N",
-            "The class to draw, of a network that is told one: its number, from 0.",
+            "The number of the class to draw, from 0, for a class-conditional network.",
             show_default="none",
             rich_help_panel=NETWORK,
         ),
@@ -278,8 +278,9 @@ class Network:
         option(
             "--guidance",
             "W",
-            "Classifier-free guidance towards the class: what is predicted without it, plus W "
-            "times the difference. 1 is none; each step asks the model for twice the batch.",
+            "Classifier-free guidance: the prediction without the class plus W times its "
+            "difference to the prediction with the class. 1 means no guidance. Each model call "
+            "gets twice the batch.",
             show_default="none",
             rich_help_panel=NETWORK,
         ),
@@ -289,8 +290,8 @@ class Network:
         number(
             "--no-class",
             "N",
-            "The class that stands for none, which --guidance needs.",
-            show_default="what the model says",
+            "The null class, which --guidance needs.",
+            show_default="the model's own",
             rich_help_panel=NETWORK,
         ),
     ] = None
@@ -299,8 +300,8 @@ class Network:
         option(
             "--dtype",
             "NAME",
-            f"What the model computes in: {', '.join(DTYPES)}. The samples stay float32 "
-            "between its calls.",
+            f"The dtype that the model computes in: {', '.join(DTYPES)}. The samples stay "
+            "float32 between the model's calls.",
             rich_help_panel=NETWORK,
         ),
     ] = "float32"
@@ -346,7 +347,7 @@ class Network:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that are not at their defaults, by their names on the command line."""
+        """Returns the options that differ from their defaults, by their command-line names."""
         names = {"label": "class", "levels": "train-steps", "no_class": "no-class"}
         return {
             names.get(f.name, f.name): getattr(self, f.name)
@@ -356,9 +357,10 @@ class Network:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with each parameter that is a dataclass replaced by the options it is made of.
+    """Returns ``command`` with each dataclass parameter replaced by one option for each field.
 
-    The dataclass's own checks run here, before the command. Typer sees one flat list of options.
+    Typer then sees one flat list of options. The dataclasses check their values before the
+    command runs.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
@@ -390,7 +392,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
                 given[name] = made(**{f.name: given.pop(f.name) for f in fields(made)})
         command(**given)
 
-    # Typer looks at these two; the wrapped function's would show the dataclasses.
+    # Typer reads these attributes; those of the wrapped function have the dataclasses.
     del flat.__dict__["__wrapped__"]
     flat.__dict__["__signature__"] = inspect.Signature(parameters)
     flat.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": type(None)}
@@ -398,7 +400,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
-    """``value``, if it is among ``allowed``; else one line, with the nearest of them."""
+    """Returns ``value`` if it is in ``allowed``; else raises ``ValueError`` with the nearest."""
     allowed = list(allowed)
     if value not in allowed:
         near = difflib.get_close_matches(value, allowed, 1)
@@ -408,7 +410,7 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
 
 
 def parse_eta(text: str) -> Any:
-    """A number, or hat; what the number may be depends on the steps."""
+    """Returns a number or "hat"; ``DDIM`` checks the number, whose limit depends on the steps."""
     text = text.strip()
     if text == "hat":
         return text
@@ -419,7 +421,7 @@ def parse_eta(text: str) -> Any:
 
 
 def parse_etas(text: str) -> list[Any]:
-    """ "0,0.5,hat" → each of them."""
+    """Returns the etas of a text such as ``0,0.5,hat``."""
     parts = text.split(",")
     if not all(part.strip() for part in parts):
         raise ValueError(f"eta must be such as 0 or 0,0.5,1,hat, got {text!r}")
@@ -427,6 +429,7 @@ def parse_etas(text: str) -> list[Any]:
 
 
 def parse_number(name: str, text: str) -> float:
+    """Returns ``text`` as a finite float."""
     try:
         return finite(name, float(text))
     except ValueError:
@@ -434,7 +437,7 @@ def parse_number(name: str, text: str) -> float:
 
 
 def parse_steps(text: str) -> list[int]:
-    """ "10,20,50" → its numbers; what they may be is the sampler's to say."""
+    """Returns the numbers of a text such as ``10,20,50``; ``DDIM`` checks their range."""
     parts = text.split(",")
     if not all(re.fullmatch(r"\s*[0-9]{1,19}\s*", part) for part in parts):
         raise ValueError(f"steps must be such as 50 or 10,20,50, got {text!r}")
@@ -442,58 +445,42 @@ def parse_steps(text: str) -> list[int]:
 
 
 def distinct(name: str, values: list[Any], text: str) -> list[Any]:
-    """``values``, if none of them is there twice: nothing is measured twice."""
+    """Returns ``values``, or raises ``ValueError`` if one occurs twice."""
     if twice := [v for i, v in enumerate(values) if v in values[:i]]:
         raise ValueError(f"{name} must differ from each other, got {twice[0]} twice in {text!r}")
     return values
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """ "3,32,32" → its numbers."""
+    """Returns the three numbers of a text such as ``3,32,32``."""
     if re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9}){2}", text) is None:
         raise ValueError(f"shape must be C,H,W, such as 3,32,32, got {text!r}")
     return tuple(map(int, text.split(",")))
 
 
 def parse_seeds(text: str) -> list[int]:
-    """ "0-9,20,30-39" → its seeds, in order; no more than a picture holds."""
+    """Returns the seeds of a text such as ``0-9,20,30-39``, at most as many as fit in a picture."""
     ranges = parse_ranges(text)
-    # Not len(), which ends at 2^63.
+    # Not len(), which raises from 2^63 on.
     if (count := sum(r.stop - r.start for r in ranges)) > MOST_IMAGES:
         raise ValueError(f"seeds must be at most {MOST_IMAGES}, got {count}")
     return [seed for r in ranges for seed in r]
 
 
-def parse_ranges(text: str) -> list[range]:
-    """ "0-9,20,30-39" → its ranges, in order."""
-    allowed = f"such as 7, 0-63 or 0-9,20,30-39, each seed in [0, 2^63-1], got {text!r}"
-    ranges: list[range] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,19})(?:-([0-9]{1,19}))?\s*", part)
-        if match is None:
-            raise ValueError(f"seeds must be {allowed}")
-        first = int(match[1])
-        last = int(match[2] or first)
-        if last >= 2**63:
-            raise ValueError(f"seeds must be {allowed}")
-        if last < first:
-            raise ValueError(f"seeds must be ranges that go up, {allowed}")
-        ranges.append(range(first, last + 1))
-    return ranges
-
-
-def check_cells(what: str, rows: int, columns: int) -> None:
+def check_cells(name: str, rows: int, columns: int) -> None:
+    """Raises ``ValueError`` if rows·columns images do not fit in a picture."""
     if rows * columns > MOST_IMAGES:
         raise ValueError(
-            f"{what} must be at most {MOST_IMAGES} images for one picture, got {rows} x {columns}"
+            f"{name} must be at most {MOST_IMAGES} images for one picture, got {rows} x {columns}"
         )
 
 
 def check_common(batch_size: int, spacing: str) -> None:
-    """What can be said of these two before the model is known."""
+    """Checks both values as far as possible before the model is loaded."""
     whole("batch-size", batch_size, low=1, high=LARGEST_BATCH)
     one_of("spacing", spacing, SPACINGS)
 
 
-def counted(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+def counted(n: int, noun: str) -> str:
+    """Returns ``1 image``, ``2 images``, ..."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

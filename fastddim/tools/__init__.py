@@ -1,1 +1,1 @@
-"""What the commands do, from Python: images by seed and in files, generation, measurement."""
+"""The work of the commands, from Python: images by seed and in files, generation, measurement."""

@@ -1,8 +1,8 @@
-"""FD-clf: the Fréchet distance of drawn garments to real ones, in the classifier's features.
+"""FD-clf: the Fréchet distance of drawn garments to real garments, in the classifier's features.
 
-The mean and the covariance of the features of the 10,000 test images ship, and the distances that N
-real images have, so no image is needed to measure with it. It is a distance in these 64 features
-and no FID. ``python -m fastddim.training.distance`` makes the file.
+A file ships with the mean and the covariance of the features of the 10,000 test images, and with
+the distances of N real images, so measuring needs no data set. FD-clf is a distance in these 64
+features and not FID. ``python -m fastddim.training.distance`` makes the file.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from fastddim.tools.quality import Moments, frechet_distance
 FILE = classifier.WEIGHTS.with_name("real.safetensors")
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 5000)
-"""The N of whose real images the score is measured; the last are two halves of the test set."""
+"""The N for which the file has the FD-clf of N real images; 5,000 is half of the test set."""
 
 
 @dataclass(frozen=True)
 class Real:
-    """What is known of real garments.
+    """The features of real garments, with which FD-clf compares images.
 
     Attributes:
         critic: the classifier whose features are compared.
-        moments: of the features of the test images, float64.
-        floors: what so many real images score on average, for each of ``SIZES``, float64.
-        spreads: the standard deviation of that over draws of them, likewise.
+        moments: the mean and covariance of the test images' features, float64.
+        floors: the mean FD-clf of N real images for each N of ``SIZES``, float64.
+        spreads: the standard deviation of their FD-clf over draws for each N, float64.
     """
 
     critic: classifier.Classifier
@@ -42,23 +42,23 @@ class Real:
     spreads: Tensor
 
     def distance(self, x: Tensor) -> float:
-        """FD-clf of images (N, 1, 28, 28) in [-1, 1], N ≥ 2, as the 8-bit pictures they become.
+        """Returns the FD-clf of images (N, 1, 28, 28) in [-1, 1], N ≥ 2, rounded to 8 bits.
 
-        It falls with N, which is why ``floor`` is that of as many images.
+        FD-clf falls as N grows: compare it with ``floor(N)``.
         """
         return frechet_distance(features(self.critic, x), self.moments)
 
     def floor(self, n: int) -> float:
-        """What a perfect model scores on average: the distance of ``n`` real images to the rest.
+        """Returns the mean FD-clf of a perfect model: that of ``n`` real images to the others.
 
-        It is no bound: about half of the draws of real images score less, see ``spread``.
-        Interpolated between ``SIZES``, in logarithms; beyond 5,000, half the test set, it is that
-        of 5,000.
+        It is no lower bound: about half of the draws of real images score less, see ``spread``.
+        The value is interpolated between ``SIZES`` in logarithms, and constant beyond 5,000, half
+        of the test set.
         """
         return _between(n, self.floors)
 
     def spread(self, n: int) -> float:
-        """By how much that differs from draw to draw: the standard deviation."""
+        """Returns the standard deviation of the FD-clf of ``n`` real images over draws."""
         return _between(n, self.spreads)
 
 
@@ -67,7 +67,7 @@ def _between(n: int, values: Tensor) -> float:
 
 
 def load(path: Path = FILE) -> Real:
-    """What ships.
+    """Returns the features of real garments that ship with the package.
 
     Raises:
         FileNotFoundError, ValueError: ``path`` is missing, or not such a file.
@@ -84,6 +84,6 @@ def load(path: Path = FILE) -> Real:
 
 
 def features(critic: classifier.Classifier, x: Tensor) -> Tensor:
-    """Those of images (N, 1, 28, 28) in [-1, 1] once they are 8-bit pictures, (N, 64)."""
+    """Returns the features (N, 64) of images (N, 1, 28, 28) in [-1, 1], rounded to 8 bits."""
     pictures = images.from_uint8(images.to_uint8(x))
     return torch.cat([critic.features(part) for part in pictures.split(500)])

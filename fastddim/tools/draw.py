@@ -1,4 +1,4 @@
-"""Images by seed, in batches that are always full."""
+"""Images drawn by seed, in batches that are always full."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastddim.loop.model import Model
 from fastddim.loop.options import Progress
 from fastddim.loop.sampler import DDIM
 from fastddim.step.op import initial_noise
+from fastddim.tools.seeds import check_pairs, checked_all
 
 LARGEST_BATCH = 65_536
 
@@ -22,10 +23,10 @@ Item = TypeVar("Item")
 
 
 def full_batches(items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], int]]:
-    """(``size`` items, how many of them count): the last batch is padded with the last item.
+    """Yields (``size`` items, the number of them that count), the last batch padded.
 
-    A network rounds differently at another batch size. Where all are full, what becomes of an
-    item is the same bit for bit whatever other items there are.
+    The padding repeats the last item. A network rounds differently at another batch size; with
+    full batches only, the result of an item is the same bit for bit whatever the other items.
     """
     for first in range(0, len(items), size):
         batch = list(items[first : first + size])
@@ -43,21 +44,23 @@ def by_seed(
     progress: Progress = False,
     **options: Any,
 ) -> Iterator[Tensor]:
-    """The samples of ``seeds``, in order, a batch at a time, each the same whatever the others.
+    """Draws the samples of ``seeds``, in order, a batch at a time.
+
+    A sample is the same bit for bit whatever the other seeds.
 
     Args:
         ddim, model, device, progress: as in ``DDIM.sample``; the model is on the device already.
         seeds: an integer in [0, 2⁶³) for each sample.
-        shape: of one sample, without the batch.
-        batch_size: what every call of the model gets.
-        options: what else ``DDIM.sample`` is told, such as ``cond`` with a row for each sample of
-            a full batch.
+        shape: the shape of one sample, without the batch.
+        batch_size: the number of samples in every call of the model.
+        options: further options of ``DDIM.sample``, such as ``cond`` with a row for each sample
+            of a full batch.
 
     Returns:
-        An iterator over tensors of at most ``batch_size`` samples, the padding left out.
+        An iterator over tensors of at most ``batch_size`` samples, without the padding.
 
     Raises:
-        TypeError, ValueError: before the first batch is asked for.
+        TypeError, ValueError: at the call, before the first batch.
     """
     size, keys = _size_and_keys(batch_size, seeds)
 
@@ -88,19 +91,19 @@ def sequences(
     progress: Progress = False,
     **options: Any,
 ) -> Iterator[Tensor]:
-    """What ``by_seed`` passes through on its way, after the rows that ``kept_rows`` names.
+    """Draws the samples of ``by_seed``, and yields the steps after the rows of ``kept_rows``.
 
     Args:
-        columns: how many steps are kept of each sample.
-        state: whether x_s is, instead of the x0 predicted from x_t.
+        columns: the number of steps kept of each sample.
+        state: keep x_s instead of the x0 predicted from x_t.
         ddim, model, seeds, shape, batch_size, device, progress, options: as in ``by_seed``.
 
     Returns:
         An iterator over tensors (n, columns, *shape), n at most ``batch_size``. The last column
-        is the sample: x0 and x_s are one where s = −1.
+        is the sample, because x_s = x0 where s = −1.
 
     Raises:
-        TypeError, ValueError: before the first batch is asked for.
+        TypeError, ValueError: at the call, before the first batch.
     """
     size, keys = _size_and_keys(batch_size, seeds)
     kept = set(kept_rows(ddim, columns))
@@ -122,7 +125,7 @@ def sequences(
 
 
 def kept_rows(ddim: DDIM, columns: int) -> list[int]:
-    """``columns`` rows of ``ddim``, evenly chosen: ⌊i·S/columns⌋ − 1 for i = 1, ..., columns."""
+    """Returns ``columns`` rows at even distances: ⌊i·S/columns⌋ − 1 for i = 1, ..., columns."""
     steps = len(ddim.pairs)
     n = whole("columns", columns, low=1, high=steps)
     return [(i + 1) * steps // n - 1 for i in range(n)]
@@ -140,20 +143,20 @@ def interpolations(
     progress: Progress = False,
     **options: Any,
 ) -> Tensor:
-    """From the sample of one seed to that of the next, for each pair: Song et al. 2021, figure 6.
+    """Draws a row from one sample to another for each pair of seeds: Song et al. 2021, figure 6.
 
-    Each x_T between is ``slerp`` of the pair's at α = i/(columns − 1), and the first and the last
-    sample of a row are those that ``by_seed`` gives.
+    The x_T of column i is ``slerp`` of the pair's x_T at α = i/(columns − 1). The first and the
+    last sample of a row equal the samples of ``by_seed``.
 
     Args:
-        ddim: with η = 0, or x_T would not be what decides the sample.
+        ddim: a sampler with η = 0: otherwise x_T alone does not determine the sample.
         seeds: a, b, c, d, ... for rows from a to b, from c to d, ...
-        columns: samples in a row, both ends included; at least 2.
+        columns: the number of samples in a row, both ends included; at least 2.
         model, shape, batch_size, device, progress: as in ``by_seed``.
-        options: the same, ``cond`` with a row for each of the pairs·columns samples.
+        options: as in ``by_seed``, but ``cond`` has a row for each of the pairs·columns samples.
 
     Returns:
-        (pairs, columns, *shape).
+        A tensor (pairs, columns, *shape).
 
     Raises:
         TypeError, ValueError: before any work.
@@ -162,7 +165,9 @@ def interpolations(
     n = whole("columns", columns, low=2)
     check_pairs(keys)
     if ddim.eta != 0:
-        raise ValueError(f"eta must be 0 to interpolate, got {ddim.eta}: noise would decide too")
+        raise ValueError(
+            f"eta must be 0 to interpolate, got {ddim.eta}: x_T must determine the image"
+        )
     own = torch.tensor(keys, dtype=torch.int64, device=usable_device(device))
     ends = initial_noise(own, (len(keys), *shape))
     between = slerp(ends[0::2], ends[1::2], [i / (n - 1) for i in range(n)])
@@ -171,12 +176,17 @@ def interpolations(
     return out.view(-1, n, *shape)
 
 
-def check_pairs(seeds: Sequence[int]) -> None:
-    """Raises ``ValueError`` unless there is an even number of seeds, and some."""
-    if not seeds or len(seeds) % 2:
-        raise ValueError(f"seeds must be pairs, an even number of them, got {len(seeds)}")
+def model_calls(ddims: Sequence[DDIM], samples: int, batch_size: int) -> int:
+    """The number of times that sampling ``samples`` images with each sampler calls the model."""
+    return -(-samples // batch_size) * sum(len(ddim.pairs) for ddim in ddims)
+
+
+def nearer_seeds(seeds: Sequence[int], columns: int, places: Sequence[int]) -> list[int]:
+    """Returns for each place in ``interpolations`` the seed of the nearer end of its row."""
+    ends = (2 * (place // columns) + (2 * (place % columns) >= columns) for place in places)
+    return [seeds[end] for end in ends]
 
 
 def _size_and_keys(batch_size: int, seeds: Sequence[int]) -> tuple[int, list[int]]:
     size = whole("batch_size", batch_size, low=1, high=LARGEST_BATCH)
-    return size, [whole(f"seeds[{i}]", k, low=0, high=2**63 - 1) for i, k in enumerate(seeds)]
+    return size, checked_all(seeds)

@@ -1,4 +1,4 @@
-"""How far images are from real ones: FD-clf of garments, FID by torch-fidelity."""
+"""The distance of images to real images: FD-clf of garments, and FID by torch-fidelity."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastddim.tools.quality import frechet_distance
 from fastddim.tools.sources import Source
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-"""torch-fidelity's name for its weights of Inception v3, which ends in their SHA-256's start."""
+"""torch-fidelity's name of its Inception v3 weights, which ends in the start of their SHA-256."""
 
 
 class Garments(NamedTuple):
-    """FD-clf of drawn garments, and of as many real ones the mean and deviation over draws."""
+    """FD-clf of drawn garments, and its mean and standard deviation for as many real garments."""
 
     distance: float
     floor: float
@@ -30,20 +30,20 @@ class Garments(NamedTuple):
 
 
 def garments(given: Source | Folder) -> Garments:
-    """FD-clf of garments, which is no FID: see ``fastddim.tools.distance``.
+    """Returns the FD-clf of garments, which is not FID: see ``fastddim.tools.distance``.
 
     Args:
         given: images of any source, or a folder that ``generate`` has filled.
 
     Raises:
-        ValueError: the folder is not finished or not as it was made, or its images are no garments.
+        ValueError: the folder is not finished or has changed, or the images are not 1x28x28.
     """
     source = _source(given)
     if source.shape != embedded.SHAPE:
         raise ValueError(
             f"FD-clf compares garments of 1x28x28, got images of "
-            f"{'x'.join(map(str, source.shape))} in {source.path}; others are measured "
-            f"with FID (--fid)"
+            f"{'x'.join(map(str, source.shape))} in {source.path}; measure other images with "
+            f"FID (--fid)"
         )
     source.verify()
     if source.count < 2:
@@ -65,19 +65,19 @@ def fid(
     inception: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> float:
-    """FID (Heusel et al. 2017) as torch-fidelity computes it, grey images as RGB.
+    """Returns FID (Heusel et al. 2017) as torch-fidelity computes it, with grey images as RGB.
 
     Args:
         given: images of 1 or 3 channels, as in ``garments``.
         reference: a folder that ``generate`` has filled, or any folder of pictures.
-        inception: torch-fidelity's weights; by default where it keeps them. Other features would
-            not make a FID, so their checksum is looked at.
-        device: where to compute: a CUDA device, or the CPU.
+        inception: torch-fidelity's weights, by default in the folder where it keeps them. Their
+            checksum is checked, because other features do not give FID.
+        device: the device to compute on: a CUDA device, or the CPU.
 
     Raises:
         ModuleNotFoundError: torch-fidelity is missing.
-        FileNotFoundError, ValueError: the weights are missing or others; a folder is not finished,
-            not as it was made, or holds no pictures.
+        FileNotFoundError, ValueError: the weights are missing or are other weights; a folder is
+            not finished, has changed, or holds no pictures.
     """
     fidelity = importlib.import_module("torch_fidelity")
     path = inception or Path(torch.hub.get_dir(), "checkpoints", INCEPTION)
@@ -109,7 +109,7 @@ def fid(
 
 
 class Pictures(Dataset[Tensor]):
-    """The images of a source by their place, as torch-fidelity wants them: uint8 (3, H, W)."""
+    """The images of a source by index, uint8 (3, H, W), for torch-fidelity."""
 
     def __init__(self, source: Source) -> None:
         source.verify()

@@ -1,137 +1,60 @@
-"""A folder of images by seed, which many processes fill and any kill leaves valid.
+"""A folder of images by seed, which many processes fill and which a kill cannot damage.
 
-    manifest.json      the recipe, by which any shard can be made again byte for byte: it is there
-                       before any shard, and has the shards' checksums once all are there, with
+    manifest.json      the recipe, which determines every shard byte for byte. It is written before
+                       any shard. Once all shards are finished it also has their checksums, and
                        the seeds whose samples held NaN or infinity
     00000.npy, ...     the shards; or 000/000000.png, ...
-    .parts-6a1f.../    until all are there: what is being written, and for each shard that is
-                       whole its checksum, which is written after it, with the seeds of samples
-                       that held NaN or infinity. Only that makes the shard count. The name has
-                       the recipe's: what another recipe left behind does not count.
+    .parts-6a1f.../    temporary, until all shards are finished: unfinished files, and for each
+                       finished shard its checksum, with the seeds whose samples held NaN or
+                       infinity. A shard counts only once its checksum is written. The name holds
+                       a hash of the recipe, so that files of another recipe do not count.
 
-Nothing is locked. What is written has another name until it is whole, and what two processes
-write both is the same.
+There are no locks. A file has a temporary name until it is written in full, and two processes
+that write the same file write the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 import os
 import shutil
-import sys
 import time
 import uuid
-from bisect import bisect
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.check import shown, whole
+from fastddim.check import shown
 from fastddim.tools import images
+from fastddim.tools.seeds import Seeds
 
 FORMATS = ("npy", "png", "npz")
 MANIFEST = "manifest.json"
 DONE = "sha256"
 _PATIENCE = 60.0
-"""Seconds for which a process waits for that of rank 0, which starts at the same time."""
-
-
-class Seeds(Sequence[int]):
-    """Ranges of seeds, one after the other. None of the seeds is in memory.
-
-    Ranges that go on where the one before ends are one: the same seeds in the same order have
-    the same ranges.
-
-    Raises:
-        ValueError: there is none, or one twice.
-    """
-
-    def __init__(self, ranges: Iterable[range]) -> None:
-        self.ranges: list[range] = []
-        for r in ranges:
-            if self.ranges and self.ranges[-1].stop == r.start:
-                r = range(self.ranges.pop().start, r.stop)
-            self.ranges.append(r)
-        # Not len(), which ends at 2^63.
-        self._starts = [0, *itertools.accumulate(r.stop - r.start for r in self.ranges)]
-        if not 0 < self._starts[-1] <= sys.maxsize:  # what len() can say
-            raise ValueError(f"seeds must be at least 1, got {self._starts[-1]} of them")
-        ordered = sorted(self.ranges, key=lambda r: r.start)
-        for a, b in itertools.pairwise(ordered):
-            if b.start < a.stop:
-                raise ValueError(f"seeds must be there once each, got {b.start} twice")
-
-    @classmethod
-    def of(cls, seeds: Sequence[int]) -> Seeds:
-        """``seeds`` as the ranges they are made of."""
-        if isinstance(seeds, Seeds):
-            return seeds
-        if isinstance(seeds, range) and seeds.step == 1 and seeds:
-            whole("seeds[0]", seeds[0], low=0)
-            whole("seeds[-1]", seeds[-1], low=0, high=2**63 - 1)
-            return cls([seeds])
-        keys = (whole(f"seeds[{i}]", k, low=0, high=2**63 - 1) for i, k in enumerate(seeds))
-        runs = itertools.groupby(enumerate(keys), lambda place: place[1] - place[0])
-        bounds = ([key for _, key in run] for _, run in runs)
-        return cls(range(run[0], run[-1] + 1) for run in bounds)
-
-    @classmethod
-    def parse(cls, text: str) -> Seeds:
-        """What ``str`` gives."""
-        ends = (part.split("-") for part in text.split(","))
-        return cls(range(int(end[0]), int(end[-1]) + 1) for end in ends)
-
-    def begin_with(self, others: Seeds) -> bool:
-        """Whether ``others`` are the first of these."""
-        n = len(others.ranges)
-        if n > len(self.ranges) or others.ranges[:-1] != self.ranges[: n - 1]:
-            return False
-        a, b = self.ranges[n - 1], others.ranges[-1]
-        return a.start == b.start and b.stop <= a.stop
-
-    def __str__(self) -> str:
-        return ",".join(
-            f"{r.start}" if r.stop == r.start + 1 else f"{r.start}-{r.stop - 1}"
-            for r in self.ranges
-        )
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        i = range(len(self))[index]
-        at = bisect(self._starts, i) - 1
-        return self.ranges[at][i - self._starts[at]]
+"""Seconds that a process waits for the process of rank 0, which starts at the same time."""
 
 
 class Folder:
-    """A folder of images: what is to be in it, and what is there.
+    """A folder of images: its recipe, and the shards that are finished.
 
     Attributes:
-        path: where it is.
-        recipe: what its manifest says.
-        seeds: of the images, in order.
-        checksums: SHA-256 of each shard, once all are there: of its file's bytes, or of its
-            files', one after the other.
-        not_finite: the seeds of samples that held NaN or infinity, in order, once all are there.
-        finished_here: whether it was this object's ``finish``, of all processes', that finished it.
+        path: the folder.
+        recipe: the recipe in its manifest.
+        seeds: the seeds of the images, in order.
+        checksums: the SHA-256 of each shard's files, one after the other; empty until all shards
+            are finished.
+        not_finite: the seeds of samples that held NaN or infinity, in order; empty until all
+            shards are finished.
+        finished_here: whether this object's ``finish``, and no other process's, finished it.
     """
 
     def __init__(
@@ -149,26 +72,27 @@ class Folder:
         self.finished_here = False
         self._size: int = recipe["shard_size"]
         self._format: str = recipe["format"]
-        known_by = json.dumps(recipe, sort_keys=True).encode()
-        self._parts = path / f".parts-{hashlib.sha256(known_by).hexdigest()[:16]}"
+        identity = json.dumps(recipe, sort_keys=True).encode()
+        self._parts = path / f".parts-{hashlib.sha256(identity).hexdigest()[:16]}"
         if len(self.seeds) != recipe["images"] or len(checksums) not in (0, len(self)):
-            raise ValueError(f"{len(checksums)} checksums of {len(self)}")
+            raise ValueError(f"{len(checksums)} checksums for {len(self)} shards")
 
     @classmethod
     def begin(cls, path: Path, recipe: Mapping[str, Any], rank: int = 0) -> Folder:
-        """The folder for ``recipe``, made if need be.
+        """Returns the folder for ``recipe``, which it makes if necessary.
 
-        One of the same recipe with fewer seeds, the first of these, goes on: what is in it stays.
-        Of the processes of one launch that of rank 0 sees to this, and the others wait for it.
+        A folder of the same recipe with the first of these seeds alone is extended and keeps its
+        shards. Among the processes of a launch the process of rank 0 extends it, and the others
+        wait.
 
         Raises:
-            ValueError: it has another recipe, or other files.
-            OSError: it cannot be made, or not be written to.
+            ValueError: the folder has another recipe, or holds other files.
+            OSError: the folder cannot be made, or cannot be written to.
         """
         with _writing(path):
             path.mkdir(exist_ok=True)
-        # Listed before the manifest is looked for: whatever another process of this run has made
-        # came after its manifest.
+        # List before looking for the manifest: another process of this run writes its manifest
+        # before its other files, so that files without a manifest belong to somebody else.
         others = [name for name in os.listdir(path) if not name.startswith(".")]
         if not (path / MANIFEST).exists():
             if others:
@@ -176,7 +100,7 @@ class Folder:
                     f"out must be a new folder, an empty one or one with a {MANIFEST}, got {path}, "
                     f"which holds {min(others)}"
                 )
-            with suppress(FileNotFoundError):  # another has made it, and all the rest by now
+            with suppress(FileNotFoundError):  # another process has finished the folder meanwhile
                 cls(path, recipe, [])._announce()
         folder = cls.read(path)
         if folder._goes_on(recipe):
@@ -197,10 +121,10 @@ class Folder:
 
     @classmethod
     def read(cls, path: Path) -> Folder:
-        """The folder at ``path``, by its manifest.
+        """Returns the folder at ``path``, as its manifest describes it.
 
         Raises:
-            FileNotFoundError, ValueError: there is no manifest, or what is none.
+            FileNotFoundError, ValueError: the manifest is missing, or damaged.
         """
         manifest = path / MANIFEST
         if not manifest.is_file():
@@ -217,30 +141,31 @@ class Folder:
             raise ValueError(f"{manifest} is damaged: {error}") from None
 
     def __len__(self) -> int:
-        """How many shards it has."""
+        """The number of shards, finished or not."""
         return -(-len(self.seeds) // self._size)
 
     def seeds_of(self, k: int) -> list[int]:
+        """Returns the seeds of shard ``k``."""
         return self.seeds[k * self._size : (k + 1) * self._size]
 
     def files(self, k: int) -> list[Path]:
-        """Those of shard ``k``."""
+        """Returns the files of shard ``k``."""
         if self._format != "png":
             return [self.path / f"{k:05d}.{self._format}"]
         return [self.path / f"{s // 1000:03d}" / f"{s:06d}.png" for s in self.seeds_of(k)]
 
     def has(self, k: int) -> bool:
-        """Whether shard ``k`` is there and whole."""
+        """Whether shard ``k`` is finished and its files exist."""
         return self._known(k) is not None and all(file.is_file() for file in self.files(k))
 
     def count(self) -> int:
-        """How many images are in shards that are whole."""
+        """Returns the number of images in finished shards."""
         if self._finished():
             return len(self.seeds)
         return self._images(self._whole())
 
     def missing(self, rank: int, world: int) -> int:
-        """How many images of the shards rank, rank + world, ... are not there yet."""
+        """Returns the number of missing images in the shards rank, rank + world, ..."""
         if self._finished():
             return 0
         there = {k for k in self._whole() if k % world == rank}
@@ -251,10 +176,10 @@ class Folder:
         return len(shards) * self._size - (rest if len(self) - 1 in shards else 0)
 
     def pictures(self, k: int) -> Tensor:
-        """The images of shard ``k``, uint8 (N, C, H, W).
+        """Returns the images of shard ``k``, uint8 (N, C, H, W).
 
         Raises:
-            ValueError, OSError: they are none, or cannot be read.
+            ValueError, OSError: the files hold no images, or cannot be read.
         """
         if self._format == "png":
             return torch.stack([_picture(file) for file in self.files(k)])
@@ -262,7 +187,7 @@ class Folder:
         return found[:, :1] if tuple(self.recipe["shape"])[:1] == (1,) else found
 
     def clear(self, rank: int, world: int) -> None:
-        """Removes what is left of shards rank, rank + world, ... by who was killed at them."""
+        """Removes temporary files that killed processes left, of shards rank, rank + world, ..."""
         with suppress(FileNotFoundError):
             for part in os.listdir(self._parts):
                 k, _, end = part.partition(".")
@@ -270,16 +195,16 @@ class Folder:
                     (self._parts / part).unlink(missing_ok=True)
 
     def write(self, k: int, array: npt.NDArray[Any], not_finite: Sequence[int] = ()) -> None:
-        """Writes shard ``k``, and last its checksum.
+        """Writes the files of shard ``k``, and then its checksum.
 
         Args:
-            array: its images, a row for each.
-            not_finite: the seeds of those whose samples held NaN or infinity.
+            array: the images of the shard, one row for each.
+            not_finite: the seeds of its samples that held NaN or infinity.
 
         Raises:
-            ValueError: no PNG holds ``array``; or the manifest has another checksum of the shard,
-                which was lost since and cannot be made again here.
-            OSError: it cannot be written.
+            ValueError: a PNG cannot hold ``array``; or a lost shard is made again with other
+                bytes than its checksum in the manifest has.
+            OSError: the files cannot be written.
         """
         if self._finished():
             sha = hashlib.sha256()
@@ -287,8 +212,8 @@ class Folder:
                 sha.update(content)
             if sha.hexdigest() != self.checksums[k]:
                 raise ValueError(
-                    f"{self.files(k)[0]} must be made again as it was, got other bytes: this "
-                    f"machine does not compute as the one that made {self.path}"
+                    f"{self.files(k)[0]} must be made again with the same bytes, got other bytes: "
+                    f"this machine computes differently from the one that made {self.path}"
                 )
         sha = hashlib.sha256()
         for file, content in zip(self.files(k), _encoded(array, self._format), strict=True):
@@ -297,8 +222,8 @@ class Folder:
         self._note(k, sha.hexdigest(), not_finite)
 
     def finish(self) -> bool:
-        """Whether all shards are there; then their checksums are in the manifest."""
-        # The listing first: it is what makes a network file system look anew.
+        """Returns whether all shards are finished, and if so writes their checksums."""
+        # List first: listing makes NFS refresh its cache.
         if len(self._whole()) < len(self) and not self._finished():
             return False
         checksums: list[str] = []
@@ -311,38 +236,40 @@ class Folder:
             odd += known[1]
         self.checksums, self.not_finite = checksums, odd
         if self._parts.exists():
-            # Another process may do the same, with the same bytes, and clear .parts first.
+            # Another process may write the same bytes, and remove .parts first.
             with suppress(FileNotFoundError):
                 self._put(self.path / MANIFEST, _manifest(self.recipe, checksums, odd), "manifest")
             self._clear_away()
         return True
 
     def _clear_away(self) -> None:
-        """Removes what was needed until all shards were there; one process of several does."""
+        """Removes .parts once all shards are finished; only one of several processes succeeds."""
         gone = self._parts.with_suffix(".gone")
-        shutil.rmtree(gone, ignore_errors=True)  # of one who was killed at it
-        with suppress(OSError):  # another has taken it, or just put something into it
+        shutil.rmtree(gone, ignore_errors=True)  # of a process that was killed here
+        with suppress(OSError):  # another process has moved it, or just wrote to it
             os.rename(self._parts, gone)
-            # What a late process has made anew to write the same manifest holds no checksums.
+            # A late process makes .parts again to write the same manifest: that has no checksums.
             self.finished_here = any(name.endswith(DONE) for name in os.listdir(gone))
         shutil.rmtree(gone, ignore_errors=True)
         shutil.rmtree(self._parts, ignore_errors=True)
 
     def warning(self) -> str | None:
-        """One line about images that no picture shows as they were, or None where there is none."""
+        """Returns one line about samples that held NaN or infinity, or None if there are none."""
         self._finished()
         return holding(self.not_finite)
 
     def verify(self) -> None:
-        """Reads every byte. What ``warning`` says is no error: the images are as they were made.
+        """Reads every byte of the folder, and compares the shards with their checksums.
+
+        Samples that held NaN or infinity are no error here: see ``warning``.
 
         Raises:
-            ValueError: an image is missing, changed or there once more.
+            ValueError: an image is missing or has changed, or a further file is there.
         """
         if not self._finished():
             raise ValueError(
                 f"{self.path} is not finished: it has {self.count()} of {len(self.seeds)} images "
-                f"in shards that are whole. The command that began it goes on with the rest"
+                f"in finished shards. The command that began it makes the rest"
             )
         wrong: list[str] = []
         for k in range(len(self)):
@@ -353,21 +280,21 @@ class Folder:
             if missing:
                 wrong.append(f"{missing[0].relative_to(self.path)} is missing")
             elif sha.hexdigest() != self.checksums[k]:
-                what = files[0].relative_to(self.path)
+                name = files[0].relative_to(self.path)
                 more = f" or one of the {len(files) - 1} after it" if len(files) > 1 else ""
-                wrong.append(f"{what}{more} has changed")
+                wrong.append(f"{name}{more} has changed")
         expected = {file for k in range(len(self)) for file in self.files(k)}
         others = sorted(set(self.path.rglob(f"*.{self._format}")) - expected)
         wrong += [f"{file.relative_to(self.path)} is none of its files" for file in others]
         if wrong:
             more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise ValueError(
-                f"{self.path} is not as it was made: {', '.join(wrong[:3])}{more}. Remove what has "
-                f"changed, and the command that made it makes again what is missing"
+                f"{self.path} is not as it was made: {', '.join(wrong[:3])}{more}. Remove the "
+                f"changed files, and the command that made it makes missing files again"
             )
 
     def _whole(self) -> set[int]:
-        """The shards whose checksum has been written."""
+        """Returns the shards whose checksums are in .parts."""
         try:
             parts = os.listdir(self._parts)
         except FileNotFoundError:
@@ -375,33 +302,33 @@ class Folder:
         return {int(part.partition(".")[0]) for part in parts if part.endswith(f".{DONE}")}
 
     def _goes_on(self, recipe: Mapping[str, Any]) -> bool:
-        """Whether ``recipe`` is this one with more seeds after these."""
+        """Whether ``recipe`` is this folder's recipe with further seeds after its seeds."""
         same = {**recipe, "images": self.recipe["images"], "seeds": self.recipe["seeds"]}
         if recipe["images"] <= same["images"] or same != self.recipe:
             return False
         return Seeds.parse(recipe["seeds"]).begin_with(self.seeds)
 
     def _extend(self, recipe: Mapping[str, Any]) -> None:
-        """Makes this the folder of ``recipe``, which goes on.
+        """Makes this the folder of ``recipe``, which has further seeds.
 
-        Shards are cut at the same places, so that all are as they were but for a last one that
-        was not full; its file is replaced when it is made again.
+        Shards begin at the same seeds as before, so all full shards stay. A last shard that was
+        not full is made again and replaced.
         """
         longer = Folder(self.path, recipe, [])
         for k in range(len(self.seeds) // self._size):
             if (known := self._known(k)) is not None:
                 longer._note(k, *known)
-        # From here on the checksums above count, and those of the shorter recipe do not.
+        # This manifest makes the checksums above count instead of the shorter recipe's.
         longer._put(self.path / MANIFEST, _manifest(recipe, []), "manifest")
         shutil.rmtree(self._parts, ignore_errors=True)
 
     def _note(self, k: int, checksum: str, not_finite: Sequence[int]) -> None:
-        """Writes what makes shard ``k`` count."""
+        """Writes the checksum that makes shard ``k`` count."""
         odd = f" {Seeds.of(not_finite)}" if not_finite else ""
         self._put(self._parts / f"{k}.{DONE}", f"{checksum}{odd}".encode(), k)
 
     def _known(self, k: int) -> tuple[str, list[int]] | None:
-        """The checksum of shard ``k`` and the seeds of its ``not_finite``, if it is whole."""
+        """Returns the checksum and the ``not_finite`` seeds of shard ``k``; None if unfinished."""
         with suppress(FileNotFoundError):
             checksum, *odd = (self._parts / f"{k}.{DONE}").read_text().split()
             return checksum, list(Seeds.parse(odd[0])) if odd else []
@@ -411,37 +338,38 @@ class Folder:
         return self.checksums[k], [seed for seed in self.seeds_of(k) if seed in odd_here]
 
     def _finished(self) -> bool:
-        """Whether the manifest has the checksums, perhaps by now."""
+        """Whether the manifest has the checksums; reads it again if it had none before."""
         if not self.checksums:
             now = Folder.read(self.path)
             self.checksums, self.not_finite = now.checksums, now.not_finite
         return bool(self.checksums)
 
     def _announce(self) -> None:
-        """Writes the manifest, unless there is one."""
+        """Writes the manifest if there is none."""
         draft = self._parts / f"manifest.{uuid.uuid4().hex}.json"
         self._put(draft, _manifest(self.recipe, []), "manifest")
         with _writing(self.path):
             try:
-                # Unlike a rename it never replaces another's, which may be of another recipe.
+                # Unlike a rename, a link never replaces a manifest, which may have another recipe.
                 os.link(draft, self.path / MANIFEST)
             except FileExistsError:
                 pass
-            except OSError:  # a file system without links
+            except OSError:  # the file system has no links
                 os.replace(draft, self.path / MANIFEST)
             draft.unlink(missing_ok=True)
 
     def _put(self, file: Path, content: bytes, label: int | str) -> Path:
+        """Writes ``content`` to ``file`` by way of a temporary file in .parts."""
         with _writing(self.path):
             for left in (2, 1, 0):
                 self._parts.mkdir(exist_ok=True)
                 file.parent.mkdir(exist_ok=True)
-                # A name of its own: a worker that outlived its launcher may be at the same shard.
+                # A unique name: a worker that outlived its launcher may write the same shard.
                 temporary = self._parts / f"{label}.{uuid.uuid4().hex}.tmp"
                 try:
                     with images.replacing(file, temporary) as opened:
                         opened.write(content)
-                except FileNotFoundError:  # who was launched beside this one has cleared it away
+                except FileNotFoundError:  # another process has removed .parts
                     if not left:
                         raise
                 else:
@@ -451,20 +379,21 @@ class Folder:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
+    """Turns an ``OSError`` into one that names ``out``."""
     try:
         yield
     except OSError as error:
-        there = ". The shards that it has are whole" if (path / MANIFEST).is_file() else ""
+        finished = ". The shards in it are whole" if (path / MANIFEST).is_file() else ""
         raise type(error)(
             f"out must be a folder that can be written to and has room, got {path}: "
-            f"{error.strerror or error}{there}"
+            f"{error.strerror or error}{finished}"
         ) from error
 
 
 def _encoded(array: npt.NDArray[Any], format: str) -> Iterator[bytes]:
-    """The content of each of a shard's files: the same bytes for the same array.
+    """Yields the content of each file of a shard: the same bytes for the same array.
 
-    Grey pictures have three channels in npz files: so guided-diffusion's evaluator wants them.
+    Grey pictures get three channels in npz files, because guided-diffusion's evaluator needs them.
     """
     if format == "npz" and array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 1:
         array = np.repeat(array, 3, axis=3)
@@ -487,7 +416,7 @@ def _encoded(array: npt.NDArray[Any], format: str) -> Iterator[bytes]:
 
 
 def _picture(file: Path) -> Tensor:
-    """The picture of a PNG, uint8 (C, H, W)."""
+    """Returns the picture of a PNG, uint8 (C, H, W)."""
     from PIL import Image
 
     with Image.open(file) as picture:
@@ -496,17 +425,20 @@ def _picture(file: Path) -> Tensor:
 
 
 def holding(not_finite: Sequence[int]) -> str | None:
-    """One line about images whose samples hold NaN or infinity: the seed of each, perhaps of
-    several. None where there is no such image."""
+    """Returns one line about images whose samples hold NaN or infinity, or None if there are none.
+
+    Args:
+        not_finite: the seed of each such image; a seed may repeat.
+    """
     if not not_finite:
         return None
     n = len(not_finite)
     seeds = str(Seeds.of(sorted(set(not_finite))))
     if len(seeds) > 200:
         seeds = f"{seeds[:200].rpartition(',')[0]},..."
-    what = "1 image holds" if n == 1 else f"{n} images hold"
+    images_hold = "1 image holds" if n == 1 else f"{n} images hold"
     return (
-        f"{what} NaN or infinity, drawn as black or white pixels: "
+        f"{images_hold} NaN or infinity, drawn as black or white pixels: "
         f"{'seed' if seeds.isdecimal() else 'seeds'} {seeds}"
     )
 
@@ -514,26 +446,27 @@ def holding(not_finite: Sequence[int]) -> str | None:
 def _manifest(
     recipe: Mapping[str, Any], checksums: Sequence[str], not_finite: Sequence[int] = ()
 ) -> bytes:
-    """JSON with a line for each thing that is said."""
+    """Returns the manifest's JSON, with one line for each entry of the recipe and each checksum."""
     odd = {"images": len(not_finite), "seeds": str(Seeds.of(not_finite)) if not_finite else ""}
     lines = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(recipe[name])}" for name in recipe)
     sums = ",\n  ".join(map(json.dumps, checksums))
-    said = f' "recipe": {{\n  {lines}\n }},\n "checksums": [\n  {sums}\n ]'
-    said += f',\n "not_finite": {json.dumps(odd)}' if checksums else ""
-    return f"{{\n{said}\n}}\n".encode()
+    content = f' "recipe": {{\n  {lines}\n }},\n "checksums": [\n  {sums}\n ]'
+    content += f',\n "not_finite": {json.dumps(odd)}' if checksums else ""
+    return f"{{\n{content}\n}}\n".encode()
 
 
 def _remedy(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What to do about a difference that is not of the arguments, where that is known."""
+    """Returns advice on a difference in threads, which no argument sets; "" for others."""
     n = there.get("threads")
     if n is None or here.get("threads") in (n, None):
         return ""
-    return f". Go on with as many threads: --threads {n}, or torch.set_num_threads({n})"
+    return f". Use the same number of threads: --threads {n}, or torch.set_num_threads({n})"
 
 
 def _differences(
     there: Mapping[str, Any], here: Mapping[str, Any], within: str = ""
 ) -> Iterator[str]:
+    """Yields the names of entries that differ, with both values unless they are lists."""
     for name in {**there, **here}:
         a, b = there.get(name), here.get(name)
         if isinstance(a, Mapping) and isinstance(b, Mapping):

@@ -1,4 +1,4 @@
-"""Images asked for by seed or read from a file, and pictures of them."""
+"""Images as pixels: read from files, arranged in grids, written as PNG."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ FILES = (
     "a picture such as a .png, a .npy or .npz of uint8 (N, H, W) or (N, H, W, C), or an idx file "
     "of bytes, gzipped or not"
 )
-"""What ``read`` reads."""
+"""The files that ``read`` accepts, for messages."""
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] → 0..255, to the nearest; what lies outside is clamped and NaN is black.
+    """Maps [-1, 1] to 0..255, rounded to the nearest; values outside are clamped, NaN is black.
 
-    Whoever shows or keeps the pixels says how many samples ``not_finite`` finds.
+    A caller that shows or keeps the pixels should report the samples that ``not_finite`` finds.
     """
     return ((x.float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def not_finite(x: Tensor) -> list[int]:
-    """The places of the samples (N, ...) that hold NaN or infinity.
+    """Returns the indices of the samples of x (N, ...) that hold NaN or infinity.
 
-    ``to_uint8`` makes black or white pixels of these, which look like any others.
+    ``to_uint8`` turns these values into black or white pixels, which look like any others.
     """
-    low, high = x.flatten(1).aminmax(dim=1)  # NaN if one element is; one pass, no mask of x's size
+    low, high = x.flatten(1).aminmax(dim=1)  # NaN if any element is; one pass, no mask of x's size
     odd: list[int] = (~(low.isfinite() & high.isfinite())).nonzero().flatten().tolist()
     return odd
 
 
 def drawn(batches: Iterable[Tensor]) -> tuple[Tensor, list[int]]:
-    """(the pictures of all samples of ``batches``, on the CPU; the places of those that are
-    ``not_finite``)."""
+    """Returns (the pictures of all samples of ``batches``, on the CPU; the indices of the samples
+    that hold NaN or infinity)."""
     pictures: list[Tensor] = []
     odd: list[int] = []
     first = 0
@@ -55,22 +55,23 @@ def drawn(batches: Iterable[Tensor]) -> tuple[Tensor, list[int]]:
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
-    """0..255 → [-1, 1], float32: what models are trained on."""
+    """Maps 0..255 to [-1, 1] in float32, the range that models are trained on."""
     return pixels.float() / 127.5 - 1
 
 
 def read(path: Path | str, shape: Sequence[int] | None = None, count: int | None = None) -> Tensor:
-    """The images of a file, uint8 (N, C, H, W). Pickles are refused.
+    """Returns the images of a file, uint8 (N, C, H, W). Pickles are refused.
 
     Args:
-        path: a picture that Pillow reads, grey or in colours, 8 bits each and opaque; a .npy or
-            .npz with one array (or one named ``arr_0``) of (N, H, W) or (N, H, W, C); or an idx
-            file as MNIST's, gzipped or not. The content decides, not the name.
-        shape: the (C, H, W) they must have.
-        count: the first so many; by default all there are.
+        path: a picture that Pillow reads, grey or RGB, of 8 bits and opaque; a .npy or .npz with
+            one array (or one named ``arr_0``) of (N, H, W) or (N, H, W, C); or an idx file such
+            as MNIST's, gzipped or not. The content decides, not the name.
+        shape: the (C, H, W) that the images must have.
+        count: the number of images to read, from the first on; all by default.
 
     Raises:
-        TypeError, ValueError, OSError: one line naming what was given and what is allowed.
+        TypeError, ValueError, OSError: the file is missing, damaged or of another kind, or has
+            too few images or images of another shape.
     """
     path = Path(path)
     n = None if count is None else whole("count", count, low=1)
@@ -79,7 +80,7 @@ def read(path: Path | str, shape: Sequence[int] | None = None, count: int | None
     try:
         with path.open("rb") as file:
             pixels = _pixels(file, n)
-    except Exception as error:  # each reader has its own for a file that is cut or damaged
+    except Exception as error:  # each reader raises its own error for a damaged file
         raise ValueError(f"images must be {FILES}, got {path}: {error}") from None
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or not pixels.size:
         raise ValueError(
@@ -94,7 +95,7 @@ def read(path: Path | str, shape: Sequence[int] | None = None, count: int | None
 
 
 def check_shape(got: Sequence[int], wanted: Sequence[int] | None, path: Path) -> None:
-    """Raises ``ValueError`` unless the images in ``path`` have the (C, H, W) that is wanted."""
+    """Raises ``ValueError`` if the images in ``path`` do not have the (C, H, W) ``wanted``."""
     if wanted is not None and tuple(got) != tuple(wanted):
         expected, found = (
             f"{h}x{w} with {c} {'channel' if c == 1 else 'channels'}" for c, h, w in (wanted, got)
@@ -103,7 +104,7 @@ def check_shape(got: Sequence[int], wanted: Sequence[int] | None, path: Path) ->
 
 
 def _pixels(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
-    """The array in a file of one of the known kinds; of an idx file what ``count`` needs."""
+    """Returns the array of a file of a known kind; of an idx file the first ``count`` images."""
     start = file.read(6)
     file.seek(0)
     if start.startswith(b"\x1f\x8b"):
@@ -125,7 +126,7 @@ def _pixels(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
 
 
 def _picture(file: IO[bytes]) -> np.ndarray[Any, Any]:
-    """One picture, (1, H, W) or (1, H, W, 3)."""
+    """Returns one picture, (1, H, W) or (1, H, W, 3)."""
     from PIL import Image
 
     with Image.open(file) as picture:
@@ -135,12 +136,12 @@ def _picture(file: IO[bytes]) -> np.ndarray[Any, Any]:
                 raise ValueError("a picture that is not opaque")
             return np.asarray(full.convert("L" if picture.mode in ("1", "LA") else "RGB"))[None]
         if picture.mode not in ("L", "RGB"):
-            raise ValueError(f"a picture of mode {picture.mode}, which is none of 8 bits")
+            raise ValueError(f"a picture of mode {picture.mode}, which does not have 8 bits")
         return np.asarray(picture)[None]
 
 
 def _idx(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
-    """idx (LeCun, MNIST): two zeros, the type, how many dimensions, their sizes, the values."""
+    """Reads idx (LeCun, MNIST): two zeros, type, number of dimensions, their sizes, values."""
     magic = file.read(4)
     if magic[:3] != b"\0\0\x08" or magic[3:] not in (b"\3", b"\4"):
         raise ValueError("another kind of file")
@@ -149,16 +150,16 @@ def _idx(file: IO[bytes], count: int | None) -> np.ndarray[Any, Any]:
         sizes = np.frombuffer(header, ">u4").tolist()
         sizes[0] = sizes[0] if count is None else min(count, sizes[0])
         values = file.read(math.prod(sizes))
-        file.read(1)  # a gzipped file's checksum is looked at where it ends, not before
+        file.read(1)  # gzip checks its checksum only at the end of the file
         if len(values) == math.prod(sizes):
             return np.frombuffer(values, np.uint8).reshape(sizes)
     raise ValueError("truncated")
 
 
 def grid(images: Tensor, padding: int = 2, columns: int | None = None) -> Tensor:
-    """N images (N, C, H, W) side by side as one (C, rows·(H+p)+p, columns·(W+p)+p), row by row.
+    """Arranges images (N, C, H, W) row by row as one (C, rows·(H+p)+p, columns·(W+p)+p).
 
-    There are ⌈√N⌉ columns by default, and as many rows as N needs. What no image covers is 0.
+    By default there are ⌈√N⌉ columns. There are as many rows as N needs. Gaps are 0.
     """
     n, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(n)) if columns is None else whole("columns", columns, low=1)
@@ -171,17 +172,17 @@ def grid(images: Tensor, padding: int = 2, columns: int | None = None) -> Tensor
 
 
 def check_channels(channels: int) -> None:
-    """Raises ``ValueError`` unless a PNG has that many."""
+    """Raises ``ValueError`` unless a PNG can have so many channels."""
     if channels not in (1, 3):
         raise ValueError(f"a PNG takes 1 channel (grey) or 3 (RGB), got {channels}")
 
 
 def check_png(path: Path | str) -> Path:
-    """``path``, if a PNG can be written there.
+    """Returns ``path`` if a PNG can be written there: a check before the images are drawn.
 
     Raises:
-        ValueError, OSError: naming what was given and what is allowed.
-        ModuleNotFoundError: Pillow is missing, which is better known before there are images.
+        ValueError, OSError: ``path`` does not end in .png, or cannot be written.
+        ModuleNotFoundError: Pillow is missing.
     """
     import PIL.Image  # noqa: F401
 
@@ -204,10 +205,10 @@ def check_png(path: Path | str) -> Path:
 
 
 def save_png(image: Tensor, path: Path | str) -> bool:
-    """Writes uint8 (1 or 3, H, W) to ``path``: the whole picture, or nothing at all.
+    """Writes uint8 (1 or 3, H, W) to ``path``: the whole picture, or nothing.
 
     Returns:
-        Whether there was a file of that name, which is gone.
+        Whether the picture replaced a file.
     """
     check_channels(image.shape[0])
     there = Path(path).exists()
@@ -229,16 +230,16 @@ def write_png(image: Tensor, file: IO[bytes]) -> None:
 
 @contextmanager
 def replacing(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
-    """A file to write, which takes ``path``'s place when it is whole, or not at all.
+    """Yields a file to write, which replaces ``path`` only once it is written in full.
 
-    Until then it is ``temporary``, by default a hidden name in the same folder.
+    Until then the file is ``temporary``, by default a hidden name in the same folder.
     """
     temporary = temporary or _beside(path)
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name and no content
+            os.fsync(file.fileno())  # else a power cut could leave the new name without content
         os.replace(temporary, path)
     except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
@@ -246,5 +247,5 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
 
 
 def _beside(path: Path) -> Path:
-    """A name in the same folder, since replacing is atomic only within one file system."""
+    """Returns a name in the same folder: replacing is atomic only within one file system."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""What a process owes to the launcher that has started it beside others: torchrun."""
+"""Ends a launch of torchrun whose processes cannot do their work."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import sys
 import time
 
 PARENT = os.getppid()
-"""Who started this process, as far back as can be told: that may be gone by the first image."""
+"""The process that started this one, read at import: the parent may be gone by the first image."""
 
 
-def refuse(said: str) -> None:
-    """Says on stderr why torchrun's processes can do nothing, and ends the launch.
+def refuse(message: str) -> None:
+    """Prints ``message`` on stderr, and ends the launch of torchrun that this process is part of.
 
-    Whatever the exit status, torchrun would start the same processes again, in vain, as often as
-    ``--max-restarts`` says. What one process cannot do none can, as a rule: the first of its
-    machine speaks for all, and others do where it has found nothing wrong.
+    Whatever the exit status, torchrun would restart the same processes ``--max-restarts`` times, in
+    vain. Usually all processes fail alike: the first on each machine prints the message and ends
+    the launch before the others do, which wait longer.
     """
     local = os.environ.get("LOCAL_RANK", "")
     time.sleep(2 * int(local) if local.isdecimal() else 0)
-    print(said, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     if os.getppid() == PARENT:
         os.kill(PARENT, signal.SIGTERM)
-        time.sleep(30)  # until it ends this process too
+        time.sleep(30)  # torchrun ends this process in this time

@@ -1,23 +1,20 @@
-"""Steps against η: what each step costs, and how good the samples are (the paper's Table 1)."""
+"""Measures S against η: the cost of a step and the quality of the samples (the paper's Table 1)."""
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
-import io
 import itertools
 import json
-import math
 import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,56 +30,59 @@ from fastddim.loop.sampler import DDIM
 from fastddim.step.backends import backend
 from fastddim.timesteps import Spacing
 from fastddim.tools import draw, images, provenance, timing
+from fastddim.tools.draw import model_calls
+from fastddim.tools.plot import plot
 from fastddim.tools.quality import GaussianMixture, frechet_distance
+from fastddim.tools.table import (
+    CSV,
+    JSON,
+    PNG,
+    TRACE,
+    Cell,
+    Settings,
+    check_folder,
+    label,
+    make_folder,
+    read,
+    remaining,
+    save,
+)
 
-Settings: TypeAlias = Mapping[str, Any]
-"""What the cells of one table share: see ``settings``."""
-
-JSON, CSV, PNG, TRACE = "profile.json", "profile.csv", "profile.png", "trace.json"
-"""What a folder holds."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What was measured of one sampler.
-
-    Attributes:
-        steps, eta: the sampler's.
-        update_ms: milliseconds of a step spent outside the model: the update, drawing noise, the
-            loop, and a step's share of drawing x_T. On an accelerator an upper bound, as
-            ``timing.Timed`` says.
-        model_ms: milliseconds of a step spent in the model. Both are of one full batch, the
-            median over the batches.
-        images_per_second: of full batches, at these times.
-        memory_mb: the most that tensors held at once, the weights among them, in 10⁶ bytes:
-            what torch's allocator gave out, on a CPU measured in a run of its own. None where
-            torch does not tell.
-        distance: from the samples to the data. None where there is nobody to judge.
-        floor: what as many samples of a perfect model would score on average. It is no bound:
-            some draws of a perfect model score less.
-        spread: the standard deviation of that over draws.
-    """
-
-    steps: int
-    eta: Eta
-    update_ms: float
-    model_ms: float
-    images_per_second: float
-    memory_mb: float | None
-    distance: float | None
-    floor: float | None
-    spread: float | None = None
+__all__ = (
+    "CSV",
+    "JSON",
+    "PNG",
+    "TRACE",
+    "Cell",
+    "Judge",
+    "Settings",
+    "cells",
+    "check_folder",
+    "garments",
+    "grid",
+    "label",
+    "make_folder",
+    "mixture",
+    "model_calls",
+    "oracle",
+    "plot",
+    "read",
+    "remaining",
+    "save",
+    "settings",
+    "trace",
+)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """How samples are compared with data.
+    """A distance between samples and data.
 
     Attributes:
-        name: of the distance.
-        distance: from samples (N, ...), on the CPU, to the data.
-        floor: the mean distance of N samples that a perfect model would draw.
-        spread: the standard deviation of that distance over draws; None where it is not known.
+        name: the distance's name.
+        distance: returns the distance of samples (N, ...), on the CPU, to the data.
+        floor: returns the mean distance of N samples that a perfect model draws.
+        spread: returns the standard deviation of that distance over draws; None if unknown.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Judge:
 
 
 def garments() -> Judge:
-    """FD-clf of images (N, 1, 28, 28): see ``fastddim.tools.distance``."""
+    """Returns FD-clf, for images (N, 1, 28, 28): see ``fastddim.tools.distance``."""
     from fastddim.tools import distance
 
     real = distance.load()
@@ -100,18 +100,18 @@ def garments() -> Judge:
 
 
 def oracle() -> GaussianMixture:
-    """Data whose ε is known exactly: eight narrow modes in 64 dimensions, one along each axis.
+    """Returns data whose ε is known exactly: eight narrow modes in 64 dimensions, each on an axis.
 
-    Narrow, since what few steps get wrong is the width of a mode, and in many dimensions, so that
-    the width weighs more than how many samples come to each mode.
+    The modes are narrow because few steps get the width of a mode wrong. The dimensions are many
+    so that the width weighs more than the number of samples that reach each mode.
     """
     return GaussianMixture(torch.eye(8, 64, device="cpu"), 0.1)
 
 
 def mixture(data: GaussianMixture) -> Judge:
-    """Fréchet distance of the samples themselves to the mean and covariance of ``data``.
+    """Returns the Fréchet distance of the samples' own values to the Gaussian of ``data``.
 
-    These two are exact; the floor and its spread are those of 20 draws.
+    The mean and the covariance of ``data`` are exact; floor and spread come from 20 draws.
     """
     exact = data.moments()
 
@@ -137,12 +137,13 @@ def grid(
     spacing: Spacing | str = "uniform",
     make: Callable[..., DDIM] = DDIM,
 ) -> list[DDIM]:
-    """The samplers of a grid, row by row: each number of steps with each η.
+    """Returns the samplers of a grid, row by row: each number of steps with each η.
 
-    ``make`` is what makes them, such as a loaded checkpoint's ``ddim``.
+    ``make`` makes a sampler, for example a loaded checkpoint's ``ddim``.
 
     Raises:
-        TypeError, ValueError: there are none, one comes twice, or ``DDIM`` refuses one.
+        TypeError, ValueError: ``steps`` or ``etas`` is empty or repeats a value, or ``DDIM``
+            refuses a value.
     """
     for name, values in (("steps", steps), ("eta", etas)):
         if not values:
@@ -171,27 +172,28 @@ def cells(
     progress: Progress = False,
     **options: Any,
 ) -> Iterator[Cell]:
-    """Draws the samples of ``seeds`` with each sampler, and measures it.
+    """Draws the samples of ``seeds`` with each sampler, and measures the sampler.
 
     Args:
         ddims: the samplers, such as those of ``grid``.
         model, seeds, shape, batch_size: as in ``draw.by_seed``.
-        judge: how the samples are compared with data, such as ``garments()``; nobody by default.
-        device: where to sample, and where the model is; CUDA if there is one, else the CPU.
+        judge: the distance to measure, for example ``garments()``; none by default.
+        device: the device to sample on, which the model is on; by default CUDA if present, else
+            the CPU.
         progress: True for a bar, or a wrapper such as ``tqdm.tqdm``; it counts model calls.
         options: as in ``draw.by_seed``.
 
     Returns:
-        An iterator over one ``Cell`` for each sampler, in order.
+        An iterator that yields one ``Cell`` for each sampler, in order.
 
     Raises:
-        TypeError, ValueError: before any work, naming the argument, the value and what is allowed.
+        TypeError, ValueError: before any work, if an argument is not allowed.
     """
     size = whole("batch_size", batch_size, low=1, high=draw.LARGEST_BATCH)
     least = 1 if judge is None else 2
     if len(seeds) < least:
         raise ValueError(f"seeds must be {least} or more, got {len(seeds)}")
-    draw.by_seed(DDIM(1), model, seeds, shape, size)  # refuses what is no seed
+    draw.by_seed(DDIM(1), model, seeds, shape, size)  # raises for a bad seed, now
     where = _usable(device)
     floor = None if judge is None else judge.floor(len(seeds))
     spread = None if judge is None or judge.spread is None else judge.spread(len(seeds))
@@ -208,22 +210,22 @@ def cells(
         batches = draw.by_seed(ddim, timed, seeds, shape, size, device=where, **options)
         timed.start()
         for x in batches:
-            total, in_model = timed.seconds()
-            inside.append(in_model / S)
-            outside.append((total - in_model) / S)
+            total, model_s = timed.seconds()
+            inside.append(model_s / S)
+            outside.append((total - model_s) / S)
             samples.append(x.cpu())
-            # Not step by step: a bar's time would be the update's.
+            # Once a batch: a bar that moved at each step would count as the update's time.
             list(itertools.islice(ticks, S))
             timed.start()
         if where.type == "cuda":
             memory = torch.cuda.max_memory_allocated(where)
-        update, asked = statistics.median(outside), statistics.median(inside)
+        update, in_model = statistics.median(outside), statistics.median(inside)
         return Cell(
             steps=S,
             eta=ddim.eta,
             update_ms=1000 * update,
-            model_ms=1000 * asked,
-            images_per_second=size / (S * (update + asked)),
+            model_ms=1000 * in_model,
+            images_per_second=size / (S * (update + in_model)),
             memory_mb=None if memory is None else memory / 1e6,
             distance=None if judge is None else judge.distance(torch.cat(samples)),
             floor=floor,
@@ -232,14 +234,9 @@ def cells(
 
     def results() -> Iterator[Cell]:
         yield from map(measured, ddims)
-        next(ticks, None)  # beyond the last, where a bar is full
+        next(ticks, None)  # past the last call, so that the bar closes
 
     return results()
-
-
-def model_calls(ddims: Sequence[DDIM], samples: int, batch_size: int) -> int:
-    """How often ``cells`` asks the model for so many samples, but for the first steps it warms."""
-    return -(-samples // batch_size) * sum(len(ddim.pairs) for ddim in ddims)
 
 
 def trace(
@@ -254,9 +251,9 @@ def trace(
 ) -> None:
     """Writes a trace of the first three steps of each sampler, for ui.perfetto.dev.
 
-    There is a range for each sampler, "10 steps, eta 0.2", and in it, for each step, one named
-    "model" and one named "update", which lasts until the model is asked again. The rest is what
-    torch does in them.
+    Each sampler has a range such as "10 steps, eta 0.2". For each step this range holds a range
+    "model" and a range "update", which lasts until the next call of the model. They hold torch's
+    own events.
     """
     where = _usable(device)
     activities = [ProfilerActivity.CPU]
@@ -281,7 +278,7 @@ def _usable(device: torch.device | str | None) -> torch.device:
 
 
 class _Phases:
-    """A model whose calls, and the time between two of them, are named ranges of a profile."""
+    """A model whose calls are ranges "model" of a profile, with ranges "update" between them."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -295,7 +292,7 @@ class _Phases:
         return output
 
     def end(self) -> None:
-        """The update has ended, if one had begun."""
+        """Ends the range "update", if it has begun."""
         self.update.close()
 
 
@@ -307,7 +304,7 @@ def _first_steps(
     device: torch.device,
     options: Mapping[str, Any],
 ) -> None:
-    """Three steps: in the third, all memory that later ones use is in use."""
+    """Takes three steps: the third uses as much memory as any later step."""
     ddim.sample(
         model,
         shape=(batch_size, *shape),
@@ -325,7 +322,7 @@ def _peak_on_cpu(
     batch_size: int,
     options: Mapping[str, Any],
 ) -> int:
-    """The most bytes that the tensors of a few steps and the model's weights hold at once."""
+    """Returns the peak bytes of the tensors of a few steps, plus those of the model's weights."""
     with _quiet_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         _first_steps(ddim, model, shape, batch_size, torch.device("cpu"), options)
     events = [e for e in json.loads(_exported(profiled))["traceEvents"] if e["name"] == "[memory]"]
@@ -338,7 +335,7 @@ def _peak_on_cpu(
 
 @contextmanager
 def _quiet_profile(**options: Any) -> Iterator[profile]:
-    """``torch.profiler.profile`` with stderr turned away: Kineto tells there of start and stop."""
+    """Profiles with stderr discarded, because Kineto reports its start and stop on stderr."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -367,15 +364,15 @@ def settings(
     judge: Judge | None,
     **rest: Any,
 ) -> dict[str, Any]:
-    """What a profile depends on beside steps and η, as plain values: model, data and machine.
+    """Returns all that a profile depends on beside steps and η, as plain values.
 
-    The machine is its device, the backend that takes the steps there, and versions. ``rest`` is
-    what else a profile depends on, such as a class; what is None is left out. A model that is no
-    ``nn.Module`` has no weights to be known by, and goes by its name.
+    The values describe the model, the data and the machine: its device, the backend that takes
+    the steps, and versions. ``rest`` adds others, such as a class; None values are left out. A
+    model that is not an ``nn.Module`` has no weights to hash and is identified by its name.
     """
     name = getattr(model, "__qualname__", type(model).__qualname__)
-    known_by = provenance.digest(model) if isinstance(model, nn.Module) else name
-    digest = hashlib.sha256(known_by.encode() + ddim.schedule.alphas_cumprod.tobytes())
+    identity = provenance.digest(model) if isinstance(model, nn.Module) else name
+    digest = hashlib.sha256(identity.encode() + ddim.schedule.alphas_cumprod.tobytes())
     return {
         "model": digest.hexdigest()[:16],
         "prediction": ddim.prediction,
@@ -389,193 +386,3 @@ def settings(
         "fastddim": __version__,
         **provenance.versions("torch", "triton", "numba"),
     }
-
-
-def check_folder(folder: Path) -> None:
-    """Raises an ``OSError`` unless ``folder`` is one or may be made, while there is no work yet.
-
-    Or ``ModuleNotFoundError`` where what draws the picture is missing.
-    """
-    import matplotlib.figure  # noqa: F401
-
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"out must be a folder, got the file {folder}")
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"out must be in a folder that exists, got {folder}")
-
-
-def make_folder(folder: Path) -> None:
-    """Makes ``folder`` if it does not exist.
-
-    Raises:
-        OSError: it cannot be made, or cannot be written to.
-    """
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise type(error)(
-            f"out must be a folder that can be made, got {folder}: {error.strerror}"
-        ) from None
-    images.check_png(folder / PNG)
-
-
-def read(folder: Path, settings: Settings) -> list[Cell]:
-    """The cells that ``save`` has left in ``folder``: none in a new one.
-
-    Raises:
-        ValueError: they were measured with other settings, or are no such cells.
-    """
-    path = folder / JSON
-    if not path.exists():
-        return []
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        there, done = dict(kept["settings"]), [Cell(**cell) for cell in kept["cells"]]
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"out must hold a profile or none, got {path}, which is damaged") from None
-    names = [k for k in {**there, **settings} if there.get(k) != settings.get(k)]
-    if names:
-        differences = (f"{k} {there.get(k)} there and {settings.get(k)} here" for k in names)
-        raise ValueError(
-            f"out must be a new folder or one with the same settings, got {folder} with "
-            f"{', '.join(differences)}"
-        )
-    return done
-
-
-def save(folder: Path, settings: Settings, done: Sequence[Cell]) -> None:
-    """Writes ``done`` to profile.json and profile.csv, each whole or not at all."""
-    rows = [asdict(cell) for cell in done]
-    text = json.dumps({"settings": dict(settings), "cells": rows}, indent=1, allow_nan=False)
-    with images.replacing(folder / JSON) as file:
-        file.write(text.encode() + b"\n")
-    table = io.StringIO()
-    writer = csv.DictWriter(table, [field.name for field in fields(Cell)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with images.replacing(folder / CSV) as file:
-        file.write(table.getvalue().encode())
-
-
-def label(eta: Eta) -> str:
-    """0.2 or hat."""
-    return eta if isinstance(eta, str) else f"{eta:g}"
-
-
-def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
-    """Draws ``done`` as a PNG: the distance over S for each η, and where the time of a step goes.
-
-    Without a distance there is the second panel alone.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    judged = settings["distance"] is not None
-    figure = Figure(figsize=(10.5 if judged else 5.6, 4.4), layout="constrained", dpi=200)
-    panels = list(figure.subplots(1, 1 + judged, squeeze=False)[0])
-    rows: dict[Eta, list[Cell]] = {}
-    for cell in sorted(done, key=lambda cell: (cell.eta == "hat", cell.eta, cell.steps)):
-        rows.setdefault(cell.eta, []).append(cell)
-    if judged:
-        axes = panels[0]
-        names = [_line(axes, i, eta, row, "distance") for i, (eta, row) in enumerate(rows.items())]
-        floor, spread = done[0].floor, done[0].spread
-        assert floor is not None  # as there is a distance
-        axes.axhline(floor, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
-        what = f"as many real samples: {floor:.2g}"
-        if spread is not None:
-            axes.axhspan(max(floor - spread, floor / 10), floor + spread, color="#e6e6e6", zorder=0)
-            what += f" ± {spread:.1g}"
-        _dress(axes, f"{settings['distance']} to the data (lower is better)", done, names)
-        axes.set_ylabel(settings["distance"])
-        _write(axes, min(cell.steps for cell in done), floor, what, GREY, (0, -12))
-    axes = panels[-1]
-    names = [_line(axes, i, eta, row, "update_ms") for i, (eta, row) in enumerate(rows.items())]
-    for row in rows.values():
-        points = [cell.steps for cell in row], [cell.model_ms for cell in row]
-        axes.plot(*points, color=GREY, marker="x", markersize=5, linewidth=1.2)
-    shares = [100 * cell.update_ms / (cell.update_ms + cell.model_ms) for cell in done]
-    share = " to ".join(dict.fromkeys(f"{s:.2g}%" for s in (min(shares), max(shares))))
-    size = settings["batch_size"]
-    _dress(axes, f"ms per step of {size} samples: the update is {share} of it", done, names)
-    axes.set_ylabel("milliseconds per step")
-    # No line comes close to them there, as it may to a word beside one.
-    marks = [
-        Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=1.2, label=name)
-        for name, colour, marker in (("model", GREY, "x"), ("update", COLOURS[0], MARKERS[0]))
-    ]
-    axes.legend(
-        handles=marks,
-        loc="lower center",
-        bbox_to_anchor=(0.5, -0.3),
-        ncols=2,
-        fontsize=9,
-        frameon=False,
-    )
-    ran = f"{settings['device']}, steps by {settings['backend']}"
-    figure.supxlabel(f"seeds {settings['seeds']}, {ran}", fontsize=8, color=GREY)
-    with images.replacing(path) as file:
-        figure.savefig(file, format="png")
-
-
-# Okabe and Ito's, which the colour-blind tell apart; the markers differ too.
-COLOURS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
-HAT = "#D55E00"
-MARKERS = "osDvPX"
-GREY = "#767676"
-
-
-def _line(axes: Any, i: int, eta: Eta, row: Sequence[Cell], what: str) -> tuple[float, str, str]:
-    """Draws one η's line, and returns where it begins, its name and its colour."""
-    colour = HAT if eta == "hat" else COLOURS[i % len(COLOURS)]
-    marker = "^" if eta == "hat" else MARKERS[i % len(MARKERS)]
-    values = [getattr(cell, what) for cell in row]
-    axes.plot([cell.steps for cell in row], values, color=colour, marker=marker, markersize=5)
-    return values[0], r"$\hat{\sigma}$" if eta == "hat" else f"η = {label(eta)}", colour
-
-
-def _dress(
-    axes: Any, title: str, done: Sequence[Cell], names: Sequence[tuple[float, str, str]]
-) -> None:
-    """Scales, ticks and title; and beside where each line begins, its name, none on another."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
-
-    steps = sorted({cell.steps for cell in done})
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set(xscale="log", yscale="log", xlabel="steps S")
-    axes.set_xlim(steps[0] / 1.5, steps[-1] * 1.1)
-    for axis, ticks in (
-        (axes.xaxis, FixedLocator(steps)),
-        (axes.yaxis, LogLocator(subs=(1, 2, 5))),
-    ):
-        axis.set_major_locator(ticks)
-        axis.set_major_formatter(plain)
-        axis.set_minor_locator(NullLocator())
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    low, high = (math.log(limit) for limit in axes.get_ylim())
-    # Each name at its line's height, but apart: midway between pushing all up and all down.
-    named = sorted(names)
-    heights, apart = [math.log(value) for value, _, _ in named], 0.05 * (high - low)
-    up = list(itertools.accumulate(heights, lambda below, own: max(own, below + apart)))
-    down = list(itertools.accumulate(heights[::-1], lambda above, own: min(own, above - apart)))
-    for most, least, (_, name, colour) in zip(up, down[::-1], named, strict=True):
-        y = math.exp((most + least) / 2)
-        _write(axes, steps[0], y, name, colour, (-8, 0), ha="right", va="center")
-
-
-def _write(
-    axes: Any,
-    x: float,
-    y: float,
-    text: str,
-    colour: str,
-    offset: tuple[int, int] = (0, 6),
-    **where: str,
-) -> None:
-    """Writes beside a point, so many printer's points off it."""
-    axes.annotate(
-        text, (x, y), offset, textcoords="offset points", color=colour, fontsize=9, **where
-    )

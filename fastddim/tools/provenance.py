@@ -1,4 +1,4 @@
-"""What a result depends on beside its arguments, as plain values: weights, machine, versions."""
+"""The weights, the machine and the versions that a result depends on, as plain values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def digest(model: nn.Module) -> str:
-    """SHA-256 of a network's weights, by name, whatever file they came from."""
+    """Returns the SHA-256 of a network's weights and their names, independent of their file."""
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -23,7 +23,7 @@ def digest(model: nn.Module) -> str:
 
 
 def cpu_name() -> str:
-    """The processor as it calls itself, where the system says."""
+    """Returns the processor's name, as far as the system gives one."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -31,18 +31,18 @@ def cpu_name() -> str:
 
 
 def machine(device: torch.device) -> str:
-    """What rounds: the accelerator's name, or of a CPU its name, instructions and threads."""
+    """Returns all of a device that rounding depends on: its architecture, and a CPU's threads."""
     name, n = architecture(device), threads(device)
     return name if n is None else f"{name}, threads: {n}"
 
 
 def threads(device: torch.device) -> int | None:
-    """On how many threads PyTorch computes there, if they are this process's."""
+    """Returns the number of PyTorch's threads if ``device`` is the CPU, else None."""
     return torch.get_num_threads() if device.type == "cpu" else None
 
 
 def architecture(device: torch.device) -> str:
-    """The accelerator's name, or of a CPU its name and instructions."""
+    """Returns an accelerator's name, or a CPU's name and instruction set."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -52,15 +52,15 @@ def architecture(device: torch.device) -> str:
 
 
 def packages(model: nn.Module) -> set[str]:
-    """Where a network's classes come from."""
+    """Returns the names of the packages that define a network's modules."""
     return {type(module).__module__.partition(".")[0] for module in model.modules()}
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Of those packages that are installed."""
+    """Returns the versions of those packages of ``names`` that are installed."""
     found = {}
     for name in names:
         with suppress(metadata.PackageNotFoundError):
-            # PyTorch's own says which build it is.
+            # torch.__version__ also names the build, such as +cpu.
             found[name] = str(torch.__version__) if name == "torch" else metadata.version(name)
     return found

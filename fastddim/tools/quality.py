@@ -1,4 +1,4 @@
-"""Distances between pictures and data, and data whose exact model is known."""
+"""The Fréchet distance between pictures and data, and data whose exact ε is known."""
 
 from __future__ import annotations
 
@@ -13,43 +13,45 @@ from fastddim.schedule import NoiseSchedule
 
 
 class Moments(NamedTuple):
-    """A Gaussian, as ``frechet_distance`` knows it: μ (D,), and R (rows, D) with Σ = RᵀR."""
+    """A Gaussian for ``frechet_distance``: its mean μ (D,), and R (rows, D) with Σ = RᵀR."""
 
     mean: Tensor
     root: Tensor
 
 
 def moments(features: Any) -> Moments:
-    """The Gaussian fitted to ``features``, (N, D): μ, and R (min(N, D), D), float64.
+    """Returns the Gaussian fitted to ``features`` (N, D): μ, and R (min(N, D), D), float64.
 
     Σ has the divisor N − 1, and R comes from a QR factorisation of the centred features.
 
     Raises:
-        ValueError: another shape, fewer than 2 rows, or a value that is not finite.
+        ValueError: ``features`` has another shape, fewer than 2 rows, or a value that is not
+            finite.
     """
     return _moments("features", features)
 
 
 def frechet_distance(a: Any, b: Any) -> float:
-    """Fréchet distance of the Gaussians fitted to two sets of features (Heusel et al. 2017).
+    """Returns the Fréchet distance of the Gaussians fitted to two sets of features.
 
         ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2·(Σ_a Σ_b)^½)
 
-    In float64 throughout. With Σ = RᵀR as ``moments`` gives it, tr((Σ_a Σ_b)^½) =
-    tr((Σ_a^½ Σ_b Σ_a^½)^½) is the sum of the singular values of R_a R_bᵀ. No root of a matrix is
-    taken, so fewer rows than features (Σ singular) costs nothing: the root of an eigenvalue that
-    should be 0 would be off by 1e-8.
+    This is the distance of Heusel et al. 2017, computed in float64. With Σ = RᵀR from ``moments``,
+    tr((Σ_a Σ_b)^½) = tr((Σ_a^½ Σ_b Σ_a^½)^½) is the sum of the singular values of R_a R_bᵀ. This
+    needs no root of a matrix, so the result stays exact with fewer rows than features (Σ
+    singular), where the root of an eigenvalue that should be 0 would be off by 1e-8.
 
-    It is biased: two samples of one distribution are apart by about 1/N, so compare only
-    numbers from samples of one size. Features of another network than Inception v3 do not
-    make a FID.
+    The distance is biased: two samples of one distribution differ by about 1/N, so compare only
+    distances of samples of the same size. Features of a network other than Inception v3 do not
+    give FID.
 
     Args:
         a, b: features, (N_a, D) and (N_b, D), N ≥ 2, tensors or arrays of real numbers; or
             their ``Moments``.
 
     Raises:
-        ValueError: another shape, different D, fewer than 2 rows, or a value that is not finite.
+        ValueError: a set of features has another shape, another D, fewer than 2 rows, or a value
+            that is not finite.
     """
     x, y = (v if isinstance(v, Moments) else _moments(k, v) for k, v in (("a", a), ("b", b)))
     if len(x.mean) != len(y.mean):
@@ -62,10 +64,10 @@ def frechet_distance(a: Any, b: Any) -> float:
 
 
 def garment_share(logits: Tensor, confidence: float = 0.9) -> float:
-    """Share of the rows of ``logits`` (N, classes) whose likeliest class exceeds ``confidence``.
+    """Returns the share of rows of ``logits`` (N, classes) whose top class exceeds ``confidence``.
 
-    A row that is not finite counts as no garment. Only pictures near the data are judged by this:
-    a black square, too, is some garment with confidence, so read it beside a distance.
+    A row that is not finite counts as no garment. The share means something only for pictures
+    near the data, so read it beside a distance: a black square also gets a confident class.
 
     Raises:
         ValueError: ``logits`` is not (N, classes) with N ≥ 1, ``confidence`` not in [0, 1).
@@ -78,24 +80,24 @@ def garment_share(logits: Tensor, confidence: float = 0.9) -> float:
 
 
 class _Oracle(nn.Module):
-    """What both oracles share: √ᾱ_t and √(1−ᾱ_t) of a schedule, kept in float64.
+    """The base of both oracles: √ᾱ_t and √(1−ᾱ_t) of a schedule, in float64.
 
-    A module, so that ``.to("cuda")`` puts it where a captured graph may call it.
+    It is a module so that ``.to("cuda")`` moves its tensors, which a captured graph needs.
     """
 
     roots: Tensor
 
     def __init__(self, schedule: NoiseSchedule | None) -> None:
         super().__init__()
-        # One row more than levels: clean data, ᾱ = 1, which as level −1 is the last.
+        # A last row for level −1, clean data with ᾱ = 1.
         abar = np.append((schedule or NoiseSchedule.linear()).alphas_cumprod, 1.0)
         self.register_buffer("roots", torch.from_numpy(np.sqrt(np.stack([abar, 1 - abar], 1))))
 
     def _roots_at(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ_t and √(1−ᾱ_t) in x's dtype, each (batch, 1, ...); NaN where t is no level.
+        """Returns √ᾱ_t and √(1−ᾱ_t) in x's dtype, each (batch, 1, ...); NaN where t is no level.
 
-        1 − ᾱ_t formed in float32 would be off by 3e-4 at t = 0. NaN and no error, since an error
-        would have to wait for the device.
+        1 − ᾱ_t in float32 would be off by 3e-4 at t = 0. The result is NaN instead of an error,
+        because an error would need a host sync.
         """
         if not x.is_floating_point() or x.ndim == 0:
             raise ValueError(
@@ -111,15 +113,15 @@ class _Oracle(nn.Module):
 
 
 class Gaussian(_Oracle):
-    """The exact ε and the exact flow of data drawn from N(m, s²), each element on its own.
+    """The exact ε and the exact flow of data whose elements are independent N(m, s²).
 
         x_t ~ N(√ᾱ_t·m, v_t),   v_t = ᾱ_t·s² + 1 − ᾱ_t
         ε(x, t) = √(1−ᾱ_t)·(x − √ᾱ_t·m)/v_t
 
     ε is −√(1−ᾱ_t) times the score of x_t's density (Song et al. 2021, score-based generative
-    modeling). Called with ``(x, t)`` it is a model like any other: x floating point of shape
-    (batch, ...); t timesteps in [0, T) of shape (batch,) or (), any real dtype. The answer has x's
-    shape and dtype and is NaN where t is not one of the schedule's timesteps.
+    modeling). The oracle is called with ``(x, t)`` as any model: x is floating point of shape
+    (batch, ...); t are timesteps in [0, T) of shape (batch,) or (), of any real dtype. The output
+    has x's shape and dtype, and is NaN where t is not one of the schedule's timesteps.
 
     Args:
         mean: m, a number or a tensor that broadcasts to x.
@@ -127,8 +129,8 @@ class Gaussian(_Oracle):
         schedule: ᾱ; by default the paper's (linear β, T = 1000).
 
     Raises:
-        ValueError: ``mean`` or ``std`` not finite, ``std`` negative; when called, x not floating
-            point or t of another shape.
+        ValueError: ``mean`` or ``std`` is not finite, or ``std`` is negative; when called, x is
+            not floating point or t has another shape.
     """
 
     mean: Tensor
@@ -145,12 +147,12 @@ class Gaussian(_Oracle):
         return noise * (x - signal * mean) / ((signal * std) ** 2 + noise**2)
 
     def flow(self, x: Tensor, t: int, s: int = -1) -> Tensor:
-        """x at level ``t`` carried along the probability flow to level ``s``, exactly.
+        """Returns x at level ``t`` carried exactly along the probability flow to level ``s``.
 
             x_s = √ᾱ_s·m + √(v_s/v_t)·(x_t − √ᾱ_t·m)
 
-        what DDIM with η = 0 tends to as its steps grow many (Song et al. 2021, DDIM, eq. 14), in
-        either direction. Level −1 is clean data, v = s², so that by default
+        This is the limit of DDIM with η = 0 for many steps (Song et al. 2021, DDIM, eq. 14), in
+        either direction. Level −1 is clean data, v = s², so the default is
         x0 = m + s·(x_t − √ᾱ_t·m)/√v_t.
 
         Raises:
@@ -171,19 +173,20 @@ class GaussianMixture(_Oracle):
         r_k = softmax_k(ln w_k − ½·(D·ln v_k + ‖x − √ᾱ_t·μ_k‖²/v_k)),   v_k = ᾱ_t·s_k² + 1 − ᾱ_t
         ε(x, t) = √(1−ᾱ_t)·Σ_k r_k·(x − √ᾱ_t·μ_k)/v_k
 
-    ε is −√(1−ᾱ_t) times the score of x_t's density, r_k the probability that x came from
-    component k. Called as ``Gaussian`` is; with x of shape (batch, ...) of D elements a sample,
-    computed in x's dtype, in memory for batch·K·D values.
+    ε is −√(1−ᾱ_t) times the score of x_t's density, and r_k is the probability that x came from
+    component k. The oracle is called as ``Gaussian`` is, with x of shape (batch, ...) with D
+    elements a sample. It computes in x's dtype and allocates batch·K·D values.
 
     Args:
-        means: μ, (K, ...) of D elements each; x may have any shape of D elements.
+        means: μ, (K, ...) with D elements each; x may have any shape with D elements.
         stds: s ≥ 0, a number or (K,).
-        weights: w ≥ 0, (K,), of any scale; equal by default.
+        weights: w ≥ 0, (K,), in any scale; equal by default.
         schedule: ᾱ; by default the paper's (linear β, T = 1000).
 
     Raises:
-        ValueError: a parameter not finite, negative or of another shape, or weights that are all
-            0; when called, x not floating point or not of D elements, or t of another shape.
+        ValueError: a parameter is not finite, is negative or has another shape, or all weights
+            are 0; when called, x is not floating point or has not D elements, or t has another
+            shape.
     """
 
     means: Tensor
@@ -221,7 +224,10 @@ class GaussianMixture(_Oracle):
         return (noise * r / v * difference).sum(1).view(x.shape)
 
     def moments(self) -> Moments:
-        """The data's own, on the CPU: μ = Σ_k w_k·μ_k, Σ = Σ_k w_k·(s_k²·I + (μ_k−μ)(μ_k−μ)ᵀ)."""
+        """Returns the data's moments on the CPU.
+
+        μ = Σ_k w_k·μ_k,   Σ = Σ_k w_k·(s_k²·I + (μ_k−μ)(μ_k−μ)ᵀ)
+        """
         w = (self.weights / self.weights.sum()).cpu()
         mu, s = self.means.flatten(1).cpu(), self.stds.cpu()
         mean = w @ mu
@@ -231,9 +237,9 @@ class GaussianMixture(_Oracle):
     def sample(
         self, n: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """``n`` draws of the data, of the shape of one mean: (n, ...).
+        """Returns ``n`` draws of the data, (n, ...) with the shape of one mean.
 
-        Drawn in float64 on the device the oracle is on, where ``generator`` must be too.
+        They are drawn in float64 on the oracle's device, which must be ``generator``'s device too.
         """
         n = whole("n", n, low=1)
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
@@ -243,7 +249,7 @@ class GaussianMixture(_Oracle):
 
 
 def _parameter(name: str, values: Any, positive: bool = False) -> Tensor:
-    """``values`` as a fresh float64 tensor of finite numbers, none below 0 if ``positive``."""
+    """Returns ``values`` as a new float64 tensor; they must be finite and, if ``positive``, ≥ 0."""
     if isinstance(values, Tensor):
         tensor = values.detach().to("cpu", torch.float64, copy=True)
     else:
@@ -256,7 +262,7 @@ def _parameter(name: str, values: Any, positive: bool = False) -> Tensor:
 
 
 def _moments(name: str, values: Any) -> Moments:
-    """Those of features (N, D), or a ``ValueError`` that names ``name``."""
+    """Returns the moments of features (N, D); a ``ValueError`` names the argument ``name``."""
     x = _parameter(name, values)
     if x.ndim != 2 or len(x) < 2 or x.shape[1] < 1:
         raise ValueError(f"{name} must be (N, D) with N ≥ 2, got {tuple(x.shape)}")

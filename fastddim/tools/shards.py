@@ -1,8 +1,8 @@
-"""N images from any number of processes, which may be killed at any moment: exactly N, once each.
+"""N images, each exactly once, from any number of processes that may be killed at any moment.
 
-The seeds are cut into shards, shard k being ``seeds[k·S:(k+1)·S]`` whatever the number of
-processes, and process r of W makes the shards r, r + W, r + 2W, ... that are not there yet. They
-share a folder and nothing else: no process group, no lock.
+Shard k is ``seeds[k·S:(k+1)·S]``, whatever the number of processes. Process r of W makes the
+missing shards among r, r + W, r + 2W, ... The processes share a folder and nothing else: no process
+group, no lock.
 """
 
 from __future__ import annotations
@@ -33,27 +33,28 @@ from fastddim.loop.options import DownOptions, PrecisionOptions, option_names
 from fastddim.loop.sampler import DDIM
 from fastddim.step import backends
 from fastddim.tools import draw, images, provenance
-from fastddim.tools.folder import FORMATS, Folder, Seeds, holding
+from fastddim.tools.folder import FORMATS, Folder, holding
 from fastddim.tools.launch import PARENT
-from fastddim.tools.pace import Pace, There
+from fastddim.tools.pace import Count, Pace
+from fastddim.tools.seeds import Seeds
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Array: TypeAlias = npt.NDArray[Any]
-Given: TypeAlias = Callable[[list[int]], Cond]
+CondOfSeeds: TypeAlias = Callable[[list[int]], Cond]
 Postprocess: TypeAlias = Callable[[Tensor], "Tensor | Array"]
 
 
 class ConditionsOfSeeds(TypedDict, total=False):
-    """The functions that make the model's keyword arguments of a batch's seeds."""
+    """Functions that return the model's keyword arguments for a batch's seeds."""
 
-    cond: Given | None
-    uncond: Given | None
+    cond: CondOfSeeds | None
+    uncond: CondOfSeeds | None
 
 
 class Options(ConditionsOfSeeds, DownOptions, PrecisionOptions, total=False):
-    """What ``generate`` and ``shard`` take beside the images they are asked for."""
+    """The options of ``generate`` and ``shard``."""
 
     postprocess: Postprocess
 
@@ -68,13 +69,17 @@ SAMPLER = (
     "final_alpha_cumprod",
     "temperature",
 )
-"""What a recipe says of a ``DDIM``, beside its schedule."""
+"""The attributes of ``DDIM`` in a recipe, beside its schedule."""
 
 OPTIONS = tuple(name for name in option_names(Options) if name not in ("postprocess", "device"))
-"""What it says of a call, beside ``postprocess``."""
+"""The options of a call in a recipe, beside ``postprocess``."""
+
+PICTURES = "fastddim.generate.pictures"
+"""The name of ``pictures`` in recipes. It is the path of an earlier version: with another name
+the folders that it began would be refused."""
 
 SMALLEST_SHARD = 256
-"""Images in a shard at the least, where none is asked for: what a kill can lose, and one file."""
+"""The least default ``shard_size``: a shard is one file, and a kill loses at most one shard."""
 
 
 def generate(
@@ -88,45 +93,42 @@ def generate(
     format: str = "npy",
     shard_size: int | None = None,
     notes: Mapping[str, Any] | None = None,
-    progress: Callable[[There], None] | None = None,
+    progress: Callable[[Count], None] | None = None,
     summary: Callable[[Folder], None] | None = None,
     **options: Unpack[Options],
 ) -> bool:
-    """Makes the images of ``seeds`` in the folder ``out``, or those of them not there yet.
+    """Makes the missing images of ``seeds`` in the folder ``out``.
 
-    In each of several processes (``Worker.here`` says which this is) it makes that process's
-    shards. It may be killed at any moment, and called again with the same arguments, in as many
-    processes as one likes: on the same architecture, backend and batch size, which are in the
-    manifest, no byte of the images depends on that. A process that a launcher has started ends
-    with it.
+    In each of several processes (see ``Worker.here``) it makes that process's shards. It may be
+    killed at any moment, and called again with the same arguments in any number of processes:
+    with the same architecture, backend and batch size, which are in the manifest, no byte of the
+    images depends on this. A process that a launcher started ends when the launcher ends.
 
     Args:
         ddim, model, shape, batch_size, options: as in ``shard``.
-        seeds: an integer in [0, 2⁶³) for each image, none of them twice.
-        out: a folder, new or empty or with a manifest of the same recipe, in one that exists. The
-            recipe may have been that of the first of ``seeds`` alone: then what is there stays,
-            and the rest is made.
-        format: ``"npy"``: shards 00000.npy, ... of what ``shard`` returns. ``"npz"``: the same as
+        seeds: an integer in [0, 2⁶³) for each image, each seed once.
+        out: a folder that is new, empty, or has a manifest of the same recipe, in a folder that
+            exists. The manifest may have the first of ``seeds`` alone: then the existing images
+            stay, and the others are made.
+        format: ``"npy"``: shards 00000.npy, ... as ``shard`` returns them. ``"npz"``: the same as
             ``arr_0`` of 00000.npz, ..., which guided-diffusion's scripts read. ``"png"``: the
-            image of seed 123 as 000/000123.png, as EDM's scripts have it.
-        shard_size: S, by default the least multiple of ``batch_size`` that is ≥ 256. Others may
-            end in a batch that is padded.
-        notes: what else the recipe holds: plain values, such as where prompts come from.
-        progress: called in the process of rank 0, at first and after each step of each batch,
-            with the number of images that are there, of all processes, an int that also knows
-            the pace.
-        summary: called with the finished folder, in one process alone: in the one that finishes
-            it, whichever that is, or in that of rank 0 where there was nothing left to do.
+            image of seed 123 as 000/000123.png, the layout of EDM's scripts.
+        shard_size: S, by default the least multiple of ``batch_size`` that is ≥ 256. With other
+            values shards may end in a padded batch.
+        notes: further plain values for the recipe, such as the source of prompts.
+        progress: receives a ``Count`` of the finished images of all processes, at first and after
+            each step of each batch, in the process of rank 0 alone.
+        summary: receives the finished folder, in one process alone: the process that finishes it,
+            or the process of rank 0 if the folder was finished before.
 
     Returns:
-        Whether all images are there. Other processes may still be at theirs. The finished
-        folder's ``warning`` names the seeds of samples that hold NaN or infinity, as its manifest
-        does.
+        Whether all images are finished; if not, other processes still make theirs. The finished
+        folder's ``warning`` and its manifest name the seeds of samples that hold NaN or infinity.
 
     Raises:
-        TypeError, ValueError: before any work; or for a recipe that is not the folder's, naming
-            the differences.
-        OSError: ``out`` cannot be written to. The shards that are there remain whole.
+        TypeError, ValueError: before any work: an argument is not allowed, or the folder has
+            another recipe; the error names the differences.
+        OSError: ``out`` cannot be written to. Finished shards stay intact.
     """
     worker = Worker.here()
     worker.end_with_launcher()
@@ -165,7 +167,7 @@ def shard(
     batch_size: int,
     **options: Unpack[Options],
 ) -> Array:
-    """The images of ``seeds`` as one array: a pure function, for engines that have workers.
+    """Returns the images of ``seeds`` as one array: a pure function, for engines with workers.
 
     For example::
 
@@ -178,28 +180,28 @@ def shard(
 
     Args:
         ddim, model: as in ``DDIM.sample``; the model is on the device already.
-        shape: of one sample, without the batch.
+        shape: the shape of one sample, without the batch.
         seeds: an integer in [0, 2⁶³) for each sample. A sample depends on its seed alone.
-        batch_size: what every call of the model gets, the last batch being padded.
-        cond, uncond: functions of a batch's seeds that give the model's keyword arguments.
-        postprocess: what becomes of the samples of a full batch, such as a decoder: a function
-            that gives a tensor or an array with a row for each. ``pictures`` by default.
+        batch_size: the number of samples in every call of the model; the last batch is padded.
+        cond, uncond: functions that return the model's keyword arguments for a batch's seeds.
+        postprocess: a function, such as a decoder, that maps the samples of a full batch to a
+            tensor or an array with a row for each. ``pictures`` by default.
         device, dtype, autocast, guidance, cond_fn, self_condition: as in ``DDIM.sample``.
 
     Returns:
-        What ``postprocess`` gives, a row for each seed: by default uint8 (N, H, W, C).
+        The rows that ``postprocess`` returns, one for each seed: by default uint8 (N, H, W, C).
 
     Warns:
-        RuntimeWarning: samples hold NaN or infinity; it names their seeds.
+        RuntimeWarning: samples hold NaN or infinity; the warning names their seeds.
     """
     made = list(_arrays(ddim, model, shape, seeds, batch_size, options))
-    if said := holding([seed for _, not_finite in made for seed in not_finite]):
-        warnings.warn(said, RuntimeWarning, stacklevel=2)
+    if warning := holding([seed for _, not_finite in made for seed in not_finite]):
+        warnings.warn(warning, RuntimeWarning, stacklevel=2)
     return np.concatenate([array for array, _ in made])
 
 
 def pictures(x: Tensor) -> Tensor:
-    """Samples (N, C, H, W) in [-1, 1] as uint8 (N, H, W, C), rounded to the nearest."""
+    """Returns samples (N, C, H, W) in [-1, 1] as uint8 (N, H, W, C), rounded to the nearest."""
     return images.to_uint8(x).movedim(1, -1).contiguous()
 
 
@@ -212,17 +214,17 @@ def _arrays(
     options: Options,
     begun: Callable[[float], None] | None = None,
 ) -> Iterator[tuple[Array, list[int]]]:
-    """A batch at a time, the padding left out last: a decoder, too, sees full batches.
+    """Yields (rows, seeds of rows that are not finite) a batch at a time.
 
-    With each batch come the seeds of those of its samples, or of the rows that ``postprocess``
-    has made of them, that hold NaN or infinity. ``begun`` is called after each step with how many
-    images the steps that are done amount to.
+    The padding is removed after ``postprocess``, so that a decoder also gets full batches. A row
+    is not finite if its sample, or its row from ``postprocess``, holds NaN or infinity. ``begun``
+    receives after each step the number of images that the finished steps amount to.
     """
-    given: dict[str, Any] = {**options}
-    conds = {name: given.pop(name, None) for name in ("cond", "uncond")}
-    postprocess = given.pop("postprocess", pictures)
+    rest: dict[str, Any] = {**options}
+    conds = {name: rest.pop(name, None) for name in ("cond", "uncond")}
+    postprocess = rest.pop("postprocess", pictures)
     for batch, n in draw.full_batches(seeds, batch_size):
-        asked: dict[str, Any] = {name: f(batch) if f else None for name, f in conds.items()}
+        of_batch: dict[str, Any] = {name: f(batch) if f else None for name, f in conds.items()}
 
         def steps(rows: Iterable[Any], n: int = n) -> Iterator[Any]:
             for done, row in enumerate(rows):
@@ -231,7 +233,7 @@ def _arrays(
                 yield row
 
         x = ddim.sample(
-            model, shape=(batch_size, *shape), seeds=batch, progress=steps, **asked, **given
+            model, shape=(batch_size, *shape), seeds=batch, progress=steps, **of_batch, **rest
         )
         made = postprocess(x)
         array = made.detach().cpu().numpy() if isinstance(made, Tensor) else np.asarray(made)
@@ -241,33 +243,33 @@ def _arrays(
                 f"{array.shape}"
             )
         odd = set(images.not_finite(x[:n]))
-        if array.dtype.kind in "fc":  # a decoder may overflow where x does not
+        if array.dtype.kind in "fc":  # a decoder may overflow although x does not
             odd.update(np.flatnonzero(~np.isfinite(array[:n]).reshape(n, -1).all(1)).tolist())
         yield array[:n], [batch[i] for i in sorted(odd)]
 
 
 class Worker(NamedTuple):
-    """Which of the processes this is: ``rank`` of ``world``, the ``local``-th of its machine."""
+    """This process in its launch: ``rank`` of ``world``, and the ``local``-th of its machine."""
 
     rank: int = 0
     world: int = 1
     local: int = 0
     launched: bool = False
     retried: bool = False
-    """Whether its launcher, torchrun, starts all processes again where one ends with a status."""
+    """Whether the launcher is torchrun, which restarts all processes if one exits with an error."""
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> Worker:
-        """As torchrun says, or else Slurm's srun; alone where neither does."""
+        """Returns the worker that torchrun, or else Slurm's srun, describes; alone without both."""
         for names in (
             ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-            # Not SLURM_NTASKS: a batch script has that too, where no one else is at work.
+            # Not SLURM_NTASKS: it is also set in a batch script, which runs alone.
             ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
         ):
-            said = [environment.get(name) for name in names]
-            said[2] = said[2] or "0"  # a launcher of one process a machine may not say
-            if None not in said:
-                numbers = (_natural(name, text) for name, text in zip(names, said, strict=True))
+            texts = [environment.get(name) for name in names]
+            texts[2] = texts[2] or "0"  # a launcher of one process a machine may not set it
+            if None not in texts:
+                numbers = (_natural(name, text) for name, text in zip(names, texts, strict=True))
                 rank, world, local = numbers
                 whole(names[0], rank, low=0, high=world - 1)
                 torchrun = names[0] == "RANK" and "TORCHELASTIC_RUN_ID" in environment
@@ -275,17 +277,18 @@ class Worker(NamedTuple):
         return cls()
 
     def end_with_launcher(self) -> None:
-        """From now on this process ends once a launcher that started it is gone.
+        """Makes this process end when the launcher that started it ends.
 
-        Killed alone, torchrun leaves its workers behind, beside those of its next start.
+        Otherwise a torchrun that is killed leaves its workers behind, which then run beside the
+        workers of its next start.
         """
         if self.launched:
             _end_with_parent()
 
     def device(self) -> torch.device:
-        """Its share of the machine's GPUs; the CPU where there is none.
+        """Returns this process's GPU among the machine's; the CPU if there is no GPU.
 
-        Slurm may show each process its own GPU alone, hence the remainder.
+        The index is taken modulo the number of GPUs, because Slurm may show each process one GPU.
         """
         if n := torch.cuda.device_count():
             return torch.device("cuda", self.local % n)
@@ -319,7 +322,7 @@ def _recipe(
     notes: Mapping[str, Any] | None,
     options: Options,
 ) -> dict[str, Any]:
-    """All that the bytes depend on, as plain values; or what is wrong with the arguments."""
+    """Checks the arguments, and returns all that the images' bytes depend on, as plain values."""
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     size = whole("batch_size", batch_size, low=1, high=draw.LARGEST_BATCH)
@@ -340,7 +343,7 @@ def _recipe(
             f"postprocess must be given for shape {tuple(sides)}, since pictures have 1 or 3 "
             f"channels, height and width"
         )
-    from fastddim import __version__  # not there yet when this module is imported
+    from fastddim import __version__  # not yet defined when this module is imported
 
     keys = Seeds.of(seeds)
     device = torch.device(options.get("device") or torch.get_default_device())
@@ -363,20 +366,20 @@ def _recipe(
         },
         **{name: getattr(ddim, name) for name in SAMPLER},
         **{name: _plain(options.get(name)) for name in OPTIONS},
-        "postprocess": _plain(postprocess),
+        "postprocess": PICTURES if postprocess is pictures else _plain(postprocess),
         "architecture": provenance.architecture(device),
         "threads": provenance.threads(device),
         "backend": f"{device.type}, {backend}",
         "versions": {"fastddim": __version__, **provenance.versions(*sorted(packages))},
         "notes": dict(notes or {}),
     }
-    # What is compared is what a file says.
+    # The manifest is JSON: compare with it after the same conversion.
     plain: dict[str, Any] = json.loads(json.dumps(recipe))
     return plain
 
 
 def _described(model: Model) -> dict[str, Any]:
-    """What it is, and of a network its weights and, where it has one, its configuration."""
+    """Returns a model's name, and of a network its weights' hash and its configuration, if any."""
     if not isinstance(model, nn.Module):
         return {"name": _plain(model)}
     configs = (getattr(module, "config", None) for module in model.modules())
@@ -389,7 +392,7 @@ def _described(model: Model) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON has it: a function by its name, tensors and networks by their checksums."""
+    """Returns ``value`` as JSON values: functions by name, tensors and networks by checksum."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -408,24 +411,26 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in (value.func, value.args, value.keywords)]
     if isinstance(value, nn.Module):
         return _described(value)
-    if isinstance(owner := getattr(value, "__self__", None), nn.Module):  # a decoder's method
+    if isinstance(
+        owner := getattr(value, "__self__", None), nn.Module
+    ):  # a method of a network, such as a decoder's
         return {"of": _described(owner), "method": value.__name__}
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
 
 
 class _Called(ModuleType):
-    """This module, which can be called as the function of its name.
+    """The class of this module, which makes the module callable as ``generate``.
 
-    ``fastddim.generate(...)`` and ``import fastddim.generate as g; g.shard`` both have to work,
-    and one attribute of the package serves both. A function in its place would hide the module.
+    ``fastddim.generate(...)`` and ``import fastddim.generate as g; g.shard`` must both work, and
+    both use the same attribute of the package. A function there would hide the module.
     """
 
     __call__ = staticmethod(generate)
     __signature__ = inspect.signature(generate)
 
     def __reduce__(self) -> tuple[Callable[[str], ModuleType], tuple[str]]:
-        """Pickles by name, as the function does: pools of processes are handed it."""
+        """Pickles by name, as a function does, because pools of processes pickle it."""
         return importlib.import_module, (__name__,)
 
 

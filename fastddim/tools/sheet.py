@@ -1,4 +1,4 @@
-"""A sheet of images as a PNG: rows and columns, their labels, and what it was made from."""
+"""A sheet of images as a PNG: rows and columns, their labels, and the sheet's recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from fastddim.tools import images
 
 KEY = "fastddim"
-"""The name of the recipe among a PNG's texts."""
+"""The key of the recipe among a PNG's texts."""
 
 
 def save(
@@ -26,17 +26,17 @@ def save(
     heads: Sequence[str] = (),
     captions: Sequence[str] = (),
 ) -> bool:
-    """Writes images side by side: the whole picture, or nothing at all.
+    """Writes images side by side: the whole picture, or nothing.
 
     Args:
         pictures: uint8 (N, 1 or 3, H, W), row by row.
         columns: as in ``images.grid``.
         recipe: plain values, kept in the PNG as JSON in the text named ``fastddim``.
-        rows, heads: what is written left of each row and above each column.
-        captions: or what is written below each image.
+        rows, heads: the label left of each row, and above each column.
+        captions: the label below each image.
 
     Returns:
-        Whether there was a file of that name, which is gone.
+        Whether the picture replaced a file.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -59,7 +59,7 @@ def save(
 
 
 def recipe_of(path: Path) -> dict[str, Any]:
-    """What ``save`` has kept in a PNG; empty for others."""
+    """Returns the recipe that ``save`` has kept in a PNG; empty if there is none."""
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -71,7 +71,7 @@ HEIGHT = 12
 
 
 def _text(text: str, width: int, channels: int, height: int = HEIGHT) -> Tensor:
-    """Grey text on black, uint8 (channels, height, width); what is too long is cut off."""
+    """Returns grey text on black, uint8 (channels, height, width); text that is too long is cut."""
     import numpy as np
     from PIL import Image, ImageDraw
 
@@ -83,7 +83,7 @@ def _text(text: str, width: int, channels: int, height: int = HEIGHT) -> Tensor:
 def _framed(
     sheet: Tensor, rows: Sequence[str], heads: Sequence[str], height: int, width: int
 ) -> Tensor:
-    """``sheet`` with a margin on the left for the rows' labels and one above for the columns'."""
+    """Returns ``sheet`` with a margin on the left for row labels and above for column labels."""
     padding = 2  # of images.grid
     channels = sheet.shape[0]
     left = 6 * max((len(row) for row in rows), default=0) + padding if rows else 0

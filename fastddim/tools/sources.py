@@ -1,4 +1,4 @@
-"""Images that are there already: in a generated folder, a folder of pictures, or a file."""
+"""Existing images: those of a generated folder, of a folder of pictures, or of a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastddim.tools import images
 from fastddim.tools.folder import MANIFEST, Folder
 
 WHAT = f"a folder that fastddim generate has filled, a folder of pictures, or {images.FILES}"
-"""What ``opened`` opens."""
+"""The sources that ``opened`` accepts, for messages."""
 
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"))
 ARRAYS = frozenset((".npy", ".npz"))
@@ -26,12 +26,12 @@ class Source:
     """Images in parts, so that not all need to be in memory.
 
     Attributes:
-        path: where they are.
-        shape: (channels, height, width) of each.
-        count: how many there are.
-        part_size: how many each part has; the last may have fewer.
-        part: gives part k, uint8 (N, C, H, W).
-        verify: reads every byte, where there are checksums.
+        path: the folder or file that holds the images.
+        shape: (channels, height, width) of each image.
+        count: the number of images.
+        part_size: the number of images in a part; the last part may have fewer.
+        part: returns part k, uint8 (N, C, H, W).
+        verify: checks every byte, if the source has checksums.
         not_finite: the seeds of generated images whose samples held NaN or infinity.
     """
 
@@ -44,14 +44,14 @@ class Source:
     not_finite: Sequence[int] = ()
 
     def __len__(self) -> int:
-        """How many parts there are."""
+        """The number of parts."""
         return -(-self.count // self.part_size)
 
     def first(self, n: int) -> Tensor:
-        """The first ``n`` of them.
+        """Returns the first ``n`` images, uint8 (n, C, H, W).
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: the source has fewer images.
         """
         if whole("count", n, low=1) > self.count:
             raise ValueError(
@@ -62,16 +62,16 @@ class Source:
 
 
 def opened(path: Path | str, shape: Sequence[int] | None = None) -> Source:
-    """The images at ``path``: ``WHAT``.
+    """Returns the images at ``path``, which is one of ``WHAT``.
 
-    Pictures are taken in the order of their names, those of subfolders too.
+    Pictures, also those in subfolders, are sorted by name.
 
     Args:
-        shape: the (C, H, W) they must have.
+        shape: the (C, H, W) that the images must have.
 
     Raises:
-        FileNotFoundError, ValueError: one line; there are none, they are of several sizes or of
-            another one, or no images at all.
+        FileNotFoundError, ValueError: ``path`` holds no images, images of several sizes, or
+            images of another shape.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
@@ -88,7 +88,7 @@ def opened(path: Path | str, shape: Sequence[int] | None = None) -> Source:
 
 
 def of(folder: Folder) -> Source:
-    """The images of a folder that ``generate`` has filled."""
+    """Returns the images of a folder that ``generate`` has filled."""
     channels, height, width = folder.recipe["shape"]
     return Source(
         folder.path,

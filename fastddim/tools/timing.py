@@ -1,4 +1,4 @@
-"""The time that a model takes, measured beside the loop that calls it."""
+"""The time that a model takes, measured apart from the loop that calls the model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from torch import Tensor
 from fastddim.loop.model import Model
 from fastddim.loop.sampler import DDIM
 
+MANY_CALLS = 20
+"""The fewest model calls of a timed run before which ``warm_up`` calls the model."""
+
 
 class Timed:
-    """A model that knows how long its calls took.
+    """A model that measures the time of its calls.
 
-    On an accelerator it waits for the device around each call, so that the time is the model's
-    own. What waits for nothing between two calls is then counted in full: the share that
-    ``summary`` gives is an upper bound.
+    On an accelerator it waits for the device before and after each call, so that the time is the
+    model's own. Work that otherwise overlaps with the model then counts in full: the share
+    outside the model, as in ``summary``, is an upper bound.
     """
 
     def __init__(self, model: Model, device: torch.device) -> None:
@@ -28,7 +31,7 @@ class Timed:
         self.start()
 
     def start(self) -> None:
-        """From here on time counts."""
+        """Sets both times to zero."""
         self._inside = 0.0
         self._started = self._now()
 
@@ -39,11 +42,12 @@ class Timed:
         return output
 
     def seconds(self) -> tuple[float, float]:
-        """(in all, in the model) since ``start``."""
+        """Returns the seconds since ``start``: (all of them, those in the model)."""
         return self._now() - self._started, self._inside
 
     def summary(self, images: int) -> str:
-        """One line about ``images`` made since ``start``."""
+        """Returns one line: the rate of ``images`` since ``start``, and the share of the time
+        outside the model."""
         seconds, inside = self.seconds()
         return (
             f"{images} {'image' if images == 1 else 'images'} in {seconds:.1f} s: "
@@ -63,15 +67,20 @@ def warm_up(
     shape: Sequence[int],
     batch_size: int,
     device: torch.device,
+    *,
+    calls: int | None = None,
     **options: Any,
 ) -> None:
-    """Takes one step of ``ddim`` and one that adds no noise, with one call of the model.
+    """Takes one step of ``ddim`` and one that adds no noise, with at most one call of the model.
 
-    First calls compile; run them before timing.
+    First calls compile; run them before timing. The model is not called if the timed run has
+    fewer than ``MANY_CALLS`` ``calls``: one more would be a large part of the whole time.
     """
     outputs: list[Any] = []
 
-    def asked_once(x: Tensor, t: Tensor, **cond: Any) -> Any:
+    def called_once(x: Tensor, t: Tensor, **cond: Any) -> Any:
+        if calls is not None and calls < MANY_CALLS:
+            return torch.zeros_like(x)
         if not outputs:
             outputs.append(model(x, t, **cond))
         return outputs[0]
@@ -79,7 +88,7 @@ def warm_up(
     last = DDIM(spacing=[0], schedule=ddim.schedule, prediction=ddim.prediction)
     for sampler in (ddim, last):
         sampler.sample(
-            asked_once,
+            called_once,
             shape=(batch_size, *shape),
             seeds=[0] * batch_size,
             device=device,

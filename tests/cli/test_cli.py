@@ -26,7 +26,7 @@ from fastddim.cli.options import MOST_IMAGES, parse_seeds
 from fastddim.step import backends
 from fastddim.timesteps import SPACINGS
 from fastddim.tools import draw, images, sheet, timing
-from fastddim.tools.pace import There
+from fastddim.tools.pace import Count
 from fastddim.tools.reconstruction import errors
 
 GUIDED = Path(__file__).parents[1] / "golden" / "guided-tiny.pt"
@@ -93,7 +93,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return iter([torch.zeros(64, *embedded.SHAPE)])
 
     monkeypatch.setattr(draw, "by_seed", by_seed)
-    monkeypatch.setattr(timing, "warm_up", lambda *_: None)
+    monkeypatch.setattr(timing, "warm_up", lambda *_, **__: None)
     assert main(["sample"]) == 0
     assert asked == {"ddim": asked["ddim"], "seeds": list(range(64)), "rest": (embedded.SHAPE, 16)}
     ddim = asked["ddim"]
@@ -547,7 +547,7 @@ COMMON = {
     "device": "(cuda if",
     "checkpoint": "(the garment",
     "model": "(none)",
-    "config": "(what is beside",
+    "config": "(the file beside",
     "shape": "(the model's own)",
 }
 
@@ -1014,8 +1014,8 @@ def test_what_one_process_alone_finds_it_says(
     assert "nowhere/out" in capfd.readouterr().err
 
 
-def told(n: int, left: float | None = None, rate: float | None = None) -> There:
-    count = There(n)
+def told(n: int, left: float | None = None, rate: float | None = None) -> Count:
+    count = Count(n)
     count.total, count.left, count.rate = 100, left, rate
     return count
 
@@ -1032,8 +1032,8 @@ def test_generate_speaks_at_once_and_soon_after(
             there(told(20, 162.4, 0.5))
             there(told(100, 0, 0.5))
     assert capfd.readouterr().err.splitlines() == [
-        "0 of 100 images are there",
-        "8 of 100 images are there",
+        "0 of 100 images are finished",
+        "8 of 100 images are finished",
         "20 of 100 images, 0.5 images/s, 0:02:42 left",
     ]
 
@@ -1050,8 +1050,8 @@ def test_who_ends_last_has_the_last_word(
         found.append(capfd.readouterr())
     assert [out for out, _ in found] == ["", "out: 10 images\n", "", "out: 10 images\n"]
     assert found[0].err.splitlines()[-1] == (
-        "out: 8 of 10 images; other processes are still at the rest, and fastddim generate "
-        "--verify out says when all are there"
+        "out: 8 of 10 images; other processes still make the rest, and fastddim generate "
+        "--verify out tells when all are finished"
     )
 
 

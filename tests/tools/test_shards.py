@@ -36,9 +36,10 @@ from fastddim.__main__ import main
 from fastddim.step import backends
 from fastddim.step.op import initial_noise
 from fastddim.tools import distance, draw, evaluate, images, provenance
-from fastddim.tools.folder import FORMATS, MANIFEST, Folder, Seeds
-from fastddim.tools.pace import There
+from fastddim.tools.folder import FORMATS, MANIFEST, Folder
+from fastddim.tools.pace import Count
 from fastddim.tools.quality import Gaussian, frechet_distance
+from fastddim.tools.seeds import Seeds
 from fastddim.tools.shards import Worker, pictures, shard
 from tests.paths import CPU, use
 from tests.refusals import refused
@@ -261,6 +262,7 @@ def test_the_manifest_is_the_recipe(tmp_path: Path) -> None:
     assert recipe["architecture"].startswith(f"{provenance.cpu_name()}, ")
     assert recipe["backend"].startswith("cpu, ")
     assert recipe["notes"] == {"prompts": "a.txt"}
+    assert recipe["postprocess"] == "fastddim.generate.pictures"
 
 
 @pytest.mark.parametrize("backend", CPU)
@@ -355,7 +357,7 @@ def test_another_recipe_is_refused_with_the_difference_named(
         refused(partial(make, tmp_path / "out", **change), ValueError, "out must be", said)
     torch.set_num_threads(2)
     try:
-        said = "threads (1 there, 2 here). Go on with as many threads: --threads 1"
+        said = "threads (1 there, 2 here). Use the same number of threads: --threads 1"
         refused(partial(make, tmp_path / "out"), ValueError, "out must be", said)
     finally:
         torch.set_num_threads(1)
@@ -466,7 +468,7 @@ def test_nonsense_is_refused_before_any_work(tmp_path: Path) -> None:
         "shard_size must be an integer ≥ 1, got 0": {"shard_size": 0},
         "batch_size must be an integer in [1, 65536], got 0": {"batch_size": 0},
         "seeds must be at least 1": {"seeds": []},
-        "seeds must be there once each, got 3 twice": {"seeds": [1, 2, 3, 3]},
+        "seeds must occur once each, got 3 twice": {"seeds": [1, 2, 3, 3]},
         "seeds[1] must be an integer in [0, 9223372036854775807], got -1": {"seeds": [0, -1]},
         "seeds[-1] must be an integer in": {"seeds": range(2**63, 2**63 + 2)},
         "postprocess must be given for shape (4, 8, 8)": {"shape": (4, 8, 8)},
@@ -778,7 +780,7 @@ def test_a_lost_shard_is_made_again_as_it_was_or_not_at_all(
     make(tmp_path / "out")
     before = content(tmp_path / "out")
     (tmp_path / "out/00002.npy").unlink()
-    refused(Folder.read(tmp_path / "out").verify, ValueError, "", "makes again what is missing")
+    refused(Folder.read(tmp_path / "out").verify, ValueError, "", "makes missing files again")
     assert not Folder.read(tmp_path / "out").finish()
     # A machine that says it is the same and rounds otherwise.
     real = images.to_uint8
@@ -888,7 +890,7 @@ def test_seeds_without_end_begin_at_once(tmp_path: Path) -> None:
 
 
 def test_progress_counts_the_images_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[There] = []
+    told: list[Count] = []
     for rank in (1, 0):
         for name, value in zip(LAUNCHERS, (rank, 2, rank), strict=True):
             monkeypatch.setenv(name, str(value))
@@ -915,7 +917,7 @@ def test_the_time_left_is_that_of_its_own_share(
 
     for name, value in zip(LAUNCHERS, (0, 4, 0), strict=True):
         monkeypatch.setenv(name, str(value))
-    told: list[tuple[float, There]] = []
+    told: list[tuple[float, Count]] = []
     make(
         tmp_path / "out", n=80, shard_size=20, model=a_second_each,
         progress=lambda n: told.append((now[0], n)),
@@ -1078,7 +1080,7 @@ FEW = ("--steps", "2", "--batch-size", "4", "--shard-size", "8", "--device", "cp
 def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     asked = ("generate", "--seeds", "0-9,20", *FEW, "--eta", "1", "--spacing", "quad")
     assert main([*asked, "--out", "out"]) == 0
-    assert capfd.readouterr() == ("out: 11 images\n", "0 of 11 images are there\n")
+    assert capfd.readouterr() == ("out: 11 images\n", "0 of 11 images are finished\n")
     made = Folder.read(Path("out"))
     ddim = DDIM(2, eta=1.0, spacing="quad")
     x = torch.cat(list(draw.by_seed(ddim, embedded.load(), [*range(10), 20], embedded.SHAPE, 4)))
@@ -1094,8 +1096,8 @@ def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     Path("out/00001.npy").unlink()
     assert main(["generate", "--verify", "out"]) == 2
     assert capfd.readouterr().err == (
-        "fastddim: out is not as it was made: 00001.npy is missing. Remove what has changed, and "
-        "the command that made it makes again what is missing\n"
+        "fastddim: out is not as it was made: 00001.npy is missing. Remove the changed files, and "
+        "the command that made it makes missing files again\n"
     )
 
 
@@ -1128,7 +1130,7 @@ def test_the_command_refuses(capfd: pytest.CaptureFixture[str], tmp_path: Path) 
         "out must be given": ("--seeds", "1"),
         "verify must be given alone": ("--verify", "o", "--seeds", "1"),
         "a folder must be one that fastddim generate has made": ("--verify", "o"),
-        "seeds must be there once each, got 5 twice": ("--seeds", "0-9,5", "--out", "o"),
+        "seeds must occur once each, got 5 twice": ("--seeds", "0-9,5", "--out", "o"),
         "dtype must be one of float32, bfloat16, float16": (
             "--seeds", "1", "--out", "o", "--dtype", "int8",
         ),
