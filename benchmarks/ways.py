@@ -122,10 +122,12 @@ class Ways:
         kernel = SimpleNamespace(run=lambda *args: given.extend(args), function=1)
         kernel.packed_metadata = 2
 
-        def bind(fixed: Any, first: Any) -> Any:
-            made = launch.BoundStep(first.x, first.table, *launch._choices(*first, *fixed))
+        def bind(fixed: Any, *first: Any) -> Any:
+            # An older checkout passes the arguments one by one.
+            x, output, table, *others = first[0] if len(first) == 1 else first
+            made = launch.BoundStep(x, table, *launch._choices(x, output, table, *others, *fixed))
             made.direct, made._device = True, 0  # as if the tensors were on a GPU
-            made.adopt(kernel, first.x)
+            made.adopt(kernel, x)
             return made
 
         # Both would call the missing driver; each takes less than 0.1 µs.

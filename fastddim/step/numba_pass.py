@@ -5,8 +5,8 @@ turns each term's loop into vector instructions. There is no fused multiply-add 
 reassociation, so a vector's lanes and the loop's remainder give the same bits: those of
 ``reference.ddim_step``, and noise that depends on (seed, row, element) alone.
 
-All of it stands in one file, because numba's cache looks at the file of the cached function alone:
-after a change in another file it would go on running the old code.
+Everything that numba compiles stands in this file, because numba's cache looks at the file of the
+cached function alone, and would run the old code after a change in another file.
 """
 
 # numba changes the parameters of functions, and pyright does not see all names that it exports.
@@ -52,7 +52,7 @@ def _c_function(function: Callable[[int], int]) -> Any:
 
 
 def _pointer(dtype: Any) -> Any:
-    """Returns a function from an address, which costs a call less than an array, to a pointer."""
+    """Returns a function from an address to a pointer. An address costs a call less than an array."""
 
     @intrinsic
     def pointer(typing_context: Any, address: Any) -> Any:
@@ -279,7 +279,7 @@ def _guide(count, u, c, w, into):
 
 @_part
 def _guide_each(count, u, c, w, into):
-    """Is ``_guide`` where each element has its own w."""
+    """Writes u + w·(c − u), where each element has its own w."""
     for i in range(count):
         into[i] = u[i] + w[i] * (c[i] - u[i])
 

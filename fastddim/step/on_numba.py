@@ -26,8 +26,10 @@ from fastddim.step.numba_pass import (
     CHUNK,
     DONE,
     FUNCTIONS,
+    MODES,
     OWN,
     REFUSED,
+    SIZE,
     TASK,
     UNDONE,
     take_part,
@@ -38,13 +40,13 @@ SMALL = 64
 """Below this many elements a sample on a row of its own costs less in PyTorch's operations, which
 take many samples at once. Here each costs 70 ns."""
 SHARED, NOISY_SHARED = 32 * TASK, 4 * TASK
-"""The least elements of a pass that threads share, without counter noise and with it. It then takes
-tenths of a millisecond, many times the time to start the threads and wait for them."""
+"""The least elements of a pass that threads share, without counter noise and with it. Such a pass
+takes tenths of a millisecond, many times what starting the threads and waiting for them costs."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OUTCOME, _FIRST_BOUND, _MODES = (
+_OUTCOME, _FIRST_BOUND = (
     CALL.fields[name][1]  # type: ignore[index]
-    for name in ("outcome", "batch", "modes")
+    for name in ("outcome", "batch")
 )
 _bring = struct.Struct(f"={len(BROUGHT)}q").pack_into
 _bind = struct.Struct(f"={len(BOUND) + 1 + len(FUNCTIONS)}qd").pack_into
@@ -73,7 +75,7 @@ class Team:
 
     def run(self, function: Any, call: Any, threads: int) -> None:
         """Runs ``function`` on the call in ``threads`` threads, and waits for them."""
-        self._read_modes(ctypes.byref(call, _MODES))
+        self._read_modes(ctypes.byref(call, MODES))
         self._parallel(function.address, call, threads, 0)
 
 
@@ -112,7 +114,7 @@ class Calls:
         return outcome  # type: ignore[no-any-return]
 
     def _new(self, threads: int, functions: tuple[int, ...]) -> Any:
-        call = (ctypes.c_char * (CALL.itemsize + OWN * threads))()
+        call = (ctypes.c_char * (SIZE + OWN * threads))()
         _bind(call, _FIRST_BOUND, *self._bound, threads, *functions, self._clip or 0.0)
         return call
 
