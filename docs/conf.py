@@ -1,5 +1,7 @@
 """Builds the pages under docs/ and the API's index: ``sphinx-build -W docs out/docs``."""
 
+from typing import Any
+
 import fastddim
 
 project = "fastddim"
@@ -26,3 +28,21 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = f"fastddim {version}"
+
+
+def _keep_equations(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Shows an indented block as it stands: it holds equations or code, which Sphinx would wrap."""
+    made: list[str] = []
+    outer = ""
+    for line in lines:
+        begins = line.startswith("    ") and made and not made[-1].strip()
+        if begins and outer and not outer.startswith((" ", "-")) and not outer.endswith("::"):
+            made += ["::", ""]
+        if line.strip():
+            outer = line
+        made.append(line)
+    lines[:] = made
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", _keep_equations, priority=400)

@@ -147,7 +147,7 @@ class DDIMSampler:
 
         Args:
             S: the number of DDIM steps, which are always uniform.
-            batch_size, shape: the samples have the shape (batch_size, *shape).
+            batch_size, shape: the samples have the shape ``(batch_size, *shape)``.
             conditioning: the c of ``apply_model``: a tensor, or lists and mappings of tensors.
             callback: ``callback(i)`` is called after step i.
             normals_sequence: refused, because the original ignores it.
