@@ -52,7 +52,7 @@ def _c_function(function: Callable[[int], int]) -> Any:
 
 
 def _pointer(dtype: Any) -> Any:
-    """Returns a function from an address to a pointer. An address costs a call less than an array."""
+    """Returns a function from an address to a pointer. Integers cost a call less than arrays."""
 
     @intrinsic
     def pointer(typing_context: Any, address: Any) -> Any:
