@@ -30,8 +30,9 @@ html_theme = "furo"
 html_title = f"fastddim {version}"
 
 
-def _keep_equations(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+def _keep_equations(*arguments: Any) -> None:
     """Shows an indented block as it stands: it holds equations or code, which Sphinx would wrap."""
+    *_, lines = arguments
     made: list[str] = []
     outer = ""
     for line in lines:
