@@ -83,6 +83,15 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     return tapes_for_graphs(monkeypatch)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_older_is_collected() -> Iterator[None]:
+    """Each collection here looks at what these tests made, and not at all that is imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def uncollected() -> Iterator[None]:
     """Without the garbage collector, what is freed is freed because nobody holds it."""
