@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -37,6 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def older_objects_are_kept() -> None:
+    """Collections pass over all that is imported by now: a million objects, a third of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

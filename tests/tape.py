@@ -85,7 +85,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def _noted(self, value: Any) -> Any:
-        """``value`` with tensors beside the pool as places; those in the pool live with the tape."""
+        """``value`` with the tensors beside the pool as places: the tape holds the pool alone."""
         if isinstance(value, Tensor):
             outside = value.untyped_storage()._cdata in self.outside
             return Place.of(value) if outside else Place.of(value).tensor()
@@ -116,7 +116,7 @@ def _there(value: Any) -> Any:
 
 
 def _each(change: Callable[[Any], Any], value: Any) -> Any:
-    """``value`` with each element changed, where it is one of the containers that operations take."""
+    """``value`` with each element changed, where it is a container that operations take."""
     if isinstance(value, dict):
         return {key: change(item) for key, item in value.items()}
     return type(value)(map(change, value)) if type(value) in (list, tuple) else value

@@ -778,8 +778,15 @@ def test_a_default_device_changes_no_strict_step(which: str) -> None:
     assert all(torch.equal(x_s, expected) for x_s in found)
 
 
-@pytest.mark.parametrize("is_strict", [False, True])
-@pytest.mark.parametrize("which", ["forwards", "inverse"])
+@pytest.mark.parametrize(
+    ("which", "is_strict"),
+    [
+        ("forwards", False),
+        ("inverse", True),
+        pytest.param("forwards", True, marks=pytest.mark.slow),
+        pytest.param("inverse", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_step_equals_the_eager_one(which: str, is_strict: bool) -> None:
     torch.compiler.reset()
     make: Any = FastDDIMInverseScheduler if which == "inverse" else FastDDIMScheduler

@@ -154,7 +154,7 @@ def cosine(T: int = 1000) -> Any:
     return np.array([min(1 - levels[i + 1] / levels[i], 0.999) for i in range(T)])
 
 
-FIFTY = set(range(0, 1000, 20))
+FIFTY, TWELVE = set(range(0, 1000, 20)), set(range(0, 1000, 90))
 LINEAR = Original(linear(), FIFTY)
 
 
@@ -277,12 +277,16 @@ def test_with_this_machines_square_roots_the_recorded_trajectories_are_within_1e
 
 
 @pytest.mark.parametrize(
-    ("clip_denoised", "eta"),
+    ("kept_steps", "clip_denoised", "eta"),
     [
-        (True, 0.0),
-        (False, 0.7),
-        *(pytest.param(*c, marks=pytest.mark.slow) for c in [(True, 1.0), (False, 0.0)]),
+        (TWELVE, True, 0.0),
+        (TWELVE, False, 0.7),
+        *(
+            pytest.param(FIFTY, *c, marks=pytest.mark.slow)
+            for c in [(True, 0.0), (False, 0.7), (True, 1.0), (False, 0.0)]
+        ),
     ],
+    ids=lambda value: f"{len(value)} steps" if isinstance(value, set) else None,
 )
 @pytest.mark.parametrize(
     ("denoised_fn", "cond_fn"),
@@ -290,19 +294,27 @@ def test_with_this_machines_square_roots_the_recorded_trajectories_are_within_1e
     ids=["plain", "cond", "denoised", "both"],
 )
 @pytest.mark.parametrize(
-    "diffusion",
+    ("betas", "spaced", "settings"),
     [
-        LINEAR,
-        Original(linear(), FIFTY, var="LEARNED_RANGE", rescale=True),
-        Original(cosine(), FIFTY, mean="START_X", rescale=True),
-        Original(cosine(50), mean="START_X", var="LEARNED"),
-        Original(linear(70), rescale=True, var="FIXED_SMALL"),
+        (linear(), True, {}),
+        (linear(), True, {"var": "LEARNED_RANGE", "rescale": True}),
+        (cosine(), True, {"mean": "START_X", "rescale": True}),
+        (cosine(50), False, {"mean": "START_X", "var": "LEARNED"}),
+        (linear(70), False, {"rescale": True, "var": "FIXED_SMALL"}),
     ],
     ids=["epsilon", "variance", "x0", "x0-variance", "unspaced"],
 )
-def test_fifty_steps_and_more_are_bit_identical_and_leave_the_same_stream(
-    diffusion: Original, denoised_fn: Any, cond_fn: Any, clip_denoised: bool, eta: float
+def test_loops_are_bit_identical_and_leave_the_same_stream(
+    betas: Any,
+    spaced: bool,
+    settings: dict[str, Any],
+    denoised_fn: Any,
+    cond_fn: Any,
+    kept_steps: set[int],
+    clip_denoised: bool,
+    eta: float,
 ) -> None:
+    diffusion = Original(betas, kept_steps if spaced else None, **settings)
     variance = diffusion.model_var_type.name.startswith("LEARNED")
     assert_identical(
         diffusion,

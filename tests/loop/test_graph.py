@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule
 from fastddim.coefficients import Prediction
+from fastddim.loop import graph
 from tests.apart import apart
 from tests.loops import conditioned, drawn
 from tests.refusals import refused
@@ -24,7 +25,11 @@ SEEDS = [7, 2**35, 2**63 - 1]
 
 @pytest.fixture(params=["eager", "tape"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The CPU's own way, which runs the loop again, and that of a GPU."""
+    """The CPU's own way, which runs the loop again, and that of a GPU.
+
+    Graphs of one step begin beyond ten steps rather than beyond a hundred.
+    """
+    monkeypatch.setattr(graph, "WHOLE", 10)
     if request.param == "tape":
         tapes_for_graphs(monkeypatch)
     return str(request.param)
@@ -75,7 +80,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "cond_fn, guidance": {"cond_fn": gradient, "guidance": [1.0, 2.0, 3.0]},
     "autocast": {"autocast": True},
 }
-STEPS = [1, 7, 101, 102]
+STEPS = [1, 7, 12, 13]
 
 
 def given(how: str, seed: int) -> dict[str, Any]:
@@ -88,7 +93,8 @@ def given(how: str, seed: int) -> dict[str, Any]:
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("eta", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_a_replay_with_all_new_is_a_fresh_run(way: str, how: str, steps: int, eta: float) -> None:
-    ddim = DDIM(steps, eta=eta, schedule=LINEAR, clip=1.5)
+    # From 999 on there are first and last rows by themselves, as among a hundred.
+    ddim = DDIM(steps, eta=eta, schedule=LINEAR, clip=1.5, spacing="linspace")
     fixed = CALLS[how]
     run = ddim.capture(model, SHAPE, **given(how, 1), **fixed)
     before: list[tuple[Tensor, Tensor]] = []
@@ -107,7 +113,7 @@ def test_a_replay_with_all_new_is_a_fresh_run(way: str, how: str, steps: int, et
     assert not torch.equal(before[0][0], before[1][0])
 
 
-@pytest.mark.parametrize("steps", [7, 102])
+@pytest.mark.parametrize("steps", [7, 12])
 def test_what_is_not_given_stays_as_it_was(way: str, steps: int) -> None:
     ddim = DDIM(steps, eta=1.0, schedule=LINEAR)
     first, second = halves(1), halves(2)
@@ -134,7 +140,7 @@ def test_what_is_not_given_stays_as_it_was(way: str, steps: int) -> None:
     )
 
 
-@pytest.mark.parametrize("steps", [7, 102])
+@pytest.mark.parametrize("steps", [7, 12])
 def test_one_tensor_captured_in_two_places_may_be_two_in_a_replay(way: str, steps: int) -> None:
     ddim = DDIM(steps, schedule=LINEAR)
     blank = torch.zeros(3, 2, 1, 1)
@@ -194,7 +200,7 @@ def test_what_is_shared_by_both_halves_stays_so(way: str) -> None:
             assert torch.equal(run(seeds=SEEDS), expected)
 
 
-@pytest.mark.parametrize("steps", [7, 103])
+@pytest.mark.parametrize("steps", [7, 13])
 def test_nested_conditions_single_rows_and_plain_values(way: str, steps: int) -> None:
     def net(x: Tensor, t: Tensor, deep: Mapping[str, Any], scale: float) -> Tensor:
         first, (second,) = deep["list"]
@@ -213,7 +219,7 @@ def test_nested_conditions_single_rows_and_plain_values(way: str, steps: int) ->
     )
 
 
-@pytest.mark.parametrize("steps", [12, 110])
+@pytest.mark.parametrize("steps", [12, 20])
 def test_a_capture_may_start_anywhere(way: str, steps: int) -> None:
     ddim, start = DDIM(steps, eta=1.0, schedule=LINEAR), 3
     others: list[dict[str, Any]] = [{}, {"dtype": torch.bfloat16}, {"cond_fn": gradient}]
@@ -231,7 +237,7 @@ def test_a_capture_may_start_anywhere(way: str, steps: int) -> None:
 def test_several_captures_in_one_process_do_not_disturb_each_other(way: str) -> None:
     captured = []
     for i, (steps, how) in enumerate(
-        [(7, "guidance"), (7, "plain"), (102, "interval, bf16"), (101, "self"), (7, "guidance")]
+        [(7, "guidance"), (7, "plain"), (12, "interval, bf16"), (13, "self"), (7, "guidance")]
     ):
         ddim = DDIM(steps, eta=float(i % 2), schedule=LINEAR)
         captured.append((ddim, how, ddim.capture(model, SHAPE, **given(how, i), **CALLS[how])))
@@ -246,7 +252,7 @@ def test_several_captures_in_one_process_do_not_disturb_each_other(way: str) -> 
     assert all(torch.equal(out, expected) for out, expected in kept)
 
 
-@pytest.mark.parametrize("steps", [7, 102])
+@pytest.mark.parametrize("steps", [7, 12])
 def test_the_result_is_a_copy_or_goes_where_it_is_told(way: str, steps: int) -> None:
     ddim = DDIM(steps, eta=1.0, schedule=LINEAR)
     run = ddim.capture(model, SHAPE, **halves(1), guidance=2.0)
@@ -263,7 +269,7 @@ def test_the_result_is_a_copy_or_goes_where_it_is_told(way: str, steps: int) -> 
     assert torch.equal(run(seeds=SEEDS, out=strided), was)
 
 
-@pytest.mark.parametrize("steps", [7, 102])
+@pytest.mark.parametrize("steps", [7, 12])
 def test_the_callers_tensors_are_neither_held_nor_written(way: str, steps: int) -> None:
     ddim = DDIM(steps, eta=1.0, schedule=LINEAR)
     first, second = halves(1), halves(2)
@@ -293,7 +299,7 @@ def test_a_model_that_keeps_its_input_and_returns_it(way: str) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["v", "sample"])
-@pytest.mark.parametrize("steps", [7, 102])
+@pytest.mark.parametrize("steps", [7, 12])
 def test_other_predictions_and_learned_variances(
     way: str, prediction: Prediction, steps: int
 ) -> None:
@@ -309,7 +315,7 @@ def test_other_predictions_and_learned_variances(
     assert torch.equal(run(seeds=SEEDS, **halves(2)), expected)
 
 
-@pytest.mark.parametrize("steps", [7, 102])
+@pytest.mark.parametrize("steps", [7, 12])
 def test_seeds_by_default_come_from_torchs_generator(way: str, steps: int) -> None:
     ddim = DDIM(steps, eta=1.0, schedule=LINEAR)
     run = ddim.capture(model, SHAPE, cond=halves(1)["cond"])
@@ -324,7 +330,7 @@ def test_seeds_by_default_come_from_torchs_generator(way: str, steps: int) -> No
     assert not torch.equal(outs[2], expected)
 
 
-@pytest.mark.parametrize("steps", [3, 102])
+@pytest.mark.parametrize("steps", [3, 12])
 def test_an_empty_batch_stays_empty(way: str, steps: int) -> None:
     run = DDIM(steps, schedule=LINEAR).capture(lambda x, t: x, (0, 3))
     assert run(seeds=[]).shape == (0, 3)
@@ -400,7 +406,7 @@ X = torch.zeros(SHAPE)
         (ValueError, ("guidance", "row 4", "4.0"), {"guidance": 4.0}),
     ],
 )
-@pytest.mark.parametrize("steps", [7, 102])
+@pytest.mark.parametrize("steps", [7, 12])
 def test_a_refused_call_leaves_all_as_it_was(
     way: str, steps: int, error: type[Exception], said: tuple[str, ...], arguments: dict[str, Any]
 ) -> None:
@@ -448,7 +454,7 @@ def test_capture_refuses_bad_arguments(
 @pytest.mark.gpu
 @apart
 @pytest.mark.parametrize("how", CALLS)
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps", [1, 7, 101, 102])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_on_a_gpu_a_replay_is_a_fresh_run(how: str, steps: int, eta: float) -> None:
     def moved(value: Any) -> Any:

@@ -206,7 +206,7 @@ def peak_states(call: Callable[[], Any]) -> float:
     return most / (4 * STATE)
 
 
-@pytest.mark.parametrize("steps", [5, 200])
+@pytest.mark.parametrize("steps", [5, 40])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("source", ["seeds", "generator"])
 @pytest.mark.parametrize("given", [False, True], ids=["", "x_T"])
