@@ -67,9 +67,9 @@ CALLS: dict[str, dict[str, Any]] = {
         "guidance": lambda t: 3.0 if 300 < t < 700 else 1.0,
         "dtype": torch.bfloat16,
     },
-    "first rows": {"guidance": lambda t: 3.0 if t > 900 else 1.0},
+    "first rows": {"guidance": lambda t: 3.0 if t > 650 else 1.0},
     "first row": {"guidance": lambda t: 3.0 if t > 985 else 1.0},
-    "last rows": {"guidance": lambda t: 1.0 if t > 100 else 3.0},
+    "last rows": {"guidance": lambda t: 1.0 if t > 400 else 3.0},
     "self": {"self_condition": "before"},
     "self, guidance, bf16": {
         "self_condition": "before",
