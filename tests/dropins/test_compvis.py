@@ -82,7 +82,7 @@ def test_the_recorded_trajectories_are_met_bit_for_bit(
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-def test_with_this_machines_roots_they_are_met_to_a_millionth(case: dict[str, Any]) -> None:
+def test_with_own_roots_recordings_are_met_to_a_millionth(case: dict[str, Any]) -> None:
     for ours, recorded in met(case, load_file(GOLDEN / f"{case['name']}.safetensors")):
         assert (ours - recorded).abs().max() <= 1e-6 * recorded.abs().max()
 
@@ -126,7 +126,7 @@ def test_the_factors_are_those_of_numpy_and_pytorch_together(
     assert torch.equal(sampler.ddim_sqrt_one_minus_alphas, b)
 
 
-def test_every_s_is_reproduced_or_refused_as_its_timesteps_are_levels_or_not() -> None:
+def test_each_s_is_reproduced_or_its_timesteps_are_no_levels() -> None:
     refused_ones = []
     for S in range(1, 1001):
         steps = [t + 1 for t in range(0, 1000, 1000 // S)]
@@ -289,7 +289,7 @@ BETWEEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize("guided", [({}, {}), GUIDED], ids=["plain", "guided"])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("between", BETWEEN, ids=lambda b: "+".join(b[1]))
-def test_what_comes_between_x0_and_the_next_state_is_bit_identical(
+def test_changes_between_x0_and_the_next_state_are_bit_identical(
     between: Any, eta: float, guided: Any
 ) -> None:
     given, theirs = ({**a, **b} for a, b in zip(between, guided, strict=True))
@@ -329,7 +329,7 @@ def test_one_noise_for_all_samples(eta: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_guidance_of_a_model_that_returns_half_precision_is_float32(dtype: torch.dtype) -> None:
+def test_guidance_of_a_half_precision_model_is_float32(dtype: torch.dtype) -> None:
     """One call of the model, so that what differs is the step: theirs rounds u + w·(c − u)."""
     sampler = made(20, model=Model(dtype=dtype))
     t = torch.full((2,), 501)
@@ -442,7 +442,7 @@ def test_nothing_of_the_callers_is_written() -> None:
     assert (array == 1).all()
 
 
-def test_conditions_may_be_lists_and_mappings_and_are_stacked_alike() -> None:
+def test_conditions_in_lists_and_mappings_are_stacked_alike() -> None:
     model, image = Model(), torch.rand(2, 1, 8, 8)
     sampler = made(5, model=model)
     c = {"c_concat": [image], "c_crossattn": [C], "name": "both"}
@@ -463,9 +463,7 @@ def test_conditions_may_be_lists_and_mappings_and_are_stacked_alike() -> None:
 
 
 @pytest.mark.parametrize(("scale", "uc"), [(1.0, UC), (7.5, None)])
-def test_without_a_scale_or_a_condition_to_guide_from_the_model_is_asked_once(
-    scale: float, uc: Any
-) -> None:
+def test_a_model_without_guidance_is_called_once_a_step(scale: float, uc: Any) -> None:
     model = Model()
     made(5, model=model).ddim_sampling(
         C, X.shape, unconditional_guidance_scale=scale, unconditional_conditioning=uc
@@ -651,7 +649,7 @@ def test_another_default_dtype_is_that_of_the_draws_alone(
     assert torch.equal(found, x)
 
 
-def test_what_a_model_returns_is_called_the_models() -> None:
+def test_refusals_of_a_models_output_name_the_model() -> None:
     sampler, x = DDIMSampler(Model()), X.flatten(1)
     cases: list[tuple[Tensor, Tensor, str]] = [
         (x, torch.cat([x, x], 1), "x's shape, (2, 256) (samples of one dimension have no channels"),

@@ -384,7 +384,7 @@ def test_other_dtypes_round_as_the_original_does(
     assert_same_loops(original, fast, x, net=lambda x, t: model(x, t).to(of_output), **given)
 
 
-def test_what_is_no_tensor_of_one_shape_is_the_originals() -> None:
+def test_unequal_shapes_and_other_kinds_take_the_originals_step() -> None:
     original, fast = both({}, 10)
     x, output = randn(*SHAPE), randn(*SHAPE, seed=1)
     calls: list[Callable[[Any], Any]] = [
@@ -427,7 +427,9 @@ def test_gradients_are_the_originals(which: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(original, fast, strict=True))
 
 
-def test_without_gradients_what_could_have_them_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_requires_grad_is_fused_under_no_grad(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     original, fast = both({}, 10)
     x = randn(*SHAPE).requires_grad_()
     expected = original.step(x.detach(), 500, x.detach()).prev_sample
@@ -885,7 +887,7 @@ def test_an_end_that_is_no_float32_tensor_is_the_originals(which: str, final: An
 
 
 @pytest.mark.parametrize("which", ["plain", "parallel"])
-def test_methods_that_the_originals_step_calls_may_be_replaced(which: str) -> None:
+def test_subclasses_may_replace_methods_of_the_originals_step(which: str) -> None:
     """By a subclass: its step is then the original's own, which calls them."""
 
     class Larger:
@@ -991,9 +993,7 @@ def test_noise_of_the_cpus_generator_does_not_wait_for_the_gpu(strict: bool) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_no_step_of_a_batch_at_different_timesteps_waits_for_the_gpu(
-    strict: bool, device: str
-) -> None:
+def test_no_batch_step_at_different_timesteps_waits_for_the_gpu(strict: bool, device: str) -> None:
     scheduler: Any = FastDDIMParallelScheduler(strict=strict)
     scheduler.set_timesteps(20, device="cuda")
     x, t = randn(*SHAPE).cuda(), torch.tensor([900, 50], device=device)

@@ -174,7 +174,7 @@ def test_trailing_leaves_noise_at_the_end_for_372_s() -> None:
     assert off[1] < 1e-5
 
 
-def test_trailing_takes_a_step_more_for_62_s_and_reads_the_last_level() -> None:
+def test_trailing_takes_a_step_more_for_62_s() -> None:
     scheduler: Any = DDIMScheduler(timestep_spacing="trailing")
     more = []
     for steps in range(1, T + 1):
@@ -348,7 +348,7 @@ def test_strict_goes_from_each_timestep_to_the_next(spacing: str, offset: int) -
 @pytest.mark.slow
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_strict_does_so_for_every_number_of_steps(spacing: str, offset: int) -> None:
+def test_strict_chains_its_timesteps_for_every_number_of_steps(spacing: str, offset: int) -> None:
     scheduler = strict(1, timestep_spacing=spacing, steps_offset=offset)
     for steps in range(1, T + 1):
         scheduler.set_timesteps(steps)
@@ -501,7 +501,7 @@ def test_a_half_sample_written_in_place_counts_as_written(
     torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6)
 
 
-def test_half_samples_a_pipeline_makes_anew_are_taken_as_they_are() -> None:
+def test_half_samples_that_a_pipeline_makes_are_read_as_they_are() -> None:
     scheduler, fresh = strict(10), strict(10)
     x, output = randn(2, 4).bfloat16(), randn(2, 4, seed=1).bfloat16()
     first = scheduler.step(output, 900, x).prev_sample
@@ -626,9 +626,7 @@ LISTS = [[980, 500, 500, 0], [980, 300, 600, 0], [980, 500, 980, 500, 0], [7, 7,
 
 @pytest.mark.parametrize("levels", LISTS, ids=str)
 @pytest.mark.parametrize("kind", ["given", "sliced", "int32"])
-def test_timesteps_that_repeat_or_go_back_up_are_walked_as_listed(
-    levels: list[int], kind: str
-) -> None:
+def test_timesteps_that_repeat_or_rise_are_walked_as_listed(levels: list[int], kind: str) -> None:
     scheduler = strict(10)
     chosen = torch.tensor(levels)
     if kind == "sliced":
@@ -643,7 +641,7 @@ def test_timesteps_that_repeat_or_go_back_up_are_walked_as_listed(
         assert float(found.std()) == pytest.approx(0.0811, abs=4e-3)
 
 
-def test_a_repeated_timestep_that_is_no_element_of_the_list_is_refused() -> None:
+def test_a_repeated_timestep_outside_of_the_list_is_refused() -> None:
     scheduler, x = strict(10), randn(2, 4)
     scheduler.timesteps = torch.tensor([980, 500, 500, 0])
     for t in (500, torch.tensor(500), scheduler.timesteps.clone()[1]):
@@ -745,7 +743,7 @@ def test_levels_that_users_set_are_read() -> None:
     refused(lambda: scheduler.step(output, 900, x), ValueError, "alphas_cumprod", "nan")
 
 
-def test_the_float64_levels_are_kept_where_add_noise_only_moved_them() -> None:
+def test_float64_levels_survive_a_move_by_add_noise() -> None:
     scheduler, fresh = strict(10), strict(10)
     x = randn(2, 8)
     scheduler.add_noise(x, x, torch.tensor([3, 4]))
@@ -804,9 +802,7 @@ def test_a_compiled_step_equals_the_eager_one(which: str, is_strict: bool) -> No
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("eta", [0.3, 1.0])
-def test_log_probabilities_from_the_variance_are_those_of_the_steps(
-    spacing: str, eta: float
-) -> None:
+def test_the_variance_gives_the_log_probabilities_of_the_steps(spacing: str, eta: float) -> None:
     """ln N(x_s; μ, σ²) from the scheduler's attributes, against the noise that was added."""
     config: Config = {"timestep_spacing": spacing, "set_alpha_to_one": False}
     for make in (FastDDIMScheduler, FastDDIMParallelScheduler):
@@ -853,7 +849,7 @@ def test_a_variance_of_another_step_than_strict_takes_is_refused() -> None:
     refused(lambda: make().previous_timestep(3), ValueError, "call set_timesteps first")
 
 
-def test_the_last_level_of_a_zero_snr_schedule_is_what_the_steps_use() -> None:
+def test_the_steps_use_the_last_level_of_a_zero_snr_schedule() -> None:
     scheduler = strict(10, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     table = tables_of(scheduler, 0.0, torch.device("cpu")).table
     assert 0 < scheduler.alphas_cumprod[-1] <= 2.0**-24

@@ -125,7 +125,7 @@ def test_odd_sizes_and_layouts_are_bit_identical(x: Tensor, eta: float | None) -
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK + 15, 250_003])
-def test_noise_without_effect_moves_the_stream_as_if_it_were_drawn(n: int) -> None:
+def test_unused_noise_moves_the_stream_as_drawn_noise_does(n: int) -> None:
     assert_identical(torch.linspace(-2, 2, n).view(1, 1, 1, n), [0, 500], drawing_model, BETAS, 0.0)
 
 
@@ -147,7 +147,7 @@ def test_the_full_trajectory_is_bit_identical(eta: float | None) -> None:
 
 @pytest.mark.parametrize("S", [7, 30, 300])
 @pytest.mark.parametrize("spacing", ["uniform-ermongroup", "quad-ermongroup"])
-def test_the_spacings_of_make_pairs_are_sequences_for_it(spacing: str, S: int) -> None:
+def test_the_spacings_of_make_pairs_are_bit_identical_as_seq(spacing: str, S: int) -> None:
     seq = [t for t, _ in reversed(make_pairs(spacing, S, 1000))]
     for eta in (0.3, DDPM):
         assert_identical(start(1, 1, 2, 3), seq, model, BETAS, eta)

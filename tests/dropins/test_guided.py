@@ -267,7 +267,7 @@ def test_the_recorded_trajectories_are_met_bit_for_bit(name: str, recorders_root
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_with_this_machines_square_roots_the_recorded_trajectories_are_within_1e_5(
+def test_with_own_roots_recordings_are_met_to_1e_5(
     name: str,
 ) -> None:
     states, x0s, _, golden = recorded_run(CASES[name])
@@ -354,7 +354,7 @@ def test_odd_sizes_and_layouts_are_bit_identical(x: Tensor, eta: float, variance
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_half_precision_noise_and_models_are_bit_identical_in_float32(
+def test_half_precision_noise_and_models_give_identical_float32(
     dtype: torch.dtype, eta: float
 ) -> None:
     def half(x: Tensor, t: Tensor) -> Tensor:
@@ -448,7 +448,7 @@ def test_respacing_and_its_tables_are_the_originals(
             assert (mine.astype(np.float32) == own.astype(np.float32)).all()
 
 
-def test_62_of_1000_strides_are_feasible_and_the_others_name_two_that_are() -> None:
+def test_62_of_1000_strides_work_and_refusals_name_two_of_them() -> None:
     feasible = {len(range(0, 1000, stride)) for stride in range(1, 1000)}
     assert len(feasible) == 62
     for n in range(1001):
@@ -485,9 +485,7 @@ def test_the_callers_sample_is_where_the_next_step_starts() -> None:
 
 @pytest.mark.parametrize("cond_fn", [None, score])
 @pytest.mark.parametrize("mean", ["EPSILON", "START_X"])
-def test_what_is_kept_never_changes_and_nothing_of_the_callers_is_written(
-    mean: str, cond_fn: Any
-) -> None:
+def test_kept_results_never_change_and_no_argument_is_written(mean: str, cond_fn: Any) -> None:
     held: list[tuple[Tensor, Tensor]] = []
 
     def hold(*tensors: Tensor) -> None:
@@ -514,7 +512,7 @@ def test_what_is_kept_never_changes_and_nothing_of_the_callers_is_written(
     assert (array == 1).all()
 
 
-def test_what_is_let_go_of_is_written_again() -> None:
+def test_released_memory_is_written_again() -> None:
     states, x0s = set(), set()
     shape = (2, 3, 80, 80)  # fresh memory serves what is smaller
     x = start(*shape)
@@ -550,7 +548,7 @@ def test_inference_mode_may_begin_and_end_between_two_steps() -> None:
     assert all(torch.equal(a, out["sample"]) for a, out in zip(states, theirs, strict=True))
 
 
-def test_noise_comes_from_the_global_generator_and_the_device_from_the_model() -> None:
+def test_the_global_generator_draws_on_the_models_device() -> None:
     net = torch.nn.Conv2d(3, 3, 1)
     apply = lambda x, t: toy(net(x), t)  # noqa: E731
     apply.parameters = net.parameters  # type: ignore[attr-defined]
@@ -561,7 +559,7 @@ def test_noise_comes_from_the_global_generator_and_the_device_from_the_model() -
     refused(lambda: guided.ddim_sample_loop(LINEAR, toy, SHAPE), ValueError, "device")
 
 
-def test_progress_shows_a_bar_or_says_what_it_needs(
+def test_progress_shows_a_bar_or_names_the_missing_package(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tqdm")

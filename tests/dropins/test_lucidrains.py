@@ -199,7 +199,7 @@ def assert_identical(diffusion: Any, shape: Any = SHAPE, finite: bool = True) ->
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("self_condition", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_state_is_bit_identical_and_the_stream_is_left_alike(
+def test_states_are_bit_identical_and_leave_the_same_stream(
     original: Any, objective: str, self_condition: bool, eta: float, S: int
 ) -> None:
     diffusion = made(
@@ -276,7 +276,7 @@ def test_outputs_of_any_kind_are_bit_identical(original: Any, objective: str, wh
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_outputs_in_half_precision_are_identical_but_for_x0_models(dtype: torch.dtype) -> None:
+def test_half_precision_outputs_are_identical_but_for_x0_models(dtype: torch.dtype) -> None:
     def halved(output: Tensor, x: Tensor, before: Tensor | None) -> Tensor:
         return output.to(dtype)
 
@@ -457,7 +457,7 @@ def test_another_default_dtype_is_refused(dtype: torch.dtype) -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def test_what_is_no_such_diffusion_is_refused() -> None:
+def test_objects_of_other_classes_and_loops_are_refused() -> None:
     for other in (None, Net(), SimpleNamespace(ddim_sample=print), made(Described).double()):
         refused(partial(lucidrains.ddim_sample, other, SHAPE), TypeError, "diffusion")
     assert_refused(made(Learned), TypeError, "diffusion", "model_predictions of its own")
@@ -494,9 +494,7 @@ def assert_refused(
     ],
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_outputs_that_are_no_number_for_each_of_x_are_refused(
-    objective: str, returned: Any
-) -> None:
+def test_outputs_of_another_shape_or_dtype_are_refused(objective: str, returned: Any) -> None:
     diffusion = made(then=returned, objective=objective)
     call = partial(lucidrains.ddim_sample, diffusion, SHAPE)
     refused(call, TypeError, "diffusion.model must return", "(3, 3, 8, 8), got ")

@@ -172,7 +172,7 @@ def test_ddim_pipeline(unet: Any, draw: str) -> None:
     assert_same_picture(pipe, trailing, use_clipped_model_output=True, **given)
 
 
-def test_ddim_pipeline_makes_a_plain_scheduler_so_assign_afterwards(unet: Any) -> None:
+def test_a_scheduler_assigned_to_a_ddim_pipeline_stays(unet: Any) -> None:
     pipe: Any = quiet(DDIMPipeline(unet, FAST(strict=True, timestep_spacing="trailing")))
     assert type(pipe.scheduler) is DDIMScheduler
     pipe.scheduler = FAST.from_config(pipe.scheduler.config)

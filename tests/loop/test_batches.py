@@ -125,7 +125,7 @@ def test_the_model_sees_full_batches_only(size: int, guided: bool) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("guided", [False, True])
-def test_what_belongs_to_no_sample_is_handed_on_as_it_is(size: int, guided: bool) -> None:
+def test_conditions_that_belong_to_no_sample_are_not_split(size: int, guided: bool) -> None:
     # As many rows as a batch has here, but not as there are samples.
     table = drawn(size, 2)
 
@@ -169,7 +169,7 @@ def rounding(x: Tensor, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_seeds_image_is_the_same_in_any_batch_as_far_as_the_model_lets_it(eta: float) -> None:
+def test_a_seeds_image_depends_on_the_batch_by_the_model_alone(eta: float) -> None:
     ddim = DDIM(50, eta=eta, schedule=LINEAR)
     seeds, some = [*range(9), *SEEDS], [5, 2**62, 2**33]
     at = [seeds.index(seed) for seed in some]

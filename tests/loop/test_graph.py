@@ -114,7 +114,7 @@ def test_a_replay_with_all_new_is_a_fresh_run(way: str, how: str, steps: int, et
 
 
 @pytest.mark.parametrize("steps", [7, 12])
-def test_what_is_not_given_stays_as_it_was(way: str, steps: int) -> None:
+def test_arguments_that_a_replay_omits_keep_their_values(way: str, steps: int) -> None:
     ddim = DDIM(steps, eta=1.0, schedule=LINEAR)
     first, second = halves(1), halves(2)
     run = ddim.capture(model, SHAPE, **first, guidance=2.0)
@@ -141,7 +141,7 @@ def test_what_is_not_given_stays_as_it_was(way: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [7, 12])
-def test_one_tensor_captured_in_two_places_may_be_two_in_a_replay(way: str, steps: int) -> None:
+def test_a_tensor_captured_twice_may_be_two_tensors_in_a_replay(way: str, steps: int) -> None:
     ddim = DDIM(steps, schedule=LINEAR)
     blank = torch.zeros(3, 2, 1, 1)
 
@@ -168,7 +168,7 @@ def test_one_tensor_captured_in_two_places_may_be_two_in_a_replay(way: str, step
     assert not blank.any()
 
 
-def test_what_is_shared_by_both_halves_stays_so(way: str) -> None:
+def test_a_tensor_shared_by_both_halves_stays_shared(way: str) -> None:
     ddim = DDIM(7, schedule=LINEAR)
 
     def net(x: Tensor, t: Tensor, c: Tensor, table: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def test_a_capture_may_start_anywhere(way: str, steps: int) -> None:
     refused(lambda: run(seeds=SEEDS), ValueError, "x_T", "start = 3")
 
 
-def test_several_captures_in_one_process_do_not_disturb_each_other(way: str) -> None:
+def test_captures_in_one_process_do_not_disturb_each_other(way: str) -> None:
     captured = []
     for i, (steps, how) in enumerate(
         [(7, "guidance"), (7, "plain"), (12, "interval, bf16"), (13, "self"), (7, "guidance")]
@@ -253,7 +253,7 @@ def test_several_captures_in_one_process_do_not_disturb_each_other(way: str) -> 
 
 
 @pytest.mark.parametrize("steps", [7, 12])
-def test_the_result_is_a_copy_or_goes_where_it_is_told(way: str, steps: int) -> None:
+def test_the_result_is_a_copy_or_the_out_that_is_given(way: str, steps: int) -> None:
     ddim = DDIM(steps, eta=1.0, schedule=LINEAR)
     run = ddim.capture(model, SHAPE, **halves(1), guidance=2.0)
     first = run(seeds=SEEDS)
@@ -286,7 +286,7 @@ def test_the_callers_tensors_are_neither_held_nor_written(way: str, steps: int) 
     assert torch.equal(run(seeds=SEEDS, x_T=x_T), out)
 
 
-def test_a_model_that_keeps_its_input_and_returns_it(way: str) -> None:
+def test_a_model_may_return_its_input_from_a_replay(way: str) -> None:
     ddim = DDIM(7, eta=1.0, schedule=LINEAR)
 
     def identity(x: Tensor, t: Tensor) -> Tensor:
@@ -351,7 +351,7 @@ def test_the_models_weights_are_those_in_place(taped: list[Tape]) -> None:
 
 
 @pytest.mark.parametrize("steps", [7, 102])
-def test_python_runs_when_it_is_captured_and_not_again(taped: list[Tape], steps: int) -> None:
+def test_python_code_runs_at_the_capture_alone(taped: list[Tape], steps: int) -> None:
     calls: list[int] = []
 
     def counting(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -407,7 +407,7 @@ X = torch.zeros(SHAPE)
     ],
 )
 @pytest.mark.parametrize("steps", [7, 12])
-def test_a_refused_call_leaves_all_as_it_was(
+def test_a_refused_replay_changes_nothing(
     way: str, steps: int, error: type[Exception], said: tuple[str, ...], arguments: dict[str, Any]
 ) -> None:
     def net(x: Tensor, t: Tensor, c: Tensor, k: float) -> Tensor:
@@ -477,7 +477,7 @@ def test_on_a_gpu_a_replay_is_a_fresh_run(how: str, steps: int, eta: float) -> N
 @pytest.mark.gpu
 @apart
 @pytest.mark.parametrize("steps", [7, 102])
-def test_on_a_gpu_a_replay_outlives_its_sampler_and_the_models_weights(steps: int) -> None:
+def test_on_a_gpu_a_replay_outlives_its_sampler_and_weights(steps: int) -> None:
     net = torch.nn.Conv2d(2, 2, 3, padding=1, device="cuda").requires_grad_(False)
     act = DDIM(steps, eta=1.0, schedule=LINEAR, clip=1.0).capture(
         lambda x, t: net(x), SHAPE, device="cuda"
@@ -497,7 +497,7 @@ def test_on_a_gpu_a_replay_outlives_its_sampler_and_the_models_weights(steps: in
 @pytest.mark.gpu
 @apart
 @pytest.mark.parametrize("steps", [7, 102])
-def test_on_a_gpu_a_model_that_cannot_be_captured_is_told_where(steps: int) -> None:
+def test_on_a_gpu_a_failed_capture_names_the_line_of_the_model(steps: int) -> None:
     def reading(x: Tensor, t: Tensor) -> Tensor:
         return x * (0.5 if t[0].item() > 500 else 0.4)
 

@@ -90,7 +90,7 @@ def by_hand_where_guided(ddim: DDIM, w: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_where_w_is_1_throughout_the_model_is_asked_once(dtype: torch.dtype) -> None:
+def test_rows_with_w_of_1_call_the_model_once(dtype: torch.dtype) -> None:
     sizes: list[int] = []
 
     def counting(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ def test_cond_fn_is_guided_diffusions_condition_score(
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("learned", [False, True])
-def test_cond_fn_moves_what_guidance_makes_of_both_halves(
+def test_cond_fn_moves_the_guided_output_of_both_halves(
     prediction: Prediction, learned: bool
 ) -> None:
     ddim = DDIM(spacing=list(range(0, 600, 30)), schedule=LINEAR, prediction=prediction)
@@ -319,7 +319,7 @@ def test_cond_fn_moves_what_guidance_makes_of_both_halves(
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_with_a_gaussians_exact_classifier_the_samples_are_the_posteriors(
+def test_a_gaussians_exact_classifier_gives_posterior_samples(
     prediction: Prediction, dtype: torch.dtype
 ) -> None:
     # x0 ~ N(m, s²), y = x0 + N(0, r²): p(y | x_t) and p(x0 | y) are both Gaussian.
@@ -433,7 +433,7 @@ def test_autocast_is_torchs_own_around_the_model(autocast: Any, guided: bool) ->
     assert not torch.equal(out, sampled(SAMPLER, net, cond={"c": C}, autocast=False, **more))
 
 
-def test_autocast_casts_a_weight_once_and_forgets_it_after() -> None:
+def test_autocast_casts_each_weight_once_a_call() -> None:
     layer = torch.nn.Linear(7, 7)
     casts: list[int] = []
 
@@ -451,7 +451,7 @@ def test_autocast_casts_a_weight_once_and_forgets_it_after() -> None:
     assert not torch.equal(out, sampled(SAMPLER, net, autocast=True))
 
 
-def test_the_callers_own_autocast_is_left_as_it_was() -> None:
+def test_the_callers_own_autocast_is_left_alone() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         sampled(SAMPLER, smooth, autocast=torch.float16)
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -569,14 +569,14 @@ def test_bad_arguments_are_refused_before_the_model_is_called(
     refused(lambda: getattr(DDIM(5), run)(unused, given, **arguments), error, *said)
 
 
-def test_cond_fn_has_no_meaning_where_nothing_is_left_of_the_data() -> None:
+def test_cond_fn_is_refused_where_alphas_cumprod_is_0() -> None:
     schedule = NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 0.0])
     ddim = DDIM(3, schedule=schedule, prediction="v")
     refused(lambda: ddim.sample(unused, X, cond_fn=unused), ValueError, "cond_fn", "ᾱ is 0")
 
 
 @pytest.mark.parametrize("answer", [lambda x: None, lambda x: x[:1], lambda x: x.numpy()])
-def test_what_a_cond_fn_must_not_return_is_refused(answer: Callable[[Tensor], Any]) -> None:
+def test_bad_outputs_of_a_cond_fn_are_refused(answer: Callable[[Tensor], Any]) -> None:
     refused(
         lambda: DDIM(5).sample(smooth, X, cond_fn=lambda x, t: answer(x)),
         ValueError,

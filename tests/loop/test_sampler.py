@@ -87,9 +87,7 @@ def test_sample_is_the_papers_loop_with_given_noise(ddim: DDIM) -> None:
 
 @EACH
 @pytest.mark.parametrize("given", [True, False])
-def test_sample_is_the_papers_loop_with_a_generator_drawn_from_where_needed(
-    ddim: DDIM, given: bool
-) -> None:
+def test_sample_is_the_papers_loop_with_a_generator(ddim: DDIM, given: bool) -> None:
     theirs = torch.Generator().manual_seed(3)
     x_T = drawn(*SHAPE) if given else torch.randn(SHAPE, generator=theirs)
     noise = [torch.randn(SHAPE, generator=theirs) if c1 else None for c1 in ddim.table[:, 5]]
@@ -188,7 +186,7 @@ def test_seeds_may_be_any_sequence_of_integers(seeds: Any) -> None:
     assert torch.equal(ddim.sample(model, shape=(3, 4), seeds=seeds), expected)
 
 
-def test_manual_seed_governs_what_no_source_was_given_for() -> None:
+def test_manual_seed_governs_noise_without_another_source() -> None:
     ddim = DDIM(5, eta=1.0)
     outs = []
     for seed in (0, 0, 1):
@@ -233,14 +231,14 @@ def test_an_empty_batch_is_empty() -> None:
     ],
     ids=["channels_last", "slice", "expanded", "transposed"],
 )
-def test_noise_belongs_to_the_logical_element_whatever_the_layout(x_T: Tensor) -> None:
+def test_noise_belongs_to_the_logical_element_in_any_layout(x_T: Tensor) -> None:
     ddim, seeds = DDIM(20, eta=1.0), list(range(len(x_T)))
     expected = last(by_hand(ddim, model, x_T, counter_noise(ddim, seeds, tuple(x_T.shape))))
     assert torch.equal(ddim.sample(model, x_T, seeds=seeds), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_reaches_the_model_alone_and_the_state_stays_float32(
+def test_half_precision_reaches_the_model_and_not_the_state(
     dtype: torch.dtype,
 ) -> None:
     ddim, x_T = DDIM(50), drawn(*SHAPE)
@@ -352,7 +350,7 @@ def bytes_of(kept: Any) -> bytes:
 @pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("iterated", [False, True])
-def test_what_a_model_keeps_of_its_arguments_and_outputs_never_changes(
+def test_arguments_and_outputs_that_a_model_keeps_never_change(
     keep: Callable[[Tensor], Any], eta: float, iterated: bool
 ) -> None:
     kept: list[tuple[Any, bytes]] = []
@@ -377,7 +375,7 @@ def test_what_a_model_keeps_of_its_arguments_and_outputs_never_changes(
 
 
 @pytest.mark.parametrize("keep", [lambda x: x, lambda x: x.numpy(), lambda x: x[:1]])
-def test_what_iterate_yielded_never_changes(keep: Callable[[Tensor], Any]) -> None:
+def test_steps_of_iterate_that_are_kept_never_change(keep: Callable[[Tensor], Any]) -> None:
     kept: list[tuple[Any, bytes]] = []
     for step in DDIM(12, eta=1.0).iterate(model, shape=(2, 3, 4)):
         for tensor in (step.x, step.x0):
@@ -394,7 +392,7 @@ def test_a_list_of_steps_holds_separate_tensors() -> None:
 
 @pytest.mark.parametrize("run", ["sample", "iterate"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_x_T_is_never_written_nor_an_array_it_was_made_from(run: str, dtype: torch.dtype) -> None:
+def test_x_T_and_the_array_it_was_made_from_are_never_written(run: str, dtype: torch.dtype) -> None:
     array = np.ones((2, 3, 4), dtype=np.float32)
     ddim = DDIM(5)
     if run == "sample":
@@ -409,7 +407,7 @@ def test_x_T_is_never_written_nor_an_array_it_was_made_from(run: str, dtype: tor
     assert torch.equal(x_T, before)
 
 
-def test_given_noise_and_an_identity_models_argument_are_not_written() -> None:
+def test_given_noise_and_identity_outputs_are_never_written() -> None:
     noise = drawn(12, 2, 3, 4)
     before = noise.clone()
     ddim = DDIM(12, eta=1.0)
@@ -491,7 +489,7 @@ def test_a_sampler_is_frozen_and_its_table_read_only() -> None:
         ddim.table[0, 0] = 0
 
 
-def test_replace_makes_another_and_equality_is_that_of_the_arguments() -> None:
+def test_replace_makes_a_sampler_equal_by_its_arguments() -> None:
     one = DDIM(5, schedule=LINEAR)
     other = dataclasses.replace(one, steps=10, eta=1)
     assert (other.steps, other.eta, len(other.pairs), other.table[0, 5] > 0) == (10, 1.0, 10, True)
@@ -677,7 +675,7 @@ def test_bad_arguments_are_refused_before_any_work(
         (TypeError, ("model", "float64"), lambda x: x.double()),
     ],
 )
-def test_what_a_model_must_not_return_is_refused(
+def test_bad_outputs_of_a_model_are_refused(
     error: type[Exception], said: tuple[str, ...], output: Callable[[Tensor], Any]
 ) -> None:
     refused(lambda: DDIM(5).sample(lambda x, t: output(x), X), error, *said)
@@ -756,7 +754,7 @@ def test_noise_is_made_where_the_models_parameters_are(
     assert nowhere.device.type == "meta"
 
 
-def test_a_device_that_is_given_is_taken_whatever_the_models_is() -> None:
+def test_a_given_device_outweighs_the_models() -> None:
     net = Net().to("meta")
     assert device_of(net) == torch.device("meta")
     assert place_of("cpu", net) == torch.device("cpu")
@@ -776,7 +774,7 @@ def test_on_a_gpu_a_network_that_is_there_gets_noise_there() -> None:
 @pytest.mark.parametrize(
     "layer", [torch.nn.Linear(3, 3), torch.nn.Conv1d(3, 3, 1), torch.nn.LayerNorm(3)]
 )
-def test_a_network_of_another_dtype_is_told_which(
+def test_the_refusal_of_another_dtype_names_both(
     dtype: torch.dtype, layer: torch.nn.Module
 ) -> None:
     net = Net().to(dtype)
@@ -794,7 +792,7 @@ def test_a_network_that_casts_its_own_input_is_no_fault() -> None:
     assert torch.equal(out, DDIM(3).sample(net, shape=(2, 3), seeds=[0, 1]))
 
 
-def test_errors_of_the_model_itself_are_its_own() -> None:
+def test_errors_of_the_model_itself_pass_unchanged() -> None:
     class Failing(Net):
         def forward(self, x: Tensor, t: Tensor, scale: float = 1.0) -> Tensor:
             raise RuntimeError("of another type")
@@ -805,7 +803,7 @@ def test_errors_of_the_model_itself_are_its_own() -> None:
         DDIM(3).sample(Net(), torch.zeros(2, 4))
 
 
-def test_a_float64_model_is_asked_in_float64_and_its_answer_rounded_once() -> None:
+def test_a_float64_models_output_is_rounded_once() -> None:
     seen: list[torch.dtype] = []
 
     def exact(x: Tensor, t: Tensor) -> Tensor:
@@ -848,7 +846,7 @@ def test_training_mode_that_changes_nothing_is_not_warned_of(layer: torch.nn.Mod
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), [2, 3], torch.Size([2, 3])])
 @pytest.mark.parametrize("run", ["sample", "iterate"])
-def test_a_shape_in_the_place_of_x_T_is_told_its_name(run: str, shape: Any) -> None:
+def test_the_refusal_of_a_shape_as_x_T_names_the_argument(run: str, shape: Any) -> None:
     call = lambda: getattr(DDIM(3), run)(model, shape)  # noqa: E731
     refused(call, TypeError, "x_T", f"shape={tuple(shape)}")
 

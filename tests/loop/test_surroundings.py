@@ -276,13 +276,13 @@ def usual(name: str, backend: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("name", EVERY)
-def test_on_a_cpu_what_is_around_changes_nothing(name: str, around: str, backend: str) -> None:
+def test_on_a_cpu_the_surroundings_change_no_result(name: str, around: str, backend: str) -> None:
     with AROUND[around]():
         found = EVERY[name]("cpu")
     assert_alike(found, usual(name, backend))
 
 
-def test_a_default_device_is_where_samples_are_made_that_name_none() -> None:
+def test_a_given_device_outweighs_the_default_device() -> None:
     with default_device("meta"):
         assert DDIM(5).sample(free, shape=SHAPE, seeds=SEEDS, device="cpu").device.type == "cpu"
         x = torch.zeros(3, 2, device="cpu")
@@ -298,7 +298,7 @@ FILES: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_comes_from_files_is_on_the_cpu_whatever_the_default_device(name: str) -> None:
+def test_models_from_files_are_on_the_cpu_on_any_default_device(name: str) -> None:
     def tensors(value: Any) -> list[Tensor]:
         modules = isinstance(value, torch.nn.Module)
         return [*value.state_dict().values()] if modules else leaves(tuple(value))
@@ -310,7 +310,7 @@ def test_what_comes_from_files_is_on_the_cpu_whatever_the_default_device(name: s
     assert_alike(tensors(found), tensors(want))
 
 
-def test_pictures_between_seeds_are_made_where_they_are_asked_for() -> None:
+def test_interpolations_are_made_on_the_given_device() -> None:
     def between() -> Tensor:
         return draw.interpolations(
             DDIM(5), free, [1, 2], SHAPE[1:], batch_size=3, columns=3, device="cpu"
@@ -354,7 +354,7 @@ AROUND_A_GPU: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 @apart
 @pytest.mark.parametrize("around", AROUND_A_GPU)
 @pytest.mark.parametrize("group", GROUPS)
-def test_on_a_gpu_what_is_around_changes_nothing(group: str, around: str) -> None:
+def test_on_a_gpu_the_surroundings_change_no_result(group: str, around: str) -> None:
     for name, case in GROUPS[group].items():
         want = case("cuda")
         with AROUND_A_GPU[around]():
@@ -408,7 +408,7 @@ def test_inside_a_capture_no_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.gpu
 @apart
-def test_on_a_gpu_a_capture_goes_on_after_a_sampler_was_refused_in_it() -> None:
+def test_on_a_gpu_a_capture_goes_on_after_a_refused_sampler() -> None:
     x = X.cuda()
     act = DDIM(7).capture(free, SHAPE, device="cuda")
     was, taken = act(seeds=SEEDS), torch.cuda.CUDAGraph()

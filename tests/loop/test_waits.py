@@ -101,7 +101,7 @@ GOING_ON: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("what", WAITING)
-def test_what_waits_is_noticed(device: Device, what: str) -> None:
+def test_operations_that_wait_are_noticed(device: Device, what: str) -> None:
     x = device.put(torch.arange(6.0).view(2, 3))
     assert x.device == CUDA
     with device.watch() as waits:
@@ -111,7 +111,7 @@ def test_what_waits_is_noticed(device: Device, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", GOING_ON)
-def test_what_does_not_wait_is_not(device: Device, what: str) -> None:
+def test_operations_that_do_not_wait_pass(device: Device, what: str) -> None:
     x = device.put(torch.arange(6.0).view(2, 3))
     with device.watch() as waits:
         found = GOING_ON[what](x)
@@ -123,7 +123,7 @@ def test_what_does_not_wait_is_not(device: Device, what: str) -> None:
         assert found.here.equal(want)
 
 
-def test_in_a_capture_a_copy_waits_for_the_graph_would_outlive_its_source(
+def test_copies_wait_in_a_capture_whose_graph_outlives_them(
     monkeypatch: pytest.MonkeyPatch, device: Device
 ) -> None:
     with device.watch() as waits:
@@ -212,7 +212,7 @@ def test_a_sampler_never_waits(device: Device, how: str, source: str) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_one_step_at_a_time_it_does_not_wait_either(device: Device, source: str) -> None:
+def test_iterate_never_waits(device: Device, source: str) -> None:
     ddim, x_T, cond = DDIM(10, eta=1.0, schedule=LINEAR), drawn(*SHAPE), {"c": drawn(3, 2, 1, 1)}
     net, noise = Model(device, model), device.put(SOURCES[source](True))
     steps = list(ddim.iterate(net, device.put(x_T), cond=device.put(cond), **noise))
@@ -235,7 +235,7 @@ def test_a_loop_that_runs_backwards_never_waits(device: Device, how: str) -> Non
 
 @pytest.mark.parametrize("how", ["plain", "bf16", "guidance", "interval", "cond_fn", "self"])
 @pytest.mark.parametrize("whole", [100, 2])
-def test_a_captured_loop_asks_nothing(
+def test_a_captured_loop_never_waits(
     monkeypatch: pytest.MonkeyPatch, device: Device, how: str, whole: int
 ) -> None:
     # Without graphs the loop runs itself, by the operations that a graph would hold.
@@ -353,9 +353,7 @@ def test_no_step_of_a_batch_at_different_timesteps_waits(
 
 
 @pytest.mark.parametrize("t", [-1, -1000, 3, 1000, 5000])
-def test_a_timestep_that_is_not_chosen_gives_nan_where_looking_would_wait(
-    device: Device, t: int
-) -> None:
+def test_a_timestep_outside_the_list_gives_nan_on_a_device(device: Device, t: int) -> None:
     scheduler: Any = FastDDIMParallelScheduler(timestep_spacing="trailing", strict=True)
     scheduler.set_timesteps(10, device=CUDA)
     assert {0, 999} & set(scheduler.timesteps.tolist())
@@ -438,7 +436,7 @@ def test_guided_diffusions_loop_never_waits(device: Device, how: str, rescale: b
 
 
 @pytest.mark.parametrize("how", [*GUIDED, "reverse"])
-def test_nor_do_its_single_steps(device: Device, how: str) -> None:
+def test_guided_diffusions_single_steps_never_wait(device: Device, how: str) -> None:
     diffusion = guided.Diffusion(timestep_respacing="10")
     step: Any = partial(guided.ddim_sample, **GUIDED.get(how, {}))
     order = range(10)[::-1]
@@ -456,7 +454,7 @@ def test_nor_do_its_single_steps(device: Device, how: str) -> None:
     assert_equal(*results)
 
 
-def test_streams_do_not_share_tables_that_one_of_them_may_still_be_making(
+def test_streams_share_no_tables_that_may_be_unfinished(
     monkeypatch: pytest.MonkeyPatch, device: Device
 ) -> None:
     diffusion, tables = guided.Diffusion(timestep_respacing="10"), []
