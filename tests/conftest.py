@@ -20,6 +20,8 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.getoption("markexpr") or ""
     if "gpu" not in asked.replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # pytest-xdist's own process runs no test, and its workers wait for the import
     import torch
 
     torch.set_num_threads(1)
