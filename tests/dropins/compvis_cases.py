@@ -49,7 +49,9 @@ def eager(
             out = u + scale * (out - u)
         if corrector is not None:
             out = corrector.modify_score(model, out, x, t, c, strength=0.5)
-        x = x.float()  # their factors are float32 of x's dimensions, and so is what they touch
+        x = (
+            x.float()
+        )  # the original's factors are float32 tensors of x's rank, so its products are float32
         _, x0 = reference.ddim_step(x, out, row, None, prediction)
         eps = row[0] * out + row[2] * x if prediction == "v" else out
         if quantize:

@@ -74,7 +74,7 @@ class Original:
         cond_fn: Any = None,
         model_kwargs: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """(x0, ε), cond_fn's part included."""
+        """(x0, ε), with the part that cond_fn adds."""
         abar = self.at(self.alphas_cumprod, t, x)
         scale = self.at(np.sqrt(1.0 / self.alphas_cumprod), t, x)
         noisy = self.at(np.sqrt(1.0 / self.alphas_cumprod - 1), t, x)
@@ -147,7 +147,7 @@ def toy(x: Tensor, t: Tensor) -> Tensor:
 
 
 def model(x: Tensor, t: Tensor, y: Tensor | None = None, variance: bool = False) -> Tensor:
-    """One that draws from the global stream too, as dropout would, and keeps nothing."""
+    """A model that draws from the global stream too, as dropout does, and keeps no tensor."""
     eps = toy(x, t) + 0.01 * torch.randn_like(x)
     if y is not None:
         eps = eps + 0.1 * y.view(-1, *[1] * (x.dim() - 1))
@@ -181,7 +181,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 def assert_identical(diffusion: Original, net: Any, x: Tensor, **kwargs: Any) -> None:
-    """Every state and x0 of the loop, and the state it leaves the generator in."""
+    """Compares every state and x0 of the loop, and the generator's state after it."""
     shape = tuple(x.shape)
     torch.manual_seed(0)
     ours = list(

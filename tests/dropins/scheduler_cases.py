@@ -108,7 +108,7 @@ def loop(
 
 
 def assert_same_loops(original: Any, fast: Any, x: Tensor, **arguments: Any) -> None:
-    """With generators, or seeds of the global one, and what state they are left in."""
+    """Compares loops with generators or global seeds, and the generators' states after them."""
     seed = arguments.pop("seed", None)
     results, states = [], []
     for scheduler in (original, fast):

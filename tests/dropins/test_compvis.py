@@ -30,7 +30,7 @@ OUT_OF_RANGE = [3, 9, 27, 36, 37, *range(101, 112), *range(251, 334), *range(501
 
 
 def met(case: dict[str, Any], golden: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """(ours, recorded) of all that was recorded; the generator ends where it did."""
+    """(ours, recorded) of each recorded tensor; the generator must end in the recorded state."""
     model, x, scale = Model(), golden["x_T"], case["unconditional_guidance_scale"]
     sampler = DDIMSampler(model)
     c, uc = torch.arange(float(len(x))), -torch.ones(len(x))
@@ -99,7 +99,9 @@ def test_the_factors_are_those_of_numpy_and_pytorch_together(
     alphas = abar[steps]
     prev = np.asarray([abar[0], *abar[steps[:-1]].tolist()])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # numpy's, of what they mix here
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # NumPy's, where the original mixes it with torch
         sigmas: Any = eta * np.sqrt((1 - prev) / (1 - alphas) * (1 - alphas / prev))
         b: Any = np.sqrt(1.0 - alphas)
     columns: list[Any] = [alphas, prev, sigmas, b]
@@ -252,7 +254,7 @@ def test_one_noise_for_all_samples(eta: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_guidance_of_a_half_precision_model_is_float32(dtype: torch.dtype) -> None:
-    """One call of the model, so that what differs is the step: theirs rounds u + w·(c − u)."""
+    """One model call for both steps, which differ alone: the original's rounds u + w·(c − u)."""
     sampler = made(20, model=Model(dtype=dtype))
     t = torch.full((2,), 501)
     given, theirs = GUIDED

@@ -258,7 +258,7 @@ def test_other_dtypes_round_as_the_original_does(
 # --- On a GPU ---------------------------------------------------------------------------------
 
 ULPS = 2
-"""eager PyTorch multiplies by the reciprocal of a scalar there, the kernel divides."""
+"""Eager PyTorch multiplies by the reciprocal of a scalar on a GPU, and the kernel divides."""
 
 
 def ulps_apart(a: Tensor, b: Tensor) -> float:

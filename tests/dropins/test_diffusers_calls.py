@@ -394,7 +394,7 @@ def test_an_end_that_is_no_float32_tensor_is_the_originals(which: str, final: An
 
 @pytest.mark.parametrize("which", ["plain", "parallel"])
 def test_subclasses_may_replace_methods_of_the_originals_step(which: str) -> None:
-    """By a subclass: its step is then the original's own, which calls them."""
+    """A subclass that replaces such a method gets the original's step, which calls the method."""
 
     class Larger:
         def _get_variance(self: Any, timestep: int, prev_timestep: int) -> Tensor:

@@ -118,7 +118,7 @@ def test_what_a_backward_pass_keeps_never_changes() -> None:
 
 
 def test_what_another_process_reads_never_changes() -> None:
-    """It maps the memory by itself: no reference here says so."""
+    """The other process maps the memory itself, and no reference in this one counts for it."""
     scheduler = FAST()
     scheduler.set_timesteps(10)
     x = randn(*SHAPE)

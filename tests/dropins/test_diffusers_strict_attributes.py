@@ -71,7 +71,7 @@ def test_strict_inversion_is_the_native_one_for_every_prediction(prediction: str
 
 
 def test_levels_that_users_set_are_read() -> None:
-    """Each change in the strict step is that in the equation."""
+    """Each changed level changes the strict step as it changes the equation."""
     x, output = randn(2, 8), randn(2, 8, seed=1)
 
     def expected(a_t: float, a_s: float) -> Tensor:
@@ -238,7 +238,7 @@ def test_subclasses_are_compatible_with_what_they_replace() -> None:
     ):
         made: Any = mine(strict=True)
         assert {own, mine, *own().compatibles} == set(made.compatibles)
-        # As diffusers' own test of compatibles has it.
+        # diffusers' own test of compatible classes checks the same.
         for other in made.compatibles:
             if "dummy" in other.__module__:  # what it needs is not installed
                 continue

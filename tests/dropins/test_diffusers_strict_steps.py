@@ -188,7 +188,7 @@ def test_a_strict_step_is_the_equation_in_float64(
 
 
 def test_timesteps_somebody_chose_himself() -> None:
-    """What lies between the chosen ones is skipped, and not only where the list ends."""
+    """Timesteps between the chosen ones are skipped, inside the list as at its end."""
     scheduler, native = strict(10), DDIM(spacing=[900, 500, 130, 20])
     scheduler.timesteps = torch.tensor([900, 500, 130, 20])
     model = exact_model(scheduler)
@@ -381,4 +381,4 @@ def test_a_repeated_timestep_outside_of_the_list_is_refused() -> None:
     parallel.timesteps = torch.tensor([980, 500, 500, 0])
     found = parallel.batch_step_no_noise(x, torch.tensor([980, 500]), x)
     assert found[0].isfinite().all()
-    assert found[1].isnan().all()  # which of the two is meant is not known
+    assert found[1].isnan().all()  # the timestep does not say which of the two steps is meant

@@ -36,7 +36,7 @@ QUAD = [int(s) for s in np.linspace(0, np.sqrt(800), 50) ** 2]  # one step twice
 
 Loop = Callable[..., tuple[list[Tensor], list[Tensor]]]
 DDPM = None
-"""In an η's place: ddpm_steps, which has none."""
+"""Stands in the place of an η for ddpm_steps, which takes none."""
 
 
 def model(x: Tensor, t: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def as_recorded(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
 def test_the_recorded_trajectories_are_met_bit_for_bit(
     where: Any, case: dict[str, Any], recorders_root: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("log", "exp"):  # what is true of its roots is true of these
+    for name in ("log", "exp"):  # these depend on the recording machine as its roots do
         monkeypatch.setattr(torch.Tensor, name, as_recorded(getattr(torch.Tensor, name)))
     golden = load_file(GOLDEN / f"{case['name']}.safetensors")
     spacing = f"{case['skip_type']}-ermongroup"

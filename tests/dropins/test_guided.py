@@ -46,7 +46,7 @@ SHAPE = (3, 3, 8, 8)
 
 
 def recorded_run(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """(states, x0s, the timesteps seen) of ours, and what was recorded."""
+    """(states, x0s, the timesteps the model gets) of the drop-in, and the recorded tensors."""
     golden = load_file(GOLDEN / f"{case['name']}.safetensors")
     names = ("timestep_respacing", "learn_sigma", "predict_xstart", "rescale_timesteps")
     diffusion = guided.Diffusion(

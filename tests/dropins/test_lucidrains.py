@@ -65,7 +65,7 @@ def run(sample: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tenso
 
 
 def assert_identical(diffusion: Any, shape: Any = SHAPE, finite: bool = True) -> Tensor:
-    """All states, the samples, what the model is told and the generator are the original's."""
+    """The states, the samples, the model's arguments and the generator are the original's."""
     for every in (True, False):
         diffusion.model.seen.clear()
         theirs, their_state = run(diffusion.ddim_sample, shape, return_all_timesteps=every)
@@ -170,7 +170,7 @@ def test_half_precision_outputs_are_identical_but_for_x0_models(dtype: torch.dty
 
     for objective in ("pred_noise", "pred_v"):
         assert_identical(made(then=halved, objective=objective, ddim_sampling_eta=1.0))
-    # The original rounds √ᾱ_s·x0 and the samples. Ours are those of the same numbers in float32.
+    # The original rounds √ᾱ_s·x0 and the samples. The drop-in computes both in float32.
     ours, _ = run(lucidrains.ddim_sample, made(then=halved, objective="pred_x0"), SHAPE)
     widened = made(then=lambda *given: halved(*given).float(), objective="pred_x0")
     theirs, _ = run(widened.ddim_sample, SHAPE)

@@ -135,7 +135,7 @@ def gen(seed: int = 5) -> torch.Generator:
 
 
 def picture(pipe: Any, scheduler: Any, *arguments: Any, **given: Any) -> Any:
-    """The picture with this scheduler; what may be drawn from is made anew for each."""
+    """The picture with this scheduler, from generators made anew for each picture."""
     pipe.scheduler = scheduler
     torch.manual_seed(3)
     made = {k: v() if callable(v) else v for k, v in given.items()}

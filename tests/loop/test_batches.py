@@ -86,7 +86,7 @@ def test_any_split_is_bit_identical(how: str, eta: float) -> None:
     whole, path = ddim.sample(loose, trajectory=("x", "x0"), every=3, **CALLS[how])
     plain = ddim.sample(loose, **CALLS[how])
     assert torch.equal(whole, plain)
-    # With η = 0 every third size: each size meets each call with η = 1.
+    # With η = 0 every third size will do: with η = 1 each call is split in every size.
     for size in SIZES if eta else SIZES[list(CALLS).index(how) % 3 :: 3]:
         out = ddim.sample(loose, batch_size=size, **CALLS[how])
         assert out.dtype == whole.dtype

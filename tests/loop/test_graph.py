@@ -26,7 +26,7 @@ SEEDS = [7, 2**35, 2**63 - 1]
 
 @pytest.fixture(params=["eager", "tape"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The CPU's own way, which runs the loop again, and that of a GPU.
+    """The CPU's way, which runs the loop again, and a GPU's, which replays a graph.
 
     Graphs of one step begin beyond ten steps rather than beyond a hundred.
     """
@@ -48,7 +48,7 @@ STEPS = [1, 7, 12, 13]
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("eta", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_a_replay_with_all_new_is_a_fresh_run(way: str, how: str, steps: int, eta: float) -> None:
-    # From 999 on there are first and last rows by themselves, as among a hundred.
+    # "linspace" begins at 999, so the intervals above leave each kind of row, as in a hundred.
     ddim = DDIM(steps, eta=eta, schedule=LINEAR, clip=1.5, spacing="linspace")
     fixed = CALLS[how]
     run = ddim.capture(model, SHAPE, **given(how, 1), **fixed)
@@ -322,7 +322,7 @@ def test_python_code_runs_at_the_capture_alone(taped: list[Tape], steps: int) ->
 
 
 def test_a_model_that_reads_a_value_cannot_be_taped(taped: list[Tape]) -> None:
-    # What the tape is worth: were it to let this pass, it would record nothing of use.
+    # A tape that let this model pass would record a value that a replay cannot renew.
     def reading(x: Tensor, t: Tensor) -> Tensor:
         return x * (0.5 if t[0].item() > 500 else 0.4)
 

@@ -1,4 +1,4 @@
-"""Who can replay a graph holds all that it reads and writes, and nobody else has to."""
+"""The replay of a graph holds all memory that the graph reads and writes, and alone does."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
 @pytest.fixture
 def uncollected() -> Iterator[None]:
-    """Without the garbage collector, what is freed is freed because nobody holds it."""
+    """Without the garbage collector, memory is freed only because nobody holds it."""
     gc.collect()
     gc.disable()
     yield

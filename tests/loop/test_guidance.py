@@ -1,4 +1,4 @@
-"""What goes with each model call: conditions, both kinds of guidance, self-conditioning, types."""
+"""The model call: conditions, both kinds of guidance, self-conditioning, precision."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_guidance_is_u_and_w_times_the_difference(
     given, w = WEIGHTS[how]
     ddim = DDIM(20, eta=0.7, schedule=LINEAR, prediction=prediction, clip=2.0)
     out = sampled(ddim, conditioned, cond={"c": C}, uncond={"c": U}, guidance=given, dtype=dtype)
-    # The rows in which nobody is guided are those of the condition alone, c and not u + 1·(c − u).
+    # Rows in which no sample is guided use the conditional output c, not u + 1·(c − u).
     assert torch.equal(out, by_hand_where_guided(ddim, w, dtype))
     if how == "number":
         assert not torch.equal(out, sampled(ddim, conditioned, cond={"c": C}, dtype=dtype))
@@ -200,7 +200,7 @@ def test_nested_conditions_lists_shared_tensors_and_single_rows() -> None:
     assert torch.equal(third, halves["third"])
     assert type(got["more"]) is list
     assert type(got["more"][1]) is tuple
-    assert all(later is not None and later["c"] is got["c"] for later in seen)  # stacked but once
+    assert all(later is not None and later["c"] is got["c"] for later in seen)  # stacked only once
 
 
 def test_one_row_of_uncond_stands_for_the_batch() -> None:

@@ -218,7 +218,7 @@ def test_iterate_in_reverse_is_invert_one_step_at_a_time(
     x = X0
     for step in steps:
         assert torch.equal(step.x, ddim.invert(model, X0, until=step.index, **common))
-        # x0 is what x at the level it came from, and the ε taken there, say of the data.
+        # x0 follows from x before the step and from the step's ε.
         abar_t = ABAR[step.s]
         abar_s = ABAR[step.t] if step.t >= 0 else torch.tensor(1.0)
         eps = (step.x - abar_t.sqrt() * step.x0) / (1 - abar_t).sqrt()
@@ -345,7 +345,7 @@ def zero_terminal() -> NoiseSchedule:
 
 
 def exact(ddim: DDIM, mean: float = 0.3, std: float = 0.5) -> Callable[[Tensor, Tensor], Tensor]:
-    """What a model of N(mean, std²) says in float64, where ᾱ is 0 as well."""
+    """The exact output for N(mean, std²) in float64, where ᾱ is 0 as well."""
 
     def net(x: Tensor, t: Tensor) -> Tensor:
         abar = column(torch.from_numpy(ddim.schedule.alphas_cumprod.copy())[t], x.double())

@@ -1,4 +1,4 @@
-"""Between two model calls: one operation, no question to the host, and two buffers at most."""
+"""Between two model calls: one operation, no host sync, and two buffers at most."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_a_question_to_the_host_would_be_noticed() -> None:
 
 
 STATE = 1 << 18
-"""Elements, so that what else is allocated is little beside a state."""
+"""Elements of a state: so many that all other allocations are small beside it."""
 
 
 def peak_states(call: Callable[[], Any]) -> float:
@@ -402,7 +402,7 @@ def test_steps_of_iterate_never_change_whatever_the_call(how: str) -> None:
         del step
     assert len(kept) == 24
     assert all(bytes_of(tensor) == was for tensor, was in kept)
-    # Nor is one of them another's memory: writing to one is the caller's own affair.
+    # No two steps share memory, so a write to one leaves the others alone.
     assert len({tensor.untyped_storage().data_ptr() for tensor, _ in kept}) == 24
 
 
@@ -448,7 +448,7 @@ def test_callers_tensors_are_never_written() -> None:
 
 
 def test_the_loop_that_was_watched_is_the_papers() -> None:
-    # Else one operation would be easily had.
+    # Otherwise one operation between calls would prove nothing.
     ddim, x_T = DDIM(10, eta=1.0), drawn(*SHAPE)
     watch = Watch(free)
     with watch.mode:

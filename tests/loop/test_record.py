@@ -1,4 +1,4 @@
-"""How a capture is made and given up, as far as that can be seen without a GPU."""
+"""How a capture is made and abandoned, as far as a test without a GPU can see."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 
 
 class Driver:
-    """What ``record`` asks of CUDA, noted down in order; the capture fails when it is told to."""
+    """A CUDA that notes the calls of ``record`` in order, and whose capture fails on demand."""
 
     def __init__(self) -> None:
         self.said: list[str] = []

@@ -1,4 +1,4 @@
-"""DDIM: the loop against the paper's step, what it draws, what it leaves alone, what it refuses."""
+"""DDIM: the loop against the paper's step, the noise it draws, the memory it never writes."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ X, C, U = drawn(*SHAPE), drawn(3, 2, 1, 1, seed=2), drawn(3, 2, 1, 1, seed=3)
 TABLE = torch.tensor(DDIM(10, eta=1.0).table)
 BETAS = torch.linspace(1e-4, 0.02, 1000)
 Case = Callable[[str], Any]
-"""What a case does on a device; tensors, in any containers, come back."""
+"""A case runs on the named device and returns tensors in any containers."""
 
 
 def model(x: Tensor, t: Tensor, c: Tensor, before: Tensor | None = None) -> Tensor:
@@ -270,7 +270,7 @@ AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @cache
 def usual(name: str, backend: str) -> list[Tensor]:
-    """What a case gives by the backend in use with nothing set around it."""
+    """The results of a case by the backend in use, with nothing set around the call."""
     return leaves(EVERY[name]("cpu"))
 
 
@@ -330,7 +330,7 @@ TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU
 
 @contextmanager
 def own_stream() -> Iterator[None]:
-    """A stream beside the default one, which is kept busy: what is taken from it comes too late."""
+    """A stream beside the default one, which stays busy: its results would come too late."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     busy = torch.zeros(1 << 24, device="cuda")

@@ -1,4 +1,4 @@
-"""Nothing between two model calls waits for the device, as far as that can be seen without one."""
+"""No operation between two model calls waits for the device, on a pretended device."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_operations_that_do_not_wait_pass(device: Device, what: str) -> None:
     with device.watch() as waits:
         found = GOING_ON[what](x)
     assert waits == []
-    # And what is computed is what the CPU computes.
+    # The pretended device computes the CPU's values.
     if what != "drawn" and isinstance(found, There):
         want = GOING_ON[what](torch.arange(6.0).view(2, 3))
         assert isinstance(want, Tensor)

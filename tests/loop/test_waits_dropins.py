@@ -1,4 +1,4 @@
-"""Nothing in a drop-in's steps waits for the device, as far as that can be seen without one."""
+"""No operation in a drop-in's steps waits for the device, on a pretended device."""
 
 from __future__ import annotations
 

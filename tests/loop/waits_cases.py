@@ -14,7 +14,7 @@ SHAPE = (3, 2, 5, 4)
 
 
 class Model:
-    """A model that notes what was waited for between its calls; what follows the last is free."""
+    """A model that notes each wait between its calls; after the last call waiting is allowed."""
 
     def __init__(self, device: Device, net: Callable[..., Any]) -> None:
         self.device, self.net = device, net
@@ -43,7 +43,7 @@ def net(x: Tensor, t: Tensor) -> Tensor:
 
 
 def assert_equal(ours: Tensor, theirs: Tensor) -> None:
-    """What the device holds is what the CPU computed."""
+    """The device holds the values that the CPU computed."""
     values = ours.here if isinstance(ours, There) else ours
     with torch._C._DisableTorchDispatch():
         assert values.dtype == theirs.dtype

@@ -36,7 +36,7 @@ def test_linear_is_the_schedule_of_ho_et_al() -> None:
         exact.append(float(abar))
     np.testing.assert_allclose(schedule.alphas_cumprod, exact, rtol=1e-13, atol=0)
     assert schedule.alphas_cumprod[0] == 0.9999
-    # What their paper says of it: hardly any signal is left, L_T about 1e-5 bits a dimension.
+    # Their paper: hardly any signal is left, and L_T is about 1e-5 bits per dimension.
     assert schedule.alphas_cumprod[-1] == pytest.approx(4.0358e-5, rel=1e-4)
 
 

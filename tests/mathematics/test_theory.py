@@ -1,4 +1,4 @@
-"""What theory says of DDIM, on data whose exact model is known."""
+"""DDIM against theory, on data whose exact model is known."""
 
 from __future__ import annotations
 

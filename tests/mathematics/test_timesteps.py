@@ -322,9 +322,9 @@ def test_a_first_level_far_from_noise_is_warned_of_once(
         *[("uniform", S, NoiseSchedule.cosine(100)) for S in (8, 10, 16)],
         *[("leading", S, NoiseSchedule.scaled_linear()) for S in (5, 20, 50)],
         *[(s, S, NoiseSchedule.cosine()) for s in ("trailing", "linspace") for S in (1, 2, 5)],
-        # Its noisiest level is √ᾱ = 0.6: whatever the spacing is, noise is not what it expects.
+        # Its noisiest level has √ᾱ = 0.6, so no spacing lets the loop start from pure noise.
         *[("uniform", S, NoiseSchedule.linear(100)) for S in (1, 2, 10)],
-        # A list says itself where it begins.
+        # A list of timesteps names its own first one.
         ([0, 100, 200], None, NoiseSchedule.linear()),
         ([(300, 10), (10, -1)], None, NoiseSchedule.linear()),
     ],
