@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -19,6 +20,8 @@ def pytest_configure(config: pytest.Config) -> None:
     selected = config.getoption("markexpr") or ""
     if "gpu" not in selected.replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # pytest-xdist's own process runs no test, and its workers wait for the import
     import torch
 
     torch.set_num_threads(1)
@@ -37,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def older_objects_are_kept() -> None:
+    """Collections pass over all that is imported by now: a million objects, a third of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

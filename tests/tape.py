@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from fastddim.loop import graph
 
@@ -81,24 +81,26 @@ class Tape(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage._cdata not in self.outside:
                 self.pool[storage._cdata] = storage
-        placed = tree_map(lambda t: Place.of(t) if isinstance(t, Tensor) else t, (args, kwargs))
-        self.done.append((func, *placed, [Place.of(tensor) for tensor in tensors_of(out)]))
+        outs = [self._noted(tensor) for tensor in tensors_of(out)]
+        self.done.append((func, self._noted(args), self._noted(kwargs), outs))
         return out
+
+    def _noted(self, value: Any) -> Any:
+        """``value`` with the tensors beside the pool as places: the tape holds the pool alone."""
+        if isinstance(value, Tensor):
+            outside = value.untyped_storage()._cdata in self.outside
+            return Place.of(value) if outside else Place.of(value).tensor()
+        return _each(self._noted, value)
 
     def replay(self) -> None:
         with torch.no_grad():
             for func, args, kwargs, places in self.done:
-                outs = [place.tensor() for place in places]
+                outs = [_there(place) for place in places]
                 if func in ALLOCATIONS:
                     for out in outs:  # an allocation leaves any values
                         out.fill_(float("nan") if out.is_floating_point() else 1)
                     continue
-                here = tree_map(
-                    lambda p: p.tensor() if isinstance(p, Place) else p,
-                    (args, kwargs),
-                    is_leaf=lambda p: isinstance(p, Place),
-                )
-                again = tensors_of(func(*here[0], **here[1]))
+                again = tensors_of(func(*_there(args), **_there(kwargs)))
                 for into, value in zip(outs, again, strict=True):
                     if into.data_ptr() != value.data_ptr() and into.numel():
                         into.copy_(value)
@@ -109,7 +111,21 @@ class Tape(TorchDispatchMode):
         return [place for place in self.outside.values() if place.storage.expired()]
 
 
+def _there(value: Any) -> Any:
+    """``value`` with the tensors that its places name."""
+    return value.tensor() if isinstance(value, Place) else _each(_there, value)
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with each element changed, where it is a container that operations take."""
+    if isinstance(value, dict):
+        return {key: change(item) for key, item in value.items()}
+    return type(value)(map(change, value)) if type(value) in (list, tuple) else value
+
+
 def tensors_of(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 

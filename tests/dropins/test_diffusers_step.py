@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastddim import ddim_step
-from tests.paths import CPU, use
+from tests.paths import ALL, CPU, use
 
 diffusers = pytest.importorskip("diffusers")
 
-STEPS, SHAPE = 50, (2, 3, 6, 5)
+SHAPE = (2, 3, 6, 5)
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 BOUNDS: dict[str, dict[str, Any]] = {
     "free": {"clip_sample": False},
@@ -33,7 +33,7 @@ def model(x: Tensor, t: int) -> Tensor:
 
 def table_row(scheduler: Any, t: int, eta: float) -> Tensor:
     """The step's factors by the scheduler's own float32 operations."""
-    s = t - 1000 // STEPS
+    s = t - 1000 // scheduler.num_inference_steps
     abar_t = scheduler.alphas_cumprod[t]
     abar_s = scheduler.alphas_cumprod[s] if s >= 0 else scheduler.final_alpha_cumprod
     sigma = eta * scheduler._get_variance(t, s) ** 0.5
@@ -52,26 +52,32 @@ def quantile_threshold(scheduler: Any, x: Tensor, output: Tensor, row: Tensor, n
 
 
 @pytest.mark.parametrize(
-    "backend",
-    [*CPU, pytest.param("triton", marks=pytest.mark.slow)],
+    ("backend", "steps"),
+    [
+        *((name, 10) for name in CPU),
+        *(pytest.param(name, 50, marks=pytest.mark.slow) for name in ALL),
+    ],
 )
 @pytest.mark.parametrize(("eta", "rederive"), list(itertools.product([0.0, 1.0], [False, True])))
 @pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_fifty_steps_equal_diffusers(
+def test_steps_equal_diffusers(
     prediction: str,
     bound: str,
     eta: float,
     rederive: bool,
     backend: str,
+    steps: int,
 ) -> None:
     with use(backend):
-        assert_equal_to_diffusers(prediction, bound, eta, rederive)
+        assert_equal_to_diffusers(prediction, bound, eta, rederive, steps)
 
 
-def assert_equal_to_diffusers(prediction: str, bound: str, eta: float, rederive: bool) -> None:
+def assert_equal_to_diffusers(
+    prediction: str, bound: str, eta: float, rederive: bool, steps: int
+) -> None:
     scheduler = diffusers.DDIMScheduler(prediction_type=PREDICTIONS[prediction], **BOUNDS[bound])
-    scheduler.set_timesteps(STEPS)
+    scheduler.set_timesteps(steps)
     x = randn(*SHAPE, seed=0)
     for t in scheduler.timesteps.tolist():
         output, z = model(x, t), randn(*SHAPE, seed=t)

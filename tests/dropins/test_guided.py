@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
-from collections.abc import Callable, Iterator
-from enum import Enum, auto
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastddim.dropins import guided
+from tests.dropins.guided_original import (
+    FIFTY,
+    LINEAR,
+    TWELVE,
+    Original,
+    assert_equal,
+    assert_identical,
+    cosine,
+    darker,
+    kept,
+    linear,
+    model,
+    score,
+    start,
+    toy,
+)
 from tests.refusals import refused
 from tests.waiting import no_waiting
 
@@ -31,192 +45,8 @@ CASES = {
 SHAPE = (3, 3, 8, 8)
 
 
-class ModelMeanType(Enum):
-    PREVIOUS_X = auto()
-    START_X = auto()
-    EPSILON = auto()
-
-
-class ModelVarType(Enum):
-    LEARNED = auto()
-    FIXED_SMALL = auto()
-    FIXED_LARGE = auto()
-    LEARNED_RANGE = auto()
-
-
-class Original:
-    """GaussianDiffusion and, with ``kept`` timesteps, SpacedDiffusion of guided-diffusion 22e0df8:
-    what DDIM computes there, operation for operation, float64 tables read as float32."""
-
-    def __init__(
-        self,
-        betas: Any,
-        kept: set[int] | None = None,
-        mean: str = "EPSILON",
-        var: str = "FIXED_LARGE",
-        rescale: bool = False,
-    ) -> None:
-        self.original_steps = len(betas)
-        if kept is not None:
-            self.timestep_map = sorted(kept)
-            self.original_num_steps = len(betas)
-            new, last = [], 1.0
-            for i, abar in enumerate(np.cumprod(1.0 - betas)):
-                if i in kept:
-                    new.append(1 - abar / last)
-                    last = abar
-            betas = np.array(new)
-        self.betas = betas
-        self.num_timesteps = len(betas)
-        self.alphas_cumprod = np.cumprod(1.0 - betas)
-        self.model_mean_type = ModelMeanType[mean]
-        self.model_var_type = ModelVarType[var]
-        self.rescale_timesteps = rescale
-
-    def at(self, table: Any, t: Tensor, x: Tensor) -> Tensor:
-        level = torch.from_numpy(table).to(t.device)[t].float()
-        return level.view(-1, *[1] * (x.dim() - 1)).expand(x.shape)
-
-    def seen(self, t: Tensor) -> Tensor:
-        t = torch.tensor(getattr(self, "timestep_map", range(len(self.betas))), device=t.device)[t]
-        return t.float() * (1000.0 / self.original_steps) if self.rescale_timesteps else t
-
-    def predict(
-        self,
-        model: Any,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: Any = None,
-        cond_fn: Any = None,
-        model_kwargs: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(x0, ε), cond_fn's part included."""
-        abar = self.at(self.alphas_cumprod, t, x)
-        scale = self.at(np.sqrt(1.0 / self.alphas_cumprod), t, x)
-        noisy = self.at(np.sqrt(1.0 / self.alphas_cumprod - 1), t, x)
-        kwargs = model_kwargs or {}
-        x0 = model(x, self.seen(t), **kwargs)
-        if self.model_var_type.name.startswith("LEARNED"):
-            x0, _ = torch.split(x0, x.shape[1], dim=1)
-        assert x0.shape == x.shape
-        if self.model_mean_type is ModelMeanType.EPSILON:
-            x0 = scale * x - noisy * x0
-        if denoised_fn is not None:
-            x0 = denoised_fn(x0)
-        if clip_denoised:
-            x0 = x0.clamp(-1, 1)
-        if cond_fn is not None:
-            eps = (scale * x - x0) / noisy
-            eps = eps - (1 - abar).sqrt() * cond_fn(x, self.seen(t), **kwargs)
-            x0 = scale * x - noisy * eps
-        return x0, (scale * x - x0) / noisy
-
-    def ddim_sample(
-        self, model: Any, x: Tensor, t: Tensor, eta: float = 0.0, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        x0, eps = self.predict(model, x, t, **kwargs)
-        abar = self.at(self.alphas_cumprod, t, x)
-        abar_s = self.at(np.append(1.0, self.alphas_cumprod[:-1]), t, x)
-        sigma = eta * torch.sqrt((1 - abar_s) / (1 - abar)) * torch.sqrt(1 - abar / abar_s)
-        z = torch.randn_like(x)
-        mean = x0 * torch.sqrt(abar_s) + torch.sqrt(1 - abar_s - sigma**2) * eps
-        moving = (t != 0).float().view(-1, *[1] * (x.dim() - 1))
-        return {"sample": mean + moving * sigma * z, "pred_xstart": x0}
-
-    def ddim_reverse_sample(
-        self, model: Any, x: Tensor, t: Tensor, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        x0, eps = self.predict(model, x, t, **kwargs)
-        abar_s = self.at(np.append(self.alphas_cumprod[1:], 0.0), t, x)
-        return {
-            "sample": x0 * torch.sqrt(abar_s) + torch.sqrt(1 - abar_s) * eps,
-            "pred_xstart": x0,
-        }
-
-    @torch.no_grad()
-    def ddim_sample_loop_progressive(
-        self, model: Any, shape: Any, noise: Any = None, device: Any = "cpu", **kwargs: Any
-    ) -> Iterator[dict[str, Tensor]]:
-        x = torch.randn(*shape, device=device) if noise is None else noise
-        for i in range(self.num_timesteps)[::-1]:
-            out = self.ddim_sample(model, x, torch.tensor([i] * shape[0], device=device), **kwargs)
-            yield out
-            x = out["sample"]
-
-
-def linear(T: int = 1000) -> Any:
-    return np.linspace(1000 / T * 0.0001, 1000 / T * 0.02, T, dtype=np.float64)
-
-
-def cosine(T: int = 1000) -> Any:
-    levels = [math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(T + 1)]
-    return np.array([min(1 - levels[i + 1] / levels[i], 0.999) for i in range(T)])
-
-
-FIFTY = set(range(0, 1000, 20))
-LINEAR = Original(linear(), FIFTY)
-
-
-def toy(x: Tensor, t: Tensor) -> Tensor:
-    """Rounds alike wherever it runs."""
-    return 0.8 * x.clamp(-1.5, 1.5) + 1e-3 * (t % 97).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
-
-
-def model(x: Tensor, t: Tensor, y: Tensor | None = None, variance: bool = False) -> Tensor:
-    """One that draws from the global stream too, as dropout would, and keeps nothing."""
-    eps = toy(x, t) + 0.01 * torch.randn_like(x)
-    if y is not None:
-        eps = eps + 0.1 * y.view(-1, *[1] * (x.dim() - 1))
-    return torch.cat([eps, 0.3 * x], 1) if variance else eps
-
-
-def score(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad((-0.125 * x**2 + 1e-4 * t.view(-1, 1, 1, 1) * x).sum(), x)[0]
-
-
-def darker(x0: Tensor) -> Tensor:
-    return 0.9 * x0 - 0.01
-
-
-def start(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def kept(outs: Any) -> list[Tensor]:
-    return [tensor for out in outs for tensor in (out["sample"], out["pred_xstart"])]
-
-
-def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    assert len(ours) == len(theirs)
-    for mine, own in zip(ours, theirs, strict=True):
-        assert mine.dtype == torch.float32
-        assert torch.equal(mine, own)
-        assert mine.isfinite().all()
-
-
-def assert_identical(diffusion: Original, net: Any, x: Tensor, **kwargs: Any) -> None:
-    """Every state and x0 of the loop, and the state it leaves the generator in."""
-    shape = tuple(x.shape)
-    torch.manual_seed(0)
-    ours = list(
-        guided.ddim_sample_loop_progressive(diffusion, net, shape, x, device="cpu", **kwargs)
-    )
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    theirs = kept(diffusion.ddim_sample_loop_progressive(net, shape, x, **kwargs))
-    assert_equal(kept(ours), theirs)
-    assert torch.equal(state, torch.get_rng_state())
-    torch.manual_seed(0)
-    last = guided.ddim_sample_loop(diffusion, net, shape, x, device="cpu", **kwargs)
-    assert torch.equal(last, ours[-1]["sample"])
-    assert torch.equal(state, torch.get_rng_state())
-
-
 def recorded_run(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """(states, x0s, the timesteps seen) of ours, and what was recorded."""
+    """(states, x0s, the timesteps the model gets) of the drop-in, and the recorded tensors."""
     golden = load_file(GOLDEN / f"{case['name']}.safetensors")
     names = ("timestep_respacing", "learn_sigma", "predict_xstart", "rescale_timesteps")
     diffusion = guided.Diffusion(
@@ -267,7 +97,7 @@ def test_the_recorded_trajectories_are_met_bit_for_bit(name: str, recorders_root
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_with_this_machines_square_roots_the_recorded_trajectories_are_within_1e_5(
+def test_with_own_roots_recordings_are_met_to_1e_5(
     name: str,
 ) -> None:
     states, x0s, _, golden = recorded_run(CASES[name])
@@ -277,12 +107,16 @@ def test_with_this_machines_square_roots_the_recorded_trajectories_are_within_1e
 
 
 @pytest.mark.parametrize(
-    ("clip_denoised", "eta"),
+    ("kept_steps", "clip_denoised", "eta"),
     [
-        (True, 0.0),
-        (False, 0.7),
-        *(pytest.param(*c, marks=pytest.mark.slow) for c in [(True, 1.0), (False, 0.0)]),
+        (TWELVE, True, 0.0),
+        (TWELVE, False, 0.7),
+        *(
+            pytest.param(FIFTY, *c, marks=pytest.mark.slow)
+            for c in [(True, 0.0), (False, 0.7), (True, 1.0), (False, 0.0)]
+        ),
     ],
+    ids=lambda value: f"{len(value)} steps" if isinstance(value, set) else None,
 )
 @pytest.mark.parametrize(
     ("denoised_fn", "cond_fn"),
@@ -290,19 +124,29 @@ def test_with_this_machines_square_roots_the_recorded_trajectories_are_within_1e
     ids=["plain", "cond", "denoised", "both"],
 )
 @pytest.mark.parametrize(
-    "diffusion",
+    ("schedule", "spaced", "settings"),
     [
-        LINEAR,
-        Original(linear(), FIFTY, var="LEARNED_RANGE", rescale=True),
-        Original(cosine(), FIFTY, mean="START_X", rescale=True),
-        Original(cosine(50), mean="START_X", var="LEARNED"),
-        Original(linear(70), rescale=True, var="FIXED_SMALL"),
+        (linear, True, {}),
+        (linear, True, {"var": "LEARNED_RANGE", "rescale": True}),
+        (cosine, True, {"mean": "START_X", "rescale": True}),
+        (cosine, False, {"mean": "START_X", "var": "LEARNED"}),
+        (linear, False, {"rescale": True, "var": "FIXED_SMALL"}),
     ],
     ids=["epsilon", "variance", "x0", "x0-variance", "unspaced"],
 )
-def test_fifty_steps_and_more_are_bit_identical_and_leave_the_same_stream(
-    diffusion: Original, denoised_fn: Any, cond_fn: Any, clip_denoised: bool, eta: float
+def test_loops_are_bit_identical_and_leave_the_same_stream(
+    schedule: Callable[..., Any],
+    spaced: bool,
+    settings: dict[str, Any],
+    denoised_fn: Any,
+    cond_fn: Any,
+    kept_steps: set[int],
+    clip_denoised: bool,
+    eta: float,
 ) -> None:
+    # Fewer than 21 linear levels do not exist.
+    betas = schedule() if spaced else schedule(len(kept_steps) + 12)
+    diffusion = Original(betas, kept_steps if spaced else None, **settings)
     variance = diffusion.model_var_type.name.startswith("LEARNED")
     assert_identical(
         diffusion,
@@ -342,7 +186,7 @@ def test_odd_sizes_and_layouts_are_bit_identical(x: Tensor, eta: float, variance
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_half_precision_noise_and_models_are_bit_identical_in_float32(
+def test_half_precision_noise_and_models_give_identical_float32(
     dtype: torch.dtype, eta: float
 ) -> None:
     def half(x: Tensor, t: Tensor) -> Tensor:
@@ -436,7 +280,7 @@ def test_respacing_and_its_tables_are_the_originals(
             assert (mine.astype(np.float32) == own.astype(np.float32)).all()
 
 
-def test_62_of_1000_strides_are_feasible_and_the_others_name_two_that_are() -> None:
+def test_62_of_1000_strides_work_and_refusals_name_two_of_them() -> None:
     feasible = {len(range(0, 1000, stride)) for stride in range(1, 1000)}
     assert len(feasible) == 62
     for n in range(1001):
@@ -473,9 +317,7 @@ def test_the_callers_sample_is_where_the_next_step_starts() -> None:
 
 @pytest.mark.parametrize("cond_fn", [None, score])
 @pytest.mark.parametrize("mean", ["EPSILON", "START_X"])
-def test_what_is_kept_never_changes_and_nothing_of_the_callers_is_written(
-    mean: str, cond_fn: Any
-) -> None:
+def test_kept_results_never_change_and_no_argument_is_written(mean: str, cond_fn: Any) -> None:
     held: list[tuple[Tensor, Tensor]] = []
 
     def hold(*tensors: Tensor) -> None:
@@ -502,7 +344,7 @@ def test_what_is_kept_never_changes_and_nothing_of_the_callers_is_written(
     assert (array == 1).all()
 
 
-def test_what_is_let_go_of_is_written_again() -> None:
+def test_released_memory_is_written_again() -> None:
     states, x0s = set(), set()
     shape = (2, 3, 80, 80)  # fresh memory serves what is smaller
     x = start(*shape)
@@ -538,7 +380,7 @@ def test_inference_mode_may_begin_and_end_between_two_steps() -> None:
     assert all(torch.equal(a, out["sample"]) for a, out in zip(states, theirs, strict=True))
 
 
-def test_noise_comes_from_the_global_generator_and_the_device_from_the_model() -> None:
+def test_the_global_generator_draws_on_the_models_device() -> None:
     net = torch.nn.Conv2d(3, 3, 1)
     apply = lambda x, t: toy(net(x), t)  # noqa: E731
     apply.parameters = net.parameters  # type: ignore[attr-defined]
@@ -549,7 +391,7 @@ def test_noise_comes_from_the_global_generator_and_the_device_from_the_model() -
     refused(lambda: guided.ddim_sample_loop(LINEAR, toy, SHAPE), ValueError, "device")
 
 
-def test_progress_shows_a_bar_or_says_what_it_needs(
+def test_progress_shows_a_bar_or_names_the_missing_package(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tqdm")
@@ -573,126 +415,6 @@ def test_the_largest_eta_named_works_and_no_larger_one(steps: Any) -> None:
     refused(lambda: loop(eta=more), ValueError, "eta", str(most))
     theirs = kept(diffusion.ddim_sample_loop_progressive(toy, x.shape, x, eta=more))
     assert theirs[-2].isnan().any()
-
-
-X, T = start(2, 3, 4, 4), torch.tensor([3, 0])
-
-
-@pytest.mark.parametrize(
-    ("error", "name", "changed"),
-    [
-        (TypeError, "diffusion", {"diffusion": toy}),
-        (
-            ValueError,
-            "diffusion.model_mean_type",
-            {"diffusion": Original(linear(), mean="PREVIOUS_X")},
-        ),
-        (ValueError, "diffusion.alphas_cumprod", {"diffusion": Original(linear(20))}),
-        (TypeError, "model", {"model": None}),
-        (TypeError, "model", {"model": lambda x, t: (x, t)}),
-        (ValueError, "model", {"model": lambda x, t: torch.cat([x, x], 1)}),
-        (TypeError, "model", {"model": lambda x, t: x.double()}),
-        (TypeError, "denoised_fn", {"denoised_fn": 1.0}),
-        (TypeError, "denoised_fn", {"denoised_fn": lambda x0: None}),
-        (ValueError, "denoised_fn", {"denoised_fn": lambda x0: x0[:1]}),
-        (TypeError, "cond_fn", {"cond_fn": "classifier"}),
-        (TypeError, "cond_fn", {"cond_fn": lambda x, t: None}),
-        (ValueError, "cond_fn", {"cond_fn": lambda x, t: x.mean()}),
-        (ValueError, "eta", {"eta": -0.1}),
-        (ValueError, "eta", {"eta": float("nan")}),
-        (TypeError, "eta", {"eta": "hat"}),
-    ],
-)
-def test_bad_arguments_are_refused_by_steps_and_loops(
-    error: type[Exception], name: str, changed: dict[str, Any]
-) -> None:
-    given: dict[str, Any] = {"diffusion": LINEAR, "model": toy} | changed
-    refused(lambda: guided.ddim_sample(**given, x=X, t=T), error, name)
-    refused(lambda: guided.ddim_sample_loop(**given, shape=X.shape, noise=X), error, name)
-    if "cond_fn" not in given:
-        refused(lambda: guided.ddim_reverse_sample(**given, x=X, t=T), error, name)
-
-
-@pytest.mark.parametrize(
-    ("error", "name", "changed"),
-    [
-        (TypeError, "x", {"x": [1.0]}),
-        (ValueError, "x", {"x": X[0, 0, 0]}),
-        (TypeError, "x", {"x": X.double()}),
-        (ValueError, "x", {"x": X.clone().requires_grad_()}),
-        (TypeError, "t", {"t": 3}),
-        (TypeError, "t", {"t": T.float()}),
-        (TypeError, "t", {"t": T[:1]}),
-        (ValueError, "t", {"t": T.to("meta")}),
-        (ValueError, "t", {"t": T - 1}),
-        (ValueError, "t", {"t": T + 47}),
-    ],
-)
-def test_bad_states_are_refused(error: type[Exception], name: str, changed: dict[str, Any]) -> None:
-    given: dict[str, Any] = {"x": X, "t": T} | changed
-    refused(lambda: guided.ddim_sample(LINEAR, toy, **given), error, name)
-    refused(lambda: guided.ddim_reverse_sample(LINEAR, toy, **given), error, name)
-
-
-@pytest.mark.parametrize(
-    ("error", "name", "changed"),
-    [
-        (TypeError, "shape", {"shape": 3}),
-        (TypeError, "shape", {"shape": torch.ones(4)}),
-        (TypeError, "shape", {"shape": (2,)}),
-        (ValueError, "shape[2]", {"shape": (2, 3, -4, 4)}),
-        (TypeError, "shape[0]", {"shape": (2.0, 3, 4, 4)}),
-        (ValueError, "noise", {"shape": (3, 3, 4, 4)}),
-        (TypeError, "noise", {"noise": 0}),
-        (TypeError, "noise", {"noise": X.long()}),
-        (ValueError, "noise", {"noise": X.clone().requires_grad_()}),
-        (ValueError, "noise", {"device": "meta"}),
-    ],
-)
-def test_bad_arguments_are_refused_by_loops_at_the_call(
-    error: type[Exception], name: str, changed: dict[str, Any]
-) -> None:
-    given: dict[str, Any] = {"shape": X.shape, "noise": X} | changed
-    refused(lambda: guided.ddim_sample_loop_progressive(LINEAR, toy, **given), error, name)
-
-
-def test_a_sample_put_in_is_checked() -> None:
-    loop = guided.ddim_sample_loop_progressive(LINEAR, toy, X.shape, X)
-    next(loop)["sample"] = X.double()
-    refused(lambda: next(loop), TypeError, "sample")
-
-
-@pytest.mark.parametrize(
-    ("error", "name", "changed"),
-    [
-        (ValueError, "diffusion_steps", {"diffusion_steps": 20}),
-        (ValueError, "diffusion_steps", {"diffusion_steps": 0, "noise_schedule": "cosine"}),
-        (TypeError, "diffusion_steps", {"diffusion_steps": 1e3}),
-        (ValueError, "noise_schedule", {"noise_schedule": "quad"}),
-        (ValueError, "noise_schedule", {"noise_schedule": None}),
-        (ValueError, "timestep_respacing", {"timestep_respacing": "ddim"}),
-        (ValueError, "timestep_respacing", {"timestep_respacing": "ddim-5"}),
-        (ValueError, "timestep_respacing", {"timestep_respacing": "ddim1001"}),
-        (ValueError, "timestep_respacing", {"timestep_respacing": "ddim1"}),
-        (ValueError, "timestep_respacing", {"timestep_respacing": "10,,20"}),
-        (ValueError, "timestep_respacing", {"timestep_respacing": "fast27"}),
-        (ValueError, "timestep_respacing", {"timestep_respacing": "-1,20"}),
-        (ValueError, "timestep_respacing", {"timestep_respacing": "0,0"}),
-        (ValueError, "timestep_respacing", {"timestep_respacing": [2.5]}),
-        (ValueError, "timestep_respacing", {"timestep_respacing": "334,334,334"}),
-        (TypeError, "timestep_respacing", {"timestep_respacing": 50}),
-    ],
-)
-def test_a_diffusion_that_cannot_be_is_refused(
-    error: type[Exception], name: str, changed: dict[str, Any]
-) -> None:
-    refused(lambda: guided.Diffusion(**changed), error, name)
-
-
-def test_eta_is_refused_towards_noise() -> None:
-    refused(
-        lambda: guided.ddim_reverse_sample(LINEAR, toy, X, T, eta=0.5), ValueError, "eta", "0.5"
-    )
 
 
 @pytest.mark.gpu

@@ -24,103 +24,11 @@ import torch
 from torch import Tensor
 
 from fastddim.dropins import lucidrains
+from tests.dropins.lucidrains_original import Described, Net
 from tests.refusals import refused
 
 SHAPE = (3, 3, 8, 8)
 OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
-
-
-class Described(torch.nn.Module):
-    """What denoising-diffusion-pytorch 2.3.4 computes in ``ddim_sample``, in our own words."""
-
-    def __init__(
-        self,
-        model: Any,
-        *,
-        image_size: int,
-        timesteps: int,
-        sampling_timesteps: int,
-        objective: str,
-        beta_schedule: str = "linear",
-        ddim_sampling_eta: float = 0.0,
-        auto_normalize: bool = True,
-    ) -> None:
-        super().__init__()
-        self.model, self.objective, self.image_size = model, objective, image_size
-        self.self_condition = model.self_condition
-        self.num_timesteps, self.sampling_timesteps = timesteps, sampling_timesteps
-        self.ddim_sampling_eta = ddim_sampling_eta
-        self.unnormalize: Any = (lambda x: (x + 1) * 0.5) if auto_normalize else (lambda x: x)
-        if beta_schedule == "linear":
-            ends = 0.1 / timesteps, 20 / timesteps
-            betas = torch.linspace(*ends, timesteps, dtype=torch.float64)
-        else:
-            u = torch.linspace(0, timesteps, timesteps + 1, dtype=torch.float64) / timesteps
-            abar = torch.cos((u + 0.008) / 1.008 * torch.pi * 0.5) ** 2
-            abar = abar / abar[0]
-            betas = (1 - abar[1:] / abar[:-1]).clip(0, 0.999)
-        abar = torch.cumprod(1.0 - betas, 0)
-        self.register_buffer("alphas_cumprod", abar.float())
-        self.register_buffer("sqrt_alphas_cumprod", abar.sqrt().float())
-        self.register_buffer("sqrt_one_minus_alphas_cumprod", (1.0 - abar).sqrt().float())
-        self.register_buffer("sqrt_recip_alphas_cumprod", (1.0 / abar).sqrt().float())
-        self.register_buffer("sqrt_recipm1_alphas_cumprod", (1.0 / abar - 1).sqrt().float())
-
-    def at(self, name: str, t: Tensor, x: Tensor) -> Tensor:
-        table: Tensor = getattr(self, name)
-        return table[t].view(-1, *[1] * (x.dim() - 1))
-
-    def predict_start_from_noise(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        scale = self.at("sqrt_recip_alphas_cumprod", t, x)
-        return scale * x - self.at("sqrt_recipm1_alphas_cumprod", t, x) * noise
-
-    def predict_start_from_v(self, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        a, b = (self.at(f"sqrt_{name}", t, x) for name in ("alphas_cumprod", *ONE_MINUS))
-        return a * x - b * v
-
-    def predict_noise_from_start(self, x: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        scale = self.at("sqrt_recip_alphas_cumprod", t, x)
-        return (scale * x - x0) / self.at("sqrt_recipm1_alphas_cumprod", t, x)
-
-    def model_predictions(self, x: Tensor, t: Tensor, before: Tensor | None) -> list[Tensor]:
-        output = self.model(x, t, before)
-        starts = {
-            "pred_noise": self.predict_start_from_noise,
-            "pred_x0": lambda x, t, output: output,
-            "pred_v": self.predict_start_from_v,
-        }
-        x0 = starts[self.objective](x, t, output).clamp(-1.0, 1.0)
-        return [self.predict_noise_from_start(x, t, x0), x0]
-
-    @torch.inference_mode()
-    def ddim_sample(self, shape: Any, return_all_timesteps: bool = False) -> Tensor:
-        abar: Any = self.alphas_cumprod
-        tau = torch.linspace(-1, self.num_timesteps - 1, self.sampling_timesteps + 1).int().tolist()
-        x, x0 = torch.randn(shape, device=abar.device), None
-        states = [x]
-        for t, s in zip(tau[:0:-1], tau[-2::-1], strict=True):
-            seen = torch.full((len(x),), t, device=x.device)
-            eps, x0 = self.model_predictions(x, seen, x0 if self.self_condition else None)
-            if s < 0:
-                x = x0
-            else:
-                a, a_s = abar[t], abar[s]
-                sigma = self.ddim_sampling_eta * ((1 - a / a_s) * (1 - a_s) / (1 - a)).sqrt()
-                c = (1 - a_s - sigma**2).sqrt()
-                z = torch.randn_like(x)
-                x = x0 * a_s.sqrt() + c * eps + sigma * z
-            states.append(x)
-        result: Tensor = self.unnormalize(torch.stack(states, 1) if return_all_timesteps else x)
-        return result
-
-    def sample(self, batch_size: int) -> Tensor:
-        size = self.image_size
-        loop: Any = self.ddim_sample  # which an instance may have replaced
-        samples: Tensor = loop((batch_size, self.model.channels, size, size))
-        return samples
-
-
-ONE_MINUS = ("one_minus_alphas_cumprod",)
 
 
 def package() -> Any:
@@ -143,26 +51,6 @@ def original(request: pytest.FixtureRequest) -> Any:
     return Described if request.param == "described" else package()
 
 
-class Net(torch.nn.Module):
-    """Nonlinear, and large enough that x0 is clamped; ``then`` changes what it returns."""
-
-    channels = out_dim = 3
-
-    def __init__(self, self_condition: bool = False, then: Callable[..., Any] | None = None):
-        super().__init__()
-        self.self_condition, self.then = self_condition, then
-        self.seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
-
-    def forward(self, x: Tensor, t: Tensor, before: Tensor | None = None) -> Any:
-        assert torch.is_inference_mode_enabled()
-        assert t.dtype == torch.int64
-        self.seen.append((x, t, before))
-        output = 1.3 * x.clamp(-1.5, 1.5) + 1e-3 * (t % 97).view(-1, *[1] * (x.dim() - 1))
-        if before is not None:
-            output = output - 0.2 * before
-        return output if self.then is None else self.then(output, x, before)
-
-
 def made(original: Any = Described, then: Any = None, **given: Any) -> Any:
     net = Net(given.pop("self_condition", False), then)
     settings = {"timesteps": 1000, "sampling_timesteps": 10, "objective": "pred_noise"}
@@ -177,7 +65,7 @@ def run(sample: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tenso
 
 
 def assert_identical(diffusion: Any, shape: Any = SHAPE, finite: bool = True) -> Tensor:
-    """All states, the samples, what the model is told and the generator are the original's."""
+    """The states, the samples, the model's arguments and the generator are the original's."""
     for every in (True, False):
         diffusion.model.seen.clear()
         theirs, their_state = run(diffusion.ddim_sample, shape, return_all_timesteps=every)
@@ -199,7 +87,7 @@ def assert_identical(diffusion: Any, shape: Any = SHAPE, finite: bool = True) ->
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("self_condition", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_state_is_bit_identical_and_the_stream_is_left_alike(
+def test_states_are_bit_identical_and_leave_the_same_stream(
     original: Any, objective: str, self_condition: bool, eta: float, S: int
 ) -> None:
     diffusion = made(
@@ -276,13 +164,13 @@ def test_outputs_of_any_kind_are_bit_identical(original: Any, objective: str, wh
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_outputs_in_half_precision_are_identical_but_for_x0_models(dtype: torch.dtype) -> None:
+def test_half_precision_outputs_are_identical_but_for_x0_models(dtype: torch.dtype) -> None:
     def halved(output: Tensor, x: Tensor, before: Tensor | None) -> Tensor:
         return output.to(dtype)
 
     for objective in ("pred_noise", "pred_v"):
         assert_identical(made(then=halved, objective=objective, ddim_sampling_eta=1.0))
-    # The original rounds √ᾱ_s·x0 and the samples. Ours are those of the same numbers in float32.
+    # The original rounds √ᾱ_s·x0 and the samples. The drop-in computes both in float32.
     ours, _ = run(lucidrains.ddim_sample, made(then=halved, objective="pred_x0"), SHAPE)
     widened = made(then=lambda *given: halved(*given).float(), objective="pred_x0")
     theirs, _ = run(widened.ddim_sample, SHAPE)
@@ -457,7 +345,7 @@ def test_another_default_dtype_is_refused(dtype: torch.dtype) -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def test_what_is_no_such_diffusion_is_refused() -> None:
+def test_objects_of_other_classes_and_loops_are_refused() -> None:
     for other in (None, Net(), SimpleNamespace(ddim_sample=print), made(Described).double()):
         refused(partial(lucidrains.ddim_sample, other, SHAPE), TypeError, "diffusion")
     assert_refused(made(Learned), TypeError, "diffusion", "model_predictions of its own")
@@ -494,9 +382,7 @@ def assert_refused(
     ],
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_outputs_that_are_no_number_for_each_of_x_are_refused(
-    objective: str, returned: Any
-) -> None:
+def test_outputs_of_another_shape_or_dtype_are_refused(objective: str, returned: Any) -> None:
     diffusion = made(then=returned, objective=objective)
     call = partial(lucidrains.ddim_sample, diffusion, SHAPE)
     refused(call, TypeError, "diffusion.model must return", "(3, 3, 8, 8), got ")

@@ -135,7 +135,7 @@ def gen(seed: int = 5) -> torch.Generator:
 
 
 def picture(pipe: Any, scheduler: Any, *arguments: Any, **given: Any) -> Any:
-    """The picture with this scheduler; what may be drawn from is made anew for each."""
+    """The picture with this scheduler, from generators made anew for each picture."""
     pipe.scheduler = scheduler
     torch.manual_seed(3)
     made = {k: v() if callable(v) else v for k, v in given.items()}
@@ -172,7 +172,7 @@ def test_ddim_pipeline(unet: Any, draw: str) -> None:
     assert_same_picture(pipe, trailing, use_clipped_model_output=True, **given)
 
 
-def test_ddim_pipeline_makes_a_plain_scheduler_so_assign_afterwards(unet: Any) -> None:
+def test_a_scheduler_assigned_to_a_ddim_pipeline_stays(unet: Any) -> None:
     pipe: Any = quiet(DDIMPipeline(unet, FAST(strict=True, timestep_spacing="trailing")))
     assert type(pipe.scheduler) is DDIMScheduler
     pipe.scheduler = FAST.from_config(pipe.scheduler.config)

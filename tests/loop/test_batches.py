@@ -86,7 +86,8 @@ def test_any_split_is_bit_identical(how: str, eta: float) -> None:
     whole, path = ddim.sample(loose, trajectory=("x", "x0"), every=3, **CALLS[how])
     plain = ddim.sample(loose, **CALLS[how])
     assert torch.equal(whole, plain)
-    for size in SIZES:
+    # With η = 0 every third size will do: with η = 1 each call is split in every size.
+    for size in SIZES if eta else SIZES[list(CALLS).index(how) % 3 :: 3]:
         out = ddim.sample(loose, batch_size=size, **CALLS[how])
         assert out.dtype == whole.dtype
         assert out.shape == whole.shape
@@ -124,7 +125,7 @@ def test_the_model_sees_full_batches_only(size: int, guided: bool) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("guided", [False, True])
-def test_what_belongs_to_no_sample_is_handed_on_as_it_is(size: int, guided: bool) -> None:
+def test_conditions_that_belong_to_no_sample_are_not_split(size: int, guided: bool) -> None:
     # As many rows as a batch has here, but not as there are samples.
     table = drawn(size, 2)
 
@@ -168,7 +169,7 @@ def rounding(x: Tensor, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_seeds_image_is_the_same_in_any_batch_as_far_as_the_model_lets_it(eta: float) -> None:
+def test_a_seeds_image_depends_on_the_batch_by_the_model_alone(eta: float) -> None:
     ddim = DDIM(50, eta=eta, schedule=LINEAR)
     seeds, some = [*range(9), *SEEDS], [5, 2**62, 2**33]
     at = [seeds.index(seed) for seed in some]

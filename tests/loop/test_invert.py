@@ -72,7 +72,7 @@ def test_invert_is_its_equation(refine: int, until: int, final: float) -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("refine", [0, 2])
-def test_v_and_x0_models_are_inverted_as_the_eps_model_they_are(
+def test_v_and_x0_models_are_inverted_as_the_same_eps_model(
     prediction: Prediction, refine: int
 ) -> None:
     tau = list(range(0, 700, 35))
@@ -178,7 +178,7 @@ def test_cond_fn_moves_eps_backwards_too() -> None:
 
 
 @pytest.mark.parametrize("refine", [0, 2])
-def test_the_model_is_told_the_level_it_goes_to(refine: int) -> None:
+def test_the_model_gets_the_timestep_of_the_next_state(refine: int) -> None:
     told: list[int] = []
 
     def listening(x: Tensor, t: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def test_iterate_in_reverse_is_invert_one_step_at_a_time(
     x = X0
     for step in steps:
         assert torch.equal(step.x, ddim.invert(model, X0, until=step.index, **common))
-        # x0 is what x at the level it came from, and the ε taken there, say of the data.
+        # x0 follows from x before the step and from the step's ε.
         abar_t = ABAR[step.s]
         abar_s = ABAR[step.t] if step.t >= 0 else torch.tensor(1.0)
         eps = (step.x - abar_t.sqrt() * step.x0) / (1 - abar_t).sqrt()
@@ -233,7 +233,7 @@ def test_iterate_in_reverse_is_invert_one_step_at_a_time(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_comes_out_as_it_went_in_and_the_state_between_is_float32(
+def test_half_precision_is_kept_around_a_float32_state(
     dtype: torch.dtype,
 ) -> None:
     seen: set[torch.dtype] = set()
@@ -260,7 +260,7 @@ def test_half_precision_comes_out_as_it_went_in_and_the_state_between_is_float32
 
 @pytest.mark.slow
 @pytest.mark.parametrize("refine", [0, 2])
-def test_the_garment_model_there_and_back_within_the_papers_error(refine: int) -> None:
+def test_the_garment_model_inverts_within_the_papers_error(refine: int) -> None:
     from fastddim import embedded
 
     net = embedded.load()
@@ -313,13 +313,13 @@ def test_bad_arguments_are_refused(
         {"start": 3},
     ],
 )
-def test_what_has_no_meaning_backwards_is_refused(given: dict[str, Any]) -> None:
+def test_options_without_a_meaning_backwards_are_refused(given: dict[str, Any]) -> None:
     (name,) = given
     refused(lambda: DDIM(10).iterate(unused, X0, reverse=True, **given), ValueError, name)
 
 
 @pytest.mark.parametrize("given", [{"until": 3}, {"refine": 1}, {"until": 0}])
-def test_what_has_a_meaning_backwards_alone_is_refused_forwards(given: dict[str, Any]) -> None:
+def test_options_of_invert_alone_are_refused_forwards(given: dict[str, Any]) -> None:
     refused(lambda: DDIM(10).iterate(unused, X0, **given), ValueError, "until", "reverse=True")
 
 
@@ -345,7 +345,7 @@ def zero_terminal() -> NoiseSchedule:
 
 
 def exact(ddim: DDIM, mean: float = 0.3, std: float = 0.5) -> Callable[[Tensor, Tensor], Tensor]:
-    """What a model of N(mean, std²) says in float64, where ᾱ is 0 as well."""
+    """The exact output for N(mean, std²) in float64, where ᾱ is 0 as well."""
 
     def net(x: Tensor, t: Tensor) -> Tensor:
         abar = column(torch.from_numpy(ddim.schedule.alphas_cumprod.copy())[t], x.double())
@@ -409,7 +409,7 @@ def test_epsilon_models_converge_there_too() -> None:
     assert float((ddim.sample(exact(ddim), z) - x0).abs().max()) < 1e-3
 
 
-def test_guidance_is_mixed_there_as_it_is_in_sample() -> None:
+def test_guidance_is_mixed_in_invert_as_in_sample() -> None:
     ddim = DDIM(10, schedule=zero_terminal(), prediction="v", spacing="trailing")
 
     def net(x: Tensor, t: Tensor, c: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def called(method: str, ddim: DDIM, net: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("method", TAKE)
-def test_a_signature_lists_what_the_method_takes_with_samples_defaults(method: str) -> None:
+def test_signatures_list_the_options_with_samples_defaults(method: str) -> None:
     options, own = TAKE[method]
     found = keywords(getattr(DDIM, method))
     assert set(found) == {*option_names(options), *own}
@@ -73,7 +73,7 @@ def test_a_docstring_names_every_option(method: str) -> None:
         assert f"``{name}``" in text or f"{name}:" in text or f"{name}, " in text, name
 
 
-def test_the_other_methods_and_generate_take_some_of_samples_options() -> None:
+def test_other_methods_and_generate_take_some_sample_options() -> None:
     every = set(option_names(Options))
     for options, _ in TAKE.values():
         assert set(option_names(options)) <= every
@@ -89,9 +89,7 @@ NOT_TAKEN = [
 
 
 @pytest.mark.parametrize(("method", "name"), NOT_TAKEN)
-def test_an_option_that_a_method_does_not_take_is_refused_as_python_does(
-    method: str, name: str
-) -> None:
+def test_an_option_of_another_method_raises_pythons_type_error(method: str, name: str) -> None:
     said = f"DDIM.{method}() got an unexpected keyword argument {name!r}"
     refused(lambda: called(method, DDIM(2), unused, **{name: None}), TypeError, said)
 

@@ -1,4 +1,4 @@
-"""How a capture is made and given up, as far as that can be seen without a GPU."""
+"""How a capture is made and abandoned, as far as a test without a GPU can see."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 
 
 class Driver:
-    """What ``capture`` asks of CUDA, noted down in order; the capture fails when it is told to."""
+    """A CUDA that notes the calls of ``capture`` in order, and whose capture fails on demand."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -103,7 +103,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return found
 
 
-def test_a_body_runs_once_aside_and_is_captured_on_another_stream(driver: Driver) -> None:
+def test_a_body_warms_up_and_is_captured_on_another_stream(driver: Driver) -> None:
     where: list[str] = []
 
     def body() -> str:
@@ -144,7 +144,7 @@ def test_a_capture_that_fails_says_why_and_leaves_nothing_behind(
     assert driver.said[-len(ended) - 1 :] == [*ended, "generator is a clone"]
 
 
-def test_what_went_wrong_before_is_not_the_captures(driver: Driver) -> None:
+def test_an_earlier_error_is_not_named_by_the_capture(driver: Driver) -> None:
     def body() -> None:
         if driver.streams[-1] != "stream 3":
             raise RuntimeError("of the capture")
@@ -158,7 +158,7 @@ def test_what_went_wrong_before_is_not_the_captures(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("whole", [100, 2])
-def test_what_inference_mode_captured_may_be_called_outside_of_it(
+def test_captures_of_inference_mode_may_be_called_outside(
     monkeypatch: pytest.MonkeyPatch, whole: int
 ) -> None:
     monkeypatch.setattr(graph, "WHOLE", whole)

@@ -43,7 +43,7 @@ def sources(eta: float) -> dict[str, Callable[[], dict[str, Any]]]:
 @pytest.mark.parametrize("source", ["seeds", "noise", "generator"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("k", [0, 1, 5, 10])
-def test_what_iterate_has_begun_sample_ends_bit_for_bit(source: str, eta: float, k: int) -> None:
+def test_sample_continues_iterate_bit_for_bit(source: str, eta: float, k: int) -> None:
     ddim = DDIM(12, eta=eta, schedule=LINEAR, clip=1.0)
     given = sources(eta)[source]
     whole = ddim.sample(model, X, **given())
@@ -173,7 +173,7 @@ ENDS = {
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("ddim", ENDS.values(), ids=ENDS)
-def test_each_state_is_the_image_at_its_level_where_the_mask_is_1(ddim: DDIM, mask: Tensor) -> None:
+def test_states_are_the_noised_image_where_the_mask_is_1(ddim: DDIM, mask: Tensor) -> None:
     known = drawn(*SHAPE, seed=3)
     out = ddim.sample(model, X, seeds=SEEDS, known=known, mask=mask)
     z = counter_noise(ddim, SEEDS, SHAPE)
@@ -225,7 +225,7 @@ def test_a_known_images_noise_may_come_from_a_generator() -> None:
     assert (out - exact).abs().max() < 1e-5
 
 
-def test_inpainting_in_half_precision_keeps_the_known_image_exactly() -> None:
+def test_half_precision_inpainting_keeps_the_known_image_exactly() -> None:
     known = drawn(*SHAPE, seed=3).to(torch.bfloat16)
     seen: set[torch.dtype] = set()
 
@@ -243,7 +243,7 @@ def test_inpainting_in_half_precision_keeps_the_known_image_exactly() -> None:
 # Callbacks.
 
 
-def test_a_callback_sees_each_step_and_changes_nothing_unless_it_answers() -> None:
+def test_a_callback_gets_each_step_and_none_changes_nothing() -> None:
     ddim = DDIM(12, eta=1.0, schedule=LINEAR)
     seen: list[Step] = []
     for answer in (None, False):
@@ -292,7 +292,7 @@ def test_a_tensor_a_callback_returns_takes_the_place_of_x(dtype: torch.dtype) ->
     assert torch.equal(out, x)
 
 
-def test_what_a_callback_returns_may_be_the_state_itself_or_carry_a_gradient() -> None:
+def test_a_callback_may_return_the_state_or_a_gradient() -> None:
     ddim = DDIM(12, eta=1.0, schedule=LINEAR)
     plain = ddim.sample(model, X, seeds=SEEDS)
     assert torch.equal(ddim.sample(model, X, seeds=SEEDS, callback=lambda step: step.x), plain)
@@ -306,7 +306,7 @@ def test_what_a_callback_returns_may_be_the_state_itself_or_carry_a_gradient() -
 
 
 @pytest.mark.parametrize("answer", [lambda x: 1.0, lambda x: x[:1], lambda x: x.numpy()])
-def test_what_a_callback_must_not_return_is_refused(answer: Callable[[Tensor], Any]) -> None:
+def test_bad_outputs_of_a_callback_are_refused(answer: Callable[[Tensor], Any]) -> None:
     refused(
         lambda: DDIM(5).sample(model, X, callback=lambda step: answer(step.x)),
         ValueError,

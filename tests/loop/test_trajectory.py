@@ -27,7 +27,9 @@ def steps() -> list[Step]:
 
 @pytest.mark.parametrize("names", ["x", "x0", ("x",), ["x0"], ("x", "x0"), ["x0", "x"]])
 @pytest.mark.parametrize("offload", [False, True])
-def test_what_is_kept_is_what_was_asked_for(names: Any, offload: bool, steps: list[Step]) -> None:
+def test_a_trajectory_keeps_the_states_of_the_given_names(
+    names: Any, offload: bool, steps: list[Step]
+) -> None:
     out, path = DDPM.sample(conditioned, trajectory=names, offload=offload, **COMMON)
     assert torch.equal(out, steps[-1].x)
     assert path.index == tuple(range(10))
@@ -41,7 +43,7 @@ def test_what_is_kept_is_what_was_asked_for(names: Any, offload: bool, steps: li
         assert torch.equal(kept, torch.stack([getattr(step, name) for step in steps]))
 
 
-def test_its_repr_prints_shapes() -> None:
+def test_a_trajectorys_repr_prints_shapes() -> None:
     _, path = DDPM.sample(conditioned, trajectory="x0", every=5, **COMMON)
     pairs = "((500, 400), (0, -1))"
     assert repr(path) == f"Trajectory(index=(4, 9), pairs={pairs}, x=None, x0=float32 (2, 3, 2, 4))"
@@ -89,7 +91,7 @@ def test_states_are_kept_in_the_results_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("every", "index"), [(1, (0, 1, 2, 3, 4)), (2, (1, 3, 4)), (9, (4,))])
-def test_a_loop_that_ends_early_keeps_what_it_reached_and_where_it_ended(
+def test_a_loop_that_ends_early_keeps_the_states_it_reached(
     every: int, index: tuple[int, ...], steps: list[Step]
 ) -> None:
     out, path = DDPM.sample(
@@ -182,7 +184,7 @@ def test_its_size_is_logged_before_the_first_model_call(caplog: pytest.LogCaptur
     assert caplog.text == ""
 
 
-def test_free_memory_is_what_the_system_says() -> None:
+def test_free_memory_is_read_from_the_system() -> None:
     free = module.free_bytes(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
     assert module.free_bytes(torch.device("meta")) is None
@@ -222,7 +224,7 @@ def test_bad_arguments_are_refused(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu_what_is_offloaded_is_what_was_there(dtype: torch.dtype) -> None:
+def test_on_a_gpu_offloaded_states_are_the_states(dtype: torch.dtype) -> None:
     x_T = drawn(8, 3, 64, 64).cuda().to(dtype)
     cond = {"c": drawn(8, 3, 1, 1).cuda()}
     paths = []
@@ -245,7 +247,7 @@ def test_on_a_gpu_what_is_offloaded_is_what_was_there(dtype: torch.dtype) -> Non
         assert torch.equal(there, here)
 
 
-def test_what_a_callback_puts_in_xs_place_is_what_is_kept(steps: list[Step]) -> None:
+def test_a_trajectory_keeps_the_state_that_a_callback_returns(steps: list[Step]) -> None:
     out, path = DDPM.sample(
         conditioned, trajectory="x", callback=lambda step: 0.5 * step.x, **COMMON
     )

@@ -1,10 +1,8 @@
-"""Nothing between two model calls waits for the device, as far as that can be seen without one."""
+"""No operation between two model calls waits for the device, on a pretended device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,53 +10,14 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule
-from fastddim.dropins import compvis, ermongroup, guided
 from fastddim.dropins._transfer import sent, sent_pinned
-from fastddim.dropins.diffusers import (
-    FastDDIMInverseScheduler,
-    FastDDIMParallelScheduler,
-    FastDDIMScheduler,
-)
-from fastddim.dropins.guided.step import Step
-from fastddim.loop import graph, trajectory
-from tests import diffusion
+from fastddim.loop import graph
+from tests.loop.waits_cases import SHAPE, Model, assert_equal
 from tests.loops import conditioned, drawn
 from tests.pretend import CUDA, Device, Generator, There
 
 LINEAR = NoiseSchedule.linear()
-SHAPE = (3, 2, 5, 4)
 SEEDS = [7, 2**35, 2**63 - 1]
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    monkeypatch.setattr(trajectory, "free_bytes", lambda device: None)
-    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    with Device() as device:
-        yield device
-
-
-class Model:
-    """A model that notes what was waited for between its calls; what follows the last is free."""
-
-    def __init__(self, device: Device, net: Callable[..., Any]) -> None:
-        self.device, self.net = device, net
-        self.calls = 0
-        self.between: list[str] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.calls:
-            self.between += self.device.waits
-        self.calls += 1
-        said = self.net(*args, **kwargs)
-        self.device.waits.clear()
-        return said
-
-    def unhindered(self, calls: int) -> None:
-        assert self.calls == calls
-        assert self.between == []
 
 
 # --- What the pretended device is worth --------------------------------------------------------
@@ -102,7 +61,7 @@ GOING_ON: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("what", WAITING)
-def test_what_waits_is_noticed(device: Device, what: str) -> None:
+def test_operations_that_wait_are_noticed(device: Device, what: str) -> None:
     x = device.put(torch.arange(6.0).view(2, 3))
     assert x.device == CUDA
     with device.watch() as waits:
@@ -112,19 +71,19 @@ def test_what_waits_is_noticed(device: Device, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", GOING_ON)
-def test_what_does_not_wait_is_not(device: Device, what: str) -> None:
+def test_operations_that_do_not_wait_pass(device: Device, what: str) -> None:
     x = device.put(torch.arange(6.0).view(2, 3))
     with device.watch() as waits:
         found = GOING_ON[what](x)
     assert waits == []
-    # And what is computed is what the CPU computes.
+    # The pretended device computes the CPU's values.
     if what != "drawn" and isinstance(found, There):
         want = GOING_ON[what](torch.arange(6.0).view(2, 3))
         assert isinstance(want, Tensor)
         assert found.here.equal(want)
 
 
-def test_in_a_capture_a_copy_waits_for_the_graph_would_outlive_its_source(
+def test_copies_wait_in_a_capture_whose_graph_outlives_them(
     monkeypatch: pytest.MonkeyPatch, device: Device
 ) -> None:
     with device.watch() as waits:
@@ -213,7 +172,7 @@ def test_a_sampler_never_waits(device: Device, how: str, source: str) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_one_step_at_a_time_it_does_not_wait_either(device: Device, source: str) -> None:
+def test_iterate_never_waits(device: Device, source: str) -> None:
     ddim, x_T, cond = DDIM(10, eta=1.0, schedule=LINEAR), drawn(*SHAPE), {"c": drawn(3, 2, 1, 1)}
     net, noise = Model(device, model), device.put(SOURCES[source](True))
     steps = list(ddim.iterate(net, device.put(x_T), cond=device.put(cond), **noise))
@@ -236,7 +195,7 @@ def test_a_loop_that_runs_backwards_never_waits(device: Device, how: str) -> Non
 
 @pytest.mark.parametrize("how", ["plain", "bf16", "guidance", "interval", "cond_fn", "self"])
 @pytest.mark.parametrize("whole", [100, 2])
-def test_a_captured_loop_asks_nothing(
+def test_a_captured_loop_never_waits(
     monkeypatch: pytest.MonkeyPatch, device: Device, how: str, whole: int
 ) -> None:
     # Without graphs the loop runs itself, by the operations that a graph would hold.
@@ -254,255 +213,3 @@ def test_a_captured_loop_asks_nothing(
     given["cond"] = other
     want = ddim.sample(model, shape=SHAPE, seeds=SEEDS, **given)
     assert_equal(found, want)
-
-
-# --- What takes the place of other loops and steps ---------------------------------------------
-
-KINDS: dict[str, Any] = {
-    "plain": FastDDIMScheduler,
-    "parallel": FastDDIMParallelScheduler,
-    "inverse": FastDDIMInverseScheduler,
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "clip": {},
-    "threshold": {"thresholding": True, "sample_max_value": 1.5},
-    "v": {"prediction_type": "v_prediction", "clip_sample": False},
-}
-STEPS = [
-    (kind, config, strict, dtype)
-    for kind in KINDS
-    for config in CONFIGS
-    for strict in (False, True)
-    for dtype in (torch.float32, torch.bfloat16)
-    # Without strict, half precision is the original's own step, which waits.
-    if (strict or dtype == torch.float32) and (kind, config) != ("inverse", "threshold")
-]
-TOLD: dict[str, Callable[[Tensor], Any]] = {
-    "its own": list,
-    "a copy": lambda t: list(t.clone()),
-    "int32": lambda t: list(t.to(torch.int32)),
-    "cpu": lambda t: list(t.cpu()),
-    "numbers": lambda t: t.tolist(),
-}
-
-
-@pytest.mark.parametrize("told", TOLD)
-@pytest.mark.parametrize(("kind", "config", "strict", "dtype"), STEPS)
-def test_no_schedulers_step_waits(
-    device: Device, kind: str, config: str, strict: bool, dtype: torch.dtype, told: str
-) -> None:
-    ours, theirs = (KINDS[kind](**CONFIGS[config], strict=strict) for _ in range(2))
-    ours.set_timesteps(10, device=CUDA)
-    theirs.set_timesteps(10)
-    if strict and kind != "inverse":
-        ours.use_seeds([1, 2])
-        theirs.use_seeds([1, 2])
-    timesteps, noise = TOLD[told](ours.timesteps), Generator().manual_seed(1)
-    more: list[dict[str, Any]] = [{}, {}]
-    if kind != "inverse":
-        more = [{"eta": 1.0, "generator": g} for g in (noise, torch.Generator().manual_seed(1))]
-    y = drawn(2, *SHAPE[1:]).to(dtype)
-    x = device.put(y)
-    for t, number in zip(timesteps, theirs.timesteps.tolist(), strict=True):
-        with device.watch() as waits:
-            x = ours.step(0.3 * x, t, x, **more[0]).prev_sample
-        assert waits == []
-        y = theirs.step(0.3 * y, number, y, **more[1]).prev_sample
-        assert_equal(x, y)
-
-
-@pytest.mark.parametrize("listed", [False, True])
-@pytest.mark.parametrize("strict", [False, True])
-def test_noise_of_the_cpus_generator_is_brought_without_waiting(
-    device: Device, strict: bool, listed: bool
-) -> None:
-    def generator() -> Any:
-        drawn = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        return drawn if listed else drawn[0]
-
-    ours, theirs = (FastDDIMScheduler(strict=strict) for _ in range(2))
-    ours.set_timesteps(10, device=CUDA)
-    theirs.set_timesteps(10)
-    y = drawn(2, *SHAPE[1:])
-    x, g, h = device.put(y), generator(), generator()
-    for t, number in zip(ours.timesteps, theirs.timesteps.tolist(), strict=True):
-        with device.watch() as waits:
-            x = ours.step(0.3 * x, t, x, eta=1.0, generator=g).prev_sample
-        assert waits == []
-        y = theirs.step(0.3 * y, number, y, eta=1.0, generator=h).prev_sample
-        assert_equal(x, y)
-
-
-@pytest.mark.parametrize("told", ["device", "cpu"])
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("config", CONFIGS)
-def test_no_step_of_a_batch_at_different_timesteps_waits(
-    device: Device, config: str, strict: bool, told: str
-) -> None:
-    ours, theirs = (FastDDIMParallelScheduler(**CONFIGS[config], strict=strict) for _ in range(2))
-    ours.set_timesteps(10, device=CUDA)
-    theirs.set_timesteps(10)
-    y, t = drawn(2, *SHAPE[1:]), torch.tensor([900, 200])
-    x = device.put(y)
-    for _ in range(2):
-        with device.watch() as waits:
-            given = device.put(t) if told == "device" else t
-            x = ours.batch_step_no_noise(0.3 * x, given, x)
-        assert waits == []
-        y = theirs.batch_step_no_noise(0.3 * y, t, y)
-        assert_equal(x, y)
-
-
-@pytest.mark.parametrize("t", [-1, -1000, 3, 1000, 5000])
-def test_a_timestep_that_is_not_chosen_gives_nan_where_looking_would_wait(
-    device: Device, t: int
-) -> None:
-    scheduler: Any = FastDDIMParallelScheduler(timestep_spacing="trailing", strict=True)
-    scheduler.set_timesteps(10, device=CUDA)
-    assert {0, 999} & set(scheduler.timesteps.tolist())
-    x = device.put(drawn(2, *SHAPE[1:]))
-    given = device.put(torch.tensor(t))
-    with device.watch() as waits:
-        alone = scheduler.step(0.3 * x, given, x).prev_sample
-        both = scheduler.batch_step_no_noise(0.3 * x, torch.tensor([t, 999]), x)
-    assert waits == []
-    assert alone.here.isnan().all()
-    assert both.here[0].isnan().all()
-    assert both.here[1].isfinite().all()
-
-
-LATENT: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "noise": {"eta": 1.0},
-    "scaled noise": {"eta": 1.0, "temperature": 0.7, "noise_dropout": 0.1},
-    "guidance": {
-        "unconditional_guidance_scale": 3.0,
-        "unconditional_conditioning": -torch.ones(2),
-    },
-    "quantized": {"eta": 0.5, "quantize_x0": True},
-    "inpainting": {
-        "mask": torch.ones(1, 1, 8, 1),
-        "x0": drawn(2, 4, 8, 8, seed=4),
-    },
-}
-
-
-@pytest.mark.parametrize("parameterization", ["eps", "v"])
-@pytest.mark.parametrize("how", LATENT)
-def test_compvis_sampler_never_waits(device: Device, how: str, parameterization: str) -> None:
-    results = []
-    for put in (device.put, lambda value: value):
-        parts = diffusion.Model(parameterization)
-        for name in ("alphas_cumprod", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"):
-            setattr(parts, name, put(getattr(parts, name)))
-        net = Model(device, parts.apply_model)
-        parts.apply_model = net  # type: ignore[method-assign]
-        torch.manual_seed(0)
-        sample, kept = compvis.DDIMSampler(parts).sample(
-            10, 2, (4, 8, 8), put(torch.arange(2.0)), x_T=put(diffusion.X), **put(LATENT[how])
-        )
-        results.append([sample, *kept["x_inter"], *kept["pred_x0"]])
-        net.unhindered(10)
-    for ours, theirs in zip(*results, strict=True):
-        assert_equal(ours, theirs)
-
-
-def each(t: Tensor) -> Tensor:
-    return t.float().view(-1, 1, 1, 1)
-
-
-def net(x: Tensor, t: Tensor) -> Tensor:
-    return 0.8 * x.float().clamp(-1.5, 1.5) + 1e-3 * each(t % 97)
-
-
-GUIDED: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "noise": {"eta": 1.0},
-    "denoised": {"denoised_fn": lambda x0: 0.9 * x0},
-    "cond_fn": {"cond_fn": lambda x, t: -0.1 * x.float() + 1e-5 * each(t), "eta": 0.5},
-}
-
-
-@pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("how", GUIDED)
-def test_guided_diffusions_loop_never_waits(device: Device, how: str, rescale: bool) -> None:
-    diffusion = guided.Diffusion(timestep_respacing="10", rescale_timesteps=rescale)
-    x_T, results = drawn(*SHAPE), []
-    for put in (device.put, lambda value: value):
-        asked = Model(device, net)
-        torch.manual_seed(0)
-        loop = guided.ddim_sample_loop_progressive(diffusion, asked, SHAPE, put(x_T), **GUIDED[how])
-        results.append([out["sample"] for out in loop])
-        asked.unhindered(10)
-    for ours, theirs in zip(*results, strict=True):
-        assert_equal(ours, theirs)
-
-
-@pytest.mark.parametrize("how", [*GUIDED, "reverse"])
-def test_nor_do_its_single_steps(device: Device, how: str) -> None:
-    diffusion = guided.Diffusion(timestep_respacing="10")
-    step: Any = partial(guided.ddim_sample, **GUIDED.get(how, {}))
-    order = range(10)[::-1]
-    if how == "reverse":
-        step, order = guided.ddim_reverse_sample, range(9)
-    x_T, results = drawn(*SHAPE), []
-    for put in (device.put, lambda value: value):
-        asked, x = Model(device, net), put(x_T)
-        torch.manual_seed(0)
-        for i in order:
-            t = torch.full((len(x),), i, device=x.device)
-            x = step(diffusion, asked, x, t)["sample"]
-        results.append(x)
-        asked.unhindered(len(order))
-    assert_equal(*results)
-
-
-def test_streams_do_not_share_tables_that_one_of_them_may_still_be_making(
-    monkeypatch: pytest.MonkeyPatch, device: Device
-) -> None:
-    diffusion, tables = guided.Diffusion(timestep_respacing="10"), []
-    for stream in (1, 2, 1):
-        now = SimpleNamespace(cuda_stream=stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, now=now: now)
-        tables.append(Step(diffusion, net, True, None, None, None, CUDA, 0.0).table)
-    assert tables[0] is tables[2]
-    assert tables[0] is not tables[1]
-
-
-@pytest.mark.parametrize("keep", ["all", "last"])
-@pytest.mark.parametrize("eta", [0.0, 0.5, None], ids=["ddim", "noise", "ddpm"])
-def test_the_papers_loops_never_wait(
-    monkeypatch: pytest.MonkeyPatch, device: Device, eta: float | None, keep: Any
-) -> None:
-    # What is kept arrives on the CPU by the time the loop returns.
-    arrived: list[object] = []
-
-    class Stream:
-        def synchronize(self) -> None:
-            device.wait("Stream.synchronize")
-            arrived.append(self)
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    loop: Any = ermongroup.ddpm_steps if eta is None else ermongroup.generalized_steps
-    betas, x_T, results = torch.linspace(1e-4, 0.02, 1000), drawn(*SHAPE), []
-    for put in (device.put, lambda value: value):
-        asked = Model(device, net)
-        torch.manual_seed(0)
-        results.append(
-            loop(put(x_T), range(0, 1000, 100), asked, put(betas), eta=eta or 0.0, keep=keep)
-        )
-        asked.unhindered(10)
-    assert len(arrived) == 1
-    for ours, theirs in zip(*results, strict=True):
-        assert len(ours) == len(theirs)
-        for mine, own in zip(ours, theirs, strict=True):
-            assert mine.device.type == "cpu" or mine is ours[0]
-            assert_equal(mine, own)
-
-
-def assert_equal(ours: Tensor, theirs: Tensor) -> None:
-    """What the device holds is what the CPU computed."""
-    values = ours.here if isinstance(ours, There) else ours
-    with torch._C._DisableTorchDispatch():
-        assert values.dtype == theirs.dtype
-        assert torch.equal(values, theirs)

@@ -223,7 +223,7 @@ def test_the_largest_eta_named_is_accepted_and_no_larger_one(
     np.testing.assert_allclose(a_s**2 + c1**2 + c2**2, 1, atol=3e-7)
     assert DDIM(steps=S, spacing=spacing, eta=most, schedule=schedule).eta == most
     refused(lambda: make_table(schedule, pairs, most + 2e-6), ValueError, "eta", number)
-    # And it is the truth: by eye of the formula, c2 is all but gone at one step.
+    # The limit is exact: c2 nearly vanishes at one step.
     abar = np.append(schedule.alphas_cumprod, 1.0)
     t, s = np.array([p for p in pairs if p[1] >= 0 and p[0] > p[1]]).T
     posterior = (1 - abar[t] / abar[s]) * (1 - abar[s]) / (1 - abar[t])
@@ -271,7 +271,7 @@ def test_zero_terminal_snr_is_finite_for_v_and_sample(prediction: Prediction) ->
 def exact_constant(
     schedule: NoiseSchedule, prediction: str, value: float, x: Tensor, t: Tensor
 ) -> Tensor:
-    """What a perfect v or x0 model says of data that is one value."""
+    """The output of an exact v or x0 model for data of one value."""
     if prediction == "sample":
         return torch.full_like(x, value)
     abar = torch.from_numpy(schedule.alphas_cumprod.copy())[t].view(-1, 1, 1)

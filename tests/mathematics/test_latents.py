@@ -53,7 +53,7 @@ def test_the_ends_are_a_and_b() -> None:
     assert torch.equal(slerp(A, B, 1), B)
 
 
-def test_between_equal_norms_the_norm_is_kept_where_a_straight_line_would_lose_it() -> None:
+def test_slerp_keeps_the_norm_that_a_straight_line_would_lose() -> None:
     p, q = (x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * 13.9 for x in (A, B))
     for alpha in ALPHAS:
         norms = slerp(p, q, alpha).flatten(1).double().norm(dim=1)
@@ -80,7 +80,7 @@ def test_between_almost_parallel_ones_no_digit_is_lost(angle: float) -> None:
     assert (out - (u * x + v * y)).abs().max() < 1e-12
 
 
-def test_parallel_ones_of_other_lengths_and_a_zero_take_the_straight_line() -> None:
+def test_slerp_is_linear_for_parallel_or_zero_latents() -> None:
     assert torch.allclose(slerp(A, 3 * A, 0.5), 2 * A)
     zero = torch.zeros_like(A)
     assert torch.allclose(slerp(A, zero, 0.25), 0.75 * A)

@@ -36,7 +36,7 @@ def test_linear_is_the_schedule_of_ho_et_al() -> None:
         exact.append(float(abar))
     np.testing.assert_allclose(schedule.alphas_cumprod, exact, rtol=1e-13, atol=0)
     assert schedule.alphas_cumprod[0] == 0.9999
-    # What their paper says of it: hardly any signal is left, L_T about 1e-5 bits a dimension.
+    # Their paper: hardly any signal is left, and L_T is about 1e-5 bits per dimension.
     assert schedule.alphas_cumprod[-1] == pytest.approx(4.0358e-5, rel=1e-4)
 
 
@@ -167,7 +167,7 @@ def test_terminal_snr_may_be_zero() -> None:
     assert NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 0.0]).alphas_cumprod[-1] == 0
 
 
-def test_a_schedule_says_what_it_is() -> None:
+def test_a_schedules_repr_names_its_kind() -> None:
     assert repr(NoiseSchedule.linear(100)) == "NoiseSchedule(linear(0.0001, 0.02), T=100)"
     assert repr(NoiseSchedule.cosine(10)) == "NoiseSchedule(cosine, T=10)"
     assert (
@@ -297,7 +297,7 @@ def test_bad_abar_is_refused(values: Any) -> None:
         [object()],
     ],
 )
-def test_what_is_no_vector_of_numbers_is_refused(values: Any) -> None:
+def test_schedules_that_are_no_vector_of_numbers_are_refused(values: Any) -> None:
     refused(lambda: NoiseSchedule.from_betas(values), TypeError, "betas")
     refused(lambda: NoiseSchedule.from_alphas_cumprod(values), TypeError, "alphas_cumprod")
 

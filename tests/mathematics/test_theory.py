@@ -1,4 +1,4 @@
-"""What theory says of DDIM, on data whose exact model is known."""
+"""DDIM against theory, on data whose exact model is known."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def orders(errors: list[float]) -> list[float]:
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.5, 0.3), (-0.2, 1.5)])
-def test_ddim_converges_to_the_exact_flow_of_a_gaussian_with_order_one(
-    mean: float, std: float
-) -> None:
+def test_ddim_converges_to_a_gaussians_flow_with_order_one(mean: float, std: float) -> None:
     # The flow that carries N(√ᾱ·m, v) onto N(m, s²): x0 = m + s·(x_T − √ᾱ·m)/√v.
     abar = float(LINEAR.alphas_cumprod[LAST])
     v = abar * std**2 + 1 - abar
@@ -78,7 +76,7 @@ def exact_flow_of_the_mixture(x_T: Tensor) -> Tensor:
     return torch.from_numpy(solution.y[:, -1].copy()).view(x_T.shape)
 
 
-def test_ddim_converges_to_the_exact_flow_of_a_mixture_with_order_one() -> None:
+def test_ddim_converges_to_a_mixtures_flow_with_order_one() -> None:
     x_T = torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
     exact = exact_flow_of_the_mixture(x_T)
     oracle = GaussianMixture(MEANS, STDS, schedule=LINEAR)

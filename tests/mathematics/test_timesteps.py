@@ -56,20 +56,20 @@ def test_spacings_are_these_lists(spacing: str, S: int, T: int, expected: list[i
     assert tau(spacing, S, T) == expected
 
 
-def test_quad_of_50_spreads_what_truncation_repeats() -> None:
+def test_quad_of_50_spreads_steps_that_truncation_repeats() -> None:
     assert tau("quad-ermongroup", 50, 1000)[:8] == [0, 0, 1, 2, 5, 8, 11, 16]
     assert tau("quad", 50, 1000)[:8] == [0, 1, 2, 3, 5, 8, 11, 16]
     assert tau("quad", 50, 1000)[8:] == tau("quad-ermongroup", 50, 1000)[8:]
 
 
-def test_pairs_are_in_the_order_they_are_taken() -> None:
+def test_pairs_are_in_the_order_of_the_steps() -> None:
     assert make_pairs("uniform", 4, 1000) == ((750, 500), (500, 250), (250, 0), (0, -1))
     assert make_pairs("trailing", 2, 10) == ((9, 4), (4, -1))
 
 
 @pytest.mark.parametrize("T", [1, 100, 1000])
 @pytest.mark.parametrize("spacing", STRICT)
-def test_strict_spacings_take_exactly_S_distinct_steps_down_to_data(spacing: str, T: int) -> None:
+def test_strict_spacings_take_S_distinct_steps_down_to_data(spacing: str, T: int) -> None:
     for S in range(1, T + 1):
         pairs = make_pairs(spacing, S, T)
         assert len(pairs) == S
@@ -195,7 +195,7 @@ def test_steps_out_of_range_are_refused(spacing: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("spacing", ["Uniform", "", "karras"])
-def test_an_unknown_spacing_is_refused_with_those_there_are(spacing: str) -> None:
+def test_the_refusal_of_an_unknown_spacing_lists_the_spacings(spacing: str) -> None:
     refused(lambda: make_pairs(spacing, 10, 1000), ValueError, "spacing", *STRICT, *ERMONGROUP)
 
 
@@ -245,7 +245,7 @@ def test_a_tau_that_is_no_way_down_is_refused(spacing: Any) -> None:
         np.array([1.5]),
     ],
 )
-def test_what_is_no_list_of_levels_is_refused(spacing: Any) -> None:
+def test_spacings_that_are_no_list_of_levels_are_refused(spacing: Any) -> None:
     refused(lambda: make_pairs(spacing, 1, 10), TypeError, "spacing")
 
 
@@ -262,7 +262,7 @@ def test_a_list_given_is_the_samplers_own() -> None:
     assert ddim == DDIM(spacing=[5, 0], schedule=ddim.schedule)
 
 
-def test_levels_are_those_of_the_schedule() -> None:
+def test_steps_are_checked_against_the_schedules_length() -> None:
     assert DDIM(steps=5, schedule=NoiseSchedule.linear(100)).pairs == make_pairs("uniform", 5, 100)
     refused(lambda: DDIM(steps=101, schedule=NoiseSchedule.linear(100)), ValueError, "steps")
 
@@ -322,14 +322,14 @@ def test_a_first_level_far_from_noise_is_warned_of_once(
         *[("uniform", S, NoiseSchedule.cosine(100)) for S in (8, 10, 16)],
         *[("leading", S, NoiseSchedule.scaled_linear()) for S in (5, 20, 50)],
         *[(s, S, NoiseSchedule.cosine()) for s in ("trailing", "linspace") for S in (1, 2, 5)],
-        # Its noisiest level is √ᾱ = 0.6: whatever the spacing is, noise is not what it expects.
+        # Its noisiest level has √ᾱ = 0.6, so no spacing lets the loop start from pure noise.
         *[("uniform", S, NoiseSchedule.linear(100)) for S in (1, 2, 10)],
-        # A list says itself where it begins.
+        # A list of timesteps names its own first one.
         ([0, 100, 200], None, NoiseSchedule.linear()),
         ([(300, 10), (10, -1)], None, NoiseSchedule.linear()),
     ],
 )
-def test_what_people_use_is_not_warned_of(spacing: Any, S: Any, schedule: NoiseSchedule) -> None:
+def test_common_spacings_are_not_warned_of(spacing: Any, S: Any, schedule: NoiseSchedule) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         DDIM(S, spacing=spacing, schedule=schedule)

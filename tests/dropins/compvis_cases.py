@@ -1,0 +1,90 @@
+"""CompVis' samplers, and their loop in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddim.dropins.compvis import DDIMSampler
+from fastddim.step import reference
+from tests.diffusion import Model
+
+C, UC = torch.arange(2.0), -torch.ones(2)
+
+
+def made(S: int, **given: Any) -> DDIMSampler:
+    sampler = DDIMSampler(given.pop("model", None) or Model(given.pop("parameterization", "eps")))
+    sampler.make_schedule(S, **given)
+    return sampler
+
+
+def eager(
+    sampler: DDIMSampler,
+    x: Tensor,
+    c: Any,
+    scale: float = 1.0,
+    uc: Any = None,
+    temperature: float = 1.0,
+    dropout: float = 0.0,
+    quantize: bool = False,
+    corrector: Any = None,
+    repeat: bool = False,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(xs, x0s, the generator's state) of the original's operations on the sampler's own table."""
+    model = sampler.model
+    states: list[Tensor] = []
+    x0s: list[Tensor] = []
+    prediction = {"eps": "epsilon", "v": "v"}[model.parameterization]
+    for index in reversed(range(len(sampler.ddim_timesteps))):
+        t = torch.full((len(x),), int(sampler.ddim_timesteps[index]))
+        row = sampler._made().table[index]
+        if uc is None or scale == 1:
+            out = model.apply_model(x, t, c)
+        else:
+            u, out = model.apply_model(
+                torch.cat([x, x]), torch.cat([t, t]), torch.cat([uc, c])
+            ).chunk(2)
+            out = u + scale * (out - u)
+        if corrector is not None:
+            out = corrector.modify_score(model, out, x, t, c, strength=0.5)
+        x = (
+            x.float()
+        )  # the original's factors are float32 tensors of x's rank, so its products are float32
+        _, x0 = reference.ddim_step(x, out, row, None, prediction)
+        eps = row[0] * out + row[2] * x if prediction == "v" else out
+        if quantize:
+            x0 = model.first_stage_model.quantize(x0)[0]
+        z = torch.randn((1, *x.shape[1:])).repeat(len(x), 1, 1, 1) if repeat else None
+        noise = row[5] * (torch.randn(x.shape) if z is None else z) * temperature
+        if dropout > 0:
+            noise = torch.nn.functional.dropout(noise, dropout)
+        x = row[4] * x0 + row[6] * eps + noise
+        states.append(x)
+        x0s.append(x0)
+    return states, x0s, torch.get_rng_state()
+
+
+class Corrector:
+    def modify_score(
+        self, model: Any, e_t: Tensor, x: Tensor, t: Tensor, c: Tensor, strength: float
+    ) -> Tensor:
+        assert isinstance(model, Model)
+        shift = (t + c).view(-1, 1, 1, 1) / 1000
+        return e_t - strength * 1e-2 * x * shift
+
+
+BETWEEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"temperature": 0.8}, {"temperature": 0.8}),
+    ({"noise_dropout": 0.3}, {"dropout": 0.3}),
+    ({"quantize_denoised": True}, {"quantize": True}),
+    (
+        {"score_corrector": Corrector(), "corrector_kwargs": {"strength": 0.5}},
+        {"corrector": Corrector()},
+    ),
+    (
+        {"temperature": 1.3, "noise_dropout": 0.1, "quantize_denoised": True},
+        {"temperature": 1.3, "dropout": 0.1, "quantize": True},
+    ),
+]
