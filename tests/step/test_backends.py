@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import importlib
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ from fastddim.tools.folder import Folder
 from fastddim.tools.quality import Gaussian
 from tests import paths
 from tests.paths import forget, has_numba, here, instead, randn
+from tests.processes import ran
 from tests.refusals import refused
 
 STEPS = torch.tensor(DDIM(5, eta=1.0).table)
@@ -219,13 +218,7 @@ def test_a_backend_that_cannot_run_on_the_device_is_refused(
 
 
 def run(code: str, **env: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **env},
-    )
+    done = ran(code, **env)
     return done.returncode, (done.stdout or done.stderr).strip().splitlines()[-1]
 
 

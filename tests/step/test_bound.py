@@ -7,7 +7,6 @@ import gc
 import importlib
 import itertools
 import os
-import subprocess
 import sys
 import threading
 import tracemalloc
@@ -35,7 +34,8 @@ from fastddim.step.backends import Fixed
 from fastddim.step.bound import Bound
 from fastddim.step.checked import BoundStep
 from fastddim.step.philox import STEP
-from tests.paths import ALL, CPU, forget, here, instead, normal_, randn, use
+from tests.paths import ALL, CPU, forget, has_numba, here, instead, normal_, randn, use
+from tests.processes import ran
 from tests.refusals import refused
 
 TABLE = torch.tensor(DDIM(50, eta=1.0).table)
@@ -499,9 +499,8 @@ for n in (7, {n}):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_forked_child_uses_its_parents_step(backend: str) -> None:
-    code = FORKED.format(name=backend, n=1 << 21)
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    code = FORKED.format(name=backend, n=1 << 19)
+    done = ran(code, numba=has_numba())
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0", "0"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ from fastddim.coefficients import PREDICTIONS
 from fastddim.step import backends, reference
 from fastddim.step.philox import FORWARD, INITIAL, STEP, normals, philox4x32
 from tests import paths
+from tests.processes import ran, ran_anew
 from tests.tolerances import NORMAL_ATOL, NORMAL_MAX, NORMAL_RARE
 
 numba = pytest.importorskip("numba", reason="the fused pass needs the cpu extra: numba")
@@ -610,7 +610,7 @@ import os, sys, numpy as np, torch, fastddim
 from fastddim.step import backends, on_numba
 from fastddim.step.bound import Bound
 torch.set_num_threads(2)
-n = 1 << 21
+n = 1 << 18
 x, out = torch.randn(2, n), torch.empty(2, n)
 alone, table = torch.empty(2, n), torch.tensor(fastddim.DDIM(steps=5).table)
 rows = torch.ones(1, dtype=torch.int32).expand(2)
@@ -631,7 +631,7 @@ def shared_by(code: str, **env: str) -> str:
     """What a process prints in which PyTorch's threads share a step: not one of this process."""
     if on_numba._team is None:
         pytest.skip("this PyTorch is built without OpenMP")
-    return run(SHARING + code, **env)
+    return run_anew(SHARING + code, **env) if env else run(SHARING + code)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
@@ -695,7 +695,7 @@ def test_a_forked_child_that_is_the_first_to_compile_does_it_alone() -> None:
 import os, torch, fastddim, numpy as np
 from fastddim.step import backends
 from fastddim.step.bound import Bound
-n = 1 << 21
+n = 1 << 18
 x, table = torch.randn(2, n), torch.tensor(fastddim.DDIM(steps=5).table)
 out, rows = torch.add(x, x), torch.ones((), dtype=torch.int32)
 args = x, x, table, rows.expand(2), None, None, None, None, out, None, None
@@ -707,8 +707,8 @@ if pid == 0:
     os._exit(0 if np.isfinite(out.numpy()).all() else 1)
 print(os.waitpid(pid, 0)[1])
 """
-    assert run(first.format(name="numba")) == "0"
-    assert run(first.format(name="torch")) == "0"
+    assert run(first.format(name="numba"), numba=False) == "0"
+    assert run(first.format(name="torch"), numba=False) == "0"
 
 
 def test_threads_flush_denormals_as_their_caller_does_and_then_as_before() -> None:
@@ -763,11 +763,14 @@ def test_the_op_takes_the_fused_pass_where_numba_is() -> None:
     assert not torch.equal(found, fastddim.ddim_step(x, output, TABLE, 3)[0])
 
 
-def run(code: str, **env: str) -> str:
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, **env}
-    )
+def run(code: str, numba: bool = True) -> str:
+    done = ran(code, numba=numba)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def run_anew(code: str, **env: str) -> str:
+    done = ran_anew(code, **env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -786,10 +789,10 @@ print('numba' in backends.available('cpu'), 'numba' in sys.modules)
 
 @pytest.mark.slow
 def test_numba_is_imported_at_the_first_step_and_may_be_missing_or_told_not_to_compile() -> None:
-    assert run(STEP_ONCE.format(first="")) == "True True"
+    assert run_anew(STEP_ONCE.format(first="")) == "True True"
     missing = "sys.modules['numba'] = None"
-    assert run(STEP_ONCE.format(first=missing)) == "False True"
-    assert run(STEP_ONCE.format(first=""), NUMBA_DISABLE_JIT="1") == "False True"
+    assert run_anew(STEP_ONCE.format(first=missing)) == "False True"
+    assert run_anew(STEP_ONCE.format(first=""), NUMBA_DISABLE_JIT="1") == "False True"
 
 
 @pytest.mark.slow
@@ -798,5 +801,5 @@ def test_without_a_folder_to_keep_compiled_code_in_it_is_compiled_anew() -> None
 from numba.core import caching
 caching.CacheImpl._locator_classes = []
 """
-    assert run(STEP_ONCE.format(first=nowhere)) == "True True"
-    assert run(STEP_ONCE.format(first=""), NUMBA_CACHE_DIR="/proc/nowhere") == "True True"
+    assert run_anew(STEP_ONCE.format(first=nowhere)) == "True True"
+    assert run_anew(STEP_ONCE.format(first=""), NUMBA_CACHE_DIR="/proc/nowhere") == "True True"
