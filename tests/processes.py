@@ -21,7 +21,7 @@ LIMIT = 120
 """Seconds that a process may take."""
 
 SERVER = """
-import gc, importlib, json, os, signal, sys
+import gc, importlib, json, os, signal, sys, types
 for name in {modules!r}:
     importlib.import_module(name)
 assert not set(sys.modules) & {{"fastddim", "fastddim_kernels", "triton"}}
@@ -45,7 +45,8 @@ if request["strict"]:
     warnings.simplefilter("error")
 status = 0
 try:
-    exec(compile(request["code"], "<string>", "exec"), {{"__name__": "__main__"}})
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    exec(compile(request["code"], "<string>", "exec"), sys.modules["__main__"].__dict__)
 except SystemExit as end:
     status = end.code or 0
 except BaseException:
