@@ -38,6 +38,7 @@ signal.alarm({limit})
 for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, request["out"], os.O_WRONLY),
                             (2, request["err"], os.O_WRONLY)):
     os.dup2(os.open(path, flags), number)
+os.chdir(request["cwd"])
 os.environ.clear()
 os.environ.update(request["env"])
 if request["strict"]:
@@ -49,6 +50,9 @@ try:
     exec(compile(request["code"], "<string>", "exec"), sys.modules["__main__"].__dict__)
 except SystemExit as end:
     status = end.code or 0
+    if not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
 except BaseException:
     sys.excepthook(*sys.exc_info())
     status = 1
@@ -84,7 +88,8 @@ def ran(code: str, *, strict: bool = True, numba: bool = False, **environment: s
         request = {
             "code": code,
             "strict": strict,
-            "env": {**os.environ, **environment},
+            "cwd": os.getcwd(),
+            "env": _environment(environment),
             "out": str(out),
             "err": str(err),
         }
@@ -99,12 +104,17 @@ def ran_anew(code: str, *, strict: bool = True, **environment: str) -> Done:
     """Runs ``code`` in a process that has imported nothing."""
     done = subprocess.run(
         [sys.executable, *(["-W", "error"] if strict else []), "-c", code],
-        env={**os.environ, **environment},
+        env=_environment(environment),
         capture_output=True,
         text=True,
         timeout=LIMIT,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def _environment(own: dict[str, str]) -> dict[str, str]:
+    """This process' variables and modules, whatever folder a test has gone to."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **own}
 
 
 @functools.cache
@@ -114,6 +124,7 @@ def _server(modules: tuple[str, ...]) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env=_environment({}),
     )
     atexit.register(_end, server)
     assert server.stdout is not None

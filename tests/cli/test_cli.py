@@ -28,6 +28,7 @@ from fastddim.timesteps import SPACINGS
 from fastddim.tools import draw, images, sheet, timing
 from fastddim.tools.pace import There
 from fastddim.tools.reconstruction import errors
+from tests.processes import ran
 
 GUIDED = Path(__file__).parents[1] / "golden" / "guided-tiny.pt"
 QUICK = ("--device", "cpu", "--batch-size", "2")
@@ -602,15 +603,8 @@ def test_import_needs_no_extra() -> None:
         f"import fastddim.tools.evaluate, fastddim.profile, fastddim.tools.reconstruction\n"
         f"print([m for m in {extras} if m in sys.modules])"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(fastddim.__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout == "[]\n"
+    done = ran(code, strict=False)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_python_dash_m(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1088,12 +1082,8 @@ def test_a_sample_of_the_garment_model_imports_no_diffusers(tmp_path: Path) -> N
         f"sys.exit(main(['sample', '--seeds', '0', '--steps', '1', '--batch-size', '1',\n"
         f"               '--device', 'cpu', '--out', {str(tmp_path / 'a.png')!r}]))\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(fastddim.__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-    )
+    done = ran(code, strict=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_diffusers_is_imported_without_what_a_unet_does_not_use() -> None:
@@ -1105,12 +1095,8 @@ def test_diffusers_is_imported_without_what_a_unet_does_not_use() -> None:
         "assert not set(HIDDEN) & set(sys.modules)\n"
         "import transformers\n"  # the process is as it was
     )
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=Path(fastddim.__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-    )
+    done = ran(code, strict=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_spinner_shows_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1139,15 +1125,9 @@ def test_diffusers_says_nothing_of_its_own_while_a_checkpoint_is_loaded() -> Non
         "    warnings.warn('of no use here')\n"
         "    diffusers.utils.logging.get_logger('diffusers.models').warning('nor this')\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(fastddim.__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stderr == ""
+    done = ran(code, strict=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("kind", ["generated npy", "generated png", "PNGs", "one PNG"])

@@ -122,10 +122,17 @@ def assert_same_trajectory(shape: tuple[int, ...], kind: str, **options: Any) ->
     assert x.isfinite().all()
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+NOISES = [("none", True, 0.8), ("tensor", True, None), ("tensor", False, 0.8)]
+
+
+# One trajectory for each way of noise: single steps take all combinations of the flags below.
 @pytest.mark.parametrize(
-    ("kind", "noise_first", "clip"),
-    [("none", True, 0.8), ("tensor", True, None), ("tensor", False, 0.8)],
+    ("prediction", "kind", "noise_first", "clip"),
+    [
+        pytest.param(p, *n, marks=[] if i == j else pytest.mark.slow)
+        for i, p in enumerate(PREDICTIONS)
+        for j, n in enumerate(NOISES)
+    ],
 )
 def test_fifty_steps_equal_the_reference(
     prediction: str, kind: str, noise_first: bool, clip: float | None
@@ -162,7 +169,9 @@ def test_every_combination_of_flags_equals_the_reference(
         assert_same_step(x, output, rows, **sources, **options)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(
+    "prediction", ["v", *(pytest.param(p, marks=pytest.mark.slow) for p in PREDICTIONS if p != "v")]
+)
 def test_every_row_of_the_table_serves_its_own_sample(prediction: str) -> None:
     rows = torch.randperm(50, generator=torch.Generator().manual_seed(0)).to(torch.int32)
     x, output, noise = randn(50, 3, 3), randn(50, 3, 3, seed=1), randn(50, 3, 3, seed=2)

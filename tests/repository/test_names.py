@@ -5,11 +5,9 @@ from __future__ import annotations
 import builtins
 import doctest
 import importlib
-import os
 import pkgutil
 import pydoc
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 
 import fastddim
+from tests.processes import ran, ran_anew
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
@@ -32,16 +31,10 @@ WITH_EXAMPLES = sorted(
 
 
 def alone(code: str) -> str:
-    """What a fresh interpreter prints."""
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    """What a process prints that has imported PyTorch alone."""
+    done = ran(code, strict=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_every_public_name_is_there_and_listed() -> None:
@@ -62,7 +55,8 @@ def test_help_shows_the_classes() -> None:
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    assert alone("import fastddim, sys; print('torch' in sys.modules)") == "False\n"
+    done = ran_anew("import fastddim, sys; print('torch' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
 
 
 @pytest.mark.parametrize(
