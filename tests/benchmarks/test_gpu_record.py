@@ -82,7 +82,7 @@ def test_the_page_says_what_each_section_may_take() -> None:
     assert "over fourteen of the GPU tests" in page
 
 
-def test_what_a_section_leaves_goes_to_the_later_ones() -> None:
+def test_time_that_a_section_leaves_goes_to_the_later_ones() -> None:
     names = list(SHARES)
     assert budget("tests", names[1:], 417) == pytest.approx(120, abs=3)
     assert budget("variants", names[2:], 417 - 80) > SHARES["variants"].seconds
@@ -176,9 +176,7 @@ def test_a_section_that_does_not_even_begin_has_failed(
     assert measured("variants", Deadline(30), [], book) == "failed: its process ended with 7"
 
 
-def test_what_is_left_out_is_no_section_that_is_done(
-    monkeypatch: pytest.MonkeyPatch, book: Book
-) -> None:
+def test_a_section_left_out_is_not_done(monkeypatch: pytest.MonkeyPatch, book: Book) -> None:
     code = """
 part(0); row(0); part(1)
 print(json.dumps(dict(key="variants", row=dict(variant=1, left_out="no time"))), file=file)
@@ -310,7 +308,7 @@ def test_without_a_gpu_one_line_says_so(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_nor_does_the_script_keep_anything_there(tmp_path: Path) -> None:
+def test_the_rehearsed_script_keeps_no_record_among_the_results(tmp_path: Path) -> None:
     done = subprocess.run(
         [ROOT / "benchmarks" / "gpu.sh", "--results", str(tmp_path)],
         env=os.environ | {"PYTHON": sys.executable},
@@ -331,7 +329,7 @@ def test_nor_does_the_script_keep_anything_there(tmp_path: Path) -> None:
         (("--seconds", "5"), "--seconds must be at least 30, got 5"),
     ],
 )
-def test_what_would_measure_nothing_of_use_is_refused(
+def test_a_run_that_would_measure_nothing_is_refused(
     run: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     with pytest.raises(SystemExit):
@@ -399,7 +397,7 @@ def giving(*rows: Record, then: Exception | None = None) -> Callable[[Deadline],
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_a_part_that_raises_leaves_the_others_where_the_gpu_lives(
+def test_a_part_that_raises_spares_the_others_if_the_gpu_lives(
     monkeypatch: pytest.MonkeyPatch, alive: bool
 ) -> None:
     monkeypatch.setattr(gpu_sections, "alive", lambda: alive)
@@ -485,7 +483,7 @@ def test_a_copy_moves_as_many_bytes_in_whole_chunks(monkeypatch: pytest.MonkeyPa
             assert 0 <= moved[name] - total < streams * 2**20
 
 
-def test_what_a_launch_writes_is_compared_with_the_reference() -> None:
+def test_results_of_a_launch_are_compared_with_the_reference() -> None:
     for name in ("epsilon x0 clip", "guidance bf16 next", "learned last"):
         launch = launch_arguments(replace(VARIANTS[name], shape=(3, 4, 4)), 2)
         import fastddim_kernels

@@ -115,7 +115,7 @@ def test_figures_name_the_worst_shape_and_whether_they_are_met() -> None:
     assert "90.00% (80.00%–100.00%)" in shown
 
 
-def test_the_plain_loop_is_a_figure_and_a_loss_where_it_was_measured() -> None:
+def test_the_plain_loop_is_listed_where_it_was_measured() -> None:
     section = {
         "rows": [
             row("plain", 0, [1, 16, 7], times_plain=[1.0, 1.0, 1.0], times_tensors=[0.7] * 3),
@@ -215,7 +215,7 @@ def test_the_hosts_limits_stand_beside_what_was_measured() -> None:
     assert ours in gpu_sections.OF_ADD
 
 
-def test_what_must_not_exceed_a_figure_is_met_below_it() -> None:
+def test_an_upper_limit_is_met_below_its_figure() -> None:
     def of(ratio: Any) -> str:
         row = {"shape": [1, 16, 7], "eta": 0, "us_per_step": 1.2, "us_per_small_kernel": 1.0}
         return cells(gpu_report.marginal([row | {"of_small_kernel": ratio, "asked": 1.3}]), "1x")[
@@ -229,7 +229,7 @@ def test_what_must_not_exceed_a_figure_is_met_below_it() -> None:
     assert (of(1.3), of(1.31)) == ("yes", "**no**")
 
 
-def test_tests_that_failed_and_sections_that_are_missing_stand_beside_the_figures() -> None:
+def test_failed_tests_and_missing_sections_stand_by_the_figures() -> None:
     failures = [{"test": "tests/kernels/test_gpu.py::test_a", "why": "assert 1 == 2"}]
     record = a_gpu(
         tests={"passed": 9, "failed": 1, "skipped": 0, "ended": "done", "failures": failures},
@@ -298,7 +298,7 @@ def test_the_record_of_the_h200_says_what_failed_there() -> None:
 # What a step does
 
 
-def test_what_the_page_counts_is_what_is_dispatched() -> None:
+def test_the_pages_counts_are_the_dispatched_operations() -> None:
     found = counts.rows()
     assert found == json.loads((records.RESULTS / "counts.json").read_text())["rows"]
     of = {(r["loop"], r["eta"]): [r[name] for name in counts.NAMES] for r in found}
@@ -390,7 +390,7 @@ def test_noise_of_another_strength_is_wrong() -> None:
 # The rows
 
 
-def test_what_is_wrong_or_missing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_or_missing_peer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = dict(PEERS)
 
     def lacking(_: Loops) -> Any:
@@ -452,7 +452,7 @@ def asked(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_benchmarks_run_where_they_are_asked_for_and_nothing_else() -> None:
+def test_the_benchmark_option_runs_the_benchmarks_alone() -> None:
     run = asked("--benchmark", "--co", "-q")
     rows = [line for line in run.stdout.splitlines() if "::" in line]
     assert run.returncode == 0, run.stdout
@@ -472,7 +472,7 @@ def test_the_benchmarks_run_where_they_are_asked_for_and_nothing_else() -> None:
         ),
     ],
 )
-def test_what_was_not_asked_for_is_refused_by_name(arguments: list[str], said: str) -> None:
+def test_options_that_do_not_fit_are_refused_by_name(arguments: list[str], said: str) -> None:
     run = asked(*arguments)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert f"ERROR: {said}" in run.stderr

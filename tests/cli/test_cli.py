@@ -999,7 +999,7 @@ def test_a_refusal_is_said_once(
     assert said == [1, 0, 0, 0, 0, 0]
 
 
-def test_what_one_process_alone_finds_it_says(
+def test_a_fault_of_one_process_is_said_by_that_process(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
@@ -1117,7 +1117,7 @@ def test_a_spinner_shows_before_torch_is_imported(monkeypatch: pytest.MonkeyPatc
     assert "loading" in seen[0]
 
 
-def test_diffusers_says_nothing_of_its_own_while_a_checkpoint_is_loaded() -> None:
+def test_diffusers_prints_nothing_while_a_checkpoint_is_loaded() -> None:
     code = (
         "from fastddim.cli.network import lean_imports\n"
         "with lean_imports():\n"

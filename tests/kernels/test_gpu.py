@@ -369,7 +369,7 @@ def test_a_step_does_not_wait_for_the_device(name: str) -> None:
             fastddim.ddim_step(**asked)
 
 
-def test_nor_does_the_loop_once_it_has_begun() -> None:
+def test_the_loop_does_not_wait_for_the_device_once_begun() -> None:
     sources: list[Given] = [
         {"seeds": [1, 2]},
         {"generator": torch.Generator(DEVICE).manual_seed(0)},
@@ -383,7 +383,7 @@ def test_nor_does_the_loop_once_it_has_begun() -> None:
             assert len(list(steps)) == 49
 
 
-def test_what_waits_is_noticed() -> None:
+def test_a_wait_for_the_device_is_noticed() -> None:
     value = torch.ones((), device=DEVICE)
     with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
         value.item()

@@ -311,7 +311,7 @@ def test_mixed_layouts_need_samples_of_one_stretch() -> None:
         fastddim_kernels.ddim_step(x, output, TABLE, on_row(7, 2), torch.empty_like(x))
 
 
-def test_an_output_is_read_where_it_lies_only_as_one_layout_or_with_a_variance() -> None:
+def test_outputs_read_in_place_have_one_layout_or_a_variance() -> None:
     # Any other distance of two pixels would be a kernel of its own, and might leave 32 bits.
     last = torch.randn(2, 4, 6, 12)
     assert [
@@ -328,7 +328,7 @@ def test_an_output_is_read_where_it_lies_only_as_one_layout_or_with_a_variance()
 
 
 @pytest.mark.parametrize("size", [2**31 - 4, 2**31 - 1])
-def test_channels_of_almost_two_to_the_31_pixels_are_not_left_out(size: int) -> None:
+def test_channels_of_almost_2_to_the_31_pixels_are_written(size: int) -> None:
     # The second channel begins inside a four; of its pixels one block alone is launched.
     x = torch.zeros(64)
     out = torch.full((64,), float("nan"))
@@ -639,7 +639,7 @@ def test_the_launcher_asks_for_contiguous_memory_with_seeds() -> None:
         fastddim_kernels.ddim_step(**vars(arguments))
 
 
-def test_the_launcher_asks_for_one_stretch_of_two_stacked_next_inputs() -> None:
+def test_the_launcher_needs_stacked_next_inputs_in_one_stretch() -> None:
     # Of one sample the halves' own strides do not say how far apart they are.
     x, out = randn(1, 4, 4), torch.empty(1, 4, 4)
     next_input = torch.empty(2, 8, 4)[:, :4]

@@ -179,7 +179,7 @@ def test_five_samples_and_none_equal_eager(name: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_dtype_and_layout_in_many_sizes_equals_eager(
+def test_every_variant_dtype_and_layout_of_many_sizes_is_eagers(
     name: str, dtype: torch.dtype, layout: str
 ) -> None:
     last, sizes = LAYOUTS[layout], list(itertools.product(BATCHES, CHANNELS, [*PIXELS, (3, 5)]))
@@ -329,7 +329,7 @@ def test_nothing_is_copied_on_the_way_to_the_kernel(name: str, layout: str) -> N
 @pytest.mark.parametrize("state", LAYOUTS)
 @pytest.mark.parametrize("output", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_between_two_model_calls_is_one_pass_in_any_pair_of_layouts(
+def test_one_pass_between_model_calls_in_any_pair_of_layouts(
     state: str, output: str, dtype: torch.dtype
 ) -> None:
     shape, steps = (2, 3, 6, 4), 5
@@ -502,7 +502,7 @@ CUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_what_is_cut_from_a_channels_last_output_equals_eager(cut: str) -> None:
+def test_cuts_of_a_channels_last_output_equal_eager(cut: str) -> None:
     last = torch.channels_last
     output = CUTS[cut](randn(2, 8, 4, 6, seed=1).contiguous(memory_format=last))
     x = randn(*output.shape).contiguous(memory_format=last)

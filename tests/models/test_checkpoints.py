@@ -367,7 +367,7 @@ def test_a_pipeline_in_a_folder_samples_as_diffusers_has_it(
     assert not loaded.ddim(10, clip=None).clip
 
 
-def test_what_a_configuration_leaves_out_is_its_classes(folder: Path) -> None:
+def test_a_configurations_missing_values_are_its_classs(folder: Path) -> None:
     """As diffusers fills it in: configurations written long ago say little."""
     path = folder / "scheduler_config.json"
     for fields, expected in (
@@ -407,7 +407,7 @@ def test_schedulers_refused(folder: Path, fields: dict[str, Any], said: str) -> 
     assert said in message
 
 
-def test_without_a_scheduler_the_assumption_is_said_and_can_be_replaced(folder: Path) -> None:
+def test_without_a_scheduler_the_assumption_is_named(folder: Path) -> None:
     loaded = checkpoints.load(folder)
     said = "no scheduler_config.json: taken to predict ε on linear noise, T = 1000"
     assert loaded.description.endswith(said)
@@ -778,7 +778,7 @@ def test_flags_that_are_the_samplers(tmp_path: Path) -> None:
 UNKNOWN_SIZE = "does not tell the size of its images: say its shape (--shape), such as 3,32,32"
 
 
-def test_what_the_tensors_do_not_tell_is_asked_for(tmp_path: Path) -> None:
+def test_values_that_tensors_do_not_tell_are_required(tmp_path: Path) -> None:
     assert UNKNOWN_SIZE in refusal(ERMONGROUP)
     assert UNKNOWN_SIZE in refusal(GUIDED, config=written({"num_heads": 1}, tmp_path))
     message = refusal(GUIDED)

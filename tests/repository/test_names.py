@@ -74,7 +74,7 @@ def test_importing_the_package_imports_no_torch() -> None:
         "fastddim.DDIM().sample",
     ],
 )
-def test_what_the_readme_names_needs_no_import_of_its_own(used: str) -> None:
+def test_names_of_the_readme_need_no_import_of_their_own(used: str) -> None:
     assert alone(f"import warnings, fastddim; print(callable({used}))") == "True\n"
 
 

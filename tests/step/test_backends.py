@@ -163,7 +163,7 @@ def test_using_is_of_one_thread_and_of_its_context() -> None:
     assert found == {"alone": BEST[0], "in the context": "triton", "here": "triton"}
 
 
-def test_what_was_bound_stays_with_its_backend() -> None:
+def test_a_bound_step_stays_with_its_backend() -> None:
     x, seeds = randn(2, 300), torch.arange(2)
     with using("torch"):
         step = fastddim.bind(STEPS)
@@ -267,7 +267,7 @@ sys.modules["numba"] = None
 )
 
 
-def test_without_numba_a_process_is_as_well_off_as_one_that_asks_for_pytorch() -> None:
+def test_a_process_without_numba_takes_its_steps_by_pytorch() -> None:
     given = {"FASTDDIM_BACKEND": "", "TRITON_INTERPRET": "1"}
     assert run(MISSING, **given) == (0, "torch triton torch")
     status, last = run(MISSING, FASTDDIM_BACKEND="numba")
@@ -349,7 +349,7 @@ def test_describe_names_what_takes_the_steps_on_another_device(
     refused(lambda: DDIM(2).describe("nonsense"), ValueError, "device 'nonsense' cannot be used: ")
 
 
-def test_what_describe_names_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_names_the_backend_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
     taken: list[str] = []
     real = backend("cpu", "torch")
 

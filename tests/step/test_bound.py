@@ -506,7 +506,7 @@ def test_a_forked_child_uses_its_parents_step(backend: str) -> None:
     assert done.stdout.split() == ["0", "0"]
 
 
-def test_the_backend_stays_the_one_in_use_when_the_step_was_bound(backend: str) -> None:
+def test_a_bound_step_keeps_the_backend_it_was_bound_with(backend: str) -> None:
     x, seeds = randn(2, 300), torch.arange(2)
     step, other = fastddim.bind(TABLE), "triton" if backend == "torch" else "torch"
     with backends.again(None):
@@ -681,7 +681,7 @@ def test_the_profiler_sees_the_op(way: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_versions_are_bumped_for_what_a_caller_gave_to_be_written() -> None:
+def test_versions_are_bumped_for_outputs_that_a_caller_gave() -> None:
     step = fastddim.bind(TABLE)
     x, output = randn(2, 3), randn(2, 3, seed=1)
     for _ in range(2):

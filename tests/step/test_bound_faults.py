@@ -286,7 +286,7 @@ def test_two_threads_that_bind_at_once_count_far_enough(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_a_drop_ins_samples_on_one_row_and_then_on_rows_of_their_own(backend: str) -> None:
+def test_a_drop_ins_samples_on_one_row_and_then_on_their_own(backend: str) -> None:
     """A launch for one row reads the first sample's row for all."""
     coefficients, buffers, x = table(), Buffers(), torch.randn(2, 3, 8, 8)
     with use(backend):
@@ -297,7 +297,7 @@ def test_a_drop_ins_samples_on_one_row_and_then_on_rows_of_their_own(backend: st
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_a_drop_ins_output_that_has_a_variance_after_one_that_has_none(backend: str) -> None:
+def test_a_drop_ins_output_with_a_variance_after_one_without(backend: str) -> None:
     """Both outputs of one sample may have the same strides."""
     coefficients, buffers, x = table(), Buffers(), torch.randn(1, 3, 8, 8)
     both = torch.randn(1, 6, 8, 8)

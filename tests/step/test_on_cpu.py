@@ -108,7 +108,7 @@ def test_fifty_steps_equal_the_reference(
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_output_dtype_and_differing_rows_equal_the_reference(
+def test_output_dtypes_and_differing_rows_equal_the_reference(
     prediction: str, dtype: torch.dtype
 ) -> None:
     x, output, z = randn(5, 3, 7), randn(5, 3, 7, seed=1).to(dtype), randn(5, 3, 7, seed=2)

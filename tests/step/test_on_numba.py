@@ -236,7 +236,7 @@ def test_any_rank_and_nothing_at_all(shape: tuple[int, ...]) -> None:
     assert_same_step(x, output, rows, torch.arange(shape[0]))
 
 
-def test_the_table_and_what_belongs_to_samples_may_have_any_stride() -> None:
+def test_the_table_and_per_sample_values_may_have_any_stride() -> None:
     x, output = randn(3, 21), randn(6, 21, seed=1)
     rows = torch.tensor([4, 0, 9, 0, 49, 0], dtype=torch.int32)[::2]
     w, seeds = torch.linspace(1, 3, 9)[::3], torch.arange(12)[::4]
@@ -275,7 +275,7 @@ def test_any_dense_layout_and_noise_of_the_logical_element(
         assert_same_step(x, output, rows, seeds)
 
 
-def test_samples_that_are_not_apart_are_refused_what_is_a_samples_own() -> None:
+def test_interleaved_samples_are_refused_per_sample_values() -> None:
     x = LAYOUTS["batch inside"](randn(2, 3, 4, 5))
     each: list[tuple[Any, ...]] = [
         (x, rows_of(2, [1, 2]), None, None),
@@ -317,7 +317,7 @@ def test_nothing_is_written_beside_the_results() -> None:
 
 
 @pytest.mark.parametrize("rows", [[3, -1], [50, 3], [3, 2**31 - 1]])
-def test_a_row_outside_the_table_is_refused_before_anything_is_written(rows: list[int]) -> None:
+def test_a_row_outside_the_table_is_refused_before_any_write(rows: list[int]) -> None:
     x, out = randn(2, 5), torch.full((2, 5), 12345.0)
     args = (x, x, TABLE, rows_of(2, rows), None, None, None, None)
     with pytest.raises(ValueError, match=rf"\[0, 50\), got {min(rows)} to {max(rows)}"):
@@ -443,7 +443,7 @@ def test_the_logarithm_of_every_float32_from_a_half_to_one(jitted: dict[str, Any
         assert np.abs(np.sqrt(-2 * found) - np.sqrt(-2 * truth)).max() <= 1.1e-7
 
 
-def test_the_logarithm_of_what_the_least_words_and_any_others_become(
+def test_the_logarithm_of_the_least_words_and_of_any_others(
     jitted: dict[str, Any],
 ) -> None:
     words = np.concatenate(
@@ -473,7 +473,7 @@ def test_sine_and_cosine_of_every_part_of_the_turn(jitted: dict[str, Any]) -> No
     assert np.abs(z[len(b) :] / r - np.sin(theta)).max() <= 1.3e-7
 
 
-def test_the_extreme_words_give_finite_normals_of_the_contracts_size(
+def test_extreme_words_give_finite_normals_of_the_contracts_size(
     jitted: dict[str, Any],
 ) -> None:
     corner = np.concatenate([np.arange(20), 2**31 + np.arange(-20, 20), 2**32 - CORNER])
@@ -485,7 +485,7 @@ def test_the_extreme_words_give_finite_normals_of_the_contracts_size(
     assert np.abs(z[len(a) :] - r * np.sin(theta)).max() <= NORMAL_MAX
 
 
-def test_an_elements_noise_is_the_same_in_a_vector_and_in_what_is_left_of_one(
+def test_an_elements_noise_is_the_same_in_partial_vectors(
     jitted: dict[str, Any],
 ) -> None:
     seed, row = 2**35 + 1, 4
@@ -690,7 +690,7 @@ def test_a_forked_child_does_it_alone(before: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_forked_child_that_is_the_first_to_compile_does_it_alone() -> None:
+def test_a_forked_child_that_compiles_first_works_alone() -> None:
     first = """
 import os, torch, fastddim, numpy as np
 from fastddim.step import backends
@@ -711,7 +711,7 @@ print(os.waitpid(pid, 0)[1])
     assert run(first.format(name="torch"), numba=False) == "0"
 
 
-def test_threads_flush_denormals_as_their_caller_does_and_then_as_before() -> None:
+def test_threads_flush_denormals_as_their_caller_does() -> None:
     denormal = """
 if not torch.set_flush_denormal(True):
     print('[]')  # no such mode on this processor
@@ -788,7 +788,7 @@ print('numba' in backends.available('cpu'), 'numba' in sys.modules)
 
 
 @pytest.mark.slow
-def test_numba_is_imported_at_the_first_step_and_may_be_missing_or_told_not_to_compile() -> None:
+def test_numba_is_imported_at_the_first_step_and_may_be_missing() -> None:
     assert run_anew(STEP_ONCE.format(first="")) == "True True"
     missing = "sys.modules['numba'] = None"
     assert run_anew(STEP_ONCE.format(first=missing)) == "False True"
@@ -796,7 +796,7 @@ def test_numba_is_imported_at_the_first_step_and_may_be_missing_or_told_not_to_c
 
 
 @pytest.mark.slow
-def test_without_a_folder_to_keep_compiled_code_in_it_is_compiled_anew() -> None:
+def test_without_a_cache_folder_code_is_compiled_anew() -> None:
     nowhere = """
 from numba.core import caching
 caching.CacheImpl._locator_classes = []

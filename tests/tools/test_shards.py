@@ -190,7 +190,7 @@ def test_killed_at_every_rename_and_begun_again(
     assert n > 15
 
 
-def test_what_another_process_has_left_is_cleared_by_whose_it_is(
+def test_files_that_a_process_has_left_are_cleared_by_their_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ZeroDivisionError):
@@ -206,7 +206,7 @@ def test_what_another_process_has_left_is_cleared_by_whose_it_is(
     }  # fmt: skip
 
 
-def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+def test_existing_shards_are_not_made_again(tmp_path: Path) -> None:
     calls: list[int] = []
 
     class Counting(Gaussian):
@@ -790,7 +790,7 @@ def test_a_lost_shard_is_made_again_as_it_was_or_not_at_all(
     assert content(tmp_path / "out") == before
 
 
-def test_what_is_cleared_away_meanwhile_is_written_again(
+def test_files_cleared_away_meanwhile_are_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cleared: list[Path] = []
@@ -1028,7 +1028,7 @@ def test_workers_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         assert str(Worker(local, 8, local, True).device()) == expected
 
 
-def test_conditions_belong_to_seeds_and_postprocess_sees_full_batches(tmp_path: Path) -> None:
+def test_conditions_follow_seeds_and_postprocess_sees_batches(tmp_path: Path) -> None:
     sizes: list[int] = []
 
     def model(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
