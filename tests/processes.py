@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,15 +72,21 @@ class Done:
     stderr: str
 
 
-def ran(code: str, *, strict: bool = True, numba: bool = False, **environment: str) -> Done:
-    """Runs ``code`` in a process of its own, with these variables beside this process' own.
+def ran(
+    code: str,
+    environment: Mapping[str, str] | None = None,
+    *,
+    strict: bool = True,
+    numba: bool = False,
+) -> Done:
+    """Runs ``code`` in a process of its own, with the variables of ``environment`` beside this one's.
 
     ``strict`` makes errors of warnings, as ``-W error`` does. ``numba`` imports numba beforehand,
     for code that is not about who imports it. Variables that a library reads while PyTorch is
     imported, such as those of OpenMP, come too late here: see ``ran_anew``.
     """
     if not hasattr(os, "fork"):
-        return ran_anew(code, strict=strict, **environment)
+        return ran_anew(code, environment, strict=strict)
     server = _server(("torch", "numba") if numba else ("torch",))
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -100,7 +107,9 @@ def ran(code: str, *, strict: bool = True, numba: bool = False, **environment: s
         return Done(int(server.stdout.readline()), out.read_text(), err.read_text())
 
 
-def ran_anew(code: str, *, strict: bool = True, **environment: str) -> Done:
+def ran_anew(
+    code: str, environment: Mapping[str, str] | None = None, *, strict: bool = True
+) -> Done:
     """Runs ``code`` in a process that has imported nothing."""
     done = subprocess.run(
         [sys.executable, *(["-W", "error"] if strict else []), "-c", code],
@@ -112,9 +121,9 @@ def ran_anew(code: str, *, strict: bool = True, **environment: str) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def _environment(own: dict[str, str]) -> dict[str, str]:
+def _environment(own: Mapping[str, str] | None) -> dict[str, str]:
     """This process' variables and modules, whatever folder a test has gone to."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **own}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(own or {})}
 
 
 @functools.cache
@@ -124,7 +133,7 @@ def _server(modules: tuple[str, ...]) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=_environment({}),
+        env=_environment(None),
     )
     atexit.register(_end, server)
     assert server.stdout is not None

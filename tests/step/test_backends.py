@@ -218,7 +218,7 @@ def test_a_backend_that_cannot_run_on_the_device_is_refused(
 
 
 def run(code: str, **env: str) -> tuple[int, str]:
-    done = ran(code, **env)
+    done = ran(code, env)
     return done.returncode, (done.stdout or done.stderr).strip().splitlines()[-1]
 
 

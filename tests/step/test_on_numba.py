@@ -124,7 +124,7 @@ def test_every_variant_equals_the_reference(prediction: int, dtype: torch.dtype)
     seeds = torch.tensor([0, 2**32 + 5, 2**63 - 1])
     flags = itertools.product((False, True), repeat=5)
     variants = itertools.product(("none", "tensor", "counter"), BOUNDS, flags)
-    for kind, bounded, (guided, rederive, noise_first, shared, together) in variants:
+    for kind, bounded, (guided, rederive, noise_first, one_row, together) in variants:
         row: int | list[int] = 7 if together else [3, LAST, 20]
         assert_same_step(
             x,
@@ -132,11 +132,11 @@ def test_every_variant_equals_the_reference(prediction: int, dtype: torch.dtype)
             rows_of(3, row),
             seeds if kind == "counter" else None,
             z if kind == "tensor" else None,
-            weights(3, shared) if guided else None,
+            weights(3, one_row) if guided else None,
             prediction=prediction,
             noise_first=noise_first,
             rederive=rederive,
-            **bound(bounded, 3, shared),
+            **bound(bounded, 3, one_row),
         )
 
 
@@ -770,7 +770,7 @@ def run(code: str, numba: bool = True) -> str:
 
 
 def run_anew(code: str, **env: str) -> str:
-    done = ran_anew(code, **env)
+    done = ran_anew(code, env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

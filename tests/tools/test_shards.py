@@ -190,7 +190,7 @@ def test_killed_at_every_rename_and_begun_again(
     assert n > 15
 
 
-def test_files_that_a_process_has_left_are_cleared_by_their_owner(
+def test_files_left_by_a_process_are_cleared_by_their_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ZeroDivisionError):
