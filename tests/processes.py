@@ -79,7 +79,7 @@ def ran(
     strict: bool = True,
     numba: bool = False,
 ) -> Done:
-    """Runs ``code`` in a process of its own, with the variables of ``environment`` beside this one's.
+    """Runs ``code`` in a process of its own, with these variables beside this one's.
 
     ``strict`` makes errors of warnings, as ``-W error`` does. ``numba`` imports numba beforehand,
     for code that is not about who imports it. Variables that a library reads while PyTorch is
