@@ -1,4 +1,7 @@
-"""What ``import fastddim`` gives: names, help, examples, and one line where an extra is missing."""
+"""What ``import fastddim`` gives: names, help, examples, one line where an extra is missing.
+
+And the names of the tests.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,15 @@ def alone(code: str) -> str:
     done = ran(code, strict=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_no_test_has_a_name_of_over_60_characters() -> None:
+    files = (ROOT / "tests").rglob("test_*.py")
+    names = [
+        name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    ]
+    assert len(names) > 1000
+    assert not [name for name in names if len(name) > 60]
 
 
 def test_every_public_name_is_there_and_listed() -> None:
