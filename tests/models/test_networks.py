@@ -23,13 +23,14 @@ from tests.models.checkpoint_files import (
     legacy,
     network,
     refusal,
+    saved,
     state,
     whole_checkpoint,
     written,
 )
 from tests.networks import Guided
 
-__all__ = ["folder"]
+__all__ = ["folder", "saved"]
 
 
 CLOSE = 2e-6

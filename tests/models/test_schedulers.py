@@ -28,10 +28,11 @@ from tests.models.checkpoint_files import (
     folder,
     network,
     refusal,
+    saved,
     whole_checkpoint,
 )
 
-__all__ = ["folder"]
+__all__ = ["folder", "saved"]
 
 
 SCHEDULERS: list[tuple[dict[str, Any], str, int]] = [

@@ -129,7 +129,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "batch_size (4 there, 5 here)": {"batch_size": 5},
     "model.weights": {"model": Gaussian(0.0, 0.25)},
     "model.name": {"model": embedded.load()},
-    "cond (None there, 'tests.tools.test_shards.": {"cond": lambda seeds: {}},
+    "cond (None there, 'tests.tools.test_shards_recipe.": {"cond": lambda seeds: {}},
     "dtype (None there, 'torch.float16' here)": {"dtype": torch.float16},
     "guidance": {"guidance": 2.0, "uncond": lambda seeds: {}},
     "notes.a (None there, 1 here)": {"notes": {"a": 1}},
