@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -29,25 +28,6 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def rows_of(batch: int, rows: int | list[int]) -> Tensor:
     """int32 (batch,), with a stride of 0 for a row that all samples share."""
     return torch.tensor(rows, dtype=torch.int32).expand(batch)
-
-
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lets threads share small calls, and lists how many were asked for each."""
-    asked: list[int] = []
-    team = on_numba._team
-    if team is None:
-        pytest.skip("this PyTorch is built without OpenMP")
-    run = team.run
-
-    def counted(function: Any, call: Any, threads: int) -> None:
-        asked.append(threads)
-        run(function, call, threads)
-
-    monkeypatch.setattr(team, "run", counted)
-    monkeypatch.setattr(on_numba, "SHARED", 1)
-    monkeypatch.setattr(on_numba, "NOISY_SHARED", 1)
-    return asked
 
 
 def run(code: str, numba: bool = True) -> str:

@@ -19,10 +19,7 @@ from fastddim.step.philox import STEP
 numba = pytest.importorskip("numba", reason="the fused pass needs the cpu extra: numba")
 from fastddim.step import on_numba  # noqa: E402
 from fastddim.step.on_numba import CHUNK  # noqa: E402
-from tests.step.fused import TABLE, randn, rows_of, shared, step  # noqa: E402
-
-__all__ = ["shared"]
-
+from tests.step.fused import TABLE, randn, rows_of, step  # noqa: E402
 
 LAST = len(TABLE) - 1
 

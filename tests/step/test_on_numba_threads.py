@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,7 @@ from tests.processes import ran_anew
 
 numba = pytest.importorskip("numba", reason="the fused pass needs the cpu extra: numba")
 from fastddim.step import on_numba  # noqa: E402
-from tests.step.fused import TABLE, randn, rows_of, run, shared, step  # noqa: E402
-
-__all__ = ["shared"]
-
+from tests.step.fused import TABLE, randn, rows_of, run, step  # noqa: E402
 
 # --- Threads ----------------------------------------------------------------------------------
 
@@ -36,6 +34,25 @@ def big_step(layout: str = "flat") -> tuple[Tensor, Tensor, Tensor]:
     noise = torch.full(BIG, float("nan"))
     on_numba.normal_(noise, torch.tensor([5, 2**40, 6]), rows_of(3, 0), INITIAL)
     return out, x0, noise
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lets threads share small calls, and lists how many were asked for each."""
+    asked: list[int] = []
+    team = on_numba._team
+    if team is None:
+        pytest.skip("this PyTorch is built without OpenMP")
+    run = team.run
+
+    def counted(function: Any, call: Any, threads: int) -> None:
+        asked.append(threads)
+        run(function, call, threads)
+
+    monkeypatch.setattr(team, "run", counted)
+    monkeypatch.setattr(on_numba, "SHARED", 1)
+    monkeypatch.setattr(on_numba, "NOISY_SHARED", 1)
+    return asked
 
 
 @pytest.mark.parametrize("layout", ["flat", "channels_last"])
