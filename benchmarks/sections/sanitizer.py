@@ -35,10 +35,10 @@ VARIANTS = (
 STEPS = tuple(f"{STEP}[{name}-{size}]" for size in ("odd", "its own shape") for name in VARIANTS)
 """Tests of every way of addressing memory: in fours and one by one, channels last with three and
 four channels, beside a learned variance, both halves of guidance, a threshold for each sample."""
-CAPTURED = "tests/kernels/test_gpu.py::test_a_captured_step_follows_what_its_arguments_hold"
+CAPTURED = "tests/kernels/test_gpu_graphs.py::test_a_captured_step_follows_what_its_arguments_hold"
 GRAPHS = (
     f"{CAPTURED}[epsilon philox rows x0]",
-    "tests/kernels/test_gpu.py::test_a_captured_loop_is_the_loop[3]",
+    "tests/kernels/test_gpu_graphs.py::test_a_captured_loop_is_the_loop[3]",
 )
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 SHOWN = 3

@@ -9,42 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import children, gpu, gpu_report, gpu_sections, records, testing
-from benchmarks.checks import differing
-from benchmarks.children import ROOT, Child, Deadline, Pipe
+from benchmarks import gpu, gpu_sections, testing
+from benchmarks.children import ROOT, Child, Deadline
 from benchmarks.gpu import SHARES, Book, budget, measured
-from benchmarks.gpu_report import TABLES
-from benchmarks.gpu_sections import DEAD, Part
-from benchmarks.sections import launches, sanitizer, scale, variants
-from benchmarks.timing import Record, WrongResultError
-from benchmarks.variants import VARIANTS, launch_arguments
-
-# What a program that measures a section does first: it writes to the file that it is told of.
-HEAD = """
-import json, os, signal, subprocess, sys, time
-begin, file = int(sys.argv[1]), open(sys.argv[2], "w", buffering=1)
-def part(k): print(json.dumps({"part": k, "key": "variants", "label": {"variant": k}}), file=file)
-def row(k): print(json.dumps({"key": "variants", "row": {"variant": k, "us": k}}), file=file)
-"""
-
-
-def program(code: str) -> Callable[[str, Deadline, list[str]], Child]:
-    """In place of ``gpu.section``: a process that runs this."""
-
-    def section(_: str, deadline: Deadline, options: list[str]) -> Child:
-        begin = options[options.index("--begin") + 1] if "--begin" in options else "0"
-        return Child(lambda path: [sys.executable, "-c", HEAD + code, begin, path], deadline)
-
-    return section
+from benchmarks.gpu_sections import DEAD
+from benchmarks.sections import sanitizer
+from benchmarks.timing import Record
+from tests.benchmarks.gpu_run import program
 
 
 @pytest.fixture
@@ -83,7 +60,7 @@ def test_the_page_says_what_each_section_may_take() -> None:
     assert "over fourteen of the GPU tests" in page
 
 
-def test_what_a_section_leaves_goes_to_the_later_ones() -> None:
+def test_time_that_a_section_leaves_goes_to_the_later_ones() -> None:
     names = list(SHARES)
     assert budget("tests", names[1:], 417) == pytest.approx(120, abs=3)
     assert budget("variants", names[2:], 417 - 80) > SHARES["variants"].seconds
@@ -177,9 +154,7 @@ def test_a_section_that_does_not_even_begin_has_failed(
     assert measured("variants", Deadline(30), [], book) == "failed: its process ended with 7"
 
 
-def test_what_is_left_out_is_no_section_that_is_done(
-    monkeypatch: pytest.MonkeyPatch, book: Book
-) -> None:
+def test_a_section_left_out_is_not_done(monkeypatch: pytest.MonkeyPatch, book: Book) -> None:
     code = """
 part(0); row(0); part(1)
 print(json.dumps(dict(key="variants", row=dict(variant=1, left_out="no time"))), file=file)
@@ -220,6 +195,8 @@ def test_half_a_line_is_none() -> None:
 MACHINE = """
 print(json.dumps({"row": {"gpu": "A GPU"}}), file=file)
 """
+
+
 ROWS = "part(0); row(0); part(1); row(1)"
 
 
@@ -311,7 +288,7 @@ def test_without_a_gpu_one_line_says_so(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_nor_does_the_script_keep_anything_there(tmp_path: Path) -> None:
+def test_the_rehearsed_script_keeps_no_record_among_the_results(tmp_path: Path) -> None:
     done = subprocess.run(
         [ROOT / "benchmarks" / "gpu.sh", "--results", str(tmp_path)],
         env=os.environ | {"PYTHON": sys.executable},
@@ -332,7 +309,7 @@ def test_nor_does_the_script_keep_anything_there(tmp_path: Path) -> None:
         (("--seconds", "5"), "--seconds must be at least 30, got 5"),
     ],
 )
-def test_what_would_measure_nothing_of_use_is_refused(
+def test_a_run_that_would_measure_nothing_is_refused(
     run: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     with pytest.raises(SystemExit):
@@ -371,502 +348,3 @@ gpu.main(["--results", {str(tmp_path)!r}, "--sections", "variants", "host", "pee
     assert {"host", "peers"} <= set(found["missing"])
     assert found["sections"]["host"]["ended"] == "cut off"
     assert found["sections"]["peers"]["ended"] == "not begun"
-
-
-# The parts of a section
-
-
-def rows_of(parts: list[Part], seconds: float = 60.0, begin: int = 0) -> tuple[int, list[Record]]:
-    lines: list[Record] = []
-
-    class Kept(Pipe):
-        def __init__(self) -> None:
-            pass
-
-        def write(self, found: Record) -> None:
-            lines.append(found)
-
-    status = gpu_sections.run(parts, Deadline(seconds), Kept(), begin)
-    return status, lines
-
-
-def giving(*rows: Record, then: Exception | None = None) -> Callable[[Deadline], Iterator[Record]]:
-    def measure(_: Deadline) -> Iterator[Record]:
-        yield from rows
-        if then is not None:
-            raise then
-
-    return measure
-
-
-@pytest.mark.parametrize("alive", [True, False])
-def test_a_part_that_raises_leaves_the_others_where_the_gpu_lives(
-    monkeypatch: pytest.MonkeyPatch, alive: bool
-) -> None:
-    monkeypatch.setattr(gpu_sections, "alive", lambda: alive)
-    parts = [
-        Part("a", {"of": 0}, giving({"us": 1}, then=WrongResultError("one is off"))),
-        Part("b", {"of": 1}, giving({"us": 2}, then=RuntimeError("illegal address"))),
-        Part("b", {"of": 2}, giving({"us": 3})),
-    ]
-    status, found = rows_of(parts)
-    rows = [(line["key"], line["row"]) for line in found if "row" in line]
-    assert rows[:4] == [
-        ("a", {"us": 1}),
-        ("a", {"of": 0, "wrong": "one is off"}),
-        ("b", {"us": 2}),
-        ("b", {"of": 1, "failed": "RuntimeError: illegal address"}),
-    ]
-    assert [line.get("raised") for line in found if "failed" in line.get("row", {})] == [True]
-    assert (status, rows[4:]) == ((0, [("b", {"us": 3})]) if alive else (DEAD, []))
-    # Another process goes on where this one has ended.
-    status, found = rows_of(parts, begin=2)
-    assert [line.get("part") for line in found] == [2, None]
-
-
-def test_parts_share_the_time_by_their_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A clock that stands still: what is beside the parts takes no time of theirs.
-    monkeypatch.setattr(children, "time", SimpleNamespace(monotonic=lambda: 100.0))
-    given: list[float] = []
-
-    def measure(deadline: Deadline) -> Iterator[Record]:
-        given.append(deadline.left())
-        yield {}
-
-    rows_of([Part("a", {}, measure, weight) for weight in (1.0, 3.0, 6.0)], seconds=100)
-    assert given == pytest.approx([10, 100 / 3, 100])
-    _, found = rows_of([Part("a", {"of": 0}, measure)], seconds=0)
-    assert found[-1]["row"] == {"of": 0, "left_out": "no time"}
-    assert len(given) == 3
-
-
-# What is asked
-
-
-ASKED = {
-    0.99: ("epsilon", "epsilon tensor", "epsilon odd", "epsilon clip rederive", "v"),
-    0.975: ("epsilon philox", "epsilon odd philox", "learned philox clip rederive"),
-    0.955: (
-        *("epsilon bf16", "epsilon x0 clip", "epsilon philox bf16", "epsilon philox rows x0"),
-        *("epsilon threshold", "epsilon fp16 next", "v philox bf16 next"),
-        *("sample philox x0 clip", "guidance bf16 next", "guidance philox bf16 clip next"),
-        "guidance philox threshold",
-    ),
-    0.93: (
-        *("epsilon last philox", "epsilon last philox rgb", "epsilon last philox odd"),
-        *("epsilon mixed bf16", "epsilon mixed rgb", "epsilon philox last mixed rgb"),
-        "guidance philox bf16 last next",
-    ),
-    0.90: ("learned last", "learned last rgb"),
-}
-
-
-def test_each_variant_is_asked_the_least_of_its_kinds() -> None:
-    found = {name: variants.required(v) for name, v in VARIANTS.items()}
-    assert found == {name: least for least, names in ASKED.items() for name in names}
-
-
-def test_a_learned_variance_between_the_pixels_is_read_along() -> None:
-    moved = {name: launches.moved_bytes(v) for name, v in VARIANTS.items()}
-    assert moved["learned last"] == moved["learned last rgb"] == 16
-    assert moved["learned philox clip rederive"] == moved["epsilon"] == 12
-    assert moved["epsilon bf16"] == 10
-
-
-def test_a_copy_moves_as_many_bytes_in_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scale, "DEVICE", "cpu")
-    for total in (12 * 65 * 3 * 255 * 255, 12 * 1024, 10):
-        calls, moved = launches.copies(total, 2)
-        copied, added = calls["copy"](0), calls["add"](1)
-        assert isinstance(copied, torch.Tensor)
-        assert isinstance(added, torch.Tensor)
-        for name, result, streams in (("copy", copied, 2), ("add", added, 3)):
-            assert result.nbytes % 2**20 == 0
-            assert moved[name] == streams * result.nbytes
-            assert 0 <= moved[name] - total < streams * 2**20
-
-
-def test_what_a_launch_writes_is_compared_with_the_reference() -> None:
-    for name in ("epsilon x0 clip", "guidance bf16 next", "learned last"):
-        launch = launch_arguments(replace(VARIANTS[name], shape=(3, 4, 4)), 2)
-        import fastddim_kernels
-
-        fastddim_kernels.ddim_step(**launch)
-        assert differing(launch) == []
-        for written in ("out", "x0", "next_input"):
-            if launch.get(written) is not None:
-                before = launch[written].clone()
-                launch[written].flatten()[-1] += 1
-                launch[written].copy_(torch.where(before == 0, before + 1, -before))
-                assert written in differing(launch)
-                launch[written].copy_(before)
-
-
-# The tests' outcomes
-
-
-SUITE = {
-    "test_a.py": """
-import os, pytest
-pytestmark = pytest.mark.gpu
-def test_passes(): pass
-def test_fails(): assert 1 == 2, "one is not two"
-@pytest.mark.skip(reason="there is one GPU")
-def test_skipped(): pass
-@pytest.fixture
-def broken(): raise RuntimeError("no such luck")
-def test_is_not_set_up(broken): pass
-@pytest.fixture
-def untidy():
-    yield
-    raise RuntimeError("not torn down")
-def test_is_not_torn_down(untidy): pass
-""",
-    "test_b.py": "import pytest, no_such_module\npytestmark = pytest.mark.gpu\n",
-    "test_c.py": """
-import pytest
-pytestmark = pytest.mark.gpu
-def test_too(): pass
-""",
-}
-
-
-@pytest.fixture
-def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Test files in a folder of their own, with this project's settings."""
-    for name, text in SUITE.items():
-        (tmp_path / name).write_text(text)
-    command = testing.pytest
-    settings = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path))
-    monkeypatch.setattr(testing, "pytest", lambda path, *a: command(path, *settings, *a))
-    monkeypatch.setattr(
-        testing, "files", lambda: sorted(str(path) for path in tmp_path.glob("test_*.py"))
-    )
-    monkeypatch.setattr(testing, "workers", lambda: 2)
-    return tmp_path
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("beside", [True, False])
-def test_outcomes_are_those_of_the_tests(
-    suite: Path, monkeypatch: pytest.MonkeyPatch, beside: bool
-) -> None:
-    if not beside:
-        monkeypatch.setattr(testing, "beside_one_another", list)
-    tests = testing.Tests()
-    list(tests.run(Deadline(120)))
-    found = {
-        name.split("/")[-1].replace("test_a.py::", ""): o for name, o in tests.outcomes.items()
-    }
-    assert found == {
-        "test_passes": "passed",
-        "test_fails": "failed",
-        "test_skipped": "skipped",
-        "test_is_not_set_up": "failed",
-        "test_is_not_torn_down": "failed",
-        "test_b.py": "failed",
-        "test_c.py::test_too": "passed",
-    }
-    assert not tests.good
-    reasons = {
-        f["test"].split("::")[-1].split("/")[-1]: f["why"] for f in tests.summary()["failures"]
-    }
-    assert "one is not two" in reasons["test_fails"]
-    assert "no such luck" in reasons["test_is_not_set_up"]
-    assert "no_such_module" in reasons["test_b.py"]
-    assert tests.summary()["ended"] == "done"
-
-
-@pytest.mark.slow
-def test_a_test_that_ends_its_process_is_one_that_failed(suite: Path) -> None:
-    pytest.importorskip("xdist")  # whose worker it ends, and not pytest itself
-    (suite / "test_b.py").write_text(
-        "import os, pytest\n@pytest.mark.gpu\ndef test_ends(): os._exit(1)\n"
-    )
-    tests = testing.Tests()
-    list(tests.run(Deadline(120)))
-    found = {name.split("::")[-1]: outcome for name, outcome in tests.outcomes.items()}
-    assert found["test_ends"] == "failed"
-    assert found["test_too"] == found["test_passes"] == "passed"
-
-
-@pytest.mark.slow
-def test_of_tests_that_are_cut_off_those_that_ended_are_known(suite: Path) -> None:
-    pytest.importorskip("xdist")  # so that others end while one hangs
-    (suite / "test_b.py").write_text(
-        "import time, pytest\n@pytest.mark.gpu\ndef test_hangs(): time.sleep(600)\n"
-    )
-    (suite / "test_a.py").unlink()
-    tests = testing.Tests()
-    begin = time.monotonic()
-    list(tests.run(Deadline(10)))
-    assert time.monotonic() - begin < 20
-    assert tests.summary() == {
-        "passed": 1,
-        "skipped": 0,
-        "failed": 0,
-        "ended": "cut off",
-        "failures": [],
-    }
-    assert not tests.good
-
-
-def test_every_file_with_gpu_tests_is_run() -> None:
-    files = testing.files()
-    assert {
-        "tests/kernels/test_gpu.py",
-        "tests/loop/test_graph.py",
-        "tests/loop/test_record.py",
-    } <= set(files)
-    assert "tests/mathematics/test_latents.py" not in files
-
-
-@pytest.mark.slow
-def test_gpu_tests_need_no_more_than_a_gpus_machine_has() -> None:
-    files = [f for f in testing.files() if f != "tests/dropins/test_diffusers.py"]
-    names = ("typer", "rich", "PIL", "matplotlib", "scipy", "transformers", "kernels")
-    code = f"""
-import importlib, sys
-sys.path[:0] = {[str(ROOT), str(ROOT / "kernels" / "torch-ext")]!r}
-sys.modules |= dict.fromkeys({names!r})
-for name in {[f[:-3].replace("/", ".") for f in files]!r}:
-    importlib.import_module(name)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
-def test_pytest_benchmark_is_switched_off_beside_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed: set[str] = set()
-    monkeypatch.setattr(testing, "find_spec", lambda name: name in installed or None)
-    monkeypatch.setattr(testing, "workers", lambda: 10)
-    assert testing.beside_one_another() == []
-    installed.add("pytest_benchmark")
-    assert testing.beside_one_another() == []
-    installed.add("xdist")
-    assert testing.beside_one_another() == ["-n", "10", "-p", "no:benchmark"]
-    installed.remove("pytest_benchmark")
-    assert testing.beside_one_another() == ["-n", "10"]
-
-
-# compute-sanitizer
-
-
-FAKE = """#!{python}
-import json, os, sys, time
-arguments = sys.argv[1:]
-at, out = arguments.index("--log-file"), arguments.index("--outcomes")
-seen = dict(options=arguments[:at], caching=os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"))
-open({seen!r}, "a").write(json.dumps(seen) + chr(10))
-with open(arguments[at + 1], "w") as log:
-    log.write({log!r})
-with open(arguments[out + 1], "w") as outcomes:
-    for k in range({tests}):
-        outcomes.write(json.dumps(dict(test=str(k), outcome={outcome!r})) + chr(10))
-time.sleep({sleep})
-"""
-CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
-FOUND = """========= COMPUTE-SANITIZER
-========= Invalid __global__ read of size 16 bytes
-=========     at ddim_step_kernel+0x510
-=========     by thread (32,0,0) in block (3,0,0)
-=========     Address 0x7f21 is out of bounds
-=========
-========= ERROR SUMMARY: 2 errors
-"""
-
-
-@pytest.fixture
-def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A program in compute-sanitizer's place, which notes how it was called."""
-
-    def make(log: str, tests: int = 2, outcome: str = "passed", sleep: float = 0.0) -> Path:
-        seen = tmp_path / "seen"
-        path = tmp_path / "compute-sanitizer"
-        text = FAKE.format(
-            python=sys.executable,
-            seen=str(seen),
-            log=log,
-            tests=tests,
-            outcome=outcome,
-            sleep=sleep,
-        )
-        path.write_text(text)
-        path.chmod(0o755)
-        monkeypatch.setenv(sanitizer.VARIABLE, str(path))
-        return seen
-
-    return make
-
-
-def verdict(check: sanitizer.Check, seconds: float = 60.0) -> Record:
-    (row,) = sanitizer.run(check, Deadline(seconds))
-    return row
-
-
-@pytest.mark.parametrize(
-    ("log", "tests", "outcome", "expected"),
-    [
-        (CLEAN, 2, "passed", "clean"),
-        (CLEAN, 2, "skipped", "no test ran"),
-        (CLEAN, 0, "passed", "no test ran"),
-        (CLEAN, 2, "failed", "tests failed"),
-        (FOUND, 2, "passed", "2 errors"),
-        (FOUND + CLEAN, 2, "passed", "2 errors"),  # of two processes
-        ("========= Error: no device", 0, "passed", "no summary: it exited with 0"),
-    ],
-)
-def test_the_sanitizers_verdict(
-    tool: Callable[..., Path], log: str, tests: int, outcome: str, expected: str
-) -> None:
-    tool(log, tests, outcome)
-    row = verdict(sanitizer.CHECKS[0])
-    assert row["verdict"] == expected
-    assert row["tests_passed"] == (tests if outcome == "passed" else 0)
-    if log.startswith(FOUND):
-        assert row["errors"] == 2
-        assert row["first"] == [
-            "Invalid __global__ read of size 16 bytes at ddim_step_kernel+0x510 "
-            "by thread (32,0,0) in block (3,0,0)"
-        ]
-
-
-def test_one_that_is_late_says_what_it_has_found_so_far(tool: Callable[..., Path]) -> None:
-    tool("========= COMPUTE-SANITIZER\n", tests=1, sleep=60)
-    row = verdict(sanitizer.CHECKS[0], seconds=2.0)
-    assert (row["verdict"], row["tests_passed"], row["errors"]) == ("out of time", 1, None)
-    tool(FOUND.rsplit("=========", 1)[0], tests=1, sleep=60)  # it has written no summary
-    row = verdict(sanitizer.CHECKS[0], seconds=2.0)
-    assert (row["verdict"], row["errors"]) == ("1 errors", 1)
-
-
-def test_steps_have_memory_of_their_own_and_graphs_cannot(tool: Callable[..., Path]) -> None:
-    seen = tool(CLEAN)
-    for check in sanitizer.CHECKS:
-        verdict(check)
-    calls = [json.loads(line) for line in seen.read_text().splitlines()]
-    tools = [call["options"][call["options"].index("--tool") + 1] for call in calls]
-    assert tools == ["memcheck", "initcheck"] * 2
-    assert [check.of for check in sanitizer.CHECKS] == ["steps"] * 2 + ["graphs"] * 2
-    assert [call["caching"] for call in calls] == ["1", "1", None, None]
-    # initcheck must see what PyTorch's own kernels write.
-    assert ["--kernel-name" in call["options"] for call in calls] == [True, False] * 2
-
-
-def test_the_sanitizer_is_found_where_it_may_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def make(folder: str) -> Path:
-        path = tmp_path / folder / sanitizer.NAME
-        path.parent.mkdir(parents=True)
-        path.touch(0o755)
-        return path
-
-    for name in (sanitizer.VARIABLE, "CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sanitizer, "TOOLKITS", tmp_path / "local")
-    monkeypatch.setattr(sanitizer, "find_spec", lambda _: None)
-    assert sanitizer.program() is None
-    assert verdict(sanitizer.CHECKS[0])["verdict"] == "not installed"
-    package = make("site-packages/nvidia/cu13/bin")
-    found: Any = type("Spec", (), {"submodule_search_locations": [str(package.parents[2])]})
-    monkeypatch.setattr(sanitizer, "find_spec", lambda _: found)
-    assert sanitizer.program() == str(package)
-    toolkit = make("local/cuda-13.0/bin")
-    assert sanitizer.program() == str(toolkit)
-    home = make("home/bin")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-    assert sanitizer.program() == str(home)
-    on_path = make("path")
-    monkeypatch.setenv("PATH", str(on_path.parent))
-    assert sanitizer.program() == str(on_path)
-    monkeypatch.setenv(sanitizer.VARIABLE, str(package))
-    assert sanitizer.program() == str(package)
-    monkeypatch.setenv(sanitizer.VARIABLE, "/no/such/program")
-    assert sanitizer.program() is None
-
-
-@pytest.mark.slow
-def test_the_tests_that_the_sanitizer_runs_exist() -> None:
-    for check in sanitizer.CHECKS[::2]:
-        done = subprocess.run(
-            [*testing.pytest("/dev/null", *check.tests), "--collect-only"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert f"{len(check.tests)} tests collected" in done.stdout
-
-
-# All of it
-
-
-@pytest.mark.slow
-def test_the_whole_run_is_rehearsed(tmp_path: Path) -> None:
-    python, tool = tmp_path / "python", tmp_path / "compute-sanitizer"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.rehearsal "$@"\n')
-    tool.write_text(
-        f"#!{sys.executable}\nimport os, sys\nat = sys.argv.index('--log-file')\n"
-        f"open(sys.argv[at + 1], 'w').write({CLEAN!r})\n"
-        "os.execv(sys.argv[at + 2], sys.argv[at + 2:])\n"
-    )
-    for path in (python, tool):
-        path.chmod(0o755)
-    some = ["epsilon", "epsilon philox", "learned last", "guidance bf16 next"]
-    sizes = ["--seconds", "420", "--rounds", "6", "--elements", "64"]
-    begin = time.monotonic()
-    script, results = str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")
-    done = subprocess.run(
-        [script, "--results", results, *sizes, "--variants", *some],
-        env=os.environ | {"PYTHON": str(python), sanitizer.VARIABLE: str(tool)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert time.monotonic() - begin < 300
-    said = done.stdout + done.stderr
-    (path,) = (tmp_path / "out").iterdir()
-    assert path.name == "rehearsal-no-gpu.json"
-    found = json.loads(path.read_text())
-    assert found["gpu"] == "rehearsal (no GPU)"
-    assert {name: state["ended"] for name, state in found["sections"].items()} == dict.fromkeys(
-        SHARES, "done"
-    ), said
-    assert found["complete"]
-    assert found["missing"] == []
-    rows = {key: value for key, value in found.items() if isinstance(value, list) and value}
-    assert list(rows) == [
-        *("yardsticks", "variants", "host", "marginal", "graph", "peers", "loops", "ladder"),
-        *("sanitizer", "tuning"),
-    ]
-    for key, of_key in rows.items():
-        for row in of_key:
-            assert not {"wrong", "failed", "left_out"} & set(row), (key, row)
-    assert [row["variant"] for row in rows["variants"]] == some
-    assert {row["verdict"] for row in rows["sanitizer"]} == {"no test ran"}
-    # The pages can show it.
-    assert gpu_report.tables(found).count("| --- |") == len(TABLES)
-    # Without a GPU every test is skipped, which is no success: that alone is bad.
-    assert done.returncode == 1
-    assert [line for line in done.stderr.splitlines() if line.startswith("BAD")] == [
-        "BAD: tests: done, 0 passed"
-    ]
-    assert found["tests"]["skipped"] > 500
-
-
-def test_a_rehearsal_keeps_no_record_among_the_results() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.rehearsal", "-m", "benchmarks.gpu"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels' / 'torch-ext'}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 1
-    assert "a rehearsal's record belongs to no GPU" in done.stderr
-    for path in records.RESULTS.glob("*.json"):
-        assert "rehearsal" not in path.read_text()

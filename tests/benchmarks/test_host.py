@@ -38,7 +38,7 @@ def test_every_way_is_there_and_right(shape: tuple[int, ...], backend: str) -> N
     assert {ADD, NUMBERS, TENSORS, "fastddim.bind", "DDIM.sample" + NOISY} < set(found)
 
 
-def test_a_wrong_result_is_not_timed_and_what_is_missing_is_blank(
+def test_a_wrong_result_is_not_timed_and_a_missing_one_is_blank(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shape = ways.SHAPES[0]
@@ -53,7 +53,7 @@ def test_a_wrong_result_is_not_timed_and_what_is_missing_is_blank(
         Ways(shape).ready(ours=False)
 
 
-def test_ratios_are_to_the_yardstick_the_peer_and_the_other_checkout(
+def test_ratios_are_to_yardstick_peer_and_the_other_checkout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other, asked = Path("/before"), []
@@ -87,7 +87,9 @@ def test_ratios_are_to_the_yardstick_the_peer_and_the_other_checkout(
 FEW = ("--backends", "torch", "--processes", "1", "--rounds", "1")
 
 
-def test_it_runs_in_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_host_benchmark_runs_in_a_process_of_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     host.main([*FEW])
     out = capsys.readouterr().out
     assert out.count("| --- |") == 3
@@ -100,7 +102,7 @@ def test_it_runs_in_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.slow
-def test_it_runs_beside_another_checkout(
+def test_the_host_benchmark_runs_beside_another_checkout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(ROOT / "fastddim", tmp_path / "fastddim")
@@ -113,7 +115,7 @@ def test_it_runs_beside_another_checkout(
     assert not lines["| DDIM.sample"].endswith("|  |")
 
 
-def test_it_refuses_a_folder_without_the_package(tmp_path: Path) -> None:
+def test_the_host_benchmark_refuses_a_folder_without_the_package(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.host", "--child", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1

@@ -128,9 +128,7 @@ def test_the_compiled_model_is_a_rung_of_its_own(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what torch imports for its compiler
 @pytest.mark.parametrize("case", [POLICY, GUIDED], ids=lambda case: case.name)
-def test_what_torch_compile_makes_of_it_is_right(
-    monkeypatch: pytest.MonkeyPatch, case: rungs.Case
-) -> None:
+def test_the_compiled_rung_is_right(monkeypatch: pytest.MonkeyPatch, case: rungs.Case) -> None:
     compile = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda model, mode, dynamic: compile(model, backend="aot_eager")
@@ -140,7 +138,9 @@ def test_what_torch_compile_makes_of_it_is_right(
     assert rows[TORCH_COMPILE]["relative_difference"] < 1e-5
 
 
-def test_what_cannot_be_compiled_says_so_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rung_that_cannot_be_compiled_says_so_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def compile(model: Any, **_: Any) -> Any:
         raise RuntimeError("Failed to find C compiler.\nPlease specify")
 
@@ -172,7 +172,7 @@ def test_a_wrong_rung_is_a_row_that_says_so_and_is_not_timed(
     assert all("ms" in rows[other] for other in EXACT if other != name)
 
 
-def test_nor_is_one_timed_that_is_wrong_from_the_second_time_on(
+def test_a_rung_wrong_from_its_second_run_on_is_not_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make, model = RUNGS[CAPTURE]
@@ -249,7 +249,7 @@ def test_a_replay_keeps_what_its_graph_reads_alive(monkeypatch: pytest.MonkeyPat
     assert captures[0]() is None
 
 
-def test_without_diffusers_its_rungs_and_models_are_rows_that_say_so(
+def test_without_diffusers_its_rows_say_that_it_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
@@ -260,12 +260,12 @@ def test_without_diffusers_its_rungs_and_models_are_rows_that_say_so(
     assert "diffusers" in row["failed"]
 
 
-def test_what_there_is_no_time_to_prepare_is_left_out() -> None:
+def test_rungs_without_time_to_prepare_are_left_out() -> None:
     (row,) = ladder.ladder(POLICY, PLAIN, "cpu", Deadline(0))
     assert row["left_out"] == "no time"
 
 
-def test_the_cases_are_what_they_are_called_and_in_the_order_of_their_worth() -> None:
+def test_the_cases_match_their_names_and_are_ordered_by_worth() -> None:
     cases = ladder.cases()
     assert [(case.shape, case.dtype) for case in cases] == [
         ((1, 16, 7), torch.float32),

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import random
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
 
-from benchmarks import bench_step, counts, gpu_report, records, report
-from benchmarks.bench_step import Level, Table
-from benchmarks.peers import PEERS, Loops, MissingError, Peer
+from benchmarks import counts, gpu_report, records, report
 from benchmarks.sections import host, variants
-from benchmarks.timing import WrongResultError, interval, times
+from benchmarks.timing import interval, times
 from benchmarks.variants import VARIANTS
-from fastddim.step import reference
-from tests.paths import here
-
-ROOT = Path(__file__).parents[2]
-TINY = (1, 16, 7)
-BRIEF = Level(0.0, 2, 5)
-
+from tests.benchmarks.reports import ROOT, row
 
 # The pages
 
@@ -55,20 +41,6 @@ def test_a_page_that_says_otherwise_is_noticed_and_mended(
     page.write_text("<!-- report: costs -->\n<!-- end -->")
     with pytest.raises(SystemExit, match="'costs'"):
         report.main([])
-
-
-def row(peer: str, eta: int, shape: list[int], **ratios: list[float]) -> dict[str, Any]:
-    return {
-        "shape": shape,
-        "eta": eta,
-        "peer": peer,
-        "noise": "none",
-        "bytes_per_element": 12,
-        "us_per_step": [12345.0, 12000.0, 13000.0],
-        "gb_per_s": 12.3,
-        "of_copy": [0.9, 0.8, 1.0],
-        **ratios,
-    }
 
 
 def test_figures_name_the_worst_shape_and_whether_they_are_met() -> None:
@@ -124,7 +96,7 @@ def test_figures_name_the_worst_shape_and_whether_they_are_met() -> None:
     assert "90.00% (80.00%–100.00%)" in shown
 
 
-def test_the_plain_loop_is_a_figure_and_a_loss_where_it_was_measured() -> None:
+def test_the_plain_loop_is_listed_where_it_was_measured() -> None:
     section = {
         "rows": [
             row("plain", 0, [1, 16, 7], times_plain=[1.0, 1.0, 1.0], times_tensors=[0.7] * 3),
@@ -224,7 +196,7 @@ def test_the_hosts_limits_stand_beside_what_was_measured() -> None:
     assert ours in host.OF_ADD
 
 
-def test_what_must_not_exceed_a_figure_is_met_below_it() -> None:
+def test_an_upper_limit_is_met_below_its_figure() -> None:
     def of(ratio: Any) -> str:
         row: dict[str, Any] = {"shape": [1, 16, 7], "eta": 0}
         row |= {"us_per_step": 1.2, "us_per_small_kernel": 1.0}
@@ -239,7 +211,7 @@ def test_what_must_not_exceed_a_figure_is_met_below_it() -> None:
     assert (of(1.3), of(1.31)) == ("yes", "**no**")
 
 
-def test_tests_that_failed_and_sections_that_are_missing_stand_beside_the_figures() -> None:
+def test_failed_tests_and_missing_sections_stand_by_the_figures() -> None:
     failures = [{"test": "tests/kernels/test_gpu.py::test_a", "why": "assert 1 == 2"}]
     record = a_gpu(
         tests={"passed": 9, "failed": 1, "skipped": 0, "ended": "done", "failures": failures},
@@ -295,10 +267,10 @@ def test_one_line_a_gpu_tells_of_its_latest_record() -> None:
 
 def test_the_record_of_the_h200_says_what_failed_there() -> None:
     record = json.loads((records.RESULTS / "nvidia-h200.json").read_text())
-    for row in record["variants"]:
-        held = row["of_add"] if "yardstick" in row else row["of_copy"][0]
-        assert row["required"] == variants.required(VARIANTS[row["variant"]])
-        assert row["met"] == (held >= row["required"])
+    for measured in record["variants"]:
+        held = measured["of_add"] if "yardstick" in measured else measured["of_copy"][0]
+        assert measured["required"] == variants.required(VARIANTS[measured["variant"]])
+        assert measured["met"] == (held >= measured["required"])
     assert record["complete"] == (not record["missing"])
     assert len(record["tests"]["failures"]) == record["tests"]["failed"]
     page = (ROOT / "README.md").read_text()
@@ -308,7 +280,7 @@ def test_the_record_of_the_h200_says_what_failed_there() -> None:
 # What a step does
 
 
-def test_what_the_page_counts_is_what_is_dispatched() -> None:
+def test_the_pages_counts_are_the_dispatched_operations() -> None:
     found = counts.rows()
     assert found == json.loads((records.RESULTS / "counts.json").read_text())["rows"]
     of = {(r["loop"], r["eta"]): [r[name] for name in counts.NAMES] for r in found}
@@ -353,165 +325,3 @@ def test_ratios_are_those_of_a_round() -> None:
     r = random.Random(0)
     slow = [r.uniform(1, 10) for _ in range(20)]  # the machine's, alike for both
     assert times([6 * s for s in slow], [2 * s for s in slow]) == [3.0, 3.0, 3.0]
-
-
-# The peers
-
-
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_every_peer_gives_what_it_must(eta: float) -> None:
-    for shape in ((1, 16, 7), (2, 3, 5, 7), (1, 2, 3, 5, 7)):
-        loops = Loops(shape, 5, eta)
-        names = ("original", "diffusers", "plain", "tensors", "scheduler", "pytorch")
-        for name in (*names, *here("numba")):
-            PEERS[name].ready(loops)
-
-
-def test_a_result_that_is_wrong_raises() -> None:
-    loops = Loops((2, 3, 16, 16), 5, 1.0)
-    right = loops.original()
-    loops.near(loops.original)
-    nan = torch.full_like(right, math.nan)
-    wrong = (lambda: 1.01 * loops.original(), lambda: nan, loops.sample)
-    for run in wrong:
-        with pytest.raises(WrongResultError, match="off the reference"):
-            loops.near(run)
-    with pytest.raises(WrongResultError, match="bit for bit"):
-        loops.equal(lambda: loops.original().nextafter(right), loops.eager_seeds)
-
-
-def test_noise_of_another_strength_is_wrong() -> None:
-    loops = Loops((2, 3, 64, 64), 5, 1.0)
-
-    def noisy(strength: float, shift: float = 0.0) -> Tensor:
-        x = loops.x
-        torch.manual_seed(0)
-        for row in loops.table.clone():
-            z = strength * torch.randn_like(x) + shift
-            x, _ = reference.ddim_step(x, loops.eps, row, z)
-        return x
-
-    loops.near_but_for_noise(lambda: noisy(1.0))
-    for strength, shift in ((0.9, 0.0), (1.1, 0.0), (1.0, 0.2), (0.0, 0.0), (math.nan, 0.0)):
-        with pytest.raises(WrongResultError, match="its noise has mean"):
-            loops.near_but_for_noise(lambda s=strength, m=shift: noisy(s, m))  # type: ignore[misc]
-
-
-# The rows
-
-
-def test_what_is_wrong_or_missing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    peers = dict(PEERS)
-
-    def lacking(_: Loops) -> Any:
-        raise RuntimeError("No working C++ compiler found\nand more")
-
-    def doubled(loops: Loops) -> Any:
-        return lambda: 2 * loops.sample()
-
-    peers["compile"] = Peer("compiled", lacking, PEERS["compile"].check, "none")
-    peers["pytorch"] = Peer("ours", doubled, PEERS["pytorch"].check, "none")
-    monkeypatch.setattr(bench_step, "PEERS", peers)
-    table = Table(TINY, 0, ["compile", "pytorch", "diffusers"], BRIEF)
-    assert sorted(table.taken) == sorted(["copy", "diffusers", *bench_step.BESIDE])
-    assert table.missing == {"compile": "RuntimeError: No working C++ compiler found"}
-    assert str(table.wrong["pytorch"]).startswith("ours at 1x16x7, η = 0: it is not")
-    with pytest.raises(MissingError, match="No working"):
-        peers["compile"].ready(Loops(TINY, 5, 0.0))
-    with pytest.raises(RuntimeError, match="No working"):  # of ours, a failure and no absence
-        replace(peers["compile"], ours=True).ready(Loops(TINY, 5, 0.0))
-    assert [name for name, peer in PEERS.items() if peer.ours] == list(report.OURS)
-    found = table.row("diffusers")
-    assert found["bytes_per_element"] == 56
-    assert found["rounds"] == 2
-    assert {"times_original", "times_plain", "times_tensors"} <= set(found)
-    seconds = found["us_per_step"][0] / 1e6
-    assert found["gb_per_s"] == pytest.approx(56 * 112 / seconds / 1e9, rel=1e-3)
-    assert "times_compile" not in found
-
-
-def test_a_machine_has_one_file_and_a_command_its_section(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(records, "cpu_name", lambda: "Some(R) CPU @ 2.0 GHz")
-    path = records.keep("step", {"rows": [1]}, tmp_path / "new")
-    assert path.name == "some-cpu-2-0-ghz.json"
-    records.keep("loop", {"rows": [2]}, tmp_path / "new")
-    records.keep("step", {"rows": [3]}, tmp_path / "new")
-    found = json.loads(path.read_text())
-    assert (found["machine"], found["step"], found["loop"]) == (
-        "Some(R) CPU @ 2.0 GHz",
-        {"rows": [3]},
-        {"rows": [2]},
-    )
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-    # Beside benchmarks/gpu.py's own, and none of the CPU's.
-    gpu = records.keep("step", {"rows": [4]}, tmp_path / "new", "NVIDIA H200")
-    assert gpu.name == "nvidia-h200-loops.json"
-    assert json.loads(gpu.read_text())["machine"] == "NVIDIA H200"
-    section = records.provenance("pytest")
-    assert section["versions"]["torch"] == torch.__version__
-    assert section["threads"] == torch.get_num_threads()
-
-
-def asked(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    # Beside other workers of pytest-xdist, this is still a run of its own.
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
-
-
-@pytest.mark.slow
-def test_the_benchmarks_run_where_they_are_asked_for_and_nothing_else() -> None:
-    run = asked("--benchmark", "--co", "-q")
-    rows = [line for line in run.stdout.splitlines() if "::" in line]
-    assert run.returncode == 0, run.stdout
-    assert 40 <= len(rows) <= 60
-    assert all(row.startswith("benchmarks/bench_step.py::test_step[") for row in rows)
-    assert asked("--co", "-q", "benchmarks").returncode == pytest.ExitCode.NO_TESTS_COLLECTED
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("benchmarks/bench_step.py",), "--benchmark alone runs benchmarks, got benchmarks/"),
-        (
-            ("--benchmark", "tests/mathematics/test_latents.py"),
-            "--benchmark runs no tests, got tests/test_sle",
-        ),
-    ],
-)
-def test_what_was_not_asked_for_is_refused_by_name(arguments: list[str], said: str) -> None:
-    run = asked(*arguments)
-    assert run.returncode == pytest.ExitCode.USAGE_ERROR
-    assert f"ERROR: {said}" in run.stderr
-
-
-def test_without_pytest_benchmark_one_line_says_so() -> None:
-    run = asked("--benchmark", "-p", "no:benchmark")
-    assert run.returncode == pytest.ExitCode.USAGE_ERROR
-    (line,) = (line for line in run.stderr.splitlines() if line)
-    assert line.startswith("ERROR: --benchmark needs pytest-benchmark")
-
-
-@pytest.mark.slow
-def test_pytest_benchmark_reports_the_seconds_that_were_taken(tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
-    run = asked(
-        *("--benchmark", "-k", "1x16x7-eta1 and not scheduler", "--benchmark-json", str(out)),
-        f"--results={tmp_path}",  # or pytest takes the folder for one of tests, and its root
-    )
-    assert run.returncode == 0, run.stdout
-    assert "nothing is kept" in run.stdout
-    rows = json.loads(out.read_text())["benchmarks"]
-    assert {"test_step[1x16x7-eta1-original]", "test_step[1x16x7-eta1-compile]"} <= {
-        row["name"] for row in rows
-    }
-    for row in rows:
-        median, taken = row["extra_info"]["us_per_step"][0], row["stats"]["median"] * 1e6
-        assert median == pytest.approx(taken, rel=1e-3)
-        assert len(row["stats"]["data"]) == row["extra_info"]["rounds"] >= 6
-        assert row["group"] == "a step of 1x16x7, η = 1"
-        assert row["extra_info"]["noise"]
-    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]

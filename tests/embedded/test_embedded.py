@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fastddim import embedded
 from fastddim.embedded.model import UNET
+from tests.processes import ran
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -41,9 +37,5 @@ def test_loading_imports_no_diffusers() -> None:
         "from fastddim import embedded\n"
         "embedded.load()"
     )
-    subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(embedded.__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-    )
+    done = ran(code, strict=False)
+    assert done.returncode == 0, done.stderr

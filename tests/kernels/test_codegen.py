@@ -131,7 +131,7 @@ def test_at_most_64_registers(code: list[Code]) -> None:
         assert c.row["regs"] <= 64, c.name
 
 
-def test_at_most_24_instructions_an_element_and_48_with_counter_noise(code: list[Code]) -> None:
+def test_at_most_24_instructions_an_element_and_48_with_seeds(code: list[Code]) -> None:
     for c in code:
         # A second output in a 16-bit type is widened by two instructions, and weighed by three.
         most = 48 if c.pairs else 28 if c.v.guidance else 24
@@ -139,7 +139,7 @@ def test_at_most_24_instructions_an_element_and_48_with_counter_noise(code: list
         assert c.row["sass_per_element"] <= most, c.name
 
 
-def test_a_step_issues_at_most_three_quarters_of_what_a_copy_leaves_room_for(
+def test_a_step_issues_at_most_three_quarters_of_a_copys_room(
     code: list[Code],
 ) -> None:
     for c in code:
@@ -290,7 +290,7 @@ def refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return check
 
 
-def test_it_refuses_to_run_interpreted(
+def test_codegen_refuses_to_run_interpreted(
     tmp_path: Path, refuses: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -298,7 +298,7 @@ def test_it_refuses_to_run_interpreted(
     assert not any(tmp_path.iterdir())
 
 
-def test_it_refuses_nonsense_and_leaves_nothing_behind(
+def test_codegen_refuses_nonsense_and_leaves_nothing_behind(
     tmp_path: Path, refuses: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -78,7 +78,9 @@ def test_the_emulated_fma_rounds_once() -> None:
             assert error <= abs(Fraction(float(neighbour)) - exact)
 
 
-@pytest.mark.parametrize("which", [0, 33, 66, -1])
+@pytest.mark.parametrize(
+    "which", [33, *(pytest.param(i, marks=pytest.mark.slow) for i in (0, 66, -1))]
+)
 def test_the_division_is_exact_for_every_significand(which: int) -> None:
     assert wrong(ROOTS[which], significands()) == 0
 
@@ -119,7 +121,7 @@ def near_ties(c: np.float32, most: int = 63) -> Floats:
     return found[found < 2**24].astype(np.float32)
 
 
-def test_the_division_is_exact_nearest_to_a_tie_for_every_divisor_of_the_paper() -> None:
+def test_the_division_is_exact_nearest_to_a_tie() -> None:
     assert len(PAPER_ROOTS) == 2000
     assert np.isin(ROOTS, PAPER_ROOTS).all()
     for c in PAPER_ROOTS:
@@ -146,14 +148,14 @@ def test_a_threshold_divides_exactly() -> None:
         np.testing.assert_array_equal(bounded(x0, s), np.clip(x0, -s, s) / s)
 
 
-def test_an_infinite_threshold_leaves_zero_and_of_infinity_nothing() -> None:
+def test_an_infinite_threshold_gives_zero_and_nan_of_infinity() -> None:
     x0 = np.array([0, 1, -3e38, 1e-45, np.inf, -np.inf, np.nan], dtype=np.float32)
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(bounded(x0, np.float32(np.inf)), x0 / np.float32(np.inf))
 
 
 @pytest.mark.slow
-def test_the_division_is_exact_for_every_significand_and_divisor_of_the_paper(
+def test_the_division_is_exact_for_every_divisor_of_the_paper(
     tmp_path: Path,
 ) -> None:
     # In C, whose fmaf is the machine's: 2000 divisors, and 500 thresholds, of 2²³ significands.

@@ -211,9 +211,7 @@ def test_a_launch_is_given_what_the_dispatch_would_be(case: str, kernel: Kernel)
 
 
 @pytest.mark.parametrize("name", ["x", "output", "noise", "out", "x0", "next_input"])
-def test_an_address_that_is_no_multiple_of_16_goes_through_the_dispatch(
-    name: str, kernel: Kernel
-) -> None:
+def test_misaligned_addresses_go_through_the_dispatch(name: str, kernel: Kernel) -> None:
     case: dict[str, Any] = {"noise": aligned(*SHAPE), "x0": aligned(*SHAPE)}
     given, options = arguments(case | {"next_input": aligned(*SHAPE)})
     step = bind(given, options)
@@ -287,7 +285,7 @@ def test_whoever_asked_to_be_told_of_launches_is_told(
         ("3.7.1", None, True, False),
     ],
 )
-def test_only_where_it_is_known_to_work_a_kernel_is_launched_past_the_dispatch(
+def test_the_dispatch_is_passed_by_only_in_known_versions(
     version: str,
     hip: str | None,
     interpreted: bool,
@@ -329,7 +327,7 @@ def test_a_number_is_passed_as_it_is(
     assert len(kernel.run_with) + len(kernel.dispatched) == 4
 
 
-def test_a_step_bound_to_misaligned_memory_is_compiled_again_for_aligned(kernel: Kernel) -> None:
+def test_a_step_bound_to_misaligned_memory_compiles_for_aligned(kernel: Kernel) -> None:
     given, options = arguments({})
     step = bind(given | {"x": aligned(*SHAPE, off=1)}, options)
     assert not kernel.warmed
@@ -351,7 +349,7 @@ def test_no_elements_are_no_launch(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("bad", ["x", "output", "table", "both noises", "clip and threshold"])
-def test_what_cannot_be_launched_is_refused_when_it_is_bound(bad: str, kernel: Kernel) -> None:
+def test_a_step_that_cannot_be_launched_is_refused_when_bound(bad: str, kernel: Kernel) -> None:
     given, options = arguments({})
     if bad == "x":
         given["x"] = given["x"].double()

@@ -74,7 +74,7 @@ def test_a_test_in_a_child_passes_in_another_process(tmp_path: Path) -> None:
         ("leaving", {}, ["the process of leaving died", "0"]),
     ],
 )
-def test_what_goes_wrong_in_a_child_is_one_failure(
+def test_a_fault_in_a_child_is_one_failure(
     name: str, given: dict[str, Any], said: list[str]
 ) -> None:
     outcome, text = of(name, **given)

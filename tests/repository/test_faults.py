@@ -105,7 +105,7 @@ def ran(tmp_path: Path, tests: str, *options: str) -> tuple[dict[str, int], str]
     return found, done.stdout + done.stderr
 
 
-def test_waiting_is_forbidden_to_the_end_of_a_test_and_no_further(tmp_path: Path) -> None:
+def test_waiting_is_forbidden_until_the_test_ends(tmp_path: Path) -> None:
     outcomes, printed = ran(tmp_path, WAITING)
     assert outcomes == {"failed": 1, "passed": 3}, printed
     assert "in the middle of it" in printed

@@ -1,15 +1,16 @@
-"""What ``import fastddim`` gives: names, help, examples, and one line where an extra is missing."""
+"""What ``import fastddim`` gives: names, help, examples, one line where an extra is missing.
+
+And the names of the tests.
+"""
 
 from __future__ import annotations
 
 import builtins
 import doctest
 import importlib
-import os
 import pkgutil
 import pydoc
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 import fastddim
+from tests.processes import ran, ran_anew
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
@@ -32,16 +34,19 @@ WITH_EXAMPLES = sorted(
 
 
 def alone(code: str) -> str:
-    """What a fresh interpreter prints."""
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    """What a process prints that has imported PyTorch alone."""
+    done = ran(code, strict=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_no_test_has_a_name_of_over_60_characters() -> None:
+    files = (ROOT / "tests").rglob("test_*.py")
+    names = [
+        name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    ]
+    assert len(names) > 1000
+    assert not [name for name in names if len(name) > 60]
 
 
 def test_every_public_name_is_there_and_listed() -> None:
@@ -62,7 +67,8 @@ def test_help_shows_the_classes() -> None:
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    assert alone("import fastddim, sys; print('torch' in sys.modules)") == "False\n"
+    done = ran_anew("import fastddim, sys; print('torch' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
 
 
 @pytest.mark.parametrize(
@@ -80,7 +86,7 @@ def test_importing_the_package_imports_no_torch() -> None:
         "fastddim.DDIM().sample",
     ],
 )
-def test_what_the_readme_names_needs_no_import_of_its_own(used: str) -> None:
+def test_names_of_the_readme_need_no_import_of_their_own(used: str) -> None:
     assert alone(f"import warnings, fastddim; print(callable({used}))") == "True\n"
 
 

@@ -135,7 +135,7 @@ def test_strength_becomes_the_row_that_diffusers_begins_with() -> None:
         assert timesteps.tolist() == [t for t, _ in pairs[start:]]
 
 
-def test_each_command_block_is_one_line_that_the_continuous_integration_runs() -> None:
+def test_each_command_block_is_one_line_that_the_ci_runs() -> None:
     commands = blocks("bash")
     assert [c.count("\n") for c in commands] == [1, 1]
     for command, words in zip(commands, ("fastddim sample", "python -m pytest"), strict=True):

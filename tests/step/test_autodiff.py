@@ -85,7 +85,7 @@ def test_derivatives_of_every_kind_are_the_originals(which: str, how: str) -> No
         assert str(stepped(fast, X)).startswith("tensor(")  # and not GradTrackingTensor(
 
 
-def test_a_batch_at_different_timesteps_is_differentiated_as_the_original() -> None:
+def test_a_batch_at_different_timesteps_has_the_originals_grads() -> None:
     original, fast = (cls() for cls in PAIRS["parallel"])
     t = torch.tensor([900, 20])
     for s in (original, fast):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import importlib
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ from fastddim.tools.folder import Folder
 from fastddim.tools.quality import Gaussian
 from tests import paths
 from tests.paths import forget, has_numba, here, instead, randn
+from tests.processes import ran
 from tests.refusals import refused
 
 STEPS = torch.tensor(DDIM(5, eta=1.0).table)
@@ -164,7 +163,7 @@ def test_using_is_of_one_thread_and_of_its_context() -> None:
     assert found == {"alone": BEST[0], "in the context": "triton", "here": "triton"}
 
 
-def test_what_was_bound_stays_with_its_backend() -> None:
+def test_a_bound_step_stays_with_its_backend() -> None:
     x, seeds = randn(2, 300), torch.arange(2)
     with using("torch"):
         step = fastddim.bind(STEPS)
@@ -219,13 +218,7 @@ def test_a_backend_that_cannot_run_on_the_device_is_refused(
 
 
 def run(code: str, **env: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **env},
-    )
+    done = ran(code, env)
     return done.returncode, (done.stdout or done.stderr).strip().splitlines()[-1]
 
 
@@ -274,7 +267,7 @@ sys.modules["numba"] = None
 )
 
 
-def test_without_numba_a_process_is_as_well_off_as_one_that_asks_for_pytorch() -> None:
+def test_a_process_without_numba_takes_its_steps_by_pytorch() -> None:
     given = {"FASTDDIM_BACKEND": "", "TRITON_INTERPRET": "1"}
     assert run(MISSING, **given) == (0, "torch triton torch")
     status, last = run(MISSING, FASTDDIM_BACKEND="numba")
@@ -358,7 +351,7 @@ def test_describe_names_what_takes_the_steps_on_another_device(
     )
 
 
-def test_what_describe_names_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_names_the_backend_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
     taken: list[str] = []
     real = backend("cpu", "torch")
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import textwrap
 import weakref
 from typing import Any
@@ -18,7 +15,8 @@ from torch import Tensor
 import fastddim
 from fastddim import DDIM, ddim_step
 from fastddim.dropins._shared import Buffers
-from tests.paths import use
+from tests.paths import has_numba, use
+from tests.processes import ran
 from tests.tape import Tape
 
 X, OUTPUT = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
@@ -33,16 +31,10 @@ def halved(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
     return x * 0.5
 
 
-def ran(code: str, **environment: str) -> str:
-    """What a process of its own prints last; its exit status if it fails."""
-    start = "import torch, fastddim, warnings\nwarnings.simplefilter('ignore')\n"
-    done = subprocess.run(
-        [sys.executable, "-c", start + textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def last_of(code: str, numba: bool = True) -> str:
+    """What a process of its own prints; its exit status if it fails."""
+    start = "import os, torch, fastddim\n"
+    done = ran(start + textwrap.dedent(code), strict=False, numba=numba and has_numba())
     return done.stdout.strip() if done.returncode == 0 else f"exit {done.returncode}"
 
 
@@ -88,7 +80,7 @@ def test_the_torch_backend_samples_on_one_device_after_another() -> None:
 
 def test_a_fake_step_leaves_no_guidance_behind() -> None:
     """A fake tensor has the address 0, which stands for no guidance."""
-    printed = ran(
+    printed = last_of(
         """
         from torch._subclasses import FakeTensorMode
         x, o, table = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.rand(4, 7) + 0.5
@@ -103,29 +95,33 @@ def test_a_fake_step_leaves_no_guidance_behind() -> None:
     assert printed == "True"
 
 
-@pytest.mark.parametrize("first", ["fake", "real"])
-def test_fake_and_real_samples_leave_nothing_to_each_other(first: str) -> None:
+def test_fake_and_real_samples_leave_nothing_to_each_other() -> None:
     """A table that a mode has made is not kept for steps outside of it."""
-    printed = ran(
-        f"""
+    printed = last_of(
+        """
         from torch._subclasses import FakeTensorMode
+        with FakeTensorMode():
+            torch.empty(2) + 1  # what the mode imports is imported once
         ddim, halved = fastddim.DDIM(4), lambda x, t: x * 0.5
         def fake():
             with FakeTensorMode():
                 ddim.sample(halved, torch.empty(2, 3, 4, 4))
         def real():
             ddim.sample(halved, torch.ones(2, 3, 4, 4))
-        for kind in ("{first}", "fake", "real"):
-            dict(fake=fake, real=real)[kind]()
-        print("done")
+        for first in (fake, real):
+            if (child := os.fork()) == 0:
+                for run in (first, fake, real):
+                    run()
+                os._exit(0)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         """
     )
-    assert printed == "done"
+    assert printed.split() == ["0", "0"]
 
 
 def test_noise_that_is_a_subclass_is_added() -> None:
     """A wrapper has the address 0, which would stand for no noise."""
-    printed = ran(
+    printed = last_of(
         WRAPPER
         + """
     noise = [torch.randn(2, 3, 4, 4) for _ in range(4)]
@@ -139,7 +135,7 @@ def test_noise_that_is_a_subclass_is_added() -> None:
 
 def test_a_table_that_is_a_subclass() -> None:
     """A wrapper has the address 0, which would be read."""
-    printed = ran(
+    printed = last_of(
         WRAPPER
         + """
     wanted = fastddim.ddim_step(x, o, table, 1)[0]
@@ -162,7 +158,7 @@ def test_an_output_that_is_a_negated_view() -> None:
 
 def test_an_output_of_efficient_zeros() -> None:
     """A tensor of zeros alone has no memory, and reading it would end the process."""
-    printed = ran(
+    printed = last_of(
         """
         model = lambda x, t: torch._efficientzerotensor(x.shape)
         print(fastddim.DDIM(4).sample(model, torch.ones(2, 3, 4, 4)).shape[0])
@@ -183,20 +179,26 @@ def test_jit_trace_sees_the_step() -> None:
     assert torch.equal(traced(2 * X, OUTPUT), step(2 * X, OUTPUT))
 
 
-@pytest.mark.parametrize("warm", [False, True])
-def test_a_sampler_inside_of_torch_compile(warm: bool) -> None:
-    """torch.compile makes a symbol of the row's number."""
-    printed = ran(
-        f"""
+@pytest.mark.parametrize("numba", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_sampler_inside_of_torch_compile(numba: bool) -> None:
+    """torch.compile makes a symbol of the row's number, and traces numba's import where it can."""
+    printed = last_of(
+        """
         ddim, net = fastddim.DDIM(4, eta=1.0), torch.nn.Conv2d(3, 3, 1)
         sample = lambda x: ddim.sample(lambda x, t: net(x), x, seeds=[1, 2])
         x = torch.ones(2, 3, 4, 4)
-        if {warm}:
-            sample(x)
-        print(torch.equal(torch.compile(sample, backend="eager")(x), sample(x)))
-        """
+        import torch._dynamo
+        for warm in (False, True):
+            if (child := os.fork()) == 0:
+                if warm:
+                    sample(x)
+                same = torch.equal(torch.compile(sample, backend="eager")(x), sample(x))
+                os._exit(0 if same else 1)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """,
+        numba=numba,
     )
-    assert printed == "True"
+    assert printed.split() == ["0", "0"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -284,7 +286,7 @@ def test_two_threads_that_bind_at_once_count_far_enough(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_a_drop_ins_samples_on_one_row_and_then_on_rows_of_their_own(backend: str) -> None:
+def test_a_drop_ins_samples_on_one_row_and_then_on_their_own(backend: str) -> None:
     """A launch for one row reads the first sample's row for all."""
     coefficients, buffers, x = table(), Buffers(), torch.randn(2, 3, 8, 8)
     with use(backend):
@@ -295,7 +297,7 @@ def test_a_drop_ins_samples_on_one_row_and_then_on_rows_of_their_own(backend: st
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_a_drop_ins_output_that_has_a_variance_after_one_that_has_none(backend: str) -> None:
+def test_a_drop_ins_output_with_a_variance_after_one_without(backend: str) -> None:
     """Both outputs of one sample may have the same strides."""
     coefficients, buffers, x = table(), Buffers(), torch.randn(1, 3, 8, 8)
     both = torch.randn(1, 6, 8, 8)
@@ -308,7 +310,7 @@ def test_a_drop_ins_output_that_has_a_variance_after_one_that_has_none(backend: 
 
 def test_a_drop_ins_state_of_zeros_alone() -> None:
     """A tensor of zeros alone has no memory, and reading it would end the process."""
-    printed = ran(
+    printed = last_of(
         """
         from fastddim.dropins._shared import Buffers
         buffers, rows, output = Buffers(), torch.rand(4, 7) + 0.5, torch.randn(2, 3, 4, 4)

@@ -52,7 +52,7 @@ def test_one_line_adds_it_behind_the_others() -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_its_steps_equal_the_reference(prediction: str, layout: torch.memory_format) -> None:
+def test_numpy_steps_equal_the_reference(prediction: str, layout: torch.memory_format) -> None:
     x, output, z = (randn(*SHAPE, seed=k).contiguous(memory_format=layout) for k in range(3))
     pair, w = torch.cat([output, z]).contiguous(memory_format=layout), torch.tensor([1.5, 7, 0])
     each, s = torch.tensor([3, 49, 0], dtype=torch.int32), torch.tensor([1.0, 1.5, 2])
@@ -104,7 +104,7 @@ def test_its_steps_equal_the_reference(prediction: str, layout: torch.memory_for
 
 @pytest.mark.parametrize("name", here(*ALL))
 @pytest.mark.parametrize("noisy", [False, True])
-def test_its_steps_equal_those_of_every_other(name: str, noisy: bool) -> None:
+def test_numpy_steps_equal_those_of_every_other_backend(name: str, noisy: bool) -> None:
     x, output = randn(*SHAPE), randn(*SHAPE, seed=1)
     rows = torch.tensor([3, 49, 0], dtype=torch.int32)
     seeds = torch.tensor(SEEDS) if noisy else None

@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fastddim
-from fastddim import DDIM
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import backends, reference
-from fastddim.step.philox import FORWARD_STREAM, INITIAL_STREAM, STEP_STREAM, normals, philox4x32
-from tests import paths
-from tests.tolerances import NORMAL_ATOL, NORMAL_MAX, NORMAL_RARE
+from fastddim.step.philox import STEP_STREAM
 
 numba = pytest.importorskip("numba", reason="the fused pass needs the cpu extra: numba")
-
-from fastddim.step import numba_pass, on_numba  # noqa: E402
+from fastddim.step import on_numba  # noqa: E402
 from fastddim.step.numba_pass import CHUNK  # noqa: E402
+from tests.step.fused import TABLE, randn, rows_of, step  # noqa: E402
 
-step = partial(paths.step, on_numba.BACKEND)
-
-Floats = npt.NDArray[np.float32]
-
-TABLE = torch.tensor(DDIM(steps=50, eta=1.0).table)
 LAST = len(TABLE) - 1
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
 BOUNDS = ["none", "clip", "threshold"]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def rows_of(batch: int, rows: int | list[int]) -> Tensor:
-    """int32 (batch,), with a stride of 0 for a row that all samples share."""
-    return torch.tensor(rows, dtype=torch.int32).expand(batch)
 
 
 def drawn(x: Tensor, seeds: Tensor, rows: Tensor) -> Tensor:
@@ -124,7 +104,7 @@ def test_every_variant_equals_the_reference(prediction: int, dtype: torch.dtype)
     seeds = torch.tensor([0, 2**32 + 5, 2**63 - 1])
     flags = itertools.product((False, True), repeat=5)
     variants = itertools.product(("none", "tensor", "counter"), BOUNDS, flags)
-    for kind, bounded, (guided, rederive, noise_first, shared, together) in variants:
+    for kind, bounded, (guided, rederive, noise_first, one_row, together) in variants:
         row: int | list[int] = 7 if together else [3, LAST, 20]
         assert_same_step(
             x,
@@ -132,11 +112,11 @@ def test_every_variant_equals_the_reference(prediction: int, dtype: torch.dtype)
             rows_of(3, row),
             seeds if kind == "counter" else None,
             z if kind == "tensor" else None,
-            weights(3, shared) if guided else None,
+            weights(3, one_row) if guided else None,
             prediction=prediction,
             noise_first=noise_first,
             rederive=rederive,
-            **bound(bounded, 3, shared),
+            **bound(bounded, 3, one_row),
         )
 
 
@@ -236,7 +216,7 @@ def test_any_rank_and_nothing_at_all(shape: tuple[int, ...]) -> None:
     assert_same_step(x, output, rows, torch.arange(shape[0]))
 
 
-def test_the_table_and_what_belongs_to_samples_may_have_any_stride() -> None:
+def test_the_table_and_per_sample_values_may_have_any_stride() -> None:
     x, output = randn(3, 21), randn(6, 21, seed=1)
     rows = torch.tensor([4, 0, 9, 0, 49, 0], dtype=torch.int32)[::2]
     w, seeds = torch.linspace(1, 3, 9)[::3], torch.arange(12)[::4]
@@ -275,7 +255,7 @@ def test_any_dense_layout_and_noise_of_the_logical_element(
         assert_same_step(x, output, rows, seeds)
 
 
-def test_samples_that_are_not_apart_are_refused_what_is_a_samples_own() -> None:
+def test_interleaved_samples_are_refused_per_sample_values() -> None:
     x = LAYOUTS["batch inside"](randn(2, 3, 4, 5))
     each: list[tuple[Any, ...]] = [
         (x, rows_of(2, [1, 2]), None, None),
@@ -318,7 +298,7 @@ def test_nothing_is_written_beside_the_results() -> None:
 
 
 @pytest.mark.parametrize("rows", [[3, -1], [50, 3], [3, 2**31 - 1]])
-def test_a_row_outside_the_table_is_refused_before_anything_is_written(rows: list[int]) -> None:
+def test_a_row_outside_the_table_is_refused_before_any_write(rows: list[int]) -> None:
     x, out = randn(2, 5), torch.full((2, 5), 12345.0)
     args = (x, x, TABLE, rows_of(2, rows), None, None, None, None)
     with pytest.raises(ValueError, match=rf"\[0, 50\), got {min(rows)} to {max(rows)}"):
@@ -356,454 +336,3 @@ def test_any_shape_layout_dtype_and_flags_equal_the_reference(data: st.DataObjec
         rederive=data.draw(st.booleans(), label="rederive"),
         **bound(data.draw(st.sampled_from(BOUNDS), label="bound"), batch, shared),
     )
-
-
-# --- Noise ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def jitted() -> dict[str, Any]:
-    """What is compiled into the pass, by itself."""
-
-    @numba.njit  # type: ignore[untyped-decorator, unused-ignore]
-    def words(seed, row, stream, quad, quads, out):  # type: ignore[no-untyped-def]
-        numba_pass.philox_words(seed, row, stream, quad, quads, out)
-
-    @numba.njit  # type: ignore[untyped-decorator, unused-ignore]
-    def ln(u, out):  # type: ignore[no-untyped-def]
-        for i in range(len(u)):
-            out[i] = numba_pass.ln(u[i])
-
-    @numba.njit  # type: ignore[untyped-decorator, unused-ignore]
-    def box_muller(count, words, out):  # type: ignore[no-untyped-def]
-        numba_pass.box_muller(count, words, out)
-
-    @numba.njit  # type: ignore[untyped-decorator, unused-ignore]
-    def some(seed, row, stream, first, count, words, pairs, out):  # type: ignore[no-untyped-def]
-        return numba_pass.normals(seed, row, stream, first, count, words, pairs, out)
-
-    return {"words": words, "ln": ln, "box_muller": box_muller, "normals": some}
-
-
-MASK = np.uint64(2**32 - 1)
-CORNERS = [0, 1, 2**32 - 1, 2**32, 0x1234_5678_9ABC_DEF0, 2**63 - 1]
-
-
-@pytest.mark.parametrize("seed", CORNERS)
-@pytest.mark.parametrize("quad", [0, 2**32 - 9, 2**38])
-def test_words_are_philoxs(jitted: dict[str, Any], seed: int, quad: int) -> None:
-    quads = 21
-    index = np.arange(quad, quad + quads, dtype=np.uint64)
-    low, high = (np.full(quads, word, np.uint64) for word in (seed % 2**32, seed >> 32))
-    for row, stream in itertools.product(
-        (0, 49, 2**31 - 1), (STEP_STREAM, INITIAL_STREAM, FORWARD_STREAM)
-    ):
-        rest = [np.full(quads, word, np.uint64) for word in (row, stream)]
-        counter = (index & MASK, index >> np.uint64(32), rest[0], rest[1])
-        expected = philox4x32(counter, (low, high))
-        found = np.zeros(4 * quads, np.uint32)
-        jitted["words"](seed, row, stream, quad, quads, found)
-        for part, word in zip(found.reshape(4, quads), (0, 2, 1, 3), strict=True):
-            assert np.array_equal(part, expected[word])
-
-
-def assert_same_normals(z: npt.NDArray[Any], truth: npt.NDArray[Any]) -> None:
-    error = np.abs(z.astype(np.float64) - truth)
-    assert error.max() <= NORMAL_MAX
-    assert (error > NORMAL_ATOL).sum() <= NORMAL_RARE * error.size
-
-
-@pytest.mark.parametrize("stream", [STEP_STREAM, INITIAL_STREAM, FORWARD_STREAM])
-def test_normals_are_noises(stream: int) -> None:
-    seeds, rows = (a.ravel() for a in np.meshgrid(CORNERS, [0, 49, 2**31 - 1]))
-    z = torch.full((len(seeds), 3001), float("nan"))
-    on_numba.normal_(z, torch.tensor(seeds), torch.tensor(rows, dtype=torch.int32), stream)
-    assert_same_normals(z.numpy(), normals(seeds, rows, 3001, stream))
-
-
-@pytest.mark.parametrize("first", [4 * 2**32 - 16, 2**32 - 13, 2**40 + 3])
-def test_normals_far_into_a_sample_are_noises(jitted: dict[str, Any], first: int) -> None:
-    scratch = np.zeros(64, np.uint32), np.zeros(64, np.float32), np.zeros(64, np.float32)
-    lane = jitted["normals"](2**40 + 7, 3, STEP_STREAM, first, 37, *scratch)
-    expected = normals(np.array([2**40 + 7]), np.array([3]), 41, STEP_STREAM, first=first // 4 * 4)[
-        0
-    ]
-    assert lane == first % 4
-    assert_same_normals(scratch[2][lane : lane + 37], expected[lane : lane + 37])
-
-
-def logarithm(jitted: dict[str, Any], u: Floats) -> tuple[Floats, npt.NDArray[np.float64]]:
-    """ln u as the pass has it and in float64."""
-    found = np.full(len(u), np.nan, np.float32)
-    jitted["ln"](u, found)
-    return found, np.log(u.astype(np.float64))
-
-
-def test_the_logarithm_of_every_float32_from_a_half_to_one(jitted: dict[str, Any]) -> None:
-    for part in np.array_split(np.arange(0x3F000000, 0x3F800001, dtype=np.uint32), 8):
-        found, truth = logarithm(jitted, part.view(np.float32))
-        assert (found <= 0).all()
-        error = np.abs(found - truth)
-        assert (error <= 1.05e-7 * np.abs(truth)).all()  # ln 1 = 0 exactly
-        assert np.abs(np.sqrt(-2 * found) - np.sqrt(-2 * truth)).max() <= 1.1e-7
-
-
-def test_the_logarithm_of_what_the_least_words_and_any_others_become(
-    jitted: dict[str, Any],
-) -> None:
-    words = np.concatenate(
-        [np.arange(2**20), np.random.default_rng(0).integers(0, 2**32, 2**20), 2**32 - CORNER]
-    )
-    found, truth = logarithm(
-        jitted, (words.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
-    )
-    assert np.isfinite(found).all()
-    assert (np.abs(found - truth) <= 1.05e-7 * np.abs(truth)).all()
-
-
-CORNER = np.arange(1, 600)
-
-
-def test_sine_and_cosine_of_every_part_of_the_turn(jitted: dict[str, Any]) -> None:
-    # The words near each eighth of a turn, and over 2²⁰ others.
-    near = [k * 2**29 + np.arange(-700, 700) for k in range(9)]
-    spread = np.arange(0, 2**32, 4093)
-    b = np.concatenate([*near, spread]).astype(np.int64) % 2**32
-    a = np.full(len(b), 581_234_567)  # r = 2 in round numbers, within float32's reach
-    z = np.full(2 * len(b), np.nan, np.float32)
-    jitted["box_muller"](len(b), np.concatenate([a, b]).astype(np.uint32), z)
-    u = (np.float32(a[0]) + np.float32(0.5)) * np.float32(2.0**-32)
-    r, theta = np.sqrt(-2 * np.log(float(u))), 2 * np.pi * (b + 0.5) / 2.0**32
-    assert np.abs(z[: len(b)] / r - np.cos(theta)).max() <= 1.3e-7
-    assert np.abs(z[len(b) :] / r - np.sin(theta)).max() <= 1.3e-7
-
-
-def test_the_extreme_words_give_finite_normals_of_the_contracts_size(
-    jitted: dict[str, Any],
-) -> None:
-    corner = np.concatenate([np.arange(20), 2**31 + np.arange(-20, 20), 2**32 - CORNER])
-    a, b = (w.ravel() for w in np.meshgrid(corner, corner))
-    z = np.full(2 * len(a), np.nan, np.float32)
-    jitted["box_muller"](len(a), np.concatenate([a, b]).astype(np.uint32), z)
-    r, theta = np.sqrt(-2 * np.log((a + 0.5) / 2.0**32)), 2 * np.pi * (b + 0.5) / 2.0**32
-    assert np.abs(z[: len(a)] - r * np.cos(theta)).max() <= NORMAL_MAX
-    assert np.abs(z[len(a) :] - r * np.sin(theta)).max() <= NORMAL_MAX
-
-
-def test_an_elements_noise_is_the_same_in_a_vector_and_in_what_is_left_of_one(
-    jitted: dict[str, Any],
-) -> None:
-    seed, row = 2**35 + 1, 4
-    whole = torch.empty(1, 3 * CHUNK)
-    on_numba.normal_(whole, torch.tensor([seed]), rows_of(1, row), STEP_STREAM)
-    for n in [*range(1, 100), CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5]:
-        z = torch.full((1, n), float("nan"))
-        on_numba.normal_(z, torch.tensor([seed]), rows_of(1, row), STEP_STREAM)
-        assert torch.equal(z, whole[:, :n])
-    scratch = np.zeros(2048, np.uint32), np.zeros(2048, np.float32), np.zeros(2048, np.float32)
-    for first, count in itertools.product(range(40), [*range(1, 36), 64, 65, 66, 67]):
-        lane = jitted["normals"](seed, row, STEP_STREAM, first, count, *scratch)
-        assert np.array_equal(scratch[2][lane : lane + count], whole[0, first : first + count])
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, CHUNK + 3, 4 * CHUNK])
-def test_a_samples_noise_does_not_depend_on_its_batch(n: int) -> None:
-    seeds, rows = torch.tensor([9, 2**35, 0, 9, 1]), rows_of(5, [4, 0, 1, 4, 2])
-    batch = torch.empty(5, n)
-    on_numba.normal_(batch, seeds, rows, INITIAL_STREAM)
-    for i in range(5):
-        alone = torch.empty(1, n)
-        on_numba.normal_(alone, seeds[i : i + 1], rows[i : i + 1], INITIAL_STREAM)
-        assert torch.equal(batch[i : i + 1], alone)
-    assert n == 1 or not torch.equal(batch[0], batch[1])
-
-
-def test_noise_fills_a_tensor_and_nothing_beside_it() -> None:
-    memory = torch.full((2 * 37 + 16,), 12345.0)
-    out = memory[8:-8].view(2, 37).fill_(float("nan"))
-    on_numba.normal_(out, torch.tensor([3, 2**33]), rows_of(2, [0, 7]), FORWARD_STREAM)
-    assert out.isfinite().all()
-    memory[8:-8] = 12345.0
-    assert (memory == 12345.0).all()
-    on_numba.normal_(
-        torch.empty(0, 4), torch.empty(0, dtype=torch.int64), rows_of(0, 1), STEP_STREAM
-    )
-
-
-# --- Threads ----------------------------------------------------------------------------------
-
-BIG = (3, 7 * 9981)  # tasks begin in the middle of samples, of chunks and of quads
-
-
-def big_step(layout: str = "flat") -> tuple[Tensor, Tensor, Tensor]:
-    x, output = randn(*BIG).view(3, 7, -1), randn(*BIG, seed=1).view(3, 7, -1)
-    if layout == "channels_last":
-        x, output = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, output))
-    out, x0 = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
-    args = (x, output, TABLE, rows_of(3, [0, 20, 49]), torch.tensor([5, 2**40, 6]))
-    step(*args, None, None, None, 0, True, 1.0, False, out, x0)
-    noise = torch.full(BIG, float("nan"))
-    on_numba.normal_(noise, torch.tensor([5, 2**40, 6]), rows_of(3, 0), INITIAL_STREAM)
-    return out, x0, noise
-
-
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lets threads share small calls, and lists how many were asked for each."""
-    asked: list[int] = []
-    team = on_numba.team
-    if team is None:
-        pytest.skip("this PyTorch is built without OpenMP")
-    run = team.run
-
-    def counted(function: Any, call: Any, threads: int) -> None:
-        asked.append(threads)
-        run(function, call, threads)
-
-    monkeypatch.setattr(team, "run", counted)
-    monkeypatch.setattr(on_numba, "SHARED", 1)
-    monkeypatch.setattr(on_numba, "NOISY_SHARED", 1)
-    return asked
-
-
-@pytest.mark.parametrize("layout", ["flat", "channels_last"])
-def test_any_number_of_threads_gives_the_same(
-    layout: str, shared: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    expected = big_step(layout)
-    assert not shared
-    assert all(t.isfinite().all() for t in expected)
-    for threads in (2, 3, 64):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        shared.clear()
-        for found, want in zip(big_step(layout), expected, strict=True):
-            assert torch.equal(found, want)
-        assert shared == [threads, threads]
-    monkeypatch.setattr(on_numba, "team", None)
-    for found, want in zip(big_step(layout), expected, strict=True):
-        assert torch.equal(found, want)
-
-
-def test_small_calls_are_not_shared(shared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(on_numba, "SHARED", 3 * BIG[1] + 1)
-    monkeypatch.setattr(on_numba, "NOISY_SHARED", 3 * BIG[1])
-    x = randn(*BIG)
-    args = (x, x, TABLE, rows_of(3, 4), None, None, None, None, 0, True, None, False)
-    step(*args, torch.empty_like(x), None)
-    assert not shared
-    monkeypatch.setattr(on_numba, "SHARED", 3 * BIG[1])
-    step(*args, torch.empty_like(x), None)
-    big_step()
-    assert shared == [2, 2, 2]
-
-
-def test_rows_outside_the_table_are_refused_by_threads_too(
-    shared: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    x, out = randn(*BIG), torch.full(BIG, 7.0)
-    for rows in ([0, 50, 1], [0, -1, 1]):
-        args = (x, x, TABLE, rows_of(3, rows), None, None, None, None, 0, True, None, False)
-        with pytest.raises(ValueError, match=r"rows must lie in \[0, 50\), got "):
-            step(*args, out, None)
-    assert shared == [2, 2]
-    assert (out == 7).all()
-
-
-SHARING = """
-import os, sys, numpy as np, torch, fastddim
-from fastddim.step import backends, on_numba
-from fastddim.step.bound import Bound
-torch.set_num_threads(2)
-n = 1 << 21
-x, out = torch.randn(2, n), torch.empty(2, n)
-alone, table = torch.empty(2, n), torch.tensor(fastddim.DDIM(steps=5).table)
-rows = torch.ones(1, dtype=torch.int32).expand(2)
-assert 2 * n >= on_numba.SHARED
-
-def step(out):
-    Bound(on_numba.BACKEND, backends.Fixed())(
-        x, x, table, rows, None, None, None, None, out, None, None
-    )
-
-team, on_numba.team = on_numba.team, None
-step(alone)
-on_numba.team = team
-"""
-
-
-def shared_by(code: str, **env: str) -> str:
-    """What a process prints in which PyTorch's threads share a step: not one of this process."""
-    if on_numba.team is None:
-        pytest.skip("this PyTorch is built without OpenMP")
-    return run(SHARING + code, **env)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
-def test_the_threads_are_pytorchs_own() -> None:
-    counted = """
-torch.add(x, x, out=out)
-threads = len(os.listdir('/proc/self/task'))
-step(out)
-print(len(os.listdir('/proc/self/task')) - threads, threads > 1, torch.equal(out, alone))
-"""
-    assert shared_by(counted) == "0 True True"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
-def test_fewer_threads_than_were_asked_for_do_it_all() -> None:
-    few = """
-threads = len(os.listdir('/proc/self/task'))
-torch.get_num_threads = lambda: 5
-out.fill_(float('nan'))
-step(out)
-print(torch.equal(out, alone), len(os.listdir('/proc/self/task')) - threads <= 1)
-"""
-    assert shared_by(few, OMP_THREAD_LIMIT="2") == "True True"
-
-
-def test_several_python_threads_at_once() -> None:
-    at_once = """
-import threading
-outs = [torch.full_like(out, float('nan')) for _ in range(4)]
-callers = [threading.Thread(target=step, args=(o,)) for o in outs]
-[caller.start() for caller in callers]
-[caller.join() for caller in callers]
-print([torch.equal(o, alone) for o in outs])
-"""
-    assert shared_by(at_once) == str([True] * 4)
-
-
-FORKED = """
-import warnings
-warnings.simplefilter('ignore')  # Python warns of a fork beside threads, and rightly
-torch.add(x, x, out=out)  # PyTorch's threads are there, and will not be in the child
-{before}
-pid = os.fork()
-if pid == 0:
-    out.numpy()[:] = 0  # PyTorch itself would wait
-    step(out)
-    os._exit(0 if np.array_equal(out, alone) else 1)
-print(os.waitpid(pid, 0)[1])
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-@pytest.mark.parametrize("before", ["", "step(out)"])
-def test_a_forked_child_does_it_alone(before: str) -> None:
-    assert shared_by(FORKED.format(before=before)) == "0"
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_forked_child_that_is_the_first_to_compile_does_it_alone() -> None:
-    first = """
-import os, torch, fastddim, numpy as np
-from fastddim.step import backends
-from fastddim.step.bound import Bound
-n = 1 << 21
-x, table = torch.randn(2, n), torch.tensor(fastddim.DDIM(steps=5).table)
-out, rows = torch.add(x, x), torch.ones((), dtype=torch.int32)
-args = x, x, table, rows.expand(2), None, None, None, None, out, None, None
-import warnings
-warnings.simplefilter('ignore')
-pid = os.fork()
-if pid == 0:
-    Bound(backends.backend("cpu", {name!r}), backends.Fixed())(*args)
-    os._exit(0 if np.isfinite(out.numpy()).all() else 1)
-print(os.waitpid(pid, 0)[1])
-"""
-    assert run(first.format(name="numba")) == "0"
-    assert run(first.format(name="torch")) == "0"
-
-
-def test_threads_flush_denormals_as_their_caller_does_and_then_as_before() -> None:
-    denormal = """
-if not torch.set_flush_denormal(True):
-    print('[]')  # no such mode on this processor
-    sys.exit()
-torch.set_flush_denormal(False)
-x.fill_(1e-39)
-step(alone)
-torch.add(x, x, out=out)  # PyTorch's threads are there from now on
-found = []
-for flush in (True, False, True):
-    torch.set_flush_denormal(flush)
-    torch.mul(x, 1.0, out=out)
-    before = out.view(torch.int32).clone()
-    bits = set()
-    for _ in range(20):  # on a busy machine one thread may do it all
-        step(out)
-        bits |= set(out.view(torch.int32).unique().tolist())
-    found += [len(bits), int(any(bits))]
-    torch.mul(x, 1.0, out=out)
-    assert torch.equal(out.view(torch.int32), before)  # PyTorch's threads are as they were
-print(found)
-"""
-    assert shared_by(denormal) in ("[1, 0, 1, 1, 1, 0]", "[]")
-
-
-def test_a_step_without_memory_for_its_chunks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Undone:
-        def __call__(self, address: int) -> None: ...
-
-    monkeypatch.setattr(on_numba, "_call_alone", Undone())
-    x = randn(2, 3)
-    with pytest.raises(MemoryError, match="no memory"):
-        step(x, x, TABLE, rows_of(2, 4), None, None, None, None, 0, True, None, False, x, None)
-
-
-# --- Where it is used -------------------------------------------------------------------------
-
-
-def test_the_op_takes_the_fused_pass_where_numba_is() -> None:
-    assert backends.backend("cpu") is on_numba.BACKEND
-    x, output, seeds = randn(2, 3, 8, 8), randn(2, 3, 8, 8, seed=1), torch.tensor([1, 2])
-    found, x0 = fastddim.ddim_step(x, output, TABLE, 3, seeds)
-    out, x0_out = torch.empty_like(x), torch.empty_like(x)
-    args = (x, output, TABLE, rows_of(2, 3), seeds, None, None, None)
-    step(*args, 0, True, None, False, out, x0_out)
-    assert torch.equal(found, out)
-    assert x0 is not None
-    assert torch.equal(x0, x0_out)
-    assert not torch.equal(found, fastddim.ddim_step(x, output, TABLE, 3)[0])
-
-
-def run(code: str, **env: str) -> str:
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, **env}
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-STEP_ONCE = """
-import sys, torch, fastddim
-from fastddim import DDIM
-from fastddim.step import backends
-assert 'numba' not in sys.modules, 'numba came with the package'
-{first}
-x = torch.ones(2, 3)
-fastddim.ddim_step(x, x, torch.tensor(DDIM(steps=5, eta=1.0).table), 1, torch.tensor([1, 2]))
-print('numba' in backends.available('cpu'), 'numba' in sys.modules)
-"""
-
-
-@pytest.mark.slow
-def test_numba_is_imported_at_the_first_step_and_may_be_missing_or_told_not_to_compile() -> None:
-    assert run(STEP_ONCE.format(first="")) == "True True"
-    missing = "sys.modules['numba'] = None"
-    assert run(STEP_ONCE.format(first=missing)) == "False True"
-    assert run(STEP_ONCE.format(first=""), NUMBA_DISABLE_JIT="1") == "False True"
-
-
-@pytest.mark.slow
-def test_without_a_folder_to_keep_compiled_code_in_it_is_compiled_anew() -> None:
-    nowhere = """
-from numba.core import caching
-caching.CacheImpl._locator_classes = []
-"""
-    assert run(STEP_ONCE.format(first=nowhere)) == "True True"
-    assert run(STEP_ONCE.format(first=""), NUMBA_CACHE_DIR="/proc/nowhere") == "True True"

@@ -99,7 +99,7 @@ def test_the_noise_passes_opcheck(stream: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_versions_are_bumped_for_what_is_written_and_for_nothing_else(backend: str) -> None:
+def test_versions_are_bumped_for_written_tensors_alone(backend: str) -> None:
     arguments = op_arguments(noise="counter", next_dtype=torch.float16)
     before = [t._version for t in arguments if isinstance(t, Tensor)]
     with use(backend):
@@ -434,7 +434,7 @@ def test_a_bad_argument_is_named_in_one_line(case: str) -> None:
     assert type(caught.value) is error
 
 
-def test_what_equals_a_number_that_was_taken_is_still_no_number() -> None:
+def test_an_object_equal_to_an_accepted_number_is_refused() -> None:
     x = randn(2, 3)
     fastddim.ddim_step(x, x, TABLE, 0, clip=1.0)
     with pytest.raises(TypeError, match="clip must be a number, got True"):

@@ -236,7 +236,7 @@ def test_a_samples_noise_does_not_depend_on_its_batch(n: int) -> None:
     assert n == 1 or not np.array_equal(batch[0], batch[1])
 
 
-def test_an_elements_noise_does_not_depend_on_where_the_drawing_starts() -> None:
+def test_an_elements_noise_does_not_depend_on_the_first_element() -> None:
     whole = draw(1, 2, 40_000)
     for first in (4, 1000, 32_752, 39_996):
         assert np.array_equal(draw(1, 2, 40_000 - first, first=first), whole[first:])
@@ -266,7 +266,7 @@ def test_sampling_a_seed_alone_or_in_a_batch_is_the_same(n: int) -> None:
         assert torch.equal(batch[i : i + 1], alone)
 
 
-def test_noise_belongs_to_the_logical_element_whatever_the_memory_format() -> None:
+def test_noise_belongs_to_the_logical_element_in_any_layout() -> None:
     table = torch.tensor(DDIM(steps=5, eta=1.0).table)
     x, output = torch.randn(2, 2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
     seeds, rows = torch.tensor([1, 2]), torch.tensor([0, 2], dtype=torch.int32)
@@ -312,7 +312,7 @@ def test_the_tails_are_as_heavy_as_the_normal_laws(million: Floats, limit: float
     assert abs(beyond - N * p) < SIGMAS * math.sqrt(N * p)
 
 
-def test_the_extreme_words_give_finite_normals_of_the_contracts_size() -> None:
+def test_extreme_words_give_finite_normals_of_the_contracts_size() -> None:
     words = np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 128, 2**32 - 1], dtype=np.uint64)
     a, b = (w.ravel() for w in np.meshgrid(words, words))
     cosine, sine = np.empty((2, 36), dtype=np.float32)

@@ -234,7 +234,7 @@ def test_two_half_precision_trajectories_are_float32_both() -> None:
     assert max(map(far, xs, truths)) < 0.003
 
 
-def test_a_state_survives_that_its_tensor_is_moved_to_shared_memory() -> None:
+def test_a_state_survives_a_move_to_shared_memory() -> None:
     scheduler = FAST(strict=True)
     scheduler.set_timesteps(10)
     x = scheduler.step(randn(2, 4096), 900, randn(2, 4096, seed=1).bfloat16()).prev_sample
@@ -245,7 +245,7 @@ def test_a_state_survives_that_its_tensor_is_moved_to_shared_memory() -> None:
     assert not torch.equal(rounded, first)
 
 
-def test_a_step_from_one_tensor_is_the_same_however_often_it_is_taken() -> None:
+def test_a_step_from_one_tensor_is_the_same_each_time() -> None:
     scheduler = FAST(strict=True)
     scheduler.set_timesteps(10)
     x = scheduler.step(randn(2, 8), 900, randn(2, 8, seed=1).bfloat16()).prev_sample
@@ -322,7 +322,7 @@ def test_timesteps_written_where_no_version_is_counted_are_seen() -> None:
 # --- Memory that is used again ----------------------------------------------------------------
 
 
-def test_what_a_caller_did_to_a_tensor_ends_with_it() -> None:
+def test_a_callers_changes_to_a_tensor_end_with_the_tensor() -> None:
     """What clings to the object does not come back with its memory."""
     scheduler = FAST()
     scheduler.set_timesteps(20)

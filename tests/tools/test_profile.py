@@ -208,7 +208,7 @@ def test_fd_clf_is_the_distance_of_the_classifiers_features() -> None:
     assert judge.floor(9000) == floors[-1]
 
 
-def test_the_floor_is_measured_on_images_that_are_not_the_references() -> None:
+def test_the_floors_images_are_not_the_references() -> None:
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(60, 3, generator=generator, dtype=torch.float64)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(5))

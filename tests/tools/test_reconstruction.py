@@ -56,7 +56,7 @@ def test_the_error_is_the_one_that_follows_by_hand(spacing: SpacingName) -> None
         assert row.error == pytest.approx(recomputed, rel=1e-4)
 
 
-def test_the_error_falls_with_the_square_of_the_steps_and_with_refining_to_nothing() -> None:
+def test_the_error_falls_as_1_over_S_squared_and_refined_to_0() -> None:
     ddims = [DDIM(S) for S in (20, 40, 80)]
     plain = [row.error for row in errors(ddims, ORACLE, X0)]
     for coarse, fine in pairwise(plain):
@@ -71,7 +71,7 @@ def test_the_error_falls_with_the_square_of_the_steps_and_with_refining_to_nothi
 
 
 @pytest.mark.parametrize("refine", [0, 3])
-def test_the_model_sees_full_batches_and_is_asked_as_often_as_is_said(refine: int) -> None:
+def test_the_model_sees_full_batches_and_the_stated_calls(refine: int) -> None:
     sizes: list[int] = []
     ticks: list[Any] = []
     totals: list[int] = []
@@ -120,7 +120,7 @@ def test_half_precision_keeps_its_type_and_nothing_is_written() -> None:
     assert torch.equal(x0, before)
 
 
-def test_what_cannot_be_reconstructed_is_refused_before_any_work() -> None:
+def test_impossible_reconstructions_are_refused_before_any_work() -> None:
     def model(x: Tensor, t: Tensor) -> Tensor:
         pytest.fail("work began")
 

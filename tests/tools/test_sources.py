@@ -115,7 +115,7 @@ def test_pictures_of_every_mode(tmp_path: Path) -> None:
     refused(lambda: images.read(tmp_path / "cut.png"), ValueError, "images must be", "cut.png")
 
 
-def test_what_holds_no_images_of_one_size_is_refused(tmp_path: Path) -> None:
+def test_sources_without_images_of_one_size_are_refused(tmp_path: Path) -> None:
     said = "images must be a folder that fastddim generate has filled, a folder of pictures, or"
     refused(lambda: sources.opened(tmp_path / "no"), FileNotFoundError, said, "does not exist")
     refused(lambda: sources.opened(tmp_path), FileNotFoundError, said, "which holds none")

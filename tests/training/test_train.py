@@ -29,7 +29,7 @@ class ExactV(nn.Module):
         return abar.sqrt() * eps - (1 - abar).sqrt() * 0.25
 
 
-def test_the_objective_is_zero_for_the_exact_model_and_for_no_other() -> None:
+def test_the_objective_is_zero_for_the_exact_model_alone() -> None:
     x0, t = torch.full((8, 1, 28, 28), 0.25), torch.arange(20, 980, 120)
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     loss = train.Objective(ExactV())(x0, t, eps)  # type: ignore[arg-type]
@@ -38,7 +38,7 @@ def test_the_objective_is_zero_for_the_exact_model_and_for_no_other() -> None:
     assert train.Objective(ExactV())(x0 + 0.1, t, eps).min() > 1e-4  # type: ignore[arg-type]
 
 
-def test_the_levels_are_drawn_where_images_are_decided_and_everywhere_a_little() -> None:
+def test_levels_are_drawn_most_where_images_are_decided() -> None:
     weights = train.level_weights(embedded.GarmentModel().alphas_cumprod)
     assert weights.sum() == pytest.approx(1, abs=1e-9)
     assert weights.min() >= 0.1 / 1000
@@ -60,7 +60,7 @@ def test_muon_makes_its_update_orthogonal(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_leaves_weights_that_load_and_goes_on_from_its_state(
+def test_a_run_leaves_loadable_weights_and_resumes_its_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (100, 28, 28), dtype=np.uint8)
