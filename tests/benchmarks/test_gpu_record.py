@@ -287,6 +287,7 @@ def test_without_a_gpu_one_line_says_so(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_rehearsed_script_keeps_no_record_among_the_results(tmp_path: Path) -> None:
     done = subprocess.run(

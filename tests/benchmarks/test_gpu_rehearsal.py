@@ -135,6 +135,7 @@ def test_the_sanitizers_verdict(
         ]
 
 
+@pytest.mark.slow
 def test_one_that_is_late_says_what_it_has_found_so_far(tool: Callable[..., Path]) -> None:
     tool("========= COMPUTE-SANITIZER\n", tests=1, sleep=60)
     row = verdict(sanitizer.CHECKS[0], seconds=2.0)

@@ -87,6 +87,7 @@ def test_ratios_are_to_yardstick_peer_and_the_other_checkout(
 FEW = ("--backends", "torch", "--processes", "1", "--rounds", "1")
 
 
+@pytest.mark.slow
 def test_the_host_benchmark_runs_in_a_process_of_its_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
