@@ -152,8 +152,8 @@ MUTANTS = [
         "fused",
         "a row after the table's end is read",
         STEP,
-        "        if row < 0 or row >= steps:\n            call.outcome = _REFUSED",
-        "        if row < 0:\n            call.outcome = _REFUSED",
+        "        if row < 0 or row >= steps:\n            call.outcome = REFUSED",
+        "        if row < 0:\n            call.outcome = REFUSED",
     ),
     Mutant(
         "fused",
@@ -243,7 +243,7 @@ MUTANTS = [
         "loop",
         "a given tensor's launch is kept",
         LOOP,
-        "x is self._made and self._noise.given is None",
+        "x is self._made and self._noise.tensors is None",
         "x is self._made",
     ),
     Mutant(
