@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule, Step
+from fastddim.step.buffers import FRESH
 from fastddim.step.op import initial_noise
 from fastddim.step.philox import FORWARD_STREAM, INITIAL_STREAM, normals
 from tests.loops import by_hand, column, counter_noise, drawn, last
+from tests.paths import CPU, use
 from tests.refusals import refused
 from tests.tolerances import NORMAL_ATOL
 
@@ -290,6 +292,48 @@ def test_a_tensor_a_callback_returns_takes_the_place_of_x(dtype: torch.dtype) ->
         x, _ = next(by_hand(ddim, model, x, noise, dtype=dtype, start=row))
         x = 0.5 * x if row in (3, 7, 11) else x
     assert torch.equal(out, x)
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_a_replacement_may_lie_otherwise_in_memory(backend: str) -> None:
+    """The launch of the steps before would read and write its elements in another order."""
+    ddim, shape = DDIM(8, eta=1.0, schedule=LINEAR), (2, 3, 4, 5)
+    x = drawn(*shape)
+
+    def contiguous(x: Tensor, t: Tensor) -> Tensor:
+        return model(x, t).contiguous()
+
+    def turned(step: Step) -> Tensor | None:
+        return step.x.contiguous(memory_format=torch.channels_last) if step.index == 3 else None
+
+    with use(backend):
+        out = ddim.sample(contiguous, x, seeds=SEEDS[:2], callback=turned)
+        assert torch.equal(out, ddim.sample(contiguous, x, seeds=SEEDS[:2]))
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_no_step_writes_the_array_of_a_state_that_nobody_holds(backend: str) -> None:
+    """The array's references are none of the tensor's, which the generator alone holds."""
+    ddim, x = DDIM(5, schedule=LINEAR), drawn(2, 3, 96, 96)
+    assert x.numel() >= FRESH
+    array = x.numpy().copy()
+    with use(backend):
+        for _ in ddim.iterate(model, torch.from_numpy(array)):
+            pass
+    assert np.array_equal(array, x.numpy())
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_outputs_with_the_negative_bit_are_read_by_value(backend: str) -> None:
+    """Such an output lies as the one before, and its memory holds the opposite numbers."""
+    ddim, x = DDIM(6, schedule=LINEAR), drawn(*SHAPE)
+
+    def negated(x: Tensor, t: Tensor) -> Tensor:
+        output = model(x, t)
+        return torch._neg_view(-output) if int(t[0]) < 500 else output
+
+    with use(backend):
+        assert torch.equal(ddim.sample(negated, x), ddim.sample(model, x))
 
 
 def test_a_callback_may_return_the_state_or_a_gradient() -> None:
