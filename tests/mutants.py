@@ -234,10 +234,10 @@ MUTANTS = [
     ),
     Mutant(
         "loop",
-        "rows with guidance share a launch with rows without",
+        "rows get the guidance of others",
         LOOP,
-        "kind + 4 * copies + 2 * double",
-        "kind + 4 * copies",
+        "in zip(guidance, guided, strict=True)]",
+        "in zip(guidance.flip(0), guided, strict=True)]",
     ),
     Mutant(
         "loop",
