@@ -241,10 +241,10 @@ MUTANTS = [
     ),
     Mutant(
         "loop",
-        "a given tensor's launch is kept",
+        "the loop overwrites the caller's x_T",
         LOOP,
-        "x is self._made and self._noise.tensors is None",
-        "x is self._made",
+        "made=x is not x_T,",
+        "made=True,",
     ),
     Mutant(
         "loop",

@@ -324,6 +324,18 @@ def test_no_step_writes_the_array_of_a_state_that_nobody_holds(backend: str) -> 
 
 
 @pytest.mark.parametrize("backend", CPU)
+def test_each_rows_noise_is_read_as_it_lies(backend: str) -> None:
+    ddim, shape = DDIM(6, eta=1.0, schedule=LINEAR), (2, 3, 4, 5)
+    x, noise = drawn(*shape), list(drawn(6, *shape, seed=4))
+    turned = [
+        z.contiguous(memory_format=torch.channels_last) if i % 2 else z for i, z in enumerate(noise)
+    ]
+    with use(backend):
+        out = ddim.sample(model, x, noise=turned)
+        assert torch.equal(out, ddim.sample(model, x, noise=noise))
+
+
+@pytest.mark.parametrize("backend", CPU)
 def test_outputs_with_the_negative_bit_are_read_by_value(backend: str) -> None:
     """Such an output lies as the one before, and its memory holds the opposite numbers."""
     ddim, x = DDIM(6, schedule=LINEAR), drawn(*SHAPE)
