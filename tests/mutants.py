@@ -241,10 +241,10 @@ MUTANTS = [
     ),
     Mutant(
         "loop",
-        "the loop overwrites the caller's x_T",
+        "inversion leaves out its last row",
         LOOP,
-        "made=x is not x_T,",
-        "made=True,",
+        "order=range(len(up) - 1, last - 1, -1),",
+        "order=range(len(up) - 1, last, -1),",
     ),
     Mutant(
         "loop",
