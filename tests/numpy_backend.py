@@ -94,7 +94,7 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
 
 def array(tensor: Tensor) -> Floats:
     """Returns the tensor's memory, or a float32 copy of bfloat16, which NumPy does not have."""
-    return tensor.detach().to(torch.float32).numpy()  # type: ignore[no-any-return]
+    return tensor.detach().to(torch.float32).numpy()
 
 
 BACKEND = Backend("numpy", bind, normal_)
