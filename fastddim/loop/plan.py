@@ -103,6 +103,18 @@ class Plan:
             return torch.tensor(self.table, device=device)
         return self._on_cpu
 
+    def lines(self) -> list[str]:
+        """Returns the levels and the factors of each row as a table of text."""
+        names, numbers = ["√ᾱ_t", "√ᾱ_s", "c1", "c2"], self.table[:, [0, 4, _C1, 6]].tolist()
+        if self.second is not None:
+            names.append("κ")
+            numbers = [[*n, k] for n, k in zip(numbers, self.second[:, _KAPPA], strict=True)]
+        heads = "".join(f"{name:>11}" for name in names)
+        return [f"{'row':>5}{'t':>6}{'s':>6}{heads}"] + [
+            f"{row:>5}{t:>6}{s:>6}" + "".join(f"{number:>11.6f}" for number in numbers[row])
+            for row, (t, s) in enumerate(self.pairs)
+        ]
+
 
 def forward_table(schedule: NoiseSchedule, pairs: Sequence[Pair]) -> Float32:
     """Returns the table whose rows lead from clean data to each t, and to the final s.

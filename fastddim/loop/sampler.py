@@ -439,14 +439,7 @@ class DDIM:
             f"DDIM: {self.schedule}, {self.prediction} model, eta = {eta}{order}, {spacing} "
             f"spacing, {len(self.pairs)} model calls, steps on {where} by {backend(where).name}"
         )
-        heads, second = "".join(f"{name:>11}" for name in ("√ᾱ_t", "√ᾱ_s", "c1", "c2")), None
-        if self.order == 2:
-            heads, second = f"{heads}{'κ':>11}", self.table[:, -1].tolist()
-        print(f"{'row':>5}{'t':>6}{'s':>6}{heads}")
-        factors = self._all_rows.table[:, [0, 4, 5, 6]].tolist()
-        for row, ((t, s), numbers) in enumerate(zip(self.pairs, factors, strict=True)):
-            shown = numbers if second is None else [*numbers, second[row]]
-            print(f"{row:>5}{t:>6}{s:>6}{''.join(f'{number:>11.6f}' for number in shown)}")
+        print("\n".join(self._all_rows.lines()))
 
     @property
     def _prediction(self) -> Prediction:
