@@ -477,16 +477,12 @@ class DDIM:
 
     def _reverse_plan(self, until: int | None, shifted: bool) -> Plan:
         """Returns the same rows, each from its s to its t, from the last to ``until``."""
-        if self.order != 1:
-            raise ValueError(
-                f"order must be 1 to run backwards, got {self.order}: x_t is no fixed point of a "
-                "step that reads the x0 of the step before"
-            )
         return reverse_plan(
             self.schedule,
             self.pairs,
             self.final_alpha_cumprod,
             self._prediction,
+            order=self.order,
             eta=self.eta,
             clip=self.clip,
             until=until,
