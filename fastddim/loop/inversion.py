@@ -31,7 +31,8 @@ def reverse_plan(
         shifted: whether a cond_fn shifts the model's output.
 
     Raises:
-        ValueError: the order is 2, η is not 0, clip is not None, or a step leads from ᾱ = 0 to clean data.
+        ValueError: the order is 2, η is not 0, clip is not None, or a step leads from ᾱ = 0 to
+            clean data.
     """
     if order != 1:
         raise ValueError(
