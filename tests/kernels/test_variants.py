@@ -57,6 +57,7 @@ GIVEN = [
     "out",
     "x0",
     "next_input",
+    "history",
 ]
 """What a launch is called with."""
 
