@@ -78,6 +78,11 @@ class Run:
             x = self.known.put_back(x, self.rows[0].number, self.noise)
         return x, stepper
 
+    @property
+    def remembers(self) -> bool:
+        """True if the next step or the next model call reads the x0 of the step before."""
+        return self.second is not None or self.predictor.self_condition is not None
+
     def step_between(
         self,
         row: Row,
@@ -169,8 +174,7 @@ class Stepper:
         self._direct = run.predictor.dtype == torch.float32
         """True if the state itself is the model's input without guidance."""
         self._second = run.second
-        self._remembers = run.second is not None or run.predictor.self_condition is not None
-        """True if the next step or the next model call reads this step's x0."""
+        self._remembers = run.remembers
         self._wants_x0 = wants_x0 or self._remembers
         self._backend, self._chosen = backend(run.predictor.device), chosen()
         self._compiled = compiled()

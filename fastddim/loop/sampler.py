@@ -321,7 +321,7 @@ class DDIM:
             states = loops.invert(run, refine, wants_x0=True)
         else:
             states = loops.denoise(run, wants_x0=True)
-        return steps_of(states, Copies(run.dtype, run.predictor.self_condition is not None))
+        return steps_of(states, Copies(run.dtype, run.remembers))
 
     def invert(
         self,
