@@ -269,6 +269,7 @@ def op_arguments(in_place: bool = False) -> tuple[Any, ...]:
     return (x, output, TABLE, rows, seeds, None, None, None, *options, *results, None, history)
 
 
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_the_step_of_order_2_passes_opcheck() -> None:
     torch.library.opcheck(op.OP, op_arguments())
     given = op_arguments()
@@ -373,6 +374,7 @@ def test_transforms_of_the_history_are_refused() -> None:
     )
 
 
+@pytest.mark.parametrize("backend", [*CPU, "numpy"], indirect=True)
 def test_a_row_beyond_the_table_is_refused(backend: str) -> None:
     rows = torch.tensor([0, 10]).int()
     assert backends.backend("cpu").name == backend
