@@ -19,6 +19,7 @@ from fastddim import NoiseSchedule, make_pairs, make_table
 from fastddim.coefficients import PREDICTIONS, levels
 from fastddim.step import backends, on_torch, op
 from fastddim.step.backends import Backend, Fixed, Launch, StepArgs
+from fastddim.step.bound import Bound
 from tests.eager import by_reference
 from tests.numpy_backend import BACKEND as NUMPY
 from tests.paths import CPU, instead, use
@@ -217,6 +218,14 @@ def test_a_bound_step_takes_each_history_that_is_given() -> None:
         # The memory of such a tensor holds the opposites of its values.
         given["history"] = torch._neg_view(-history)
         assert torch.equal(step(x, output, **given)[0], expected)
+        out = torch.empty_like(x)
+        arguments = x, output, TABLE, MIDDLE, None, None, None, None, out, None, None
+        Bound(backends.backend("cpu"), Fixed(clip=0.9))(*arguments, given["history"])
+        assert torch.equal(out, expected)
+    # Such a tensor may have no memory.
+    given["history"] = torch._efficientzerotensor(x.shape)
+    expected = step(x, output, MIDDLE, history=torch.zeros_like(x))[0]
+    assert torch.equal(step(x, output, **given)[0], expected)
     refused(lambda: step(x, output, MIDDLE), ValueError, "history must be given")
 
 
