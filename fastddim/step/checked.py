@@ -251,7 +251,7 @@ class _Step:
                 out if out is None else _seen(out),
                 x0_out if x0_out is None else _seen(x0_out),
                 next_input if next_input is None else _seen(next_input),
-                history if history is None else _seen(history),
+                history if history is None else (*_seen(history), history._is_zerotensor()),
                 want_x0,
             )
             latest, launch = self._latest
