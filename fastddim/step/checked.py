@@ -251,7 +251,7 @@ class _Step:
                 out if out is None else _seen(out),
                 x0_out if x0_out is None else _seen(x0_out),
                 next_input if next_input is None else _seen(next_input),
-                history if history is None else (*_seen(history), history._is_zerotensor()),
+                history if history is None else _seen(history),
                 want_x0,
             )
             latest, launch = self._latest
@@ -377,8 +377,8 @@ def _seen(tensor: Any) -> Any:
     """Returns what a launch is specialised for: a tensor's layout, or ``float`` for a number."""
     if tensor.__class__ is float or tensor.__class__ is int:
         return float
-    kind, negated = tensor.__class__, tensor.is_neg()
-    return kind, negated, tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+    kind, odd = tensor.__class__, tensor.is_neg() or tensor._is_zerotensor()
+    return kind, odd, tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 def _require_grad(*tensors: Any) -> bool:

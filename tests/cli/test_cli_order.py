@@ -35,7 +35,7 @@ def test_sample_draws_by_the_second_order() -> None:
     assert not torch.equal(drawn(1), drawn(2))
 
 
-def test_the_ends_of_sequences_and_interpolations_are_the_samples() -> None:
+def test_the_ends_of_sequences_and_interpolations_are_samples() -> None:
     assert (
         main(["sequence", "--seeds", "0-1", "--order", "2", "--columns", "2", *QUICK, *STEPS]) == 0
     )

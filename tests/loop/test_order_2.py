@@ -94,7 +94,7 @@ def test_iterate_yields_each_state_and_x0(ddim: DDIM) -> None:
     assert torch.equal(path.x0[-2], expected[-2][1])
 
 
-def test_a_state_that_a_callback_replaces_begins_again_at_order_1() -> None:
+def test_a_state_that_a_callback_replaces_starts_at_order_1() -> None:
     ddim, x, other = SAMPLERS["epsilon"], drawn(*SHAPE), drawn(*SHAPE, seed=2)
 
     def callback(step: Step) -> Tensor | None:
@@ -143,7 +143,7 @@ def test_self_conditioning_and_the_step_share_the_last_x0() -> None:
 
 
 @pytest.mark.parametrize("ddim", [SAMPLERS["epsilon"], SAMPLERS["v eta=0.5 clip"]])
-def test_guidance_and_half_precision_read_the_x0_of_the_step_before(ddim: DDIM) -> None:
+def test_guidance_and_half_precision_read_the_last_x0(ddim: DDIM) -> None:
     def net(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return (model(x.float(), t) + c.view(-1, 1, 1, 1)).to(x.dtype)
 
