@@ -62,7 +62,7 @@ def by_reference(given: Given, z: Tensor | None) -> tuple[Tensor, Tensor]:
     return reference.ddim_step(
         x,
         given["output"].float(),
-        given["table"][rows_of(given).long()].view(*each, 7),
+        given["table"][rows_of(given).long()].view(*each, given["table"].shape[1]),
         z,
         given.get("prediction", "epsilon"),
         given.get("clip"),
@@ -70,6 +70,7 @@ def by_reference(given: Given, z: Tensor | None) -> tuple[Tensor, Tensor]:
         by_sample("guidance"),
         by_sample("threshold"),
         given.get("rederive", False),
+        given.get("history"),
     )
 
 

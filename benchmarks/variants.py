@@ -33,6 +33,7 @@ class Variant:
         want_x0: True if x0 is written too.
         next_inputs: how many copies of x_s are written for the model's next call, in its dtype.
         rows_differ: True if each sample has its own table row.
+        order: 2 if the step reads the x0 of the step before.
     """
 
     prediction: str = "epsilon"
@@ -50,12 +51,13 @@ class Variant:
     want_x0: bool = False
     next_inputs: int = 0
     rows_differ: bool = False
+    order: int = 1
 
     @property
     def bytes_per_element(self) -> int:
         """Bytes read and written per element, without the coefficients."""
         output = self.dtype.itemsize * (2 if self.guidance else 1)
-        state = 4 * (2 + self.want_x0 + (self.noise == "tensor"))
+        state = 4 * (2 + self.want_x0 + (self.noise == "tensor") + (self.order == 2))
         return state + output + self.dtype.itemsize * self.next_inputs
 
 
@@ -99,6 +101,12 @@ VARIANTS = {
         noise="philox", dtype=BF16, guidance=True, channels_last=True, next_inputs=2
     ),
     "guidance philox threshold": Variant(noise="philox", guidance=True, threshold=True),
+    "epsilon order 2": Variant(want_x0=True, order=2),
+    "epsilon philox order 2": Variant(noise="philox", want_x0=True, order=2),
+    "epsilon philox last order 2": Variant(
+        noise="philox", channels_last=True, want_x0=True, rows_differ=True, order=2
+    ),
+    "v bf16 order 2 next": Variant("v", dtype=BF16, want_x0=True, next_inputs=1, order=2),
 }
 
 
@@ -110,7 +118,7 @@ def step_arguments(
     On the device ``"meta"`` tensors have no content, so the step cannot run.
     """
     sample = shape or v.shape
-    table = fastddim.DDIM(steps=50, eta=1.0).table
+    table = fastddim.DDIM(steps=50, eta=1.0, order=v.order).table
     g = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normals(*size: int, last: bool = v.channels_last) -> Tensor:
@@ -125,7 +133,7 @@ def step_arguments(
         "x": normals(batch, *sample),
         "output": output.to(v.dtype),
         "table": torch.tensor(table, device=device),
-        "rows": rows if v.rows_differ else 0,
+        "rows": rows if v.rows_differ else v.order - 1,  # row 0 of order 2 does not use history
         "prediction": v.prediction,
         "noise_first": v.noise_first,
         "clip": v.clip,
@@ -136,6 +144,8 @@ def step_arguments(
         found["seeds"] = torch.arange(2**40, 2**40 + batch, device=device)
     if v.noise == "tensor":
         found["noise"] = normals(batch, *sample)
+    if v.order == 2:
+        found["history"] = normals(batch, *sample)
     if v.guidance:
         found["guidance"] = torch.linspace(1.5, 9, batch, device=device)
     if v.threshold:

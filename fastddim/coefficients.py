@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -46,6 +47,9 @@ COLUMNS = (
     "c2",  # direction to x_t
 )
 """The table's columns, in the order in which the kernel reads them."""
+COLUMNS_2 = (*COLUMNS, "kappa")  # κ, the weight of the x0 of the step before
+"""The columns of a table of order 2: see ``make_table``."""
+ORDERS = (1, 2)
 
 
 def make_table(
@@ -54,6 +58,7 @@ def make_table(
     eta: Eta = 0.0,
     final_alpha_cumprod: float = 1.0,
     temperature: float = 1.0,
+    order: int = 1,
 ) -> Float32:
     """Returns the table of a trajectory, float32 of shape (len(pairs), len(COLUMNS)).
 
@@ -66,17 +71,68 @@ def make_table(
     scales c1 and leaves c2 unchanged. A step towards noise, s > t, is a step of the ODE backwards:
     it needs η = 0, and t = −1 is clean data there.
 
+    ``order=2`` adds the column κ, and the step extrapolates x0 from x0′, the x0 of the step before.
+    With λ = ln(√ᾱ/√(1−ᾱ)), h = λ_s − λ_t and h′ the h of the step before:
+
+        κ = h/(2h′),   D = x0 + κ·(x0 − x0′),   ε_D = (x_t − √ᾱ_t·D)/√(1−ᾱ_t)
+        x_s = √ᾱ_s·D + c1·z + c2·ε_D = (√ᾱ_s − c2·√ᾱ_t/√(1−ᾱ_t))·D + c1·z + c2/√(1−ᾱ_t)·x_t
+
+    At η = 0 this is DPM-Solver++(2M) and at η = 1 its SDE form (Lu et al. 2022, algorithm 2 and
+    appendix). Rows with κ ≠ 0 hold the factors of D and x_t in place of √ᾱ_s and c2. In the first
+    row, and where h or h′ is infinite (a step to clean data, or from ᾱ = 0), κ is 0, and the row is
+    that of order 1.
+
     Raises:
         ValueError: η is negative, not finite, or gives c1² > 1 − ᾱ_s, and the message names the
-            largest η that these pairs allow; or there are no pairs, or a level is out of range.
+            largest η that these pairs allow; or there are no pairs, or a level is out of range; or
+            ``order`` is neither 1 nor 2, or is 2 with σ̂, a step towards noise, or pairs of which
+            one does not start where the one before ends.
     """
-    eta = checked_eta(eta)
+    eta, order = checked_eta(eta), checked_order(order)
     abar_t, abar_s = levels(schedule, pairs, final_alpha_cumprod)
+    c1, c2 = _noise_and_direction(abar_t, abar_s, eta, np.array([s < 0 for _, s in pairs]))
+    if order == 1:
+        return pack(abar_t, abar_s, temperature * c1, c2)
+    if eta == "hat":
+        raise ValueError(
+            'eta must be a number with order 2, got "hat": its noise is larger than that of the '
+            "equation which the second order solves"
+        )
+    if (abar_t > abar_s).any():
+        raise ValueError("order must be 1 for a step towards noise, got 2")
+    for i, (before, after) in enumerate(pairwise(pairs), start=1):
+        if before[1] != after[0]:
+            raise ValueError(
+                f"pairs[{i}] must start where the step before ended with order 2, at "
+                f"t = {before[1]}, got t = {after[0]}"
+            )
+    kappa = _extrapolation(abar_t, abar_s)
+    with np.errstate(divide="ignore", invalid="ignore"):  # where κ = 0 neither factor is used
+        of_x = c2 / np.sqrt(1 - abar_t)
+        of_x0 = np.sqrt(abar_s) - of_x * np.sqrt(abar_t)
+    table = pack(abar_t, abar_s, temperature * c1, np.where(kappa == 0, c2, of_x))
+    table[:, 4] = np.where(kappa == 0, table[:, 4], of_x0)
+    return np.concatenate([table, kappa[:, None].astype(np.float32)], axis=1)
+
+
+def _extrapolation(abar_t: Float64, abar_s: Float64) -> Float64:
+    """Returns κ = h/(2h′) of each step; 0 in the first, and where h or h′ is infinite."""
+    with np.errstate(divide="ignore"):  # λ is infinite at ᾱ = 0 and ᾱ = 1
+        h = (np.log(abar_s / abar_t) - np.log1p(-abar_s) + np.log1p(-abar_t)) / 2
+    kappa = np.zeros_like(h)
+    finite_h = np.isfinite(h[1:]) & np.isfinite(h[:-1])
+    kappa[1:][finite_h] = h[1:][finite_h] / (2 * h[:-1][finite_h])
+    return kappa
+
+
+def _noise_and_direction(
+    abar_t: Float64, abar_s: Float64, eta: Eta, last: npt.NDArray[np.bool_]
+) -> tuple[Float64, Float64]:
+    """Returns (c1, c2) of each step."""
     if eta == 0:
-        return pack(abar_t, abar_s, np.zeros_like(abar_t), np.sqrt(1 - abar_s))
+        return np.zeros_like(abar_t), np.sqrt(1 - abar_s)
     if (abar_t > abar_s).any():
         raise ValueError(f"eta must be 0 for a step towards noise, got {eta}")
-    last = np.array([s < 0 for _, s in pairs])
     posterior = (1 - abar_t / abar_s) * (1 - abar_s) / (1 - abar_t)
     posterior[last] = 0.0
     if eta == "hat":
@@ -91,8 +147,7 @@ def make_table(
             )
         variance = eta**2 * posterior
         c1 = np.sqrt(variance)
-    c2 = np.sqrt(np.maximum(1 - abar_s - variance, 0.0))
-    return pack(abar_t, abar_s, temperature * c1, c2)
+    return c1, np.sqrt(np.maximum(1 - abar_s - variance, 0.0))
 
 
 def levels(
@@ -135,6 +190,13 @@ def checked_prediction(prediction: Any) -> Prediction:
         f"prediction must be one of {', '.join(PREDICTIONS)} (sample is x0), got "
         f"{shown(prediction)}"
     )
+
+
+def checked_order(order: Any) -> int:
+    """Returns ``order``, which is 1 or 2."""
+    if order.__class__ is bool or order not in ORDERS:
+        raise ValueError(f"order must be 1 (DDIM) or 2, got {shown(order)}")
+    return int(order)
 
 
 def checked_eta(eta: Any) -> Eta:

@@ -59,6 +59,7 @@ def by_reference(
     threshold: Tensor | None = None,
     rederive: bool = False,
     noise_first: bool = True,
+    history: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
     """The step in eager float32, from what ``fastddim.ddim_step`` is called with."""
@@ -73,10 +74,10 @@ def by_reference(
     if seeds is not None:
         noise = torch.empty(x.shape)
         normal_(noise, seeds, rows, STEP_STREAM)
-    row = table[rows.long()].view(*each, 7)
+    row = table[rows.long()].view(*each, table.shape[1])
     w, s = of_samples(guidance), of_samples(threshold)
     return reference.ddim_step(
-        x, output.float(), row, noise, prediction, clip, noise_first, w, s, rederive
+        x, output.float(), row, noise, prediction, clip, noise_first, w, s, rederive, history
     )
 
 

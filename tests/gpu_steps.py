@@ -38,8 +38,8 @@ def plain(
     return {"x": x, "output": output.to(dtype), "table": factors(), "rows": rows, **more}
 
 
-def factors(eta: float = 1.0) -> Tensor:
-    return torch.tensor(DDIM(steps=50, eta=eta).table, device=DEVICE)
+def factors(eta: float = 1.0, order: int = 1) -> Tensor:
+    return torch.tensor(DDIM(steps=50, eta=eta, order=order).table, device=DEVICE)
 
 
 def on_row(row: int, batch: int) -> Tensor:

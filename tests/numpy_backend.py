@@ -32,12 +32,12 @@ def bind(fixed: Fixed, first: StepArgs) -> Launch:
         out: Tensor,
         x0: Tensor | None,
         next_input: Tensor | None,
+        history: Tensor | None = None,
     ) -> None:
         batch = len(x)
         rows = np.broadcast_to(np.asarray(row), (batch,))
-        if rows.min() < 0 or rows.max() >= len(table):
-            got = f"{rows.min()} to {rows.max()}"
-            raise ValueError(f"rows must lie in [0, {len(table)}), got {got}")
+        if not 0 <= rows.min() <= rows.max() < len(table):
+            raise ValueError(f"rows must lie in [0, {len(table)}), got {rows}")
         factors = [column.reshape(each) for column in array(table)[rows].T]
         z = None if noise is None else array(noise)
         if seeds is not None:
@@ -48,7 +48,8 @@ def bind(fixed: Fixed, first: StepArgs) -> Launch:
             u, c = e[:batch], e[batch:]
             e = u + array(guidance).reshape(each) * (c - u)
         bound = None if threshold is None else array(threshold).reshape(each)
-        x_s, predicted = step(fixed, array(x), e, factors, z, bound)
+        before = None if history is None else array(history)
+        x_s, predicted = step(fixed, array(x), e, factors, z, bound, before)
         array(out)[...] = x_s
         if x0 is not None:
             array(x0)[...] = predicted
@@ -59,10 +60,10 @@ def bind(fixed: Fixed, first: StepArgs) -> Launch:
 
 
 def step(
-    fixed: Fixed, x: Floats, output: Floats, factors: list[Floats], z: Floats | None, bound: Any
+    fixed: Fixed, x: Floats, output: Floats, factors: list[Floats], z: Any, bound: Any, before: Any
 ) -> tuple[Floats, Floats]:
     """Returns (x_s, x0) by the operations of ``reference.ddim_step``, in their order."""
-    a_t, _, b_t, _, a_s, c1, c2 = factors
+    a_t, _, b_t, _, a_s, c1, c2, *kappa = factors
     eps, x0 = output, output
     if fixed.prediction == 0:
         x0 = (x - output * b_t) / a_t
@@ -76,11 +77,12 @@ def step(
         x0 = np.clip(x0, -bound, bound) / bound
     if fixed.rederive:
         eps = (x - a_t * x0) / b_t
-    x_s = a_s * x0
+    d = x0
+    if before is not None:
+        d = np.where(kappa[0] == 0, x0, x0 + kappa[0] * (x0 - before))
+        eps = np.where(kappa[0] == 0, eps, x)
     terms = [c2 * eps] if z is None else [c1 * z, c2 * eps]
-    for term in terms if fixed.noise_first else terms[::-1]:
-        x_s = x_s + term
-    return x_s, x0
+    return sum(terms if fixed.noise_first else terms[::-1], a_s * d), x0
 
 
 def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
@@ -92,8 +94,7 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
 
 def array(tensor: Tensor) -> Floats:
     """Returns the tensor's memory, or a float32 copy of bfloat16, which NumPy does not have."""
-    numbers: Floats = tensor.detach().to(torch.float32).numpy()
-    return numbers
+    return tensor.detach().to(torch.float32).numpy()
 
 
 BACKEND = Backend("numpy", bind, normal_)

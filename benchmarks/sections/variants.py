@@ -30,6 +30,8 @@ def required(v: Variant) -> float:
         found.append(0.955)
     if v.want_x0 or v.guidance or v.threshold:
         found.append(0.955)
+    if v.order == 2:
+        found.append(0.95)
     if v.channels_last and v.noise != "none" and v.shape[0] in (3, 4):
         found.append(0.93)
     if v.mixed:

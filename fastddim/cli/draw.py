@@ -15,6 +15,7 @@ from fastddim.cli.options import (
     Labels,
     Machine,
     Network,
+    Order,
     Out,
     Spacing,
     Steps,
@@ -39,14 +40,15 @@ def sample(
     steps: Steps = 50,
     eta: Eta = "0",
     spacing: Spacing = "uniform",
+    order: Order = 1,
     batch_size: BatchSize = 16,
     labels: Labels = False,
     out: Out = Path("garments.png"),
 ) -> None:
     """Draw images by seed, as one grid in a PNG.
 
-    With the same model, steps, eta, spacing, batch size and device, a seed gives the same image
-    bit for bit, whatever the other seeds. The PNG's metadata holds all of these settings.
+    With the same model, steps, eta, spacing, order, batch size and device, a seed gives the same
+    image bit for bit, whatever the other seeds. The PNG's metadata holds all of these settings.
 
     The last line gives the images per second and the share of the time spent outside the model.
 
@@ -54,7 +56,7 @@ def sample(
     """
     wanted = options.parse_seeds(seeds)
     noise = options.parse_eta(eta)
-    options.check_common(batch_size, spacing)
+    options.check_common(batch_size, spacing, order)
     with bars.spinner("loading", machine.quiet):
         from fastddim.cli.network import prepare
         from fastddim.tools import draw, images, sheet, timing
@@ -62,7 +64,7 @@ def sample(
         png = images.check_png(out)
         prepared = prepare(machine, network)
         images.check_channels(prepared.shape[0])
-        ddim = prepared.ddim(steps, eta=noise, spacing=spacing)
+        ddim = prepared.ddim(steps, eta=noise, spacing=spacing, order=order)
         timed = timing.Timed(prepared.model, prepared.device)
         model_options = prepared.options(batch_size)
         total = draw.model_calls([ddim], len(wanted), batch_size)
@@ -136,6 +138,7 @@ def interpolate(
     ] = 11,
     steps: Steps = 50,
     spacing: Spacing = "uniform",
+    order: Order = 1,
     batch_size: BatchSize = 16,
     labels: Labels = False,
     out: Out = Path("interpolation.png"),
@@ -157,7 +160,7 @@ def interpolate(
     whole("columns", columns, low=2)
     rows = len(wanted) // 2
     options.check_cells("pairs of seeds x columns", rows, columns)
-    options.check_common(batch_size, spacing)
+    options.check_common(batch_size, spacing, order)
     with bars.spinner("loading", machine.quiet):
         from fastddim.cli.network import prepare
         from fastddim.tools import draw, images, sheet
@@ -165,7 +168,7 @@ def interpolate(
         png = images.check_png(out)
         prepared = prepare(machine, network)
         images.check_channels(prepared.shape[0])
-        ddim = prepared.ddim(steps, spacing=spacing)
+        ddim = prepared.ddim(steps, spacing=spacing, order=order)
     total = draw.model_calls([ddim], rows * columns, batch_size)
     with bars.bar("interpolating", total, machine.quiet) as progress:
         between = draw.interpolations(
@@ -211,6 +214,7 @@ def sequence(
     steps: Steps = 50,
     eta: Eta = "0",
     spacing: Spacing = "uniform",
+    order: Order = 1,
     batch_size: BatchSize = 16,
     labels: Labels = False,
     out: Out = Path("sequence.png"),
@@ -226,7 +230,7 @@ def sequence(
     """
     wanted = options.parse_seeds(seeds)
     noise = options.parse_eta(eta)
-    options.check_common(batch_size, spacing)
+    options.check_common(batch_size, spacing, order)
     with bars.spinner("loading", machine.quiet):
         from fastddim.cli.network import prepare
         from fastddim.tools import draw, images, sheet
@@ -234,7 +238,7 @@ def sequence(
         png = images.check_png(out)
         prepared = prepare(machine, network)
         images.check_channels(prepared.shape[0])
-        ddim = prepared.ddim(steps, eta=noise, spacing=spacing)
+        ddim = prepared.ddim(steps, eta=noise, spacing=spacing, order=order)
         n = min(10, len(ddim.pairs)) if columns is None else columns
         kept = [ddim.pairs[row] for row in draw.kept_rows(ddim, n)]
         options.check_cells("seeds x columns", len(wanted), n)
@@ -293,6 +297,7 @@ def recipe(
         "steps": len(ddim.pairs),
         "eta": ddim.eta,
         "spacing": str(ddim.spacing),
+        "order": ddim.order,
         "batch_size": batch_size,
         **rest,
         "model": {name: str(value) for name, value in network.given.items()},

@@ -12,6 +12,7 @@ from fastddim.cli.options import (
     Eta,
     Machine,
     Network,
+    Order,
     Spacing,
     Steps,
     counted,
@@ -50,6 +51,7 @@ def generate(
     steps: Steps = 50,
     eta: Eta = "0",
     spacing: Spacing = "uniform",
+    order: Order = 1,
     batch_size: BatchSize = 64,
     format: Annotated[
         str,
@@ -121,7 +123,7 @@ def generate(
             raise ValueError(f"{'seeds' if seeds is None else 'out'} must be given, or verify")
         ranges = parse_ranges(seeds)
         noise = options.parse_eta(eta)
-        options.check_common(batch_size, spacing)
+        options.check_common(batch_size, spacing, order)
         if shard_size is not None:
             whole("shard-size", shard_size, low=1)
         options.one_of("format", format, options.FORMATS)
@@ -141,7 +143,7 @@ def generate(
         share = str(worker.device()) if machine.device in (None, "cuda") else machine.device
         prepared = prepare(Machine(share, one.threads, one.quiet), network)
         images.check_channels(prepared.shape[0])
-        ddim = prepared.ddim(steps, eta=noise, spacing=spacing)
+        ddim = prepared.ddim(steps, eta=noise, spacing=spacing, order=order)
     there = [0]
     finished: list[Folder] = []
     total = len(wanted)

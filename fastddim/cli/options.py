@@ -34,6 +34,7 @@ SPACINGS = (
     "uniform-ermongroup",
     "quad-ermongroup",
 )
+ORDERS = (1, 2)
 CONFIGS = ("cifar10", "celeba64", "lsun256")
 FORMATS = ("npy", "png", "npz")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -107,6 +108,15 @@ Eta = Annotated[
 ]
 Spacing = Annotated[
     str, option("--spacing", "NAME", f"The spacing of the timesteps: {', '.join(SPACINGS)}.")
+]
+Order = Annotated[
+    int,
+    number(
+        "--order",
+        "1|2",
+        "1 is DDIM. 2 also uses the x0 of the step before (DPM-Solver++(2M)): fewer steps give the "
+        "same quality.",
+    ),
 ]
 BatchSize = Annotated[
     int,
@@ -475,10 +485,12 @@ def check_cells(name: str, rows: int, columns: int) -> None:
         )
 
 
-def check_common(batch_size: int, spacing: str) -> None:
-    """Checks both values as far as possible before the model is loaded."""
+def check_common(batch_size: int, spacing: str, order: int = 1) -> None:
+    """Checks the values as far as possible before the model is loaded."""
     whole("batch-size", batch_size, low=1, high=LARGEST_BATCH)
     one_of("spacing", spacing, SPACINGS)
+    if order not in ORDERS:
+        raise ValueError(f"order must be 1 (DDIM) or 2, got {order}")
 
 
 def counted(n: int, noun: str) -> str:

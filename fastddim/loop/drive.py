@@ -35,7 +35,7 @@ def sampled(
     run's samples lie in the trajectory.
     """
     kept = path is not None and path.wants("x0")
-    copies = Copies(run.dtype, kept or run.predictor.self_condition is not None)
+    copies = Copies(run.dtype, kept or run.remembers)
     x = None
     states = loops.denoise(run, wants_x0=kept or callback is not None)
     with no_grad() if callback is None else _AS_IT_IS:

@@ -28,6 +28,7 @@ def checked_fields(
     clip: Any,
     final_alpha_cumprod: Any,
     temperature: Any,
+    order: Any,
 ) -> dict[str, Any]:
     """Returns the fields that ``DDIM`` stores: checked arguments, ``pairs`` and ``table``.
 
@@ -66,7 +67,7 @@ def checked_fields(
     temperature = finite("temperature", temperature)
     if temperature < 0:
         raise ValueError(f"temperature must be ≥ 0, got {temperature:g}")
-    table = make_table(schedule, pairs, eta, final, temperature)
+    table = make_table(schedule, pairs, eta, final, temperature, order)
     table.setflags(write=False)
     return {
         "steps": count,
@@ -76,6 +77,7 @@ def checked_fields(
         "clip": clip,
         "final_alpha_cumprod": final,
         "temperature": temperature,
+        "order": int(order),
         "pairs": pairs,
         "table": table,
     }

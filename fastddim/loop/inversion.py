@@ -17,6 +17,7 @@ def reverse_plan(
     final_alpha_cumprod: float,
     prediction: Prediction,
     *,
+    order: int,
     eta: Eta,
     clip: float | None,
     until: int | None,
@@ -25,13 +26,19 @@ def reverse_plan(
     """Returns the sampler's rows, each from its s to its t, from the last row to ``until``.
 
     Args:
-        schedule, pairs, final_alpha_cumprod, prediction, eta, clip: the sampler's.
+        schedule, pairs, final_alpha_cumprod, prediction, order, eta, clip: the sampler's.
         until: the row to stop at; None is row 0.
         shifted: whether a cond_fn shifts the model's output.
 
     Raises:
-        ValueError: η is not 0, clip is not None, or a step leads from ᾱ = 0 to clean data.
+        ValueError: the order is 2, η is not 0, clip is not None, or a step leads from ᾱ = 0 to
+            clean data.
     """
+    if order != 1:
+        raise ValueError(
+            f"order must be 1 to run backwards, got {order}: x_t is no fixed point of a step that "
+            f"reads the x0 of the step before"
+        )
     if eta != 0:  # A temperature of 0 does not help: c2 is still that of η.
         raise ValueError(
             f"eta must be 0 to run backwards, got {eta}: noise that was added cannot be taken away"

@@ -13,14 +13,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.coefficients import COLUMNS, PREDICTIONS, Float32, Prediction, make_table
+from fastddim.coefficients import COLUMNS_2, PREDICTIONS, Float32, Prediction, make_table
 from fastddim.loop.model import Predictor
 from fastddim.schedule import NoiseSchedule
 from fastddim.step.arguments import OUTPUTS
 from fastddim.step.bound import watched
 from fastddim.timesteps import Pair
 
-_C1 = COLUMNS.index("c1")
+_C1, _KAPPA = COLUMNS_2.index("c1"), COLUMNS_2.index("kappa")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,7 +28,9 @@ class Plan:
     """A sampler decides this before it sees a tensor: its table, and the order of its rows.
 
     Attributes:
-        table: the coefficients.
+        table: the coefficients, of order 1.
+        second: those of order 2, for the steps that know the x0 of the step before; None at
+            order 1.
         order: the rows to take, in order.
         levels: the t that the model is called with, by the table's rows.
         pairs: the (from, to) levels of each row.
@@ -52,6 +54,7 @@ class Plan:
     conversion: Float32 | None = None
     by_x0: tuple[bool, ...] = ()
     forward: Callable[[], Float32] | None = None
+    second: Float32 | None = None
 
     @property
     def backwards(self) -> bool:
@@ -81,6 +84,13 @@ class Plan:
         return [16 * prediction + adds for prediction, adds in both]
 
     @cached_property
+    def extrapolates(self) -> list[bool]:
+        """For each row, whether its step of order 2 reads the x0 of the step before."""
+        if self.second is None:
+            return [False] * len(self.table)
+        return (self.second[:, _KAPPA] != 0).tolist()  # type: ignore[no-any-return]
+
+    @cached_property
     def _on_cpu(self) -> Tensor:
         # A tensor that is made in inference mode could not be used outside of it.
         with torch.inference_mode(False):
@@ -92,6 +102,18 @@ class Plan:
         if device.type != "cpu" or watched():
             return torch.tensor(self.table, device=device)
         return self._on_cpu
+
+    def lines(self) -> list[str]:
+        """Returns the levels and the factors of each row as a table of text."""
+        names, numbers = ["√ᾱ_t", "√ᾱ_s", "c1", "c2"], self.table[:, [0, 4, _C1, 6]].tolist()
+        if self.second is not None:
+            names.append("κ")
+            numbers = [[*n, k] for n, k in zip(numbers, self.second[:, _KAPPA], strict=True)]
+        heads = "".join(f"{name:>11}" for name in names)
+        return [f"{'row':>5}{'t':>6}{'s':>6}{heads}"] + [
+            f"{row:>5}{t:>6}{s:>6}" + "".join(f"{number:>11.6f}" for number in numbers[row])
+            for row, (t, s) in enumerate(self.pairs)
+        ]
 
 
 def forward_table(schedule: NoiseSchedule, pairs: Sequence[Pair]) -> Float32:
@@ -134,6 +156,8 @@ class Row(NamedTuple):
     """The factor of cond_fn's gradient, float32 ()."""
     noisy: bool
     """True if the step adds noise."""
+    extrapolates: bool
+    """True if the step of order 2 reads the x0 of the step before."""
     feeds: int
     """The step writes this many copies of the batch for the next model call, or none."""
     prediction: int
@@ -175,7 +199,7 @@ def rows_of(
     numbers = range(count)
     columns = (
         *(numbers, plan.pairs, numbers, once, model_t, w, shifts),
-        *(plan.noisy, feeds, plan.step_predictions, kinds),
+        *(plan.noisy, plan.extrapolates, feeds, plan.step_predictions, kinds),
     )
     rows = list(map(Row._make, zip(*columns, strict=True)))
     return tuple([rows[i] for i in plan.order])

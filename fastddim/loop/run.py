@@ -30,7 +30,8 @@ class Run:
         x: the state to begin with; the first loop takes it.
         made: True if the loop allocated x and may overwrite it.
         predictor: the model and the arguments of its calls.
-        table: the coefficients.
+        table: the coefficients, of order 1.
+        second: those of order 2, or None.
         rows: the steps to take, in order.
         prediction, clip: the step's options of these names.
         conversion: for a loop that runs backwards, the table by which a step turns the model's
@@ -46,6 +47,7 @@ class Run:
     made: bool
     predictor: Predictor
     table: Tensor
+    second: Tensor | None
     rows: tuple[Row, ...]
     prediction: Prediction
     clip: float | None
@@ -76,6 +78,11 @@ class Run:
             x = self.known.put_back(x, self.rows[0].number, self.noise)
         return x, stepper
 
+    @property
+    def remembers(self) -> bool:
+        """True if the next step or the next model call reads the x0 of the step before."""
+        return self.second is not None or self.predictor.self_condition is not None
+
     def step_between(
         self,
         row: Row,
@@ -95,7 +102,7 @@ class Run:
             x0: the x0 of the last step, or None.
             out: the buffer for the next state.
             next_input: the buffer for the next model input, if the row writes one.
-            x0_out: the buffer for x0, with self-conditioning.
+            x0_out: the buffer for x0, with self-conditioning and at order 2.
         """
         stepper = Stepper(self)
         stepper.use(x, x_in, x0, out, next_input, x0_out)
@@ -149,7 +156,9 @@ class Stepper:
         "_noise",
         "_prediction",
         "_predictor",
-        "_self_condition",
+        "_reached",
+        "_remembers",
+        "_second",
         "_states",
         "_table",
         "_wants_x0",
@@ -164,8 +173,9 @@ class Stepper:
         self._prediction = PREDICTIONS.index(run.prediction)
         self._direct = run.predictor.dtype == torch.float32
         """True if the state itself is the model's input without guidance."""
-        self._self_condition = run.predictor.self_condition is not None
-        self._wants_x0 = wants_x0 or self._self_condition
+        self._second = run.second
+        self._remembers = run.remembers
+        self._wants_x0 = wants_x0 or self._remembers
         self._backend, self._chosen = backend(run.predictor.device), chosen()
         self._compiled = compiled()
         """True if a compiler follows this run from its beginning to its end."""
@@ -181,7 +191,9 @@ class Stepper:
         self._input: Tensor | None = None
         """``_made`` as the model's input."""
         self._x0: Tensor | None = None
-        """The last x0, for a model that is conditioned on it."""
+        """The last x0, for a model that is conditioned on it and for a step of order 2."""
+        self._reached: Tensor | None = None
+        """The state that the last step returned. Another one has no x0 of a step before."""
         self._z: Tensor | None = None
         """The last z. A generator writes the next one into it."""
 
@@ -192,7 +204,7 @@ class Stepper:
             return
         if x.numel() >= FRESH:
             self._states = Spare(*(torch.empty_like(x) for _ in range(1 if made else 2)))
-            self._x0s = Spare(*(torch.empty_like(x) for _ in range(2 * self._self_condition)))
+            self._x0s = Spare(*(torch.empty_like(x) for _ in range(2 * self._remembers)))
         for copies in {row.feeds for row in rows} - {0}:
             self._inputs[copies] = Spare(input_like(x, self._predictor.dtype, copies))
 
@@ -206,7 +218,7 @@ class Stepper:
         x0_out: Tensor,
     ) -> None:
         """Sets the state and the memory of the next step: see ``Run.step_between``."""
-        self._made, self._input, self._x0 = x, x_in, x0
+        self._made, self._input, self._x0, self._reached = x, x_in, x0, x
         self._states, self._x0s = _Fixed(out), _Fixed(x0_out)
         if next_input is not None:
             self._inputs = dict.fromkeys((1, 2), _Fixed(next_input))
@@ -243,7 +255,11 @@ class Stepper:
         """Returns (x_s, x0). The model's next input is written in the same pass over memory."""
         if x is not self._made:
             self._check_layout(x)
-        seeds = z = into = x0 = None
+        seeds = z = into = x0 = history = None
+        table, kind = self._table, row.kind
+        if row.extrapolates and self._x0 is not None and x is self._reached:
+            assert self._second is not None
+            table, kind, history = self._second, kind + _OF_ORDER_2, self._x0
         if row.noisy:
             seeds, z = self._noise.step(row.number, self._z)
             self._z = z
@@ -261,7 +277,7 @@ class Stepper:
         w = row.guidance if self._conversion is None else None
         # The stepper allocates all tensors but the output, so only the output's strides may differ
         # from those at the time when a row of this kind was bound.
-        dtype, shape, stride, launch = self._launches.get(row.kind, _NONE)
+        dtype, shape, stride, launch = self._launches.get(kind, _NONE)
         if (
             output.dtype is not dtype
             or output.shape != shape
@@ -272,42 +288,45 @@ class Stepper:
             or moded()
             or profiled()
         ):
-            launch = self._bound(x, output, row, seeds, z, w, x_s, x0, into)
-        launch(x, output, self._table, row.table_index, seeds, z, w, None, x_s, x0, into)
+            launch = self._bound(
+                kind,
+                row,
+                x,
+                output,
+                table,
+                row.table_index,
+                seeds,
+                z,
+                w,
+                None,
+                x_s,
+                x0,
+                into,
+                history,
+            )
+        launch(x, output, table, row.table_index, seeds, z, w, None, x_s, x0, into, history)
         if x is self._made and self._states is not None:
             self._states.keep(x)
-        if self._self_condition:
+        if self._remembers:
             if self._x0 is not None and self._x0s is not None:
                 self._x0s.keep(self._x0)
             self._x0 = x0
         self._made, self._input = x_s, into
         if self._known is not None:
             x_s = self._known.put_back(x_s, row.number + 1, self._noise)
+        self._reached = x_s
         return x_s, x0
 
-    def _bound(
-        self,
-        x: Tensor,
-        output: Tensor,
-        row: Row,
-        seeds: Tensor | None,
-        z: Tensor | None,
-        w: Tensor | None,
-        x_s: Tensor,
-        x0: Tensor | None,
-        into: Tensor | None,
-    ) -> Launch:
+    def _bound(self, kind: int, row: Row, x: Tensor, output: Tensor, *rest: Any) -> Launch:
         """Binds the step, and keeps the launch if all rows of this kind will have these strides."""
         fixed = Fixed(row.prediction, True, self._clip, False)
         step = step_of(self._backend, fixed, x.device)
         if self._compiled or watched():
             return partial(by_op_again, self._chosen, fixed)
-        launch = step.launch(
-            x, output, self._table, row.table_index, seeds, z, w, None, x_s, x0, into
-        )
+        launch = step.launch(x, output, *rest)
         # A tensor of the caller's may have other strides than the next one: do not keep its launch.
         if is_plain(output) and x is self._made and self._noise.tensors is None:
-            self._launches[row.kind] = output.dtype, output.shape, output.stride(), launch
+            self._launches[kind] = output.dtype, output.shape, output.stride(), launch
         return launch
 
     def _check_layout(self, x: Tensor) -> None:
@@ -321,6 +340,8 @@ class Stepper:
             self._inputs = {1: Spare(), 2: Spare()}
 
 
+_OF_ORDER_2 = 64
+"""This much is added to a row's kind in a step that reads the x0 of the step before."""
 _NONE: tuple[Any, ...] = None, None, None, None
 """The entry of a kind of row that is not bound yet."""
 

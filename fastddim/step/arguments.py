@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastddim.check import finite, kind, whole
-from fastddim.coefficients import COLUMNS, PREDICTIONS
+from fastddim.coefficients import COLUMNS, COLUMNS_2, PREDICTIONS
 from fastddim.step import layout
 from fastddim.step.backends import Fixed
 
@@ -23,7 +23,9 @@ def checked_table(table: Any) -> Tensor:
     """Returns the coefficient table that ``bind`` is given."""
     if not isinstance(table, Tensor):
         raise TypeError(f"table must be a tensor, got {kind(table)}")
-    _check_tensor("table", table, table, (STATE,), (-1, len(COLUMNS)))
+    of_order_2 = table.dim() == 2 and table.shape[1] == len(COLUMNS_2)
+    columns = len(COLUMNS_2 if of_order_2 else COLUMNS)
+    _check_tensor("table", table, table, (STATE,), (-1, columns))
     return table
 
 
@@ -52,12 +54,13 @@ def checked_rows(
     out: Tensor | None,
     x0_out: Tensor | None,
     next_input: Tensor | None,
+    history: Tensor | None = None,
 ) -> Tensor | int:
     """Returns ``rows`` if all arguments are what ``ddim_step`` allows, and raises otherwise."""
     if not torch.compiler.is_compiling() and transformed():
         _check_constants(
             x=x, output=output, table=table, rows=rows, seeds=seeds, noise=noise,
-            guidance=guidance, threshold=threshold, out=out, x0_out=x0_out,
+            guidance=guidance, threshold=threshold, out=out, x0_out=x0_out, history=history,
         )  # fmt: skip
     _check_tensor("x", x, x, (STATE,))
     if x.dim() == 0:
@@ -69,7 +72,13 @@ def checked_rows(
     if isinstance(output, Tensor) and layout.has_variance(output, x):
         expected = (expected[0], 2 * expected[1], *expected[2:])
     _check_tensor("output", output, x, OUTPUTS, expected)
-    _check_tensor("table", table, x, (STATE,), (-1, len(COLUMNS)))
+    if history is None:
+        if isinstance(table, Tensor) and table.dim() == 2 and table.shape[1] == len(COLUMNS_2):
+            raise ValueError("history must be given with a table of order 2, got None")
+        _check_tensor("table", table, x, (STATE,), (-1, len(COLUMNS)))
+    else:
+        _check_tensor("table", table, x, (STATE,), (-1, len(COLUMNS_2)))
+        _check_tensor("history", history, x, (STATE,))
     if isinstance(rows, Tensor):
         _check_tensor("rows", rows, x, (torch.int32,), x.shape[:1] if rows.dim() else ())
     else:

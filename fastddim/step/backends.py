@@ -43,7 +43,7 @@ class StepArgs(NamedTuple):
         x: x_t, float32 (batch, ...).
         output: what the model returned, float32, bfloat16 or float16, of x's shape; with guidance
             (2·batch, ...).
-        table: the coefficients, float32 (steps, 7).
+        table: the coefficients, float32 (steps, 7); with history (steps, 8).
         row: the row of the table that all samples are on, or int32 (batch,) with one for each.
         seeds: int64 (batch,), for counter noise.
         noise: z itself, float32 of x's shape, in place of seeds.
@@ -52,6 +52,8 @@ class StepArgs(NamedTuple):
         out: x_s is written here, float32 of x's shape.
         x0: x0 is written here, likewise.
         next_input: x_s is written here in this tensor's dtype, once or for both halves of guidance.
+        history: x0′, the x0 of the step before, float32 of x's shape, for a step of order 2. It
+            may be the tensor ``x0`` itself.
     """
 
     x: Tensor
@@ -65,6 +67,7 @@ class StepArgs(NamedTuple):
     out: Tensor
     x0: Tensor | None
     next_input: Tensor | None
+    history: Tensor | None = None
 
 
 Launch: TypeAlias = Callable[..., None]
@@ -87,8 +90,8 @@ class Backend:
         name: its name in the table, in ``FASTDDIM_BACKEND`` and in records.
         bind: ``bind(fixed, first)`` looks at the ``StepArgs`` of a first step, compiles where
             there is something to compile, and returns the ``Launch`` for all tensors that lie
-            alike. x is dense; noise, out and x0 have x's strides; each sample of the output lies
-            as a sample of x.
+            alike. x is dense; noise, out, x0 and history have x's strides; each sample of the
+            output lies as a sample of x.
         normal_: ``normal_(out, seeds, rows, stream)`` fills a contiguous float32 (batch, ...) with
             the counter noise that ``fastddim.step.philox`` defines.
         reads: ``reads(x, output)`` returns whether a launch reads an output whose samples lie in

@@ -48,13 +48,14 @@ class Bound:
         out: Tensor,
         x0: Tensor | None,
         next_input: Tensor | None,
+        history: Tensor | None = None,
     ) -> None:
         """Writes x_s to ``out`` and, where they are given, x0 to ``x0`` and x_s to ``next_input``.
 
         The arguments are ``StepArgs``, on one device.
         """
         arguments = (
-            x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input,
+            x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input, history,
         )  # fmt: skip
         self.launch(*arguments)(*arguments)
 
@@ -71,6 +72,7 @@ class Bound:
         out: Tensor,
         x0: Tensor | None,
         next_input: Tensor | None,
+        history: Tensor | None = None,
         seen: bool = True,
     ) -> Launch:
         """Returns the launch for these arguments, and for all that lie alike.
@@ -88,6 +90,7 @@ class Bound:
             or not (noise is None or is_plain(noise))
             or not (guidance is None or is_plain(guidance))
             or not (threshold is None or is_plain(threshold))
+            or not (history is None or is_plain(history))
             or watched()
         ):
             return partial(by_op, self.fixed)
@@ -109,14 +112,16 @@ class Bound:
             None
             if next_input is None
             else (next_input.dtype, next_input.shape, next_input.stride()),
+            None if history is None else history.stride(),
         )
         latest, launch = self._latest
         if key != latest:
             found = self._launches.get(key)
             if found is None:
                 first = StepArgs(
-                    x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
-                )
+                    x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input,
+                    history,
+                )  # fmt: skip
                 found = bind(self.backend, self.fixed, first)
                 if len(self._launches) >= _MOST:
                     self._launches.clear()
@@ -172,11 +177,12 @@ def by_op(
     out: Tensor,
     x0: Tensor | None,
     next_input: Tensor | None,
+    history: Tensor | None = None,
 ) -> None:
     """Launches by the op, which torch.compile, dispatch modes, subclasses and the profiler see."""
     rows, number = (row, None) if isinstance(row, Tensor) else (None, row)
     inputs = x, output, table, rows, seeds, noise, guidance, threshold
-    torch.ops.fastddim.ddim_step.default(*inputs, *fixed, out, x0, next_input, number)
+    torch.ops.fastddim.ddim_step.default(*inputs, *fixed, out, x0, next_input, number, history)
 
 
 def by_op_again(name: str | None, fixed: Fixed, *arguments: Any) -> None:
@@ -225,7 +231,9 @@ class _Copies:
     """Copies, around a launch, the tensors that do not lie as the backend takes them."""
 
     def __init__(self, backend: Backend, first: StepArgs) -> None:
-        x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input = first
+        x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input, x0_before = (
+            first
+        )
         self.channels = x.shape[1] if layout.has_variance(output, x) else None
         # Per-sample values and stacked inputs require every sample to be one contiguous block.
         stacked = next_input is not None and len(next_input) > len(x)
@@ -244,6 +252,7 @@ class _Copies:
         self.out = not layout.alike(out, x)
         self.x0 = x0 is not None and not layout.alike(x0, x)
         self.next = next_input is not None and not layout.writable(next_input, x)
+        self.history = x0_before is not None and not layout.alike(x0_before, x)
         copied = {"out": self.out, "x0": self.x0, "next_input": self.next}
         # The positions in ``StepArgs`` of the results that are copied back to the caller's tensors.
         self.results = [StepArgs._fields.index(name) for name in copied if copied[name]]
@@ -251,7 +260,10 @@ class _Copies:
     @property
     def needed(self) -> bool:
         return self.channels is not None or any(
-            (self.x, self.output, self.table, self.seeds, self.noise, self.out, self.x0, self.next)
+            (
+                *(self.x, self.output, self.table, self.seeds, self.noise),
+                *(self.out, self.x0, self.next, self.history),
+            )
         )
 
     def before(
@@ -267,6 +279,7 @@ class _Copies:
         out: Tensor,
         x0: Tensor | None,
         next_input: Tensor | None,
+        history: Tensor | None = None,
     ) -> tuple[Any, ...]:
         """Returns the backend's arguments: copies where these do not lie as it takes them."""
         if self.x:
@@ -285,5 +298,20 @@ class _Copies:
             x0 = layout.like(x)
         if self.next and next_input is not None:
             next_input = layout.with_batch(len(next_input), x, next_input.dtype)
+        if self.history and history is not None:
+            history = layout.like(x).copy_(history)
         table = table.contiguous()
-        return x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input
+        return (
+            x,
+            output,
+            table,
+            row,
+            seeds,
+            noise,
+            guidance,
+            threshold,
+            out,
+            x0,
+            next_input,
+            history,
+        )

@@ -34,6 +34,7 @@ def ddim_step(
     out: Tensor | None = None,
     x0_out: Tensor | None = None,
     next_input: Tensor | None = None,
+    history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns (x_s, x0) of the step t → s in one pass over memory, value-identical to PyTorch.
 
@@ -66,6 +67,10 @@ def ddim_step(
         x0_out: x0 is written here, likewise.
         next_input: x_s is written here as well, in this tensor's dtype (float32, bfloat16 or
             float16): once in x's shape, or twice in a tensor of twice the batch, for guidance.
+        history: x0′, the x0 of the step before, float32 of x's shape, for a table of order 2
+            (``make_table``): D = x0 + κ·(x0 − x0′) takes x0's place in x_s, and ε_D that of ε,
+            with neither clamped again. Where κ = 0, in the first row, history is not used, and any
+            tensor will do. ``x0_out`` may be the same tensor.
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what is allowed.
@@ -83,6 +88,7 @@ def ddim_step(
         out,
         x0_out,
         next_input,
+        history,
     )
     if torch.compiler.is_compiling():  # A trace must not depend on ``_steps``.
         return _traced(checked_fixed(prediction, clip, rederive, noise_first), *arguments)
@@ -133,6 +139,7 @@ class BoundStep:
         out: Tensor | None = None,
         x0_out: Tensor | None = None,
         next_input: Tensor | None = None,
+        history: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (x_s, x0): see ``ddim_step``, whose arguments these are.
 
@@ -151,6 +158,7 @@ class BoundStep:
             out,
             x0_out,
             next_input,
+            history,
         )
         if torch.compiler.is_compiling():
             return _traced(self._step.fixed, *arguments)
@@ -211,6 +219,7 @@ class _Step:
         out: Tensor | None,
         x0_out: Tensor | None,
         next_input: Tensor | None,
+        history: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         try:
             seen: tuple[Any, ...] = (
@@ -242,6 +251,7 @@ class _Step:
                 out if out is None else _seen(out),
                 x0_out if x0_out is None else _seen(x0_out),
                 next_input if next_input is None else _seen(next_input),
+                history if history is None else _seen(history),
                 want_x0,
             )
             latest, launch = self._latest
@@ -253,12 +263,22 @@ class _Step:
             plain = False
         else:
             plain = not torch.is_grad_enabled() or not _require_grad(
-                x, output, table, seeds, noise, guidance, threshold, out, x0_out, next_input
+                x,
+                output,
+                table,
+                seeds,
+                noise,
+                guidance,
+                threshold,
+                out,
+                x0_out,
+                next_input,
+                history,
             )
         if not plain:
             rows = checked_rows(
                 self.fixed, x, output, table, rows, seeds, noise, guidance, threshold, out, x0_out,
-                next_input,
+                next_input, history,
             )  # fmt: skip
         elif isinstance(rows, int) and not 0 <= rows < table.shape[0]:
             whole("rows", rows, low=0, high=len(table) - 1)
@@ -273,12 +293,12 @@ class _Step:
         x0 = x0_out if x0_out is not None or not want_x0 else torch.empty_like(x)
         if not plain:
             first = StepArgs(
-                x, output, table, rows, seeds, noise, w, threshold, x_s, x0, next_input
+                x, output, table, rows, seeds, noise, w, threshold, x_s, x0, next_input, history
             )
             known = self._bound(seen, first)
         elif seen != latest:
             self._latest = seen, known  # type: ignore[assignment]
-        known(x, output, table, rows, seeds, noise, w, threshold, x_s, x0, next_input)  # type: ignore[misc]
+        known(x, output, table, rows, seeds, noise, w, threshold, x_s, x0, next_input, history)  # type: ignore[misc]
         if out is not None or x0_out is not None or next_input is not None:
             written(out, x0_out, next_input)
         return x_s, x0
@@ -328,11 +348,13 @@ def _traced(
     out: Tensor | None,
     x0_out: Tensor | None,
     next_input: Tensor | None,
+    history: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Takes the step as torch.compile traces it: by the checks and the op alone."""
     rows = checked_rows(
-        fixed, x, output, table, rows, seeds, noise, guidance, threshold, out, x0_out, next_input
-    )
+        fixed, x, output, table, rows, seeds, noise, guidance, threshold, out, x0_out, next_input,
+        history,
+    )  # fmt: skip
     batch = x.shape[0]
     if not isinstance(rows, Tensor):  # torch.compile would compile anew for each number
         rows = torch.full((), rows, dtype=torch.int32, device=x.device)
@@ -347,7 +369,7 @@ def _traced(
         threshold = threshold.expand(batch)
     out = torch.empty_like(x) if out is None else out
     x0 = x0_out if x0_out is not None or not want_x0 else torch.empty_like(x)
-    by_op(fixed, x, output, table, rows, seeds, noise, w, threshold, out, x0, next_input)
+    by_op(fixed, x, output, table, rows, seeds, noise, w, threshold, out, x0, next_input, history)
     return out, x0
 
 
@@ -355,8 +377,8 @@ def _seen(tensor: Any) -> Any:
     """Returns what a launch is specialised for: a tensor's layout, or ``float`` for a number."""
     if tensor.__class__ is float or tensor.__class__ is int:
         return float
-    kind, negated = tensor.__class__, tensor.is_neg()
-    return kind, negated, tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+    kind, odd = tensor.__class__, tensor.is_neg() or tensor._is_zerotensor()
+    return kind, odd, tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 def _require_grad(*tensors: Any) -> bool:

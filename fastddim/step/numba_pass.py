@@ -69,10 +69,20 @@ def _pointer(dtype: Any) -> Any:
 # the fields that a launch is bound to: sizes and flags, and the addresses of C functions.
 BROUGHT = (
     *("x", "output", "table", "rows", "seeds", "noise", "guidance", "threshold", "out", "x0"),
-    *("outcome", "taken"),
+    *("history", "outcome", "taken"),
 )
 BOUND = (
-    *("batch", "n", "channels", "steps", "dtype", "prediction", "noise_first", "rederive"),
+    *(
+        "batch",
+        "n",
+        "channels",
+        "steps",
+        "columns",
+        "dtype",
+        "prediction",
+        "noise_first",
+        "rederive",
+    ),
     *("output_stride", "row_stride", "guidance_stride", "threshold_stride", "stream", "clips"),
     "fills",
 )
@@ -352,6 +362,13 @@ def _combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out):
 
 
 @_part
+def _extrapolate(count, x0, history, kappa, d):
+    """Writes D = x0 + κ·(x0 − x0′)."""
+    for i in range(count):
+        d[i] = x0[i] + kappa * (x0[i] - history[i])
+
+
+@_part
 def _taken(address, thread, total):
     """Returns (start, stop) of a thread's next task, an empty one when none is left.
 
@@ -379,7 +396,7 @@ def _light_steps(address, thread, n, total):
     """
     call = carray(_call(address), (1,))[0]
     rows = carray(_int32(call.rows), (call.batch,))
-    table = carray(_float32(call.table), (7 * call.steps,))
+    table = carray(_float32(call.table), (call.columns * call.steps,))
     while True:
         start, stop = _taken(address, thread, total)
         if start >= stop:
@@ -391,8 +408,8 @@ def _light_steps(address, thread, n, total):
             if call.x0:
                 count = min(count, CHUNK)
             row = rows[sample * call.row_stride]
-            a_t, b_t, a_s = table[7 * row], table[7 * row + 2], table[7 * row + 4]
-            c2 = table[7 * row + 6]
+            at = call.columns * row
+            a_t, b_t, a_s, c2 = table[at], table[at + 2], table[at + 4], table[at + 6]
             x, out = _floats(call.x, start, count), _floats(call.out, start, count)
             e = _floats(call.output, sample * call.output_stride + first, count)
             if call.x0:
@@ -412,7 +429,7 @@ def _steps(address, thread):
     call = carray(_call(address), (1,))[0]
     batch, n, channels, steps = call.batch, call.n, call.channels, call.steps
     rows = carray(_int32(call.rows), (batch,))
-    table = carray(_float32(call.table), (7 * steps,))
+    table = carray(_float32(call.table), (call.columns * steps,))
     seeds = carray(_int64(call.seeds), (batch,))
     guidance = carray(_float32(call.guidance), (batch,))
     threshold = carray(_float32(call.threshold), (batch,))
@@ -423,7 +440,7 @@ def _steps(address, thread):
             return
     total = batch * n
     conditional = call.output + batch * call.output_stride * (4 if call.dtype == 0 else 2)
-    counted = call.seeds != 0 and (call.row_stride != 0 or table[7 * rows[0] + 5] != 0)
+    counted = call.seeds != 0 and (call.row_stride != 0 or table[call.columns * rows[0] + 5] != 0)
     # A chunk of several small samples gets its weights and thresholds element by element: one pass
     # for each sample would cost more than its few elements.
     each, spread = n, (call.guidance_stride != 0 or call.threshold_stride != 0) and n < CHUNK
@@ -434,15 +451,18 @@ def _steps(address, thread):
         spread = False
 
     kept_x0 = call.clips or call.rederive or call.x0 != 0 or call.threshold != 0
+    kept_x0 = kept_x0 or call.history != 0
     plain = call.prediction == 0 and not kept_x0 and call.noise == 0
     made = call.guidance != 0 or call.dtype != 0 or call.noise != 0 or counted
     bounded = call.threshold != 0 or call.rederive or (call.clips and call.x0 == 0)
+    bounded = bounded or call.history != 0
     if call.prediction == 0 and not made and not bounded:
         _light_steps(address, thread, n, total)
         return
     x0_own, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     u_own, c_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     own = np.empty(CHUNK if spread else 1, np.float32)
+    d_own = np.empty(CHUNK if call.history else 1, np.float32)
     z_own, plane = np.empty(4 * ROOM + 2 * channels, np.float32), np.empty(4 * ROOM, np.float32)
     pairs, words = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.uint32)
     while True:
@@ -454,10 +474,12 @@ def _steps(address, thread):
             first = start - sample * n
             count = min(min(CHUNK, n - first), stop - start)
             row = rows[sample * call.row_stride]
-            a_t, b_t, a_s = table[7 * row], table[7 * row + 2], table[7 * row + 4]
-            c1, c2 = table[7 * row + 5], table[7 * row + 6]
+            at = call.columns * row
+            a_t, b_t, a_s = table[at], table[at + 2], table[at + 4]
+            c1, c2 = table[at + 5], table[at + 6]
             x, out = _floats(call.x, start, count), _floats(call.out, start, count)
-            x0, eps = _floats(call.x0, start, count) if call.x0 else x0_own, eps_own
+            kept = call.x0 and not call.history  # x0 and history may be the same memory
+            x0, eps = _floats(call.x0, start, count) if kept else x0_own, eps_own
 
             where = sample * call.output_stride + first
             e = _widened(call.output, call.dtype, where, count, u_own)
@@ -500,7 +522,15 @@ def _steps(address, thread):
                         seed, row, _STEP_STREAM, first, count, channels, n // channels, words,
                         pairs, plane, z_own,
                     )  # fmt: skip
-            _combine(count, x0, eps, z, lane, noisy, call.noise_first, a_s, c1, c2, out)
+            if call.history and table[at + 7] != 0:
+                _extrapolate(count, x0, _floats(call.history, start, count), table[at + 7], d_own)
+                _combine(count, d_own, x, z, lane, noisy, call.noise_first, a_s, c1, c2, out)
+            else:
+                _combine(count, x0, eps, z, lane, noisy, call.noise_first, a_s, c1, c2, out)
+            if call.history and call.x0:
+                x0_out = _floats(call.x0, start, count)
+                for i in range(count):
+                    x0_out[i] = x0[i]
             start += count
 
 

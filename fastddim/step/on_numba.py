@@ -156,6 +156,7 @@ def bind(fixed: Fixed, first: StepArgs) -> Launch:
         n,
         channels,
         steps,
+        table.shape[1],
         _DTYPES.index(output.dtype),
         fixed.prediction,
         fixed.noise_first,
@@ -183,6 +184,7 @@ def bind(fixed: Fixed, first: StepArgs) -> Launch:
         out: Tensor,
         x0: Tensor | None,
         next_input: Tensor | None,
+        history: Tensor | None = None,
     ) -> None:
         if not isinstance(row, int):
             at = row.data_ptr()
@@ -201,6 +203,7 @@ def bind(fixed: Fixed, first: StepArgs) -> Launch:
             0 if threshold is None else threshold.data_ptr(),
             out.data_ptr(),
             0 if x0 is None else x0.data_ptr(),
+            0 if history is None else history.data_ptr(),
         )
         if outcome != DONE:
             _refuse(outcome, row, steps)
@@ -266,7 +269,7 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         "fills": True,
     }
     run = Calls(tuple(bound.values()), None, total >= NOISY_SHARED)
-    if run(0, 0, 0, rows.data_ptr(), seeds.data_ptr(), 0, 0, 0, out.data_ptr(), 0) != DONE:
+    if run(0, 0, 0, rows.data_ptr(), seeds.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 0) != DONE:
         raise MemoryError("there is no memory for the scratch chunks of the counter noise")
 
 

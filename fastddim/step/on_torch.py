@@ -58,9 +58,12 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
         out: Tensor,
         x0: Tensor | None,
         next_input: Tensor | None,
+        history: Tensor | None = None,
     ) -> None:
         if total > BLOCK and total > _together():
-            _in_blocks(fixed, x, output, table, row, seeds, noise, guidance, threshold, out, x0)
+            _in_blocks(
+                fixed, x, output, table, row, seeds, noise, guidance, threshold, out, x0, history
+            )
         else:
             factors = factors_of(table, row)
             if factors[0].dim():
@@ -70,14 +73,14 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
             # Views of the scratch memory cost as much as an operation: each thread keeps its last.
             if _own.terms[0] is not launch:
                 _own.terms = launch, *_terms(x)
-            _, term, scaled, x0_own, guided = _own.terms
+            _, term, scaled, x0_own, guided, extrapolated = _own.terms
             if output.dtype is not torch.float32:
                 output = output.float()
             if guidance is not None:
                 uncond, cond = output[:batch], output[batch:]
                 w = guidance.view(each) if guidance.stride(0) else guidance[0]
                 output = torch.sub(cond, uncond, out=guided).mul_(w).add_(uncond)
-            if light and noise is None and threshold is None and x0 is None:
+            if light and noise is None and threshold is None and x0 is None and history is None:
                 a_t, _, b_t, _, a_s, _, c2 = factors
                 torch.mul(output, b_t, out=term)
                 torch.sub(x, term, out=out).div_(a_t).mul_(a_s)
@@ -91,10 +94,14 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
                     noise,
                     None if threshold is None else scaled.copy_(threshold.view(each)),
                     out,
-                    x0_own if x0 is None else x0,
+                    x0_own if x0 is None or history is not None else x0,
                     term,
                     scaled,
+                    history,
+                    extrapolated,
                 )
+                if history is not None and x0 is not None:  # which may be the same tensor
+                    x0.copy_(x0_own)
         if next_input is not None:
             layout.write_next(next_input, out)
 
@@ -102,9 +109,9 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
 
 
 def _terms(x: Tensor) -> list[Tensor]:
-    """Returns memory for the four terms of a step, laid out as x."""
-    count, scratch = x.numel(), _scratch(4 * x.numel())
-    return [scratch.as_strided(x.shape, x.stride(), k * count) for k in range(4)]
+    """Returns memory for the five terms of a step, laid out as x."""
+    count, scratch = x.numel(), _scratch(5 * x.numel())
+    return [scratch.as_strided(x.shape, x.stride(), k * count) for k in range(5)]
 
 
 def _in_blocks(
@@ -119,6 +126,7 @@ def _in_blocks(
     threshold: Tensor | None,
     out: Tensor,
     x0: Tensor | None,
+    history: Tensor | None,
 ) -> None:
     """Takes the step of a batch that is more than one block."""
     batch = x.shape[0]
@@ -135,7 +143,7 @@ def _in_blocks(
     apart = guidance is not None or by_sample(row, guidance, threshold) or _apart(output, x)
     whole = apart or seeds is not None
     room = min(_together(), x.numel())
-    scratch = _scratch(5 * room)
+    scratch = _scratch(6 * room)
     stride = output.stride(0) if whole and output.shape[0] > 1 else n
     for sample, samples, first, count in _blocks(batch, n, whole):
         start, group = sample * n + first, slice(sample, sample + samples)
@@ -164,6 +172,9 @@ def _in_blocks(
                 first=first,
                 out=z.numpy(),
             )
+        x0_block = None if x0 is None else _block(x0, start, samples, count, n)
+        before = None if history is None else _block(history, start, samples, count, n)
+        predicted = own(4) if x0_block is None or before is not None else x0_block
         _step(
             fixed,
             _block(x, start, samples, count, n),
@@ -172,10 +183,14 @@ def _in_blocks(
             z,
             None if threshold is None else own(3).copy_(threshold[group, None]),
             _block(out, start, samples, count, n),
-            own(4) if x0 is None else _block(x0, start, samples, count, n),
+            predicted,
             term,
             scaled,
+            before,
+            own(5),
         )
+        if before is not None and x0_block is not None:
+            x0_block.copy_(predicted)
 
 
 def _by_reference(
@@ -191,13 +206,14 @@ def _by_reference(
     out: Tensor,
     x0: Tensor | None,
     next_input: Tensor | None,
+    history: Tensor | None = None,
 ) -> None:
     """Launches the reference, on any device but a CPU."""
     if seeds is not None:
         noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         normal_(noise, seeds, rows_of(row, len(x)), philox.STEP_STREAM)
     each = (-1, *[1] * (x.dim() - 1))
-    factors = table[row] if isinstance(row, int) else table[row].view(*each, len(COLUMNS))
+    factors = table[row] if isinstance(row, int) else table[row].view(*each, table.shape[1])
     x_s, predicted = reference.ddim_step(
         x,
         output.float(),
@@ -209,6 +225,7 @@ def _by_reference(
         None if guidance is None else guidance.reshape(each),
         None if threshold is None else threshold.reshape(each),
         fixed.rederive,
+        history,
     )
     out.copy_(x_s)
     if x0 is not None:
@@ -326,13 +343,15 @@ def _step(
     x0: Tensor,
     term: Tensor,
     scaled: Tensor,
+    history: Tensor | None,
+    extrapolated: Tensor,
 ) -> None:
     """Takes ``reference.ddim_step`` in place; factors and thresholds are scalars or columns.
 
     It never uses add_(alpha=): a fused multiply-add rounds once where the reference rounds twice.
     """
     prediction, noise_first, clip, rederive = fixed
-    a_t, _, b_t, _, a_s, c1, c2 = factors
+    a_t, _, b_t, _, a_s, c1, c2, *kappa = factors
     eps = output
     if prediction == 0:
         torch.mul(output, b_t, out=term)
@@ -353,6 +372,8 @@ def _step(
     if rederive:
         torch.mul(x0, a_t, out=term)
         eps = torch.sub(x, term, out=term).div_(b_t)
+    if history is not None:
+        x0, eps = _extrapolated(x, x0, eps, history, kappa[0], extrapolated)
     torch.mul(x0, a_s, out=out)
     direction = torch.mul(eps, c2, out=term)
     if z is None:
@@ -363,6 +384,19 @@ def _step(
         out.add_(scaled).add_(direction)
     else:
         out.add_(direction).add_(scaled)
+
+
+def _extrapolated(
+    x: Tensor, x0: Tensor, eps: Tensor, history: Tensor, kappa: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns D = x0 + κ·(x0 − x0′) and x where κ is not 0, and x0 and ε elsewhere."""
+    if not kappa.dim() and not kappa:
+        return x0, eps
+    torch.sub(x0, history, out=out).mul_(kappa).add_(x0)
+    if not kappa.dim():
+        return out, x
+    first = kappa == 0
+    return torch.where(first, x0, out), torch.where(first, eps, x)
 
 
 def _most() -> int:

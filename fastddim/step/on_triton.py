@@ -14,10 +14,10 @@ from fastddim.step.backends import Backend, Fixed, Launch, StepArgs
 
 def bind(fixed: Fixed, first: StepArgs) -> Launch:
     """Binds the kernel: see ``backends.Backend``."""
-    x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input = first
+    x, output, table, row, seeds, noise, guidance, threshold, out, x0, next_input, history = first
     launch: Launch = fastddim_kernels.bind(
         x, output, table, row, out, x0, next_input, seeds=seeds, noise=noise, guidance=guidance,
-        threshold=threshold, **fixed._asdict(),
+        threshold=threshold, history=history, **fixed._asdict(),
     )  # fmt: skip
     return launch
 

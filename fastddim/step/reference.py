@@ -19,6 +19,7 @@ def ddim_step(
     guidance: Tensor | None = None,
     threshold: Tensor | None = None,
     rederive: bool = False,
+    history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns (x_s, x0) of one step t → s, in its arguments' dtype (Song et al. 2021, eq. 12).
 
@@ -32,8 +33,10 @@ def ddim_step(
     the condition, along the batch (Ho and Salimans 2022). ``clip`` clamps x0 to ±clip;
     ``threshold`` is s in x0 = clamp(x0, ±s)/s (Saharia et al. 2022, section 2.3); ``rederive``
     computes ε again from the clamped x0. ``noise_first=False`` adds the noise last, as diffusers.
+    ``history`` is x0′, the x0 of the step before: D = x0 + κ·(x0 − x0′) and x_t then take the
+    places of x0 and ε in the sum where κ, the eighth column of the row, is not 0 (``make_table``).
     """
-    a_t, _, b_t, _, a_s, c1, c2 = row.unbind(-1)
+    a_t, _, b_t, _, a_s, c1, c2 = row[..., :7].unbind(-1)
     if output.dim() > 2 and output.shape[1] == 2 * x.shape[1]:
         output = output[:, : x.shape[1]]
     if guidance is not None:
@@ -51,7 +54,12 @@ def ddim_step(
         x0 = x0.clamp(-threshold, threshold) / threshold
     if rederive:
         eps = (x - a_t * x0) / b_t
-    x_s = a_s * x0
+    combined = x0
+    if history is not None:
+        kappa = row[..., 7]
+        combined = torch.where(kappa == 0, x0, x0 + kappa * (x0 - history))
+        eps = torch.where(kappa == 0, eps, x)
+    x_s = a_s * combined
     if z is not None and noise_first:
         x_s = x_s + c1 * z
     x_s = x_s + c2 * eps

@@ -365,6 +365,8 @@ def _recipe(
             "sha256": hashlib.sha256(ddim.schedule.alphas_cumprod.tobytes()).hexdigest(),
         },
         **{name: getattr(ddim, name) for name in SAMPLER},
+        # Recipes of order 1 stay those of versions without orders, so that their folders go on.
+        **({} if ddim.order == 1 else {"order": ddim.order}),
         **{name: _plain(options.get(name)) for name in OPTIONS},
         "postprocess": PICTURES if postprocess is pictures else _plain(postprocess),
         "architecture": provenance.architecture(device),

@@ -98,10 +98,11 @@ ASKED = {
         *("sample philox x0 clip", "guidance bf16 next", "guidance philox bf16 clip next"),
         "guidance philox threshold",
     ),
+    0.95: ("epsilon order 2", "epsilon philox order 2", "v bf16 order 2 next"),
     0.93: (
         *("epsilon last philox", "epsilon last philox rgb", "epsilon last philox odd"),
         *("epsilon mixed bf16", "epsilon mixed rgb", "epsilon philox last mixed rgb"),
-        "guidance philox bf16 last next",
+        *("guidance philox bf16 last next", "epsilon philox last order 2"),
     ),
     0.90: ("learned last", "learned last rgb"),
 }
@@ -117,6 +118,7 @@ def test_a_learned_variance_between_the_pixels_is_read_along() -> None:
     assert moved["learned last"] == moved["learned last rgb"] == 16
     assert moved["learned philox clip rederive"] == moved["epsilon"] == 12
     assert moved["epsilon bf16"] == 10
+    assert moved["epsilon order 2"] == moved["v bf16 order 2 next"] == 20
 
 
 def test_a_copy_moves_as_many_bytes_in_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +135,7 @@ def test_a_copy_moves_as_many_bytes_in_whole_chunks(monkeypatch: pytest.MonkeyPa
 
 
 def test_results_of_a_launch_are_compared_with_the_reference() -> None:
-    for name in ("epsilon x0 clip", "guidance bf16 next", "learned last"):
+    for name in ("epsilon x0 clip", "guidance bf16 next", "learned last", "epsilon order 2"):
         launch = launch_arguments(replace(VARIANTS[name], shape=(3, 4, 4)), 2)
         import fastddim_kernels
 

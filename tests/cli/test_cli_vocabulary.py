@@ -58,13 +58,14 @@ def test_every_command_takes_the_same_options() -> None:
 
 def test_the_vocabulary_is_the_librarys() -> None:
     from fastddim.cli.network import SCHEDULES
-    from fastddim.coefficients import PREDICTIONS
+    from fastddim.coefficients import ORDERS, PREDICTIONS
     from fastddim.tools import folder
 
     assert SPACINGS == options.SPACINGS
     assert tuple(checkpoints.CONFIGS) == options.CONFIGS
     assert folder.FORMATS == options.FORMATS
     assert tuple(PREDICTIONS) == options.PREDICTIONS
+    assert ORDERS == options.ORDERS
     assert draw.LARGEST_BATCH == options.LARGEST_BATCH
     assert tuple(SCHEDULES) == options.SCHEDULES
     for name, make in SCHEDULES.items():

@@ -62,6 +62,7 @@ def test_a_wait_for_the_device_is_noticed() -> None:
         "epsilon last philox rgb",
         "guidance philox bf16 clip next",
         "guidance philox threshold",
+        "epsilon philox order 2",
     ],
 )
 def test_a_captured_step_follows_what_its_arguments_hold(name: str) -> None:
@@ -90,7 +91,7 @@ def test_a_captured_step_follows_what_its_arguments_hold(name: str) -> None:
 def renewed(name: str, k: int) -> Given:
     """Other contents of everything: tensors, table, rows, seeds, weights."""
     given = arguments(name, seed=k)
-    given["table"] = factors(eta=1 - 0.3 * k)
+    given["table"] = factors(1 - 0.3 * k, VARIANTS[name].order)
     given["rows"] = given["rows"] + 7 * k if VARIANTS[name].rows_differ else on_row(7 * k, 3)
     for argument in ("seeds", "guidance", "threshold"):
         if argument in given:

@@ -32,7 +32,7 @@ def test_channels_of_almost_2_to_the_31_pixels_are_written(size: int) -> None:
     out = torch.full((64,), float("nan"))
     kernel: Any = ddim_step_kernel
     kernel[(1,)](
-        *(x, x, None, out, None, None, TABLE, on_row(5, 1), None, None, None, None),
+        *(x, x, None, out, None, None, None, TABLE, on_row(5, 1), None, None, None, None),
         *(None, size, 1, None, 1, 0, None, None, None, None),
         **choices(
             PREDICTION=2,
@@ -69,7 +69,7 @@ def test_offsets_pass_two_to_the_thirty_first(tmp_path: Path, vector: bool) -> N
     samples[:, :block] = x
     kernel: Any = ddim_step_kernel
     kernel[(3,)](
-        *(big, big, None, big, None, None, TABLE, on_row(5, 3), None, None, None, None),
+        *(big, big, None, big, None, None, None, TABLE, on_row(5, 3), None, None, None, None),
         *(None, n // unit, 3, -1, *geometry.divisor(1), n // unit, None, None, None),
         **choices(
             PREDICTION=2,
@@ -103,8 +103,9 @@ def test_second_halves_pass_two_to_the_thirty_first(tmp_path: Path) -> None:
     expected = by_reference(x[:, :block], uncond + 7.5 * (cond - uncond), on_row(5, 2))[0]
     kernel: Any = ddim_step_kernel
     kernel[(2,)](
-        *(x, output, None, x, None, next_input, TABLE, on_row(5, 2), None, torch.tensor(7.5)),
-        *(None, None, None, n // 4, 2, -1, *geometry.divisor(1), n // 4, None, None, None),
+        *(x, output, None, x, None, next_input, None, TABLE, on_row(5, 2), None),
+        *(torch.tensor(7.5), None, None, None, n // 4, 2, -1, *geometry.divisor(1), n // 4),
+        *(None, None, None),
         **choices(
             PREDICTION=0,
             NEXT_TWICE=True,

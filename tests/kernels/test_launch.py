@@ -28,6 +28,7 @@ from fastddim_kernels.step import ddim_step_kernel
 from tests.paths import randn
 
 TABLE = torch.tensor(DDIM(50, eta=1.0).table)
+SECOND = torch.tensor(DDIM(50, eta=1.0, order=2).table)
 DEVICE, STREAM = 1, 4321
 FUNCTION, PACKED = object(), object()
 
@@ -123,6 +124,12 @@ CASES: dict[str, dict[str, Any]] = {
         "rederive": True,
         "prediction": 2,
     },
+    "order 2, seeds": {
+        "table": SECOND,
+        "history": aligned(*SHAPE),
+        "x0": aligned(*SHAPE),
+        "seeds": torch.arange(2),
+    },
     "everything": {
         "row": torch.tensor([3, 40], dtype=torch.int32),
         "output": aligned(4, *SHAPE[1:], dtype=torch.float16),
@@ -136,7 +143,7 @@ CASES: dict[str, dict[str, Any]] = {
 FIXED = ("prediction", "noise_first", "clip", "rederive")
 ORDER = (
     *("x", "output", "table", "row", "seeds", "noise", "guidance", "threshold"),
-    *("out", "x0", "next_input"),
+    *("out", "x0", "next_input", "history"),
 )
 
 
@@ -156,12 +163,9 @@ def arguments(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def bind(given: dict[str, Any], options: dict[str, Any]) -> launch.BoundStep:
     first = dict(given)
     rows = first.pop("row")
-    first["x"] = first["x"].as_subclass(OnGPU)
-    for name in ("output", "table", "out", "x0", "next_input", "noise", "seeds", "guidance"):
-        if first[name] is not None:
-            first[name] = first[name].as_subclass(OnGPU)
-    if first["threshold"] is not None:
-        first["threshold"] = first["threshold"].as_subclass(OnGPU)
+    for name, value in first.items():
+        if value is not None:
+            first[name] = value.as_subclass(OnGPU)
     return launch.bind(rows=_on_gpu(rows), **first, **options)
 
 
@@ -210,10 +214,11 @@ def test_a_launch_is_given_what_the_dispatch_would_be(case: str, kernel: Kernel)
             assert warm.dtype == cold.dtype, name
 
 
-@pytest.mark.parametrize("name", ["x", "output", "noise", "out", "x0", "next_input"])
+@pytest.mark.parametrize("name", ["x", "output", "noise", "out", "x0", "next_input", "history"])
 def test_misaligned_addresses_go_through_the_dispatch(name: str, kernel: Kernel) -> None:
     case: dict[str, Any] = {"noise": aligned(*SHAPE), "x0": aligned(*SHAPE)}
-    given, options = arguments(case | {"next_input": aligned(*SHAPE)})
+    case |= {"next_input": aligned(*SHAPE), "history": aligned(*SHAPE), "table": SECOND}
+    given, options = arguments(case)
     step = bind(given, options)
     moved = given | {name: aligned(*SHAPE, off=1)}
     call(step, moved)

@@ -57,6 +57,7 @@ GIVEN = [
     "out",
     "x0",
     "next_input",
+    "history",
 ]
 """What a launch is called with."""
 
@@ -168,6 +169,7 @@ SEVERAL = [
     ("learned last", "last", 1, (5, 5, 13)),
     ("epsilon last philox odd", "last", 1, (2, 5, 7)),
     ("epsilon philox last mixed rgb", "last", 1, (5, 6, 6)),
+    ("epsilon philox order 2", "contiguous", 1, (4, 5, 4)),
 ]
 
 
@@ -187,6 +189,7 @@ def test_one_part_in_several_blocks_equals_eager(monkeypatch: pytest.MonkeyPatch
         ("epsilon last philox rgb", (3, 4, 6)),
         ("epsilon mixed bf16", (16, 5, 4)),
         ("epsilon mixed rgb", (2, 5, 4)),
+        ("v bf16 order 2 next", (4, 5, 7)),
     ]
     for name, shape in shapes:
         layout = "last" if VARIANTS[name].channels_last else "contiguous"
@@ -214,6 +217,7 @@ def test_every_variant_in_several_parts_and_blocks_equals_eager(
         "epsilon last philox",
         "epsilon mixed bf16",
         "epsilon philox last mixed rgb",
+        "epsilon philox last order 2",
     ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)

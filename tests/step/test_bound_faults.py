@@ -15,7 +15,7 @@ from torch import Tensor
 import fastddim
 from fastddim import DDIM, ddim_step
 from fastddim.dropins._shared import Buffers
-from tests.paths import has_numba, use
+from tests.paths import CPU, has_numba, use
 from tests.processes import ran
 from tests.tape import Tape
 
@@ -324,3 +324,17 @@ def test_a_drop_ins_state_of_zeros_alone() -> None:
         """
     )
     assert printed == "True"
+
+
+@pytest.mark.parametrize("name", ["noise", "guidance", "threshold"])
+@pytest.mark.parametrize("backend", CPU)
+def test_zeros_without_memory_are_read_as_zeros(backend: str, name: str) -> None:
+    """Such a tensor lies as the one before, and its address is 0, which stands for None."""
+    shape = X.shape if name == "noise" else X.shape[:1]
+    output = OUTPUT.repeat(2, 1, 1, 1) if name == "guidance" else OUTPUT
+    with use(backend):
+        step = fastddim.bind(table())
+        step(X, output, 1, **{name: torch.ones(shape)})
+        found, _ = step(X, output, 1, **{name: torch._efficientzerotensor(shape)})
+        expected, _ = step(X, output, 1, **{name: torch.zeros(shape)})
+    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 COLUMNS = 7
-"""The columns of the coefficient table."""
+"""The columns of the coefficient table; a table of order 2 has one more, κ."""
 _is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,6 +17,7 @@ def check_state(
     x0: Tensor | None,
     noise: Tensor | None,
     next_input: Tensor | None,
+    history: Tensor | None,
 ) -> None:
     """Raises ``ValueError`` where a tensor does not lie as the kernel takes x and the results."""
     if x.dim() < 1 or x.dtype != torch.float32 or not _is_dense(x):
@@ -26,6 +27,8 @@ def check_state(
         _check_like("x0", x0, x, torch.float32)
     if noise is not None:
         _check_like("noise", noise, x, torch.float32)
+    if history is not None:
+        _check_like("history", history, x, torch.float32)
     if next_input is not None:
         if next_input.dtype not in MODEL_DTYPES:
             raise ValueError(
@@ -45,10 +48,12 @@ def check_coefficients(
     seeds: Tensor | None,
     guidance: Tensor | None,
     threshold: Tensor | None,
+    history: Tensor | None,
 ) -> None:
     """Raises ``ValueError`` where the table or a value of a sample is not what the kernel takes."""
-    if table.dim() != 2 or table.shape[1] != COLUMNS or not table.is_contiguous():
-        raise ValueError(f"table must be contiguous (steps, {COLUMNS}), got {describe(table)}")
+    columns = COLUMNS if history is None else COLUMNS + 1
+    if table.dim() != 2 or table.shape[1] != columns or not table.is_contiguous():
+        raise ValueError(f"table must be contiguous (steps, {columns}), got {describe(table)}")
     if table.dtype != torch.float32 or table.device != x.device:
         raise ValueError(f"table must be float32 on {x.device}, got {describe(table)}")
     if isinstance(rows, Tensor):

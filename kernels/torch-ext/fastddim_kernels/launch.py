@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import geometry
 from .checks import (
-    COLUMNS,
     check_coefficients,
     check_seeds,
     check_state,
@@ -40,6 +39,7 @@ def ddim_step(
     noise: Tensor | None = None,
     guidance: Tensor | None = None,
     threshold: Tensor | None = None,
+    history: Tensor | None = None,
     prediction: int = 0,
     noise_first: bool = True,
     clip: float | None = None,
@@ -54,7 +54,9 @@ def ddim_step(
             lies as x's samples, or x and output are each contiguous or channels last. Samples may
             be any number of elements apart, and channels-last pixels may be twice x's channels
             apart, so output may be a view of the first half where a learned variance follows.
-        table: (steps, 7) float32: √ᾱ_t, 1/√ᾱ_t, √(1−ᾱ_t), 1/√(1−ᾱ_t), √ᾱ_s, c1, c2.
+        table: (steps, 7) float32: √ᾱ_t, 1/√ᾱ_t, √(1−ᾱ_t), 1/√(1−ᾱ_t), √ᾱ_s, c1, c2. With
+            ``history`` (steps, 8): κ is the last, and where it is not 0 the factors of D and x_t
+            stand in the places of √ᾱ_s and c2.
         rows: the row that all samples are on, or (batch,) int32 in [0, steps).
         out, x0: x_s and x0 are written here, float32 with the shape and strides of x.
         next_input: x_s is written here in this tensor's dtype, float32, bfloat16 or float16: once
@@ -64,6 +66,9 @@ def ddim_step(
             noise is added.
         guidance: (batch,) float32, w in output_u + w·(output_c − output_u); any stride.
         threshold: (batch,) float32, s > 0 in x0 = clamp(x0, ±s)/s.
+        history: x0′, the x0 of the step before, float32 with the shape and strides of x, in
+            D = x0 + κ·(x0 − x0′) and x_s = p·D + c1·z + q·x_t; it may be ``x0`` itself. Rows with
+            κ = 0 do not use it.
         prediction: what ``output`` is: 0 ε, 1 v, 2 x0.
         noise_first: whether the noise is added before the direction to x_t or after it.
         clip: x0 is clamped to ±clip.
@@ -76,7 +81,7 @@ def ddim_step(
         ValueError: naming the argument, the value and what is allowed.
     """
     grid, scalars, options = _choices(
-        x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input,
+        x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input, history,
         prediction, noise_first, clip, rederive,
     )  # fmt: skip
     if x.numel() == 0:
@@ -85,8 +90,8 @@ def ddim_step(
     s, rcp_s = _with_reciprocal(threshold)
     with _device(x):
         ddim_step_kernel[grid](
-            x, output, noise, out, x0, next_input, table, each, seeds, guidance, s, rcp_s, row,
-            *scalars, **options,
+            x, output, noise, out, x0, next_input, history, table, each, seeds, guidance, s, rcp_s,
+            row, *scalars, **options,
         )  # fmt: skip
 
 
@@ -103,6 +108,7 @@ def bind(
     noise: Tensor | None = None,
     guidance: Tensor | None = None,
     threshold: Tensor | None = None,
+    history: Tensor | None = None,
     prediction: int = 0,
     noise_first: bool = True,
     clip: float | None = None,
@@ -117,11 +123,11 @@ def bind(
         ValueError: naming the argument, the value and what is allowed.
     """
     grid, scalars, options = _choices(
-        x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input,
+        x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input, history,
         prediction, noise_first, clip, rederive,
     )  # fmt: skip
     step = BoundStep(x, table, grid, scalars, options)
-    first = x, output, noise, out, x0, next_input
+    first = x, output, noise, out, x0, next_input, history
     low = functools.reduce(operator.or_, (t.data_ptr() for t in first if t is not None))
     if step.direct and not low & 15:
         each, row = (rows, None) if isinstance(rows, Tensor) else (None, rows)
@@ -138,11 +144,12 @@ class BoundStep:
     """A step whose kernel is compiled, for tensors that lie as those it was bound to.
 
     A call costs the host about as much as one of PyTorch's operations. It checks that a row given
-    as a number is in the table; that the addresses of x, output, out, noise, x0 and next_input are
-    multiples of 16; that the current device is the bound one; and that Triton has no launch hooks.
-    It then launches the compiled kernel past Triton's dispatch, with addresses in place of tensors,
-    which works with Triton 3.6 and 3.7. Where an address, the device or a hook fails the check,
-    with other versions, on ROCm and under the interpreter, the call goes through Triton's dispatch.
+    as a number is in the table; that the addresses of x, output, out, noise, x0, next_input and
+    history are multiples of 16; that the current device is the bound one; and that Triton has no
+    launch hooks. It then launches the compiled kernel past Triton's dispatch, with addresses in
+    place of tensors, which works with Triton 3.6 and 3.7. Where an address, the device or a hook
+    fails the check, with other versions, on ROCm and under the interpreter, the call goes through
+    Triton's dispatch.
 
     The caller must keep everything else as it was when the step was bound: each tensor's dtype,
     shape, strides and device, which arguments are None, whether ``rows`` is a number, and how many
@@ -191,6 +198,7 @@ class BoundStep:
         out: Tensor,
         x0: Tensor | None,
         next_input: Tensor | None,
+        history: Tensor | None = None,
     ) -> None:
         """Takes ``ddim_step`` of tensors that lie as the bound ones.
 
@@ -210,7 +218,7 @@ class BoundStep:
         aligned = False
         if self.direct:
             x_at, output_at, out_at = x.data_ptr(), output.data_ptr(), out.data_ptr()
-            noise_at = x0_at = next_at = None
+            noise_at = x0_at = next_at = history_at = None
             low = x_at | output_at | out_at
             if noise is not None:
                 low |= (noise_at := noise.data_ptr())
@@ -218,13 +226,16 @@ class BoundStep:
                 low |= (x0_at := x0.data_ptr())
             if next_input is not None:
                 low |= (next_at := next_input.data_ptr())
+            if history is not None:
+                low |= (history_at := history.data_ptr())
             # A kernel that is compiled for aligned memory reads 16 bytes at a time.
             aligned = not low & 15
             run = self._run
             if aligned and run and _current_device() == self._device and not _hooked():
                 run(
                     self._grid[0], 1, 1, _stream(self._device), *self._launch_of,
-                    x_at, output_at, noise_at, out_at, x0_at, next_at, table.data_ptr(),
+                    x_at, output_at, noise_at, out_at, x0_at, next_at, history_at,
+                    table.data_ptr(),
                     each if each is None else each.data_ptr(),
                     seeds if seeds is None else seeds.data_ptr(),
                     guidance if guidance is None else guidance.data_ptr(),
@@ -235,8 +246,8 @@ class BoundStep:
             return  # A step of no elements was bound without options.
         with _device(x):
             compiled = ddim_step_kernel[self._grid](
-                x, output, noise, out, x0, next_input, table, each, seeds, guidance, s, rcp_s, row,
-                *self._scalars, **self._options,
+                x, output, noise, out, x0, next_input, history, table, each, seeds, guidance, s,
+                rcp_s, row, *self._scalars, **self._options,
             )  # fmt: skip
         if aligned and self._run is None:  # the first step's tensors were not
             self.adopt(compiled, x)
@@ -254,6 +265,7 @@ def _choices(
     out: Tensor,
     x0: Tensor | None,
     next_input: Tensor | None,
+    history: Tensor | None,
     prediction: int,
     noise_first: bool,
     clip: float | None,
@@ -263,8 +275,8 @@ def _choices(
 
     ``scalars`` follow the kernel's pointers by position, and ``options`` go by name.
     """
-    check_state(x, out, x0, noise, next_input)
-    check_coefficients(x, table, rows, seeds, guidance, threshold)
+    check_state(x, out, x0, noise, next_input, history)
+    check_coefficients(x, table, rows, seeds, guidance, threshold, history)
     if seeds is not None and noise is not None:
         raise ValueError("noise comes from seeds or from a tensor, got both")
     if clip is not None and threshold is not None:
@@ -274,6 +286,7 @@ def _choices(
     if x.numel() == 0:
         return (0,), (), {}
     light = prediction == 0 and guidance is None and threshold is None and next_input is None
+    light = light and history is None
     quads, parts = geometry.block_of(g, noisy=seeds is not None, light=light)
     blocks = -(-g.fours // (quads * parts))
     unit = 4 if g.in_fours else 1
@@ -288,7 +301,7 @@ def _choices(
         clip,
     )
     options = {
-        "COLUMNS": COLUMNS,
+        "COLUMNS": table.shape[1],
         "PREDICTION": prediction,
         "NOISE_FIRST": noise_first,
         "REDERIVE": rederive,

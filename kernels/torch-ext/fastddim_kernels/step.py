@@ -101,6 +101,14 @@ def combine(x0, eps, z, a_s, c1, c2, NOISE: tl.constexpr, NOISE_FIRST: tl.conste
 
 
 @triton.jit
+def extrapolate(x, x0, eps, x0_before, kappa):
+    """D = x0 + κ·(x0 − x0′), and x, of which a row with κ ≠ 0 holds the factors; else x0 and ε."""
+    first = kappa == 0.0
+    d = x0 + kappa * (x0 - x0_before)
+    return tl.where(first, x0, d), tl.where(first, eps, x)
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr, PORTABLE: tl.constexpr):
     """Returns x in ``dtype``, rounded to nearest even; the interpreter truncates to bfloat16."""
     if PORTABLE and dtype == tl.bfloat16:
@@ -113,7 +121,7 @@ def rounded(x, dtype: tl.constexpr, PORTABLE: tl.constexpr):
 
 @triton.jit
 def finish(
-    x, output, z, access, factors, bounds, written,
+    x, output, z, x0_before, access, factors, kappa, bounds, written,
     PREDICTION: tl.constexpr, NOISE: tl.constexpr, NOISE_FIRST: tl.constexpr,
     REDERIVE: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +134,10 @@ def finish(
     predicted = predict_x0(x, output, a_t, rcp_a_t, b_t, PREDICTION, PORTABLE)
     x0 = bound_x0(predicted, clip, threshold, rcp_threshold, PORTABLE)
     eps = predict_eps(x, output, predicted, x0, a_t, b_t, rcp_b_t, PREDICTION, REDERIVE, PORTABLE)
-    x_s = combine(x0, eps, z, a_s, c1, c2, NOISE, NOISE_FIRST)
+    d = x0
+    if kappa is not None:
+        d, eps = extrapolate(x, x0, eps, x0_before, kappa)
+    x_s = combine(d, eps, z, a_s, c1, c2, NOISE, NOISE_FIRST)
 
     tl.store(out_ptr + begin + offsets, x_s, mask=mask)
     if x0_ptr is not None:
@@ -160,6 +171,7 @@ def ddim_step_kernel(
     out_ptr,
     x0_ptr,
     next_ptr,
+    history_ptr,
     table_ptr,
     rows_ptr,
     seeds_ptr,
@@ -255,7 +267,7 @@ def ddim_step_kernel(
     # A function takes this tuple, but none returns one: Triton 3.6 cannot return a None.
     written = (out_ptr, x0_ptr, next_ptr, next_again_ptr)
 
-    factors = ()
+    factors, kappa = (), None
     x_channel = n_pixels if X_PIXEL == 1 else 1
     output_channel = n_pixels if OUTPUT_PIXEL == 1 else 1
     for k in tl.static_range(WIDTH if LAYOUT == SCATTERED else 1):
@@ -291,16 +303,21 @@ def ddim_step_kernel(
                 cond = as_state(load_all(cond_ptr, there), C, OUTPUT_PIXEL, X_PIXEL, LAYOUT)
             if noise_ptr is not None:
                 z = load_all(noise_ptr, here)
+            before = x
+            if history_ptr is not None:
+                before = load_all(history_ptr, here)
             if k == 0 and part == 0:
                 # The factors wait for the row, so that the loads of the state are issued first.
                 for column in tl.static_range(7):
                     factors = factors + (tl.load(table_ptr + row.to(tl.int64) * COLUMNS + column),)
+                if history_ptr is not None:
+                    kappa = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 7)
             if key is not None and LAYOUT != TILE:
                 z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
             for i in tl.static_range(len(here)):
                 finish(
                     x[i], guide(output[i].to(tl.float32), cond[i].to(tl.float32), w),
-                    z[i] if len(z) > 0 else 0.0, here[i], factors,
+                    z[i] if len(z) > 0 else 0.0, before[i], here[i], factors, kappa,
                     (clip, threshold, rcp_threshold), written,
                     PREDICTION, noise_ptr is not None or seeds_ptr is not None, NOISE_FIRST,
                     REDERIVE, PORTABLE,
