@@ -91,6 +91,7 @@ def test_a_deadline_is_never_in_the_past() -> None:
 # A section's process
 
 
+@pytest.mark.slow
 def test_rows_are_kept_when_they_are_measured(monkeypatch: pytest.MonkeyPatch, book: Book) -> None:
     code = "part(0); row(0); time.sleep(60)"
     monkeypatch.setattr(gpu, "section", program(code))
@@ -318,6 +319,7 @@ def test_a_run_that_would_measure_nothing_is_refused(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_cut_off_has_kept_what_was_measured(tmp_path: Path, how: int) -> None:
     code = f"""

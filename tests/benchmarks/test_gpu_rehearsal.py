@@ -262,6 +262,7 @@ def test_the_whole_run_is_rehearsed(tmp_path: Path) -> None:
     assert found["tests"]["skipped"] > 500
 
 
+@pytest.mark.slow
 def test_a_rehearsal_keeps_no_record_among_the_results() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.rehearsal", "-m", "benchmarks.gpu"],

@@ -185,6 +185,7 @@ def test_a_rung_wrong_from_its_second_run_on_is_not_timed(
     assert "nan off" in rows_of(POLICY, EXACT)[CAPTURE]["wrong"]
 
 
+@pytest.mark.slow
 def test_a_rung_that_fails_or_hangs_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: rungs.Ready) -> rungs.Run:
         raise RuntimeError("no such luck")
