@@ -8,7 +8,6 @@ threads, nor this package, nor a backend, nor Triton's choice of the interpreter
 from __future__ import annotations
 
 import atexit
-import functools
 import json
 import os
 import subprocess
@@ -104,7 +103,10 @@ def ran(
         assert server.stdout is not None
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        return Done(int(server.stdout.readline()), out.read_text(), err.read_text())
+        ended = server.stdout.readline()
+        if not ended:
+            raise RuntimeError(f"the server that forks has ended with status {server.wait()}")
+        return Done(int(ended), out.read_text(), err.read_text())
 
 
 def ran_anew(
@@ -126,18 +128,26 @@ def _environment(own: Mapping[str, str] | None) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(own or {})}
 
 
-@functools.cache
+_servers: dict[tuple[str, ...], subprocess.Popen[str]] = {}
+
+
 def _server(modules: tuple[str, ...]) -> subprocess.Popen[str]:
+    """The server with these modules. One that has ended fails one test, and not all after it."""
+    found = _servers.get(modules)
+    if found is not None and found.poll() is None:
+        return found
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER.format(modules=modules, limit=LIMIT)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=_environment(None),
+        start_new_session=True,  # a test may signal its whole process group
     )
     atexit.register(_end, server)
     assert server.stdout is not None
     assert server.stdout.readline() == "ready\n"
+    _servers[modules] = server
     return server
 
 
