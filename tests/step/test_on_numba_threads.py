@@ -24,13 +24,13 @@ from tests.step.fused import TABLE, randn, rows_of, run, step  # noqa: E402
 BIG = (3, 7 * 9981)  # tasks begin in the middle of samples, of chunks and of quads
 
 
-def big_step(layout: str = "flat") -> tuple[Tensor, Tensor, Tensor]:
+def big_step(layout: str = "flat", noise_first: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     x, output = randn(*BIG).view(3, 7, -1), randn(*BIG, seed=1).view(3, 7, -1)
     if layout == "channels_last":
         x, output = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, output))
     out, x0 = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
     args = (x, output, TABLE, rows_of(3, [0, 20, 49]), torch.tensor([5, 2**40, 6]))
-    step(*args, None, None, None, 0, True, 1.0, False, out, x0)
+    step(*args, None, None, None, 0, noise_first, 1.0, False, out, x0)
     noise = torch.full(BIG, float("nan"))
     on_numba.normal_(noise, torch.tensor([5, 2**40, 6]), rows_of(3, 0), INITIAL_STREAM)
     return out, x0, noise
@@ -55,22 +55,24 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-@pytest.mark.parametrize("layout", ["flat", "channels_last"])
+@pytest.mark.parametrize(
+    "case", [("flat", True), ("flat", False), ("channels_last", True)], ids=str
+)
 def test_any_number_of_threads_gives_the_same(
-    layout: str, shared: list[int], monkeypatch: pytest.MonkeyPatch
+    case: tuple[str, bool], shared: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    expected = big_step(layout)
+    expected = big_step(*case)
     assert not shared
     assert all(t.isfinite().all() for t in expected)
     for threads in (2, 3, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         shared.clear()
-        for found, want in zip(big_step(layout), expected, strict=True):
+        for found, want in zip(big_step(*case), expected, strict=True):
             assert torch.equal(found, want)
         assert shared == [threads, threads]
     monkeypatch.setattr(on_numba, "team", None)
-    for found, want in zip(big_step(layout), expected, strict=True):
+    for found, want in zip(big_step(*case), expected, strict=True):
         assert torch.equal(found, want)
 
 
