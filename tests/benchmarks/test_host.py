@@ -116,6 +116,7 @@ def test_the_host_benchmark_runs_beside_another_checkout(
     assert not lines["| DDIM.sample"].endswith("|  |")
 
 
+@pytest.mark.slow
 def test_the_host_benchmark_refuses_a_folder_without_the_package(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.host", "--child", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -236,6 +236,7 @@ def test_a_sample_of_the_garment_model_imports_no_diffusers(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_diffusers_is_imported_without_what_a_unet_does_not_use() -> None:
     code = (
         "import sys\n"
@@ -267,6 +268,7 @@ def test_a_spinner_shows_before_torch_is_imported(monkeypatch: pytest.MonkeyPatc
     assert "loading" in seen[0]
 
 
+@pytest.mark.slow
 def test_diffusers_prints_nothing_while_a_checkpoint_is_loaded() -> None:
     code = (
         "from fastddim.cli.network import lean_imports\n"

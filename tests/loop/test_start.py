@@ -342,7 +342,7 @@ def test_outputs_with_the_negative_bit_are_read_by_value(backend: str) -> None:
 
     def negated(x: Tensor, t: Tensor) -> Tensor:
         output = model(x, t)
-        return torch._neg_view(-output) if int(t[0]) < 500 else output
+        return torch._neg_view(-output) if int(t[0]) < 500 else output  # pyright: ignore[reportPrivateImportUsage]
 
     with use(backend):
         assert torch.equal(ddim.sample(negated, x), ddim.sample(model, x))

@@ -58,6 +58,7 @@ def of(name: str, seconds: float = 60.0, **given: object) -> tuple[str, str]:
     return run(__name__, name, given, seconds)
 
 
+@pytest.mark.slow
 def test_a_test_in_a_child_passes_in_another_process(tmp_path: Path) -> None:
     assert of("passing", x=3, folder=tmp_path) == ("passed", "")
     assert int((tmp_path / "pid").read_text()) != os.getpid()
@@ -84,6 +85,7 @@ def test_a_fault_in_a_child_is_one_failure(
     assert of("threads") == ("passed", "")
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_is_ended() -> None:
     start = time.monotonic()
     outcome, text = of("hanging", seconds=1.0)

@@ -118,6 +118,7 @@ def test_a_process_ends_where_its_gpu_is_lost(tmp_path: Path) -> None:
     assert "an illegal address" in printed
 
 
+@pytest.mark.slow
 def test_another_worker_takes_the_place_of_one_whose_gpu_is_lost(tmp_path: Path) -> None:
     pytest.importorskip("xdist")
     outcomes, printed = ran(tmp_path, LOST, "-p", "xdist", "-n", "1")

@@ -78,6 +78,7 @@ def test_the_torch_backend_samples_on_one_device_after_another() -> None:
             assert DDIM(4).sample(halved, X.to(device)).device.type == device
 
 
+@pytest.mark.slow
 def test_a_fake_step_leaves_no_guidance_behind() -> None:
     """A fake tensor has the address 0, which stands for no guidance."""
     printed = last_of(
@@ -179,15 +180,9 @@ def test_jit_trace_sees_the_step() -> None:
     assert torch.equal(traced(2 * X, OUTPUT), step(2 * X, OUTPUT))
 
 
-@pytest.mark.parametrize(
-    ("numba", "warm"),
-    [
-        (True, True),
-        pytest.param(True, False, marks=pytest.mark.slow),
-        pytest.param(False, False, marks=pytest.mark.slow),
-        pytest.param(False, True, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("warm", [True, False])
 def test_a_sampler_inside_of_torch_compile(numba: bool, warm: bool) -> None:
     """torch.compile makes a symbol of the row's number, and traces numba's import where it can."""
     printed = last_of(
@@ -334,6 +329,7 @@ def test_zeros_without_memory_are_read_as_zeros(backend: str, name: str) -> None
     output = OUTPUT.repeat(2, 1, 1, 1) if name == "guidance" else OUTPUT
     with use(backend):
         step: Any = fastddim.bind(table())
-        kinds: list[Any] = [torch.ones, torch._efficientzerotensor, torch.zeros]
+        without_memory = torch._efficientzerotensor  # pyright: ignore[reportPrivateImportUsage]
+        kinds: list[Any] = [torch.ones, without_memory, torch.zeros]
         _, found, expected = (step(X, output, 1, **{name: made(shape)})[0] for made in kinds)
     assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))

@@ -143,6 +143,7 @@ print(len(os.listdir('/proc/self/task')) - threads, threads > 1, torch.equal(out
     assert shared_by(counted) == "0 True True"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_fewer_threads_than_were_asked_for_do_it_all() -> None:
     few = """

@@ -216,14 +216,14 @@ def test_a_bound_step_takes_each_history_that_is_given() -> None:
         expected = by_reference(x, output, table=TABLE, clip=0.9, **given)[0]
         assert torch.equal(step(x, output, **given)[0], expected)
         # The memory of such a tensor holds the opposites of its values.
-        given["history"] = torch._neg_view(-history)
+        given["history"] = torch._neg_view(-history)  # pyright: ignore[reportPrivateImportUsage]
         assert torch.equal(step(x, output, **given)[0], expected)
         out = torch.empty_like(x)
         arguments = x, output, TABLE, MIDDLE, None, None, None, None, out, None, None
         Bound(backends.backend("cpu"), Fixed(clip=0.9))(*arguments, given["history"])
         assert torch.equal(out, expected)
     # Such a tensor may have no memory.
-    given["history"] = torch._efficientzerotensor(x.shape)
+    given["history"] = torch._efficientzerotensor(x.shape)  # pyright: ignore[reportPrivateImportUsage]
     expected = step(x, output, MIDDLE, history=torch.zeros_like(x))[0]
     assert torch.equal(step(x, output, **given)[0], expected)
     refused(lambda: step(x, output, MIDDLE), ValueError, "history must be given")
