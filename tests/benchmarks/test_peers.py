@@ -142,7 +142,7 @@ def test_the_benchmark_option_runs_the_benchmarks_alone() -> None:
         (("benchmarks/bench_step.py",), "--benchmark alone runs benchmarks, got benchmarks/"),
         (
             ("--benchmark", "tests/mathematics/test_latents.py"),
-            "--benchmark runs no tests, got tests/test_sle",
+            "--benchmark runs no tests, got tests/mathematics/test_lat",
         ),
     ],
 )
