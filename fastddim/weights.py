@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -42,16 +43,18 @@ def is_pickle(start: bytes) -> bool:
     return start.startswith(b"PK") or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")
 
 
+# NumPy 2 has moved the module, and files name it as the NumPy that wrote them did.
+_CORE = "numpy._core" if importlib.util.find_spec("numpy._core") else "numpy.core"
 _NUMPY: list[Any] = [
     np.dtype,
     *{type(np.dtype(code)) for code in "?bhilqBHILQefdFD"},
     *(
         (
-            getattr(importlib.import_module("numpy._core.multiarray"), name),
+            getattr(importlib.import_module(f"{_CORE}.multiarray"), name),
             f"numpy.{core}.multiarray.{name}",
         )
         for name in ("scalar", "_reconstruct")
-        for core in ("core", "_core")  # before NumPy 2 and since
+        for core in ("core", "_core")
     ),
     np.ndarray,
 ]

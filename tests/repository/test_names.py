@@ -135,19 +135,6 @@ def test_every_module_of_an_extra_is_known() -> None:
         assert needed == {package for package in modules.values() if package}
 
 
-def test_the_lowest_versions_are_those_of_the_metadata() -> None:
-    text = (ROOT / "pyproject.toml").read_text().split("dependencies = [", 1)[1]
-    text = text.split("docs = [")[0]
-    least = dict(re.findall(r'"([\w-]+)>=([\d.]+)', text))
-    del least["torch-fidelity"]  # no test needs it
-    lines = (ROOT / "tests" / "lowest.txt").read_text().splitlines()
-    lowest = dict(line.split("==") for line in lines if not line.startswith("#"))
-    assert lowest.keys() == least.keys()
-    for name, version in lowest.items():
-        padded = f"{least[name]}.0.0".split(".")[:3]
-        assert name == "torch" or version.split(".") == padded, name
-
-
 def test_python_3_10_has_all_that_is_pinned() -> None:
     # NumPy 2.3 and later, SciPy 1.16 and later need Python 3.11.
     for name in ("numpy", "scipy", "contourpy", "matplotlib"):
