@@ -155,9 +155,12 @@ SECOND = {
 def test_order_2_adds_eight_instructions_an_element_or_few_more(code: list[Code]) -> None:
     assert set(SECOND) == {name for name, v in VARIANTS.items() if v.order == 2}
     found = {c.name: c.row["sass_per_element"] for c in code}
+    # The ptxas of Triton 3.6 takes one instruction more for 24 elements on sm_100, where fastddim
+    # warns of this Triton in any case.
+    slack = 1 / 24 if OLD_TRITON and code[0].row["arch"] == "100" else 0
     for name in found.keys() & SECOND:
         plain, most = SECOND[name]
-        assert found[name] <= found[plain] + most, name
+        assert found[name] <= found[plain] + most + slack, name
 
 
 def test_a_step_issues_at_most_three_quarters_of_a_copys_room(
