@@ -29,8 +29,7 @@ class Plan:
 
     Attributes:
         table: the coefficients, of order 1.
-        second: those of order 2, for the steps that know the x0 of the step before; None at
-            order 1.
+        second: the coefficients of order 2, for steps that follow another step; None at order 1.
         order: the rows to take, in order.
         levels: the t that the model is called with, by the table's rows.
         pairs: the (from, to) levels of each row.

@@ -31,7 +31,7 @@ class Run:
         made: True if the loop allocated x and may overwrite it.
         predictor: the model and the arguments of its calls.
         table: the coefficients, of order 1.
-        second: those of order 2, or None.
+        second: the coefficients of order 2, or None.
         rows: the steps to take, in order.
         prediction, clip: the step's options of these names.
         conversion: for a loop that runs backwards, the table by which a step turns the model's

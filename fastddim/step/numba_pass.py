@@ -450,13 +450,12 @@ def _steps(address, thread):
     else:
         spread = False
 
-    kept_x0 = call.clips or call.rederive or call.x0 != 0 or call.threshold != 0
-    kept_x0 = kept_x0 or call.history != 0
+    kept = call.x0 != 0 or call.threshold != 0 or call.history != 0
+    kept_x0 = call.clips or call.rederive or kept
     plain = call.prediction == 0 and not kept_x0 and call.noise == 0
     made = call.guidance != 0 or call.dtype != 0 or call.noise != 0 or counted
     bounded = call.threshold != 0 or call.rederive or (call.clips and call.x0 == 0)
-    bounded = bounded or call.history != 0
-    if call.prediction == 0 and not made and not bounded:
+    if call.prediction == 0 and not made and not bounded and call.history == 0:
         _light_steps(address, thread, n, total)
         return
     x0_own, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
@@ -478,8 +477,8 @@ def _steps(address, thread):
             a_t, b_t, a_s = table[at], table[at + 2], table[at + 4]
             c1, c2 = table[at + 5], table[at + 6]
             x, out = _floats(call.x, start, count), _floats(call.out, start, count)
-            kept = call.x0 and not call.history  # x0 and history may be the same memory
-            x0, eps = _floats(call.x0, start, count) if kept else x0_own, eps_own
+            in_place = call.x0 and not call.history  # they may be the same memory
+            x0, eps = _floats(call.x0, start, count) if in_place else x0_own, eps_own
 
             where = sample * call.output_stride + first
             e = _widened(call.output, call.dtype, where, count, u_own)
