@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from fastddim.timesteps import make_pairs as make_pairs
     from fastddim.tools import profile as profile
     from fastddim.tools.shards import generate as generate
+    from fastddim.tools.tuning import tune as tune
+    from fastddim.tuned import Tuned as Tuned
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,7 @@ __all__ = (
     "SamplingWarning",
     "Step",
     "Trajectory",
+    "Tuned",
     "bind",
     "checkpoints",
     "ddim_step",
@@ -61,6 +64,7 @@ __all__ = (
     "make_table",
     "profile",
     "slerp",
+    "tune",
     "using",
 )
 
@@ -79,12 +83,14 @@ _FROM = {
     "SamplingWarning": "check",
     "Step": "loop.trajectory",
     "Trajectory": "loop.trajectory",
+    "Tuned": "tuned",
     "bind": "step.checked",
     "ddim_step": "step.checked",
     "generalized_steps": "dropins.ermongroup",
     "make_pairs": "timesteps",
     "make_table": "coefficients",
     "slerp": "latents",
+    "tune": "tools.tuning",
     "using": "step.backends",
 }
 """The modules of the other public names."""

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from fastddim.check import whole
+from fastddim.schedule import Float64, NoiseSchedule
+from fastddim.tuned import Tuned
 
 Pair: TypeAlias = tuple[int, int]
 SpacingName: TypeAlias = Literal[
@@ -17,43 +19,63 @@ SpacingName: TypeAlias = Literal[
     "leading",
     "trailing",
     "linspace",
+    "mixed",
+    "logsnr",
+    "karras",
     "uniform-ermongroup",
     "quad-ermongroup",
 ]
-Spacing: TypeAlias = SpacingName | Sequence[int] | Sequence[Pair]
+Spacing: TypeAlias = SpacingName | Tuned | Sequence[int] | Sequence[Pair]
 
 
-def make_pairs(spacing: Spacing | str, steps: int, T: int) -> tuple[Pair, ...]:
+def make_pairs(spacing: Spacing | str, steps: int, T: int | NoiseSchedule) -> tuple[Pair, ...]:
     """Returns the (t, s) pairs of τ: each step goes from level t to s, the last to s = −1 (data).
 
     Args:
-        spacing: a name, or τ itself: timesteps that strictly increase or strictly decrease (the
-            steps go from the noisiest down), or (t, s) pairs in the order of the steps.
+        spacing: a name; the ``Tuned`` timesteps of ``fastddim.tune``, or the path of their file,
+            which ends in .json; or τ itself: timesteps that strictly increase or strictly decrease
+            (the steps go from the noisiest down), or (t, s) pairs in the order of the steps.
 
             - ``"uniform"``: ⌊i·T/S⌋ (Song et al. 2021, appendix D.2, "linear").
             - ``"quad"``: max(i, ⌊c·i²⌋) up to 0.8·T (the same appendix, "quadratic").
             - ``"leading"``: i·⌊T/S⌋; ``"trailing"``: round(T − i·T/S) − 1; ``"linspace"``: equally
-              spaced from 0 to T−1, rounded (Lin et al. 2024, table 2). With S = 1 each of these
-              five takes one step from T−1, the noisiest level; i = 0 would give t = 0.
+              spaced from 0 to T−1, rounded (Lin et al. 2024, table 2).
+            - ``"logsnr"``: equally spaced in λ = ln(√ᾱ/√(1−ᾱ)) (Lu et al. 2022, section 4.3);
+              ``"karras"``: equally spaced in σ^(1/7) with σ = √(1−ᾱ)/√ᾱ (Karras et al. 2022,
+              eq. 5); ``"mixed"``: equally spaced in 0.7·t/(T−1) + 0.3·(λ_0 − λ_t)/(λ_0 − λ_{T−1}),
+              the best of the three with few steps of order 2. They go from T−1 to 0 and need the
+              schedule.
+            - With S = 1 each of these eight takes one step from T−1, the noisiest level; i = 0
+              would give t = 0.
             - ``"uniform-ermongroup"``, ``"quad-ermongroup"``: the spacings of ermongroup/ddim's
               code. The first strides by ⌊T/S⌋ and so may take more than S steps (334 for 300 of
               1000). The second repeats truncated values from S = 30 on, and each repetition is a
               model call that leaves x unchanged.
         steps: S. All but the two ermongroup spacings take exactly S distinct steps.
-        T: the number of noise levels.
+        T: the number of noise levels, or the schedule itself.
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what is allowed.
     """
+    schedule, T = (T, len(T)) if isinstance(T, NoiseSchedule) else (None, T)
+    if isinstance(spacing, str) and spacing.endswith(".json"):
+        spacing = Tuned.read(spacing)
+    if isinstance(spacing, Tuned):
+        spacing = spacing.tau(steps)
     if not isinstance(spacing, str):
         return _explicit(spacing, T)
-    if spacing not in _SPACINGS:
+    if spacing not in SPACINGS:
         raise ValueError(
-            f"spacing must be one of {', '.join(_SPACINGS)}, a list of timesteps or a list of "
-            f"(t, s) pairs, got {spacing!r}"
+            f"spacing must be one of {', '.join(SPACINGS)}, the file of fastddim tune (.json), a "
+            f"list of timesteps or a list of (t, s) pairs, got {spacing!r}"
             + (f" (here {_OTHER_NAMES[spacing]})" if spacing in _OTHER_NAMES else "")
         )
-    return chain(_SPACINGS[spacing](whole("steps", steps, low=1, high=T), T))
+    S = whole("steps", steps, low=1, high=T)
+    if spacing in _SPACINGS:
+        return chain(_SPACINGS[spacing](S, T))
+    if schedule is None:
+        raise TypeError(f"T must be a NoiseSchedule for spacing {spacing!r}, got {T}")
+    return chain(_distinct(_BY_LEVEL[spacing](np.linspace(0, 1, S), schedule), T))
 
 
 def chain(tau: Sequence[int]) -> tuple[Pair, ...]:
@@ -89,6 +111,62 @@ def uniform_ermongroup(S: int, T: int) -> list[int]:
 def quad_ermongroup(S: int, T: int) -> list[int]:
     return [int(t) for t in np.linspace(0, np.sqrt(T * 0.8), S) ** 2]
 
+
+def mixed(u: Float64, schedule: NoiseSchedule) -> Float64:
+    """Returns the real t at which 0.7·(t) + 0.3·(λ), both from 0 to 1, are ``u``."""
+    t, noise = _half_log_nsr(schedule)
+    share = 0.7 * (t / max(t[-1], 1)) + 0.3 * _from_0_to_1(noise)
+    return np.interp(u, share, t)
+
+
+def logsnr(u: Float64, schedule: NoiseSchedule) -> Float64:
+    t, noise = _half_log_nsr(schedule)
+    return np.interp(u, _from_0_to_1(noise), t)
+
+
+def karras(u: Float64, schedule: NoiseSchedule) -> Float64:
+    t, noise = _half_log_nsr(schedule)
+    return np.interp(u, _from_0_to_1(np.exp(noise / 7)), t)
+
+
+def _half_log_nsr(schedule: NoiseSchedule) -> tuple[Float64, Float64]:
+    """Returns t and ln(√(1−ᾱ)/√ᾱ) = −λ of each level; where ᾱ is 0, it continues the line."""
+    abar = schedule.alphas_cumprod
+    with np.errstate(divide="ignore"):
+        noise = (np.log1p(-abar) - np.log(abar)) / 2
+    if abar[-1] == 0:
+        noise[-1] = 2 * noise[-2] - noise[-3] if len(noise) > 2 else 0.0
+    return np.arange(len(abar), dtype=np.float64), noise
+
+
+def _from_0_to_1(rising: Float64) -> Float64:
+    span = rising[-1] - rising[0]
+    return (rising - rising[0]) / span if span else rising * 0
+
+
+def _distinct(t: Float64, T: int) -> list[int]:
+    """Returns increasing ``t`` as distinct integers below T: rounded, or the nearest still free.
+
+    A single level is T−1.
+    """
+    if len(t) == 1:
+        return [T - 1]
+    tau = [round(v) for v in t.tolist()]
+    for i in range(1, len(tau)):
+        tau[i] = max(tau[i], tau[i - 1] + 1)
+    most = T - 1
+    for i in reversed(range(len(tau))):
+        tau[i] = min(tau[i], most)
+        most = tau[i] - 1
+    return tau
+
+
+_BY_LEVEL: dict[str, Callable[[Float64, NoiseSchedule], Float64]] = {
+    "mixed": mixed,
+    "logsnr": logsnr,
+    "karras": karras,
+}
+"""Spacings that read the schedule: functions of u in [0, 1], from the cleanest level up."""
 
 _SPACINGS: dict[str, Callable[[int, int], list[int]]] = {
     "uniform": uniform,

@@ -278,6 +278,11 @@ def sequence(
     say_not_finite([wanted[place // n] for place in odd])
 
 
+def timesteps(ddim: "DDIM") -> dict[str, list[int]]:
+    """Returns τ for a recipe where the spacing's name does not determine it."""
+    return {} if isinstance(ddim.spacing, str) else {"timesteps": [t for t, _ in ddim.pairs]}
+
+
 def recipe(
     command: str,
     ddim: "DDIM",
@@ -297,6 +302,7 @@ def recipe(
         "steps": len(ddim.pairs),
         "eta": ddim.eta,
         "spacing": str(ddim.spacing),
+        **timesteps(ddim),
         "order": ddim.order,
         "batch_size": batch_size,
         **rest,

@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastddim.check import whole
+from fastddim.check import SamplingWarning, whole
 from fastddim.cli.options import DTYPES, Machine, Network, parse_number, parse_shape
 from fastddim.coefficients import checked_prediction
 from fastddim.loop import devices
@@ -21,6 +22,8 @@ from fastddim.loop.model import Model
 from fastddim.loop.sampler import DDIM
 from fastddim.models import checkpoints
 from fastddim.schedule import NoiseSchedule
+from fastddim.tools import provenance
+from fastddim.tuned import Tuned
 
 HIDDEN = ("transformers", "torchvision", "peft", "scipy", "accelerate")
 """Packages that diffusers imports if they are installed, and that a U-Net does not need. Each is
@@ -62,7 +65,26 @@ class Prepared:
         return self.loaded.shape
 
     def ddim(self, steps: int | None = None, **options: Any) -> DDIM:
-        return self.loaded.ddim(steps, **options)
+        """Returns a sampler; it warns of timesteps that were tuned for other weights."""
+        ddim = self.loaded.ddim(steps, **options)
+        if isinstance(ddim.spacing, Tuned):
+            tuned = ddim.spacing.model
+            if tuned and self.weights and tuned != self.weights:
+                warnings.warn(
+                    f"the timesteps were tuned for the weights {tuned[:12]}, and are used with "
+                    f"the weights {self.weights[:12]} (SHA-256)",
+                    SamplingWarning,
+                    stacklevel=2,
+                )
+        return ddim
+
+    @cached_property
+    def weights(self) -> str:
+        """The SHA-256 of the weights; empty in half precision, where the rounded ones differ."""
+        model = self.loaded.model
+        if isinstance(model, nn.Module) and self.dtype is None:
+            return provenance.digest(model)
+        return ""
 
     def options(self, samples: int) -> dict[str, Any]:
         """Returns ``DDIM.sample``'s options for so many samples; none for a plain model."""

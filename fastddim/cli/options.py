@@ -31,6 +31,9 @@ SPACINGS = (
     "leading",
     "trailing",
     "linspace",
+    "mixed",
+    "logsnr",
+    "karras",
     "uniform-ermongroup",
     "quad-ermongroup",
 )
@@ -107,7 +110,13 @@ Eta = Annotated[
     ),
 ]
 Spacing = Annotated[
-    str, option("--spacing", "NAME", f"The spacing of the timesteps: {', '.join(SPACINGS)}.")
+    str,
+    option(
+        "--spacing",
+        "NAME|FILE.json",
+        f"The spacing of the timesteps: {', '.join(SPACINGS)}, or a file that fastddim tune has "
+        "written.",
+    ),
 ]
 Order = Annotated[
     int,
@@ -485,10 +494,20 @@ def check_cells(name: str, rows: int, columns: int) -> None:
         )
 
 
+def check_spacing(spacing: str) -> None:
+    """Checks a spacing's name, or reads its file once."""
+    if not spacing.endswith(".json"):
+        one_of("spacing", spacing, SPACINGS)
+        return
+    from fastddim.tuned import Tuned
+
+    Tuned.read(spacing)
+
+
 def check_common(batch_size: int, spacing: str, order: int = 1) -> None:
     """Checks the values as far as possible before the model is loaded."""
     whole("batch-size", batch_size, low=1, high=LARGEST_BATCH)
-    one_of("spacing", spacing, SPACINGS)
+    check_spacing(spacing)
     if order not in ORDERS:
         raise ValueError(f"order must be 1 (DDIM) or 2, got {order}")
 

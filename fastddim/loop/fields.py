@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from fastddim.check import SamplingWarning, finite, kind, whole
-from fastddim.coefficients import checked_eta, checked_prediction, make_table
+from fastddim.coefficients import checked_eta, checked_order, checked_prediction, make_table
 from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import make_pairs
+from fastddim.tuned import Tuned
 
 FAR = 0.2
 """A sampler warns if √ᾱ of its first level exceeds this bound, because the model expects less
@@ -42,8 +43,15 @@ def checked_fields(
     if clip is not None and clip <= 0:
         raise ValueError(f"clip must be > 0, got {clip:g}")
     count = 50 if steps is None else steps
-    pairs = make_pairs(spacing, count, len(schedule))
-    if isinstance(spacing, str):
+    if isinstance(spacing, str) and spacing.endswith(".json"):
+        spacing = Tuned.read(spacing)
+    pairs = make_pairs(spacing, count, schedule)
+    if isinstance(spacing, Tuned):
+        count = len(pairs)
+        for line in spacing.differences(schedule, checked_order(order)):
+            # The caller's DDIM(...): above are __init__, __post_init__ and checked_fields.
+            warnings.warn(line, SamplingWarning, stacklevel=4)
+    elif isinstance(spacing, str):
         count = whole("steps", count, low=1)
         _check_first_level(schedule, spacing, count, pairs[0][0])
     elif steps in (None, len(pairs)):

@@ -77,7 +77,8 @@ class DDIM:
         steps: S, the number of steps. It is 50 by default, or the length of a list in ``spacing``.
         eta: η ≥ 0 (0 is DDIM, 1 is DDPM on τ), or ``"hat"`` for the paper's σ̂.
         schedule: ᾱ; linear β with T = 1000 by default.
-        spacing: the name of a rule that chooses τ, or τ itself: see ``make_pairs``.
+        spacing: the name of a rule that chooses τ, the timesteps that ``tune`` has found or the
+            path of their file, or τ itself: see ``make_pairs``.
         prediction: the model's output: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0). Names that
             other systems use, such as ``"v_prediction"`` and ``"x0"``, become one of these.
         clip: the step clamps the predicted x0 to ±clip; None leaves x0 as it is.

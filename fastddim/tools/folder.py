@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from fastddim.check import shown
+from fastddim.files import replacing
 from fastddim.tools import images
 from fastddim.tools.seeds import Seeds
 
@@ -367,7 +368,7 @@ class Folder:
                 # A unique name: a worker that outlived its launcher may write the same shard.
                 temporary = self._parts / f"{label}.{uuid.uuid4().hex}.tmp"
                 try:
-                    with images.replacing(file, temporary) as opened:
+                    with replacing(file, temporary) as opened:
                         opened.write(content)
                 except FileNotFoundError:  # another process has removed .parts
                     if not left:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastddim.check import whole
+from fastddim.files import check_out, replacing
 
 FILES = (
     "a picture such as a .png, a .npy or .npz of uint8 (N, H, W) or (N, H, W, C), or an idx file "
@@ -186,22 +185,7 @@ def check_png(path: Path | str) -> Path:
     """
     import PIL.Image  # noqa: F401
 
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"out must be a file name that ends in .png, got {str(path)!r}")
-    if path.is_dir():
-        raise ValueError(f"out must be a file name that ends in .png, got the folder {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"out must be in a folder that exists, got {path}")
-    temporary = _beside(path)
-    try:
-        temporary.touch(exist_ok=False)
-    except OSError as error:
-        raise type(error)(
-            f"out must be in a folder that can be written to, got {path}: {error.strerror}"
-        ) from None
-    temporary.unlink()
-    return path
+    return check_out(path, ".png")
 
 
 def save_png(image: Tensor, path: Path | str) -> bool:
@@ -226,26 +210,3 @@ def write_png(image: Tensor, file: IO[bytes]) -> None:
     size = (image.shape[2], image.shape[1])
     pixels = image.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()
     Image.frombytes(mode, size, pixels).save(file, format="PNG")
-
-
-@contextmanager
-def replacing(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
-    """Yields a file to write, which replaces ``path`` only once it is written in full.
-
-    Until then the file is ``temporary``, by default a hidden name in the same folder.
-    """
-    temporary = temporary or _beside(path)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the new name without content
-        os.replace(temporary, path)
-    except BaseException:  # Ctrl-C too
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _beside(path: Path) -> Path:
-    """Returns a name in the same folder: replacing is atomic only within one file system."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastddim.coefficients import Eta
-from fastddim.tools import images
+from fastddim.files import replacing
 from fastddim.tools.table import Cell, Settings, label
 
 COLOURS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
@@ -71,7 +71,7 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
     )
     ran = f"{settings['device']}, steps by {settings['backend']}"
     figure.supxlabel(f"seeds {settings['seeds']}, {ran}", fontsize=8, color=GREY)
-    with images.replacing(path) as file:
+    with replacing(path) as file:
         figure.savefig(file, format="png")
 
 

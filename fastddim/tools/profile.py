@@ -23,13 +23,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from fastddim import __version__
 from fastddim.check import whole
 from fastddim.coefficients import Eta
+from fastddim.files import replacing
 from fastddim.loop import devices
 from fastddim.loop.model import Model
 from fastddim.loop.options import Progress, checked_progress
 from fastddim.loop.sampler import DDIM
 from fastddim.step.backends import backend
 from fastddim.timesteps import Spacing
-from fastddim.tools import draw, images, provenance, timing
+from fastddim.tools import draw, provenance, timing
 from fastddim.tools.draw import model_calls
 from fastddim.tools.plot import plot
 from fastddim.tools.quality import GaussianMixture, frechet_distance
@@ -267,7 +268,7 @@ def trace(
             with record_function(f"{ddim.steps} steps, eta {label(ddim.eta)}"):
                 _first_steps(ddim, phases, shape, batch_size, where, options)
                 phases.end()
-    with images.replacing(path) as file:
+    with replacing(path) as file:
         file.write(_exported(profiled))
 
 

@@ -37,6 +37,7 @@ from fastddim.tools.folder import FORMATS, Folder, holding
 from fastddim.tools.launch import PARENT
 from fastddim.tools.pace import Count, Pace
 from fastddim.tools.seeds import Seeds
+from fastddim.tuned import Tuned
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -365,6 +366,7 @@ def _recipe(
             "sha256": hashlib.sha256(ddim.schedule.alphas_cumprod.tobytes()).hexdigest(),
         },
         **{name: getattr(ddim, name) for name in SAMPLER},
+        **({"spacing": str(ddim.spacing)} if isinstance(ddim.spacing, Tuned) else {}),
         # Recipes of order 1 stay those of versions without orders, so that their folders go on.
         **({} if ddim.order == 1 else {"order": ddim.order}),
         **{name: _plain(options.get(name)) for name in OPTIONS},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddim.files import replacing
 from fastddim.tools import images
 
 KEY = "fastddim"
@@ -53,7 +54,7 @@ def save(
         text.add_text(KEY, json.dumps(recipe))
     pixels = sheet[0] if sheet.shape[0] == 1 else sheet.movedim(0, -1)
     there = path.exists()
-    with images.replacing(path) as file:
+    with replacing(path) as file:
         Image.fromarray(pixels.contiguous().numpy()).save(file, format="PNG", pnginfo=text)
     return there
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fastddim.coefficients import Eta
+from fastddim.files import replacing
 from fastddim.loop.sampler import DDIM
 from fastddim.tools import images
 
@@ -117,13 +118,13 @@ def save(folder: Path, settings: Settings, done: Sequence[Cell]) -> None:
     """Writes ``done`` to profile.json and profile.csv, each whole or not at all."""
     rows = [asdict(cell) for cell in done]
     text = json.dumps({"settings": dict(settings), "cells": rows}, indent=1, allow_nan=False)
-    with images.replacing(folder / JSON) as file:
+    with replacing(folder / JSON) as file:
         file.write(text.encode() + b"\n")
     table = io.StringIO()
     writer = csv.DictWriter(table, [field.name for field in fields(Cell)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with images.replacing(folder / CSV) as file:
+    with replacing(folder / CSV) as file:
         file.write(table.getvalue().encode())
 
 
