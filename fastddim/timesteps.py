@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from os import PathLike
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -25,7 +26,7 @@ SpacingName: TypeAlias = Literal[
     "uniform-ermongroup",
     "quad-ermongroup",
 ]
-Spacing: TypeAlias = SpacingName | Tuned | Sequence[int] | Sequence[Pair]
+Spacing: TypeAlias = SpacingName | Tuned | PathLike[str] | Sequence[int] | Sequence[Pair]
 
 
 def make_pairs(spacing: Spacing | str, steps: int, T: int | NoiseSchedule) -> tuple[Pair, ...]:
@@ -58,8 +59,7 @@ def make_pairs(spacing: Spacing | str, steps: int, T: int | NoiseSchedule) -> tu
         TypeError, ValueError: naming the argument, the value and what is allowed.
     """
     schedule, T = (T, len(T)) if isinstance(T, NoiseSchedule) else (None, T)
-    if isinstance(spacing, str) and spacing.endswith(".json"):
-        spacing = Tuned.read(spacing)
+    spacing = read(spacing)
     if isinstance(spacing, Tuned):
         spacing = spacing.tau(steps)
     if not isinstance(spacing, str):
@@ -76,6 +76,17 @@ def make_pairs(spacing: Spacing | str, steps: int, T: int | NoiseSchedule) -> tu
     if schedule is None:
         raise TypeError(f"T must be a NoiseSchedule for spacing {spacing!r}, got {T}")
     return chain(_distinct(_BY_LEVEL[spacing](np.linspace(0, 1, S), schedule), T))
+
+
+def read(spacing: Spacing | str) -> Spacing | str:
+    """Returns the ``Tuned`` timesteps of a file; any other spacing as it is.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing, or of another kind.
+    """
+    if isinstance(spacing, PathLike) or (isinstance(spacing, str) and spacing.endswith(".json")):
+        return Tuned.read(spacing)
+    return spacing
 
 
 def chain(tau: Sequence[int]) -> tuple[Pair, ...]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ class Tuned:
                     raise ValueError(
                         f"timesteps must go from the noisiest down, got {before} before {after}"
                     )
+        if len(set(self.steps)) < len(self.steps):
+            raise ValueError(f"timesteps must differ in length, got the lengths {self.steps}")
         for name in ("schedule", "model", "about"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a string, got {shown(getattr(self, name))}")
@@ -69,11 +72,13 @@ class Tuned:
     def tau(self, steps: Any) -> tuple[int, ...]:
         """Returns τ of ``steps`` steps, from the noisiest level to the cleanest.
 
+        ``steps`` may be None where there is one τ.
+
         Raises:
             ValueError: τ was not searched for this number of steps.
         """
         for tau in self.timesteps:
-            if len(tau) == steps:
+            if len(tau) == steps or (steps is None and len(self.timesteps) == 1):
                 return tau
         raise ValueError(
             f"steps must be {' or '.join(map(str, self.steps))}, for which these timesteps were "
@@ -95,7 +100,7 @@ class Tuned:
             if mine and other and mine != other
         ]
 
-    def write(self, path: str | Path) -> None:
+    def write(self, path: str | PathLike[str]) -> None:
         """Writes the file as a whole: an interruption leaves the old one."""
         with replacing(Path(path)) as file:
             file.write(self._text().encode())
@@ -109,7 +114,7 @@ class Tuned:
         return head[:-2] + ',\n  "timesteps": {\n' + ",\n".join(rows) + "\n  }\n}\n"
 
     @classmethod
-    def read(cls, path: str | Path) -> Tuned:
+    def read(cls, path: str | PathLike[str]) -> Tuned:
         """Returns the timesteps of a file that ``fastddim tune`` has written.
 
         Raises:

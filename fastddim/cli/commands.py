@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastddim.cli import draw, generate, info, measure
+from fastddim.cli import draw, generate, info, measure, tune
 from fastddim.cli.options import grouped, one_of
 
 
@@ -52,6 +52,7 @@ for command in (
     generate.generate,
     measure.evaluate,
     measure.profile,
+    tune.tune,
     info.info,
 ):
     app.command(command.__name__)(grouped(command))

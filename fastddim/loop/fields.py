@@ -10,7 +10,7 @@ import numpy as np
 from fastddim.check import SamplingWarning, finite, kind, whole
 from fastddim.coefficients import checked_eta, checked_order, checked_prediction, make_table
 from fastddim.schedule import NoiseSchedule
-from fastddim.timesteps import make_pairs
+from fastddim.timesteps import make_pairs, read
 from fastddim.tuned import Tuned
 
 FAR = 0.2
@@ -42,15 +42,15 @@ def checked_fields(
     clip = None if clip is None else finite("clip", clip)
     if clip is not None and clip <= 0:
         raise ValueError(f"clip must be > 0, got {clip:g}")
-    count = 50 if steps is None else steps
-    if isinstance(spacing, str) and spacing.endswith(".json"):
-        spacing = Tuned.read(spacing)
-    pairs = make_pairs(spacing, count, schedule)
+    spacing = read(spacing)
     if isinstance(spacing, Tuned):
-        count = len(pairs)
         for line in spacing.differences(schedule, checked_order(order)):
             # The caller's DDIM(...): above are __init__, __post_init__ and checked_fields.
             warnings.warn(line, SamplingWarning, stacklevel=4)
+    count = 50 if steps is None and not isinstance(spacing, Tuned) else steps
+    pairs = make_pairs(spacing, count, schedule)
+    if isinstance(spacing, Tuned):
+        count = len(pairs)
     elif isinstance(spacing, str):
         count = whole("steps", count, low=1)
         _check_first_level(schedule, spacing, count, pairs[0][0])

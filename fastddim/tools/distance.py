@@ -41,12 +41,16 @@ class Real:
     floors: Tensor
     spreads: Tensor
 
+    def of(self, x: Tensor) -> Tensor:
+        """Returns the features (N, 64) of images (N, 1, 28, 28), rounded to 8 bits."""
+        return features(self.critic, x)
+
     def distance(self, x: Tensor) -> float:
         """Returns the FD-clf of images (N, 1, 28, 28) in [-1, 1], N ≥ 2, rounded to 8 bits.
 
         FD-clf falls as N grows: compare it with ``floor(N)``.
         """
-        return frechet_distance(features(self.critic, x), self.moments)
+        return frechet_distance(self.of(x), self.moments)
 
     def floor(self, n: int) -> float:
         """Returns the mean FD-clf of a perfect model: that of ``n`` real images to the others.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from fastddim.loop.sampler import DDIM
 from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import make_pairs
 from fastddim.tools import draw, provenance
-from fastddim.tools.quality import frechet_distance, moments
+from fastddim.tools.quality import Moments, frechet_distance, moments
 from fastddim.tuned import Tuned, schedule_id
 
 Features = Callable[[Tensor], Tensor]
@@ -34,17 +35,14 @@ COMPONENTS = 32
 STARTS = ("mixed", "linspace", "uniform", "trailing", "logsnr", "karras")
 """The spacings among which the search chooses where to begin."""
 
-MOVES = (0.3, -0.3, 0.15, -0.15)
-"""A level moves by these shares of the gap to its neighbour, the larger moves first."""
+MOVES = (0.3, -0.3, 0.3, -0.3, 0.15, -0.15, 0.15, -0.15)
+"""Each level in turn moves by these shares of the gap to its neighbour, if it improves τ."""
 
 GAIN = 0.01
 """A move must lower the distance by this share, which is more than the noise of few samples."""
 
 SAMPLER = ("order", "prediction", "clip", "final_alpha_cumprod", "temperature")
 """The attributes of ``DDIM`` on which distances depend, beside its schedule."""
-
-SWEEPS = 2
-"""The number of times that every level tries every move."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +62,141 @@ class Found:
     before: float
 
 
+class Search:
+    """A search, whose arguments are checked before any work: see ``tune``.
+
+    Attributes:
+        found: the search's result for each number of steps, so far.
+    """
+
+    def __init__(
+        self,
+        ddim: DDIM,
+        model: Model,
+        shape: Sequence[int],
+        steps: Sequence[int],
+        *,
+        seeds: Sequence[int],
+        batch_size: int,
+        fine: int,
+        features: Features | None,
+        real: Moments | None,
+        memory: Path | str | None,
+        device: torch.device | str | None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(ddim, DDIM):
+            raise TypeError(f"ddim must be a DDIM, got {shown(ddim)}")
+        if ddim.eta != 0:
+            raise ValueError(
+                f"eta must be 0 to tune timesteps, got {ddim.eta}: x_T must determine the sample"
+            )
+        T = len(ddim.schedule)
+        self.fine = whole("fine", fine, low=3, high=T)
+        self.steps = [whole("steps", S, low=2, high=self.fine - 1) for S in steps]
+        if not self.steps or len(set(self.steps)) < len(self.steps):
+            raise ValueError(f"steps must be one or more different numbers, got {shown(steps)}")
+        if len(seeds) < 8:
+            raise ValueError(f"seeds must be 8 or more, got {len(seeds)}")
+        if real is not None and features is None:
+            raise ValueError("features must be given with real, got none")
+        draw.by_seed(ddim, model, seeds, shape, batch_size)  # raises for a bad seed, now
+        self.ddim, self.model, self.shape, self.seeds = ddim, model, shape, list(seeds)
+        self.batch_size, self.features, self.real = batch_size, features, real
+        self.options = {"device": device, **options}
+        self.weights = provenance.digest(model) if isinstance(model, nn.Module) else ""
+        self.memory = Memory(None if memory is None else Path(memory), self._settings())
+        self.found: dict[int, Found] = {}
+
+    def _settings(self) -> dict[str, Any]:
+        """Returns all on which the distances depend, as plain values."""
+        kind = "principal components"
+        if self.features is not None:
+            kind = getattr(self.features, "__qualname__", type(self.features).__qualname__)
+        return {
+            "schedule": schedule_id(self.ddim.schedule),
+            "model": self.weights,
+            **{name: getattr(self.ddim, name) for name in SAMPLER},
+            "shape": list(self.shape),
+            "seeds": self.seeds,
+            "batch_size": self.batch_size,
+            "target": f"{kind} of {self.fine} steps" if self.real is None else f"real {kind}",
+        }
+
+    @property
+    def _batches(self) -> int:
+        return -(-len(self.seeds) // self.batch_size)
+
+    def model_calls(self) -> int:
+        """Returns the number of model calls of the search, less where a distance is known."""
+        tries = {S: len(STARTS) + len(MOVES) * (S - 1) for S in self.steps}
+        fine = 0 if self.real is not None else self.fine
+        return self._batches * (fine + sum(S * n for S, n in tries.items()))
+
+    def seconds(self) -> float:
+        """Returns the search's seconds at the speed of a model call, which it measures."""
+        first = replace(self.ddim, steps=1, spacing="trailing")
+        taken = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            self._samples(first, self.seeds[:1])
+            taken.append(time.perf_counter() - begin)
+        return min(taken) * self.model_calls()
+
+    def _samples(self, ddim: DDIM, seeds: list[int]) -> Tensor:
+        drawn = draw.by_seed(ddim, self.model, seeds, self.shape, self.batch_size, **self.options)
+        return torch.cat([x.cpu() for x in drawn])
+
+    def run(self, progress: Progress = False) -> Tuned:
+        """Searches τ for each number of steps, and returns all."""
+        ticks = iter(checked_progress(progress)(range(self.model_calls())))
+        schedule = self.ddim.schedule
+        features, target = self.features, self.real
+        if target is None:
+            exact = self._samples(
+                replace(self.ddim, steps=self.fine, spacing="linspace"), self.seeds
+            )
+            _advance(ticks, self._batches * self.fine)
+            features = features or principal(exact)
+            target = moments(features(exact))
+        of: Features = features  # type: ignore[assignment] # real comes with features
+
+        def distance(tau: tuple[int, ...]) -> float:
+            found = self.memory.get(tau)
+            if found is None:
+                x = self._samples(replace(self.ddim, steps=None, spacing=tau), self.seeds)
+                found = frechet_distance(of(x), target) if x.isfinite().all() else math.inf
+                self.memory.put(tau, found)
+            return found
+
+        for S in self.steps:
+            self.found[S] = _descent(
+                S, schedule, distance, partial(_advance, ticks, S * self._batches)
+            )
+        next(ticks, None)  # past the last call, so that the bar closes
+        distances = {S: [f.start, f.before, f.distance] for S, f in self.found.items()}
+        about = {**self._settings(), "distances": distances, "fastddim": __version__}
+        return Tuned(
+            timesteps=tuple(found.tau for found in self.found.values()),
+            order=self.ddim.order,
+            T=len(schedule),
+            schedule=schedule_id(schedule),
+            model=self.weights,
+            about=json.dumps(about),
+        )
+
+
 def tune(
     ddim: DDIM,
     model: Model,
     shape: Sequence[int],
     steps: Sequence[int] = (6, 8, 10),
     *,
-    seeds: Sequence[int] = range(64),
+    seeds: Sequence[int] = range(128),
     batch_size: int = 64,
     fine: int = 100,
     features: Features | None = None,
+    real: Moments | None = None,
     memory: Path | str | None = None,
     device: torch.device | str | None = None,
     progress: Progress = False,
@@ -81,23 +204,24 @@ def tune(
 ) -> Tuned:
     """Searches timesteps for few steps of ``ddim``, without training: ``DDIM(spacing=tuned)``.
 
-    For each S the search begins at the best of the named spacings, and then moves one level at a
-    time while the distance falls: the Fréchet distance between features of the samples and of
-    those that ``fine`` steps make of the same x_T. Bias and lost variance weigh in this distance
-    as they do in FID; the mean squared distance, which is 0 at the same τ too, prefers samples
-    that are smooth. The noisiest level stays at T−1, where x_T is noise. The search is
-    deterministic, and costs at most ``model_calls``.
+    For each S the search begins at the best of the named spacings, and moves one level at a time
+    while a distance falls: the Fréchet distance between the samples' features and those of real
+    data or, without ``real``, those of the samples that ``fine`` steps make of the same x_T. Bias
+    and lost variance weigh in it as they do in FID; the mean squared distance to the fine samples
+    prefers samples that are too smooth. The noisiest level stays at T−1, where x_T is noise. The
+    search is deterministic.
 
     Args:
-        ddim: the sampler whose τ is searched: its η must be 0. Its steps and spacing do not matter.
+        ddim: the sampler whose τ is searched; its η is 0, and its steps and spacing do not matter.
         model, shape, batch_size, device: as in ``draw.by_seed``.
-        steps: the numbers of steps S, each 2 or more.
+        steps: the numbers of steps S, each from 2 to ``fine`` − 1.
         seeds: the samples that are compared, 8 or more. Judge the result on other seeds.
-        fine: the number of steps of the samples to come close to, of the same sampler.
+        fine: the number of steps of the fine samples.
         features: a function of samples (N, ...) on the CPU to features (N, D); by default the
             first 32 principal components of the fine samples.
+        real: the ``moments`` of the features of real data.
         memory: a file that keeps each distance as it is measured, so that an interrupted search
-            continues. It refuses a file of another search, and is removed at the end.
+            continues. A file of another search is refused. It is removed at the end.
         progress: True for a bar, or a wrapper such as ``tqdm.tqdm``; it counts model calls.
         options: as in ``draw.by_seed``.
 
@@ -106,87 +230,28 @@ def tune(
 
     Example:
         >>> from fastddim import DDIM, embedded, tune
-        >>> tuned = tune(DDIM(order=2), embedded.load(), embedded.SHAPE, [4], seeds=range(8),
-        ...              batch_size=8, fine=20)
-        >>> DDIM(steps=4, order=2, spacing=tuned).pairs[0][0]
+        >>> tuned = tune(DDIM(order=2), embedded.load(), embedded.SHAPE, [2], seeds=range(8),
+        ...              batch_size=8, fine=4)
+        >>> DDIM(steps=2, order=2, spacing=tuned).pairs[0][0]
         999
     """
-    if not isinstance(ddim, DDIM):
-        raise TypeError(f"ddim must be a DDIM, got {shown(ddim)}")
-    if ddim.eta != 0:
-        raise ValueError(
-            f"eta must be 0 to tune timesteps, got {ddim.eta}: x_T must determine the sample"
-        )
-    schedule = ddim.schedule
-    fine = whole("fine", fine, low=3, high=len(schedule))
-    wanted = [whole("steps", S, low=2, high=fine - 1) for S in steps]
-    if not wanted or len(set(wanted)) < len(wanted):
-        raise ValueError(f"steps must be one or more different numbers, got {shown(steps)}")
-    if len(seeds) < 8:
-        raise ValueError(f"seeds must be 8 or more, got {len(seeds)}")
-    draw.by_seed(ddim, model, seeds, shape, batch_size)  # raises for a bad seed, now
-    weights = provenance.digest(model) if isinstance(model, nn.Module) else ""
-    settings = {
-        "schedule": schedule_id(schedule),
-        "model": weights,
-        **{name: getattr(ddim, name) for name in SAMPLER},
-        "shape": list(shape),
-        "seeds": list(seeds),
-        "batch_size": batch_size,
-        "fine": fine,
-        "features": "principal components" if features is None else features.__qualname__,
-    }
-    kept = Memory(None if memory is None else Path(memory), settings)
-
-    def samples(tau: Sequence[int]) -> Tensor:
-        sampler = replace(ddim, steps=None, spacing=tau)
-        drawn = draw.by_seed(sampler, model, seeds, shape, batch_size, device=device, **options)
-        return torch.cat([x.cpu() for x in drawn])
-
-    batches = -(-len(seeds) // batch_size)
-    ticks = iter(
-        checked_progress(progress)(range(model_calls(wanted, len(seeds), batch_size, fine)))
+    search = Search(
+        ddim,
+        model,
+        shape,
+        steps,
+        seeds=seeds,
+        batch_size=batch_size,
+        fine=fine,
+        features=features,
+        real=real,
+        memory=memory,
+        device=device,
+        **options,
     )
-    exact = samples([t for t, _ in make_pairs("linspace", fine, schedule)])
-    _advance(ticks, fine * batches)
-    of = principal(exact) if features is None else features
-    target = moments(of(exact))
-
-    def distance(tau: tuple[int, ...]) -> float:
-        found = kept.get(tau)
-        if found is None:
-            x = samples(tau)
-            found = frechet_distance(of(x), target) if x.isfinite().all() else math.inf
-            kept.put(tau, found)
-        return found
-
-    found = {}
-    for S in wanted:
-        calls = S * batches
-        found[S] = _descent(S, schedule, distance, partial(_advance, ticks, calls))
-    next(ticks, None)  # past the last call, so that the bar closes
-    about = {
-        "seeds": len(seeds),
-        "fine": fine,
-        "distances": {S: [f.start, f.before, f.distance] for S, f in found.items()},
-        "fastddim": __version__,
-    }
-    tuned = Tuned(
-        timesteps=tuple(f.tau for f in found.values()),
-        order=ddim.order,
-        T=len(schedule),
-        schedule=schedule_id(schedule),
-        model=weights,
-        about=json.dumps(about),
-    )
-    kept.remove()
+    tuned = search.run(progress)
+    search.memory.remove()
     return tuned
-
-
-def model_calls(steps: Sequence[int], samples: int, batch_size: int, fine: int) -> int:
-    """Returns the number of model calls of a search, of which some are known before it ends."""
-    tries = {S: len(STARTS) + SWEEPS * len(MOVES) * (S - 1) for S in steps}
-    return -(-samples // batch_size) * (fine + sum(S * n for S, n in tries.items()))
 
 
 def principal(x: Tensor) -> Features:
@@ -217,16 +282,12 @@ def _descent(
         tick()
     start = min(starts, key=lambda name: starts[name][0])
     best, tau = before, _ = starts[start]
-    for _ in range(SWEEPS):
-        for share in MOVES:
-            for i in range(1, S):
-                tried = _moved(tau, i, share)
-                tick()
-                if tried is None:
-                    continue
-                found = distance(tried)
-                if found < (1 - GAIN) * best:
-                    best, tau = found, tried
+    for share in MOVES:
+        for i in range(1, S):
+            tried = _moved(tau, i, share)
+            tick()
+            if tried is not None and (found := distance(tried)) < (1 - GAIN) * best:
+                best, tau = found, tried
     return Found(tau, best, start, before)
 
 

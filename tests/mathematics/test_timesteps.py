@@ -194,7 +194,7 @@ def test_steps_out_of_range_are_refused(spacing: str, steps: int) -> None:
     refused(lambda: make_pairs(spacing, steps, 1000), ValueError, "steps", "[1, 1000]", str(steps))
 
 
-@pytest.mark.parametrize("spacing", ["Uniform", "", "karras"])
+@pytest.mark.parametrize("spacing", ["Uniform", "", "lambda"])
 def test_the_refusal_of_an_unknown_spacing_lists_the_spacings(spacing: str) -> None:
     refused(lambda: make_pairs(spacing, 10, 1000), ValueError, "spacing", *STRICT, *ERMONGROUP)
 
