@@ -105,10 +105,11 @@ def accesses(
         offsets = j[:, None] * 4 + tl.arange(0, 4)[None, :]
         found = ((0, begin + offsets, (j < left)[:, None]),)
     elif LAYOUT == IN_ORDER:
-        # A sample that is no multiple of four: rows of four would reach into the next sample.
-        for lane in tl.static_range(4):
-            offsets = j * 4 + lane
-            found = found + ((0, begin + offsets, offsets < left),)
+        # A sample that is no multiple of four: rows of four would reach into the next sample, and
+        # their accesses of one element would leave gaps that further accesses fill. Lanes side by
+        # side take elements side by side.
+        offsets = 4 * FIRST + tl.arange(0, 4 * QUADS)
+        found = ((0, begin + offsets, offsets < left),)
     elif LAYOUT == FEW and PIXEL == 1:
         offsets = j[:, None] * 4 + tl.arange(0, 4)[None, :]
         for channel in tl.static_range(CHANNELS):
@@ -206,9 +207,8 @@ def draw(
     quad = (first_quad + (FIRST + tl.arange(0, QUADS))).to(size.dtype)
     if LAYOUT == IN_ORDER:
         z = philox_normal4(quad, row, 0, key, PORTABLE)
-        if FOURS:
-            z = (join4(z[0], z[1], z[2], z[3]),)
-        return z
+        fours = join4(z[0], z[1], z[2], z[3])
+        return (fours if FOURS else tl.reshape(fours, (4 * QUADS,)),)
     elif LAYOUT == FEW:  # noqa: RET505
         planes = ()
         for _ in tl.static_range(CHANNELS):

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .layout import (
     FAR,
+    IN_ORDER,
     SCATTERED,
     TILE,
     accesses,
@@ -221,6 +222,7 @@ def ddim_step_kernel(
     """
     LAYOUT: tl.constexpr = layout_of(CHANNELS, FOURS)
     WIDTH: tl.constexpr = block_channels(CHANNELS, LAYOUT)
+    TURNED: tl.constexpr = LAYOUT == TILE or (LAYOUT == IN_ORDER and not FOURS)
     C: tl.constexpr = CHANNELS if CHANNELS > 0 else 1
     UNIT: tl.constexpr = 4 if FOURS else 1
     GROUPS: tl.constexpr = C // WIDTH
@@ -293,7 +295,7 @@ def ddim_step_kernel(
             # A tile's noise is turned through shared memory before the loads, which would hold 32
             # registers meanwhile. Elsewhere the noise is drawn while the loads are under way.
             z = ()
-            if key is not None and LAYOUT == TILE:
+            if key is not None and TURNED:
                 z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
             # All loads precede all stores: a compiler cannot move a load before a store.
             x = load_all(x_ptr, here)
@@ -312,7 +314,7 @@ def ddim_step_kernel(
                     factors = factors + (tl.load(table_ptr + row.to(tl.int64) * COLUMNS + column),)
                 if history_ptr is not None:
                     kappa = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 7)
-            if key is not None and LAYOUT != TILE:
+            if key is not None and not TURNED:
                 z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
             for i in tl.static_range(len(here)):
                 finish(
