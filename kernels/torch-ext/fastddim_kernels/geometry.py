@@ -23,6 +23,7 @@ element less. Fewer elements are better spread over the multiprocessors."""
 INTERPRETED_FOURS = 4096
 """Fours of a part under the interpreter, which pays for each program."""
 _MOST_REGISTERS = 64
+_ODD_REGISTERS = 40
 _FEWER_ELEMENTS = 1 << 34
 """Where pixels are channels last, the kernel counts the fours of a sample in 32 bits."""
 
@@ -180,6 +181,8 @@ def block_of(g: Geometry, noisy: bool, light: bool) -> tuple[int, int]:
         quads, parts = lanes, 1
     elif g.layout == _SCATTERED:
         quads, parts = lanes, 4 if g.width == 1 and not noisy else 2
+    elif not g.in_fours and noisy:
+        quads, parts = lanes, 4
     else:
         # Two tensors read and one written: 1.011 with one part of 1024 elements, 0.997 with two,
         # 0.990 with four; two and two 0.969, 0.958, 0.946; three and one 1.031, 1.020, 0.997.
@@ -201,11 +204,15 @@ def registers(g: Geometry) -> int | None:
     would fit on a multiprocessor. Where up to three channels of the state are last, a limit makes
     ptxas take more: without one it takes 40 registers or fewer, and holds back loads until others
     have arrived, though every sector is read by two accesses. With 64 all loads are issued first.
-    Elsewhere ptxas takes fewer without a limit. AMD's compiler does not know the option.
+    Where a sample is no multiple of four, ptxas takes 32 registers without a limit and more
+    instructions than with 40. Elsewhere ptxas takes fewer without a limit. AMD's compiler does not
+    know the option.
     """
-    limited = g.layout == _TILE or (g.layout == _FEW and g.x_pixel != 1)
-    limited = limited or (g.layout == _IN_ORDER and not g.in_fours)
-    return _MOST_REGISTERS if limited and not portable() else None
+    if portable():
+        return None
+    if g.layout == _IN_ORDER and not g.in_fours:
+        return _ODD_REGISTERS
+    return _MOST_REGISTERS if g.layout == _TILE or (g.layout == _FEW and g.x_pixel != 1) else None
 
 
 def divisor(d: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .layout import (
     FAR,
-    IN_ORDER,
     SCATTERED,
     TILE,
     accesses,
@@ -222,7 +221,6 @@ def ddim_step_kernel(
     """
     LAYOUT: tl.constexpr = layout_of(CHANNELS, FOURS)
     WIDTH: tl.constexpr = block_channels(CHANNELS, LAYOUT)
-    TURNED: tl.constexpr = LAYOUT == TILE or (LAYOUT == IN_ORDER and not FOURS)
     C: tl.constexpr = CHANNELS if CHANNELS > 0 else 1
     UNIT: tl.constexpr = 4 if FOURS else 1
     GROUPS: tl.constexpr = C // WIDTH
@@ -286,16 +284,16 @@ def ddim_step_kernel(
         for part in tl.static_range(PARTS):
             here = accesses(
                 x_from, n_pixels, left, skipped,
-                C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS,
+                C, X_PIXEL, WIDTH, LAYOUT, FOURS, key is not None, part * QUADS, QUADS,
             )  # fmt: skip
             there = accesses(
                 output_from, n_pixels, left, skipped,
-                C, OUTPUT_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS,
+                C, OUTPUT_PIXEL, WIDTH, LAYOUT, FOURS, key is not None, part * QUADS, QUADS,
             )  # fmt: skip
             # A tile's noise is turned through shared memory before the loads, which would hold 32
             # registers meanwhile. Elsewhere the noise is drawn while the loads are under way.
             z = ()
-            if key is not None and TURNED:
+            if key is not None and LAYOUT == TILE:
                 z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
             # All loads precede all stores: a compiler cannot move a load before a store.
             x = load_all(x_ptr, here)
@@ -314,7 +312,7 @@ def ddim_step_kernel(
                     factors = factors + (tl.load(table_ptr + row.to(tl.int64) * COLUMNS + column),)
                 if history_ptr is not None:
                     kappa = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 7)
-            if key is not None and not TURNED:
+            if key is not None and LAYOUT != TILE:
                 z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
             for i in tl.static_range(len(here)):
                 finish(
