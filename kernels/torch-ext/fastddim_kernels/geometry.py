@@ -13,9 +13,7 @@ from torch import Tensor
 from .checks import MODEL_DTYPES, describe, inner_strides
 from .layout import FEW, IN_ORDER, SCATTERED, TILE, block_channels, layout_of
 
-_IN_ORDER, _FEW, _TILE, _SCATTERED = (
-    layout.value for layout in (IN_ORDER, FEW, TILE, SCATTERED)
-)
+_IN_ORDER, _FEW, _TILE, _SCATTERED = (layout.value for layout in (IN_ORDER, FEW, TILE, SCATTERED))
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 LARGE = 1 << 20
 """From this many elements on a program takes several parts, so that their common work costs each
