@@ -202,6 +202,8 @@ def tuning(rows: list[Record]) -> str:
         )
         for row in every[:3]:
             constants = f"{row['fours']} × {row['parts']}, {row['warps']}"
+            if "registers" in row:
+                constants += f", at most {row['registers']} registers"
             lines.append([name, constants, span(row["us"], "", 4), f"{row['gb_per_s']:.4g}"])
     return grid(*lines)
 

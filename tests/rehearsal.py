@@ -147,7 +147,10 @@ def small_sizes() -> None:
     sizes.DEVICE = "cpu"
     sizes.LAUNCHES = 2
     sizes.SMALL = (4, 4, 4)
-    sizes.CHOICES = ((16, 1, 4), (16, 2, 4))
+    sizes.CHOICES = (
+        ("epsilon philox", 16, 1, 4, None),
+        ("epsilon philox rows x0", 16, 2, 4, 40),
+    )
     sizes.NODES, sizes.STEPS = ((2, 3, 4, 4),), 3
     sizes.LOOPS = (((1, 16, 7), 4), ((2, 3, 8, 8), 4))
     graphs: Any = graph

@@ -24,11 +24,36 @@ NODES = ((1, 4, 64, 64), (4, 3, 32, 32))
 """Shapes whose steps are captured by hand."""
 LOOPS = (((1, 16, 7), 10), ((64, 3, 32, 32), 50), ((1, 4, 64, 64), 50), ((64, 3, 256, 256), 20))
 """Shapes and steps of the loops without a model: robot actions, CIFAR-10, latents, large images."""
-CHOICES = (
-    *((256, parts, warps) for warps in (4, 8) for parts in (1, 2, 4, 8)),
-    *((fours, parts, 4) for fours in (128, 512) for parts in (1, 4)),
+CHOICES: tuple[tuple[str, int, int, int, int | None], ...] = (
+    ("v philox bf16 next", 256, 1, 4, None),
+    ("epsilon philox rows x0", 256, 1, 4, None),
+    ("epsilon philox bf16", 256, 4, 4, 40),
+    ("epsilon last philox rgb", 128, 1, 4, 64),
+    ("epsilon last philox rgb", 128, 1, 4, 48),
+    ("epsilon threshold", 256, 1, 4, 32),
+    ("guidance philox bf16 clip next", 256, 1, 4, None),
+    ("epsilon philox", 256, 1, 4, None),
+    ("epsilon odd philox", 128, 4, 4, 40),
+    ("epsilon odd philox", 128, 4, 4, 64),
+    ("learned last rgb", 128, 1, 4, 64),
+    ("v philox bf16 next", 256, 2, 4, None),
+    ("v philox bf16 next", 256, 4, 4, 40),
+    ("epsilon philox rows x0", 256, 2, 4, None),
+    ("epsilon philox bf16", 256, 1, 4, None),
+    ("epsilon philox bf16", 256, 2, 4, None),
+    ("guidance philox bf16 clip next", 256, 2, 4, None),
+    ("guidance philox threshold", 256, 1, 4, None),
+    ("epsilon last philox", 128, 1, 4, 64),
+    ("epsilon threshold", 128, 1, 4, None),
+    ("epsilon odd philox", 128, 2, 4, 40),
+    ("epsilon odd", 256, 4, 4, 40),
+    ("epsilon last philox", 128, 2, 4, 64),
+    ("epsilon last philox rgb", 128, 1, 4, 56),
+    ("epsilon philox rows x0", 128, 4, 4, None),
+    ("epsilon philox", 256, 2, 4, None),
 )
-"""(groups of four elements in a block, blocks of a program, warps) that the tuning tries."""
+"""(variant, fours of a part, parts of a program, warps, most registers of a lane) that the tuning
+tries, in order of promise. None leaves the registers to the launcher."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from benchmarks.checks import checked_graph
+from benchmarks.checks import Given, checked_graph
 from benchmarks.children import Deadline
 from benchmarks.sections import scale
 from benchmarks.sections.launches import launches_of
 from benchmarks.timing import Record, device_seconds, interval, rounded
 from benchmarks.variants import VARIANTS
 
-TUNED = ("epsilon philox", "epsilon philox rows x0", "epsilon")
+TUNED = tuple(dict.fromkeys(name for name, *_ in scale.CHOICES))
 """Names of the variants that are tuned."""
 
 
@@ -31,16 +31,21 @@ class WithWarps:
 
 
 @contextmanager
-def block(fours: int, parts: int, warps: int) -> Iterator[None]:
-    """Within it, every launch uses these constants in place of ``geometry.block_of``'s."""
+def block(fours: int, parts: int, warps: int, registers: int | None = None) -> Iterator[None]:
+    """Within it, every launch uses these constants in place of ``geometry``'s.
+
+    Without ``registers`` the launcher chooses the most registers of a lane.
+    """
     import fastddim_kernels.geometry
     import fastddim_kernels.launch
 
     geometry: Any = fastddim_kernels.geometry
     launch: Any = fastddim_kernels.launch
 
+    limit = geometry.registers if registers is None else mock.Mock(return_value=registers)
     with (
         mock.patch.object(geometry, "block_of", return_value=(fours, parts)),
+        mock.patch.object(geometry, "registers", limit),
         mock.patch.object(launch, "ddim_step_kernel", WithWarps(launch.ddim_step_kernel, warps)),
     ):
         yield
@@ -51,18 +56,24 @@ def tuning(names: tuple[str, ...], sizes: scale.Sizes, deadline: Deadline) -> It
 
     The figures are exploratory: no limit applies to them, and the launcher does not read them.
     """
-    tensors = {name: launches_of(VARIANTS[name], sizes.elements) for name in names}
+    tensors: dict[str, tuple[list[Given], int]] = {}
     launches = min(32, scale.LAUNCHES)
-    for fours, parts, warps in scale.CHOICES:
-        for name, (sets, total) in tensors.items():
-            if deadline.over():
-                return
-            choice = {"variant": name, "fours": fours, "parts": parts, "warps": warps}
-            with block(fours, parts, warps):
-                what = f"{name} {fours, parts, warps}"
-                graph, _ = checked_graph(what, sets, launches, every=False)
-            taken = device_seconds({"step": graph.replay}, launches, 9)["step"]
-            yield choice | {
-                "us": [rounded(s * 1e6) for s in interval(taken)],
-                "gb_per_s": rounded(total / statistics.median(taken) / 1e9),
-            }
+    for name, fours, parts, warps, registers in scale.CHOICES:
+        if deadline.over():
+            return
+        if name not in names:
+            continue
+        if name not in tensors:
+            tensors[name] = launches_of(VARIANTS[name], sizes.elements)
+        sets, total = tensors[name]
+        choice = {"variant": name, "fours": fours, "parts": parts, "warps": warps}
+        if registers is not None:
+            choice["registers"] = registers
+        with block(fours, parts, warps, registers):
+            what = f"{name} {fours, parts, warps, registers}"
+            graph, _ = checked_graph(what, sets, launches, every=False)
+        taken = device_seconds({"step": graph.replay}, launches, 9)["step"]
+        yield choice | {
+            "us": [rounded(s * 1e6) for s in interval(taken)],
+            "gb_per_s": rounded(total / statistics.median(taken) / 1e9),
+        }

@@ -138,7 +138,7 @@ def test_at_most_24_instructions_an_element_and_48_with_seeds(code: list[Code]) 
     for c in code:
         # A second output in a 16-bit type is widened by two instructions, and weighed by three.
         most = 48 if c.pairs else 28 if c.v.guidance else 24
-        most = 36 if c.name == "epsilon last philox rgb" else most
+        most = 35 if c.name == "epsilon last philox rgb" else most
         assert c.row["sass_per_element"] <= most, c.name
 
 

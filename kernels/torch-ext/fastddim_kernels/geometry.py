@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from .checks import MODEL_DTYPES, describe, inner_strides
-from .layout import FEW, SCATTERED, TILE, block_channels, layout_of
+from .layout import FEW, IN_ORDER, SCATTERED, TILE, block_channels, layout_of
 
-_FEW, _TILE, _SCATTERED = FEW.value, TILE.value, SCATTERED.value
+_IN_ORDER, _FEW, _TILE, _SCATTERED = (layout.value for layout in (IN_ORDER, FEW, TILE, SCATTERED))
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 LARGE = 1 << 20
 """From this many elements on a program takes several parts, so that their common work costs each
 element less. Fewer elements are better spread over the multiprocessors."""
 INTERPRETED_FOURS = 4096
 """Fours of a part under the interpreter, which pays for each program."""
-_TILE_REGISTERS = 64
+_MOST_REGISTERS = 64
+_ODD_REGISTERS = 40
 _FEWER_ELEMENTS = 1 << 34
 """Where pixels are channels last, the kernel counts the fours of a sample in 32 bits."""
 
@@ -178,7 +179,7 @@ def block_of(g: Geometry, noisy: bool, light: bool) -> tuple[int, int]:
         quads, parts = lanes, 1
     elif g.layout == _SCATTERED:
         quads, parts = lanes, 4 if g.width == 1 and not noisy else 2
-    elif not g.in_fours:
+    elif not g.in_fours and noisy:
         quads, parts = lanes, 4
     else:
         # Two tensors read and one written: 1.011 with one part of 1024 elements, 0.997 with two,
@@ -198,10 +199,18 @@ def registers(g: Geometry) -> int | None:
     """Returns the most registers of a lane, or None where the compiler decides.
 
     For a tile of four parts ptxas would need 90 registers and more, and fewer than eight programs
-    would fit on a multiprocessor. Elsewhere ptxas takes fewer without a limit. AMD's compiler does
-    not know the option.
+    would fit on a multiprocessor. Where up to three channels of the state are last, a limit makes
+    ptxas take more: without one it takes 40 registers or fewer, and holds back loads until others
+    have arrived, though every sector is read by two accesses. With 64 all loads are issued first.
+    Where a sample is no multiple of four, ptxas takes 32 registers without a limit and more
+    instructions than with 40. Elsewhere ptxas takes fewer without a limit. AMD's compiler does not
+    know the option.
     """
-    return _TILE_REGISTERS if g.layout == _TILE and not portable() else None
+    if portable():
+        return None
+    if g.layout == _IN_ORDER and not g.in_fours:
+        return _ODD_REGISTERS
+    return _MOST_REGISTERS if g.layout == _TILE or (g.layout == _FEW and g.x_pixel != 1) else None
 
 
 def divisor(d: int) -> tuple[int, int]:

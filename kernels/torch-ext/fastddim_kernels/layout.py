@@ -89,12 +89,13 @@ def place(sample_begin, first_quad, first_channel, n_pixels, PIXEL: tl.constexpr
 def accesses(
     begin, n_pixels, left, skipped,
     CHANNELS: tl.constexpr, PIXEL: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr,
-    FOURS: tl.constexpr, FIRST: tl.constexpr, QUADS: tl.constexpr,
+    FOURS: tl.constexpr, DRAWN: tl.constexpr, FIRST: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """Returns (begin, offsets, mask) of each access to a tensor whose pixels lie ``PIXEL`` apart.
 
     The accesses hold the fours from ``FIRST`` on. ``left`` counts fours with ``FOURS`` and elements
-    without; the first ``skipped`` elements belong to the channel before.
+    without; the first ``skipped`` elements belong to the channel before. With ``DRAWN`` a lane
+    holds the four elements of one Philox call.
     """
     j = FIRST + tl.arange(0, QUADS)
     found = ()
@@ -104,8 +105,12 @@ def accesses(
         # its elements through shared memory.
         offsets = j[:, None] * 4 + tl.arange(0, 4)[None, :]
         found = ((0, begin + offsets, (j < left)[:, None]),)
+    elif LAYOUT == IN_ORDER and not DRAWN:
+        # A sample that is no multiple of four: rows of four would reach into the next sample. Lanes
+        # side by side take elements side by side, so that an access fills its sectors.
+        offsets = 4 * FIRST + tl.arange(0, 4 * QUADS)
+        found = ((0, begin + offsets, offsets < left),)
     elif LAYOUT == IN_ORDER:
-        # A sample that is no multiple of four: rows of four would reach into the next sample.
         for lane in tl.static_range(4):
             offsets = j * 4 + lane
             found = found + ((0, begin + offsets, offsets < left),)

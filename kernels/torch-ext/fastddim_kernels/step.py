@@ -284,11 +284,11 @@ def ddim_step_kernel(
         for part in tl.static_range(PARTS):
             here = accesses(
                 x_from, n_pixels, left, skipped,
-                C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS,
+                C, X_PIXEL, WIDTH, LAYOUT, FOURS, key is not None, part * QUADS, QUADS,
             )  # fmt: skip
             there = accesses(
                 output_from, n_pixels, left, skipped,
-                C, OUTPUT_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS,
+                C, OUTPUT_PIXEL, WIDTH, LAYOUT, FOURS, key is not None, part * QUADS, QUADS,
             )  # fmt: skip
             # A tile's noise is turned through shared memory before the loads, which would hold 32
             # registers meanwhile. Elsewhere the noise is drawn while the loads are under way.
