@@ -166,6 +166,8 @@ def fakes() -> dict[str, Any]:
         "current_device": lambda: 0,
         "get_device_properties": lambda _: properties,
         "is_current_stream_capturing": lambda: bool(Graph.recording),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda _: None,
         "_sleep": lambda _: None,
     }
 
