@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import children, gpu_sections, testing
+from benchmarks import children, gpu_sections, outcomes, testing
 from benchmarks.checks import differing
 from benchmarks.children import ROOT, Deadline, Pipe
 from benchmarks.gpu_sections import DEAD, Part
@@ -243,6 +243,14 @@ def test_results_of_a_launch_are_compared_with_the_reference() -> None:
 
 
 # The tests' outcomes
+
+
+def test_a_childs_reason_is_its_error() -> None:
+    text = "Failed: Traceback (most recent call last):\n  File a\n    f()\nKeyError: 3\nprinted"
+    crash = SimpleNamespace(reprcrash=SimpleNamespace(message=text))
+    assert outcomes.reason(crash) == "KeyError: 3"
+    crash.reprcrash.message = "AssertionError: one\n  two"
+    assert outcomes.reason(crash) == "AssertionError: one"
 
 
 SUITE = {
