@@ -152,13 +152,7 @@ DIFFUSERS = (
     *("diffusers.schedulers.scheduling_ddim", "diffusers.models.unets.unet_2d"),
     "fastddim.dropins.diffusers",
 )
-COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.codegen.triton")
-IMPORTS = {
-    "host": DIFFUSERS,
-    "peers": COMPILER,
-    "loops": DIFFUSERS,
-    "ladder": (*DIFFUSERS, *COMPILER),
-}
+IMPORTS = dict.fromkeys(("host", "loops", "ladder"), DIFFUSERS)
 """What a section's rows import, which takes many seconds on a cold machine."""
 
 

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from benchmarks.children import Deadline
 from benchmarks.networks import CIFAR10, LATENTS, Policy, UNet
+from benchmarks.peers import compiler_loaded
 from benchmarks.sections.rungs import (
     BESIDE_COMPILE,
     MODELS,
     ORIGINAL,
     PLAIN,
     RUNGS,
+    TORCH_COMPILE,
     Case,
     Ready,
     Run,
@@ -158,6 +160,8 @@ def ladder(case: Case, names: tuple[str, ...], device: str, deadline: Deadline) 
         "dtype": str(case.dtype).removeprefix("torch."),
         "steps": case.steps,
     }
+    if TORCH_COMPILE in names:
+        compiler_loaded(device)
     preparing = deadline.part(PREPARING)
     try:
         with limit(preparing.left()):
