@@ -38,8 +38,20 @@ def tested(record: Record) -> str:
         f"{tests['skipped']} skipped"
     )
     text += "." if tests["ended"] == "done" else f"; **{tests['ended']}**."
-    failures = [f"- **failed**: `{f['test']}`: {f['why']}" for f in tests["failures"]]
+    failures = []
+    for (test, why), cases in alike(tests["failures"]).items():
+        those = f" with {'; '.join(f'`{case}`' for case in cases)}" if cases != [""] else ""
+        failures.append(f"- **failed**: `{test}`{those}: {why}")
     return "\n\n".join([text, *(["\n".join(failures)] if failures else [])])
+
+
+def alike(failures: list[Record]) -> dict[tuple[str, str], list[str]]:
+    """{(test, reason): its parameters}, because one fault often fails many cases of a test."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for failure in failures:
+        test, _, case = failure["test"].partition("[")
+        found.setdefault((test, failure["why"]), []).append(case.removesuffix("]"))
+    return found
 
 
 def missing(record: Record) -> str:
@@ -187,7 +199,7 @@ def sanitizer(rows: list[Record]) -> str:
         why = reason(row)
         passed = f"{row['tests_passed']}" if "tests_passed" in row else ""
         errors = "" if row.get("errors") is None else str(row["errors"])
-        verdict = why or "; ".join([row["verdict"], *row.get("first", [])])
+        verdict = why or "; ".join([row["verdict"], *dict.fromkeys(row.get("first", []))])
         lines.append([row["tool"], row["of"], passed, errors, verdict])
     return grid(*lines)
 

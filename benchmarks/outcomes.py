@@ -54,5 +54,9 @@ def reason(why: Any) -> str:
         return str(why[2])[:200]
     crash = getattr(why, "reprcrash", None)
     lines = [line for line in str(crash.message if crash else why).splitlines() if line.strip()]
+    if lines and lines[0].endswith("Traceback (most recent call last):"):
+        # A test in a process of its own fails with the child's traceback, whose first line without
+        # an indent names the error.
+        return next((line for line in lines[1:] if not line[0].isspace()), lines[0])[:200]
     # An assertion names the error in its first line, an import error in its last.
     return (lines[0 if crash else -1] if lines else "")[:200]

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +20,11 @@ Record: TypeAlias = dict[str, Any]
 """A row of figures, or a file of rows: JSON."""
 LEFT_OUT: Record = {"left_out": "no time"}
 """Content of a row that was not measured because the time was over."""
+
+IMPORTING = "<frozen importlib._bootstrap>"
+"""The file of Python's frames that import a module."""
+AGAIN = 0.05
+"""Seconds after which a limit that falls into an import looks again."""
 
 
 class WrongResultError(Exception):
@@ -68,23 +74,32 @@ def device_seconds(
 
 
 def host_seconds(
-    calls: Mapping[str, Callable[[], object]], repeats: int = 300, together: int = 10
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int = 300,
+    together: int = 10,
+    seconds: float = math.inf,
 ) -> dict[str, float]:
-    """Median seconds until each call returns; the queue is emptied before it can fill up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    """Median seconds until each call returns; the queue is emptied before it can fill up.
+
+    After ``seconds``, and at least a fifth of the ``repeats``, no further ones begin.
+    """
+    end = time.monotonic() + seconds
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(min(100, repeats)):
             call()
     gc.disable()
-    for _ in range(repeats):
+    for k in range(repeats):
+        if 5 * k >= repeats and time.monotonic() > end:
+            break
         for name, call in calls.items():
             torch.cuda.synchronize()
             begin = time.perf_counter()
             for _ in range(together):
                 call()
-            seconds[name].append((time.perf_counter() - begin) / together)
+            taken[name].append((time.perf_counter() - begin) / together)
     gc.enable()
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+    return {name: statistics.median(of) for name, of in taken.items()}
 
 
 def wall_seconds(
@@ -119,9 +134,17 @@ def wall_seconds(
 
 @contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raises ``TimeoutError`` in the block after ``seconds``, even while it waits."""
+    """Raises ``TimeoutError`` in the block after ``seconds``, even while it waits.
 
-    def over(*_: object) -> None:
+    An import is not interrupted: later imports would find its module half executed.
+    """
+
+    def over(_: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename == IMPORTING:
+                signal.setitimer(signal.ITIMER_REAL, AGAIN)
+                return
+            frame = frame.f_back
         raise TimeoutError(f"took more than {seconds:.3g} s")
 
     before = signal.signal(signal.SIGALRM, over)

@@ -152,7 +152,8 @@ def step_arguments(
         found["threshold"] = torch.linspace(1, 2, batch, device=device)
     if v.next_inputs:
         found["next_input"] = torch.cat(
-            [torch.empty_like(found["x"], dtype=v.dtype)] * v.next_inputs
+            # Not empty: torch.cat would read memory that nothing has written.
+            [torch.zeros_like(found["x"], dtype=v.dtype)] * v.next_inputs
         )
     return found
 

@@ -175,6 +175,11 @@ class Device(TorchDispatchMode):
         if packet in COPIES:
             source = args[packet is aten.copy_]
             at_once = kwargs.get("non_blocking") or args[2:] == (True,)
+            if lands and not isinstance(source, There) and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the "
+                    "CPU tensor is pinned."
+                )
             if isinstance(source, There) != lands and not at_once:
                 self.wait(f"{func} from one device to another")
         elif not there:

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -32,18 +32,23 @@ class Graph:
 
     def __init__(self) -> None:
         self.again: list[Callable[[], object]] = []
+        self.made: list[Any] = []
 
     def replay(self) -> None:
         for repeat in self.again:
             repeat()
 
 
+def address(tensor: Any) -> int:
+    """The address of a tensor's values, which a tensor of the fake GPU has on the CPU."""
+    return int(getattr(tensor, "here", tensor).data_ptr())
+
+
 def graphs() -> Callable[..., Any]:
-    """Replaces ``torch.cuda.graph``: records PyTorch's operations and interpreted launches."""
+    """Replaces ``torch.cuda.graph``: records PyTorch's operations."""
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
-    from triton.runtime import interpreter
 
     class Tape(TorchDispatchMode):
         def __init__(self, graph: Graph) -> None:
@@ -60,32 +65,50 @@ def graphs() -> Callable[..., Any]:
                 for old, new in zip(
                     tree_leaves(results), tree_leaves(op(*args, **kwargs)), strict=True
                 ):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    if isinstance(old, torch.Tensor) and address(old) != address(new):
                         old.copy_(new)
 
             self.graph.again.append(repeat)
+            given = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            self.graph.made += [
+                made
+                for made in tree_leaves(results)
+                if isinstance(made, torch.Tensor)
+                and made.is_floating_point()
+                and address(made) not in given
+            ]
             return results
+
+    @contextmanager
+    def graph(into: Graph, *, stream: Stream | None = None, **_: object) -> Iterator[None]:
+        Graph.recording.append(into)
+        try:
+            with current(stream or CAPTURING), Tape(into):
+                yield
+        finally:
+            Graph.recording.pop()
+        # On a GPU a captured operation has not run yet.
+        for tensor in into.made:
+            tensor.fill_(float("nan"))
+        into.made.clear()
+
+    return graph
+
+
+def recorded() -> Callable[..., None]:
+    """Replaces Triton's interpreted launch by one that captures in progress record."""
+    from torch.utils._python_dispatch import _disable_current_modes
+    from triton.runtime import interpreter
 
     launch: Any = interpreter.GridExecutor.__call__
 
-    def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
         with _disable_current_modes():
             launch(self, *args, **kwargs)
         for graph in Graph.recording:
             graph.again.append(lambda: launch(self, *args, **kwargs))
 
-    interpreter.GridExecutor.__call__ = recorded
-
-    @contextmanager
-    def graph(into: Graph, **_: object) -> Iterator[None]:
-        Graph.recording.append(into)
-        try:
-            with Tape(into):
-                yield
-        finally:
-            Graph.recording.pop()
-
-    return graph
+    return call
 
 
 class Event:
@@ -102,30 +125,70 @@ class Event:
 
 
 class Stream:
+    """Replaces ``torch.cuda.Stream``; each has its own ``cuda_stream``, as on a GPU."""
+
+    chosen: list[Stream] = []  # noqa: RUF012
+
+    @property
+    def cuda_stream(self) -> int:
+        return id(self)
+
     def wait_stream(self, other: Stream) -> None:
         pass
 
 
-def fake_cuda() -> None:
-    """Replaces the functions of ``torch.cuda`` that the benchmarks use."""
-    import torch
+DEFAULT, CAPTURING = Stream(), Stream()
+"""The stream of a program that has chosen none, and the stream of ``torch.cuda.graph``."""
 
+
+@contextmanager
+def current(chosen: Stream) -> Iterator[None]:
+    """Replaces ``torch.cuda.stream``."""
+    Stream.chosen.append(chosen)
+    try:
+        yield
+    finally:
+        Stream.chosen.pop()
+
+
+def fakes() -> dict[str, Any]:
+    """What replaces the functions of ``torch.cuda`` that benchmarks and GPU tests use, by name."""
     properties = SimpleNamespace(L2_cache_size=1)
-    found: dict[str, Any] = {
+    return {
         "CUDAGraph": Graph,
         "Event": Event,
         "Stream": Stream,
         "graph": graphs(),
-        "current_stream": Stream,
-        "stream": lambda _: nullcontext(),
+        "current_stream": lambda *_: (Stream.chosen or [DEFAULT])[-1],
+        "stream": current,
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
         "current_device": lambda: 0,
         "get_device_properties": lambda _: properties,
+        "is_current_stream_capturing": lambda: bool(Graph.recording),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda _: None,
         "_sleep": lambda _: None,
     }
-    for name, value in found.items():
-        setattr(torch.cuda, name, value)
+
+
+@contextmanager
+def faked() -> Iterator[None]:
+    """Fakes ``torch.cuda`` within the block, for a GPU test that runs on a CPU."""
+    import torch
+    from triton.runtime import interpreter
+
+    executor: Any = interpreter.GridExecutor
+    found = [(torch.cuda, name, value) for name, value in fakes().items()]
+    found.append((executor, "__call__", recorded()))
+    before = [(of, name, getattr(of, name)) for of, name, _ in found]
+    try:
+        for of, name, value in found:
+            setattr(of, name, value)
+        yield
+    finally:
+        for of, name, value in before:
+            setattr(of, name, value)
 
 
 def small_sizes() -> None:
@@ -202,12 +265,12 @@ def main(arguments: list[str]) -> int:
         return gpu.main(rest)
     if name == "benchmarks.gpu_sections":
         os.environ["TRITON_INTERPRET"] = "1"
-        fake_cuda()
-        small_sizes()
-        from benchmarks import gpu_sections
+        with faked():
+            small_sizes()
+            from benchmarks import gpu_sections
 
-        # The section "sanitizer" starts pytest, which the lines below run unchanged.
-        return gpu_sections.main(rest)
+            # The section "sanitizer" starts pytest, which the lines below run unchanged.
+            return gpu_sections.main(rest)
     # Other modules, such as pytest, run unchanged.
     module: Any = importlib.import_module(name)
     return int(module.main(rest))

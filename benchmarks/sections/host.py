@@ -122,7 +122,7 @@ def host(deadline: Deadline) -> Iterator[Record]:
         "Triton's own launch": lambda: kernel[grid](*args, **options),
     }
     runs = {name: repeated(call) for name, call in calls.items()} | runs
-    taken = host_seconds(runs, HOST_ROUNDS, 1)
+    taken = host_seconds(runs, HOST_ROUNDS, 1, deadline.left())
     for name, seconds in taken.items():
         of_add = seconds / taken[ADD]
         row: Record = {

@@ -12,7 +12,13 @@ from torch import Tensor
 from benchmarks import plain
 from benchmarks.checks import checked_graph
 from benchmarks.children import Deadline
-from benchmarks.peers import SIGMAS, simplified, simplified_factors, simplified_noisy
+from benchmarks.peers import (
+    SIGMAS,
+    compiler_loaded,
+    simplified,
+    simplified_factors,
+    simplified_noisy,
+)
 from benchmarks.sections import scale
 from benchmarks.sections.launches import launches_of
 from benchmarks.timing import (
@@ -93,6 +99,7 @@ def peers(sizes: scale.Sizes, deadline: Deadline) -> Iterator[Record]:
             return
         graphs[name] = graph
 
+    compiler_loaded(scale.DEVICE)
     compiled(COMPILED, simplified, p, q)
     compiled(f"{COMPILED}, randn_like", simplified_noisy, p, q, c1)
     taken = device_seconds({k: g.replay for k, (g, _) in graphs.items()}, launches, sizes.rounds)

@@ -267,17 +267,17 @@ TORCH_COMPILE = "eager step, torch.compile(reduce-overhead) of the model"
 CAPTURE = "DDIM.capture"
 RUNGS: dict[str, tuple[Callable[[Ready], Run], str]] = {
     ORIGINAL: (original_loop, EAGER),
-    "DDIM.sample": (fused, EAGER),
     CAPTURE: (fused_in_a_graph, GRAPH),
+    "eager step, factors precomputed, in a graph": (
+        lambda r: in_a_graph(eager_step(r, r.model), r),
+        GRAPH,
+    ),
+    "DDIM.sample": (fused, EAGER),
     "eager step, factors precomputed": (lambda r: eager_step(r, r.model), EAGER),
     TORCH_COMPILE: (lambda r: eager_step(r, r.fast()), COMPILED),
     plain.NUMBERS: (plain_loop, EAGER),
     "diffusers' DDIMScheduler": (diffusers_loop, EAGER),
     "the original loop, without its copies to the CPU": (without_copies, EAGER),
-    "eager step, factors precomputed, in a graph": (
-        lambda r: in_a_graph(eager_step(r, r.model), r),
-        GRAPH,
-    ),
     "diffusers' DDIMScheduler, timesteps as numbers": (diffusers_by_number, EAGER),
     "diffusers' DDIMScheduler, timesteps as numbers, in a graph": (
         lambda r: in_a_graph(diffusers_by_number(r), r),

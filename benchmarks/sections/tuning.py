@@ -20,14 +20,20 @@ TUNED = tuple(dict.fromkeys(name for name, *_ in scale.CHOICES))
 
 
 class WithWarps:
-    """Stands in for the kernel and launches it with ``warps`` warps."""
+    """Stands in for the kernel, and launches or compiles it with ``warps`` warps."""
 
     def __init__(self, kernel: Any, warps: int) -> None:
         self.kernel, self.warps = kernel, warps
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernel, name)
+
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
         launched = self.kernel[grid]
         return lambda *args, **options: launched(*args, **(options | {"num_warps": self.warps}))
+
+    def warmup(self, *args: Any, **options: Any) -> Any:
+        return self.kernel.warmup(*args, **(options | {"num_warps": self.warps}))
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import children, gpu_sections, testing
+from benchmarks import children, gpu_sections, outcomes, testing
 from benchmarks.checks import differing
 from benchmarks.children import ROOT, Deadline, Pipe
 from benchmarks.gpu_sections import DEAD, Part
 from benchmarks.sections import launches, scale, variants
 from benchmarks.timing import Record, WrongResultError
-from benchmarks.variants import VARIANTS, launch_arguments
+from benchmarks.variants import VARIANTS, launch_arguments, step_arguments
 
 # The parts of a section
 
@@ -86,6 +89,105 @@ def test_parts_share_the_time_by_their_weight(monkeypatch: pytest.MonkeyPatch) -
     assert len(given) == 3
 
 
+def test_a_part_that_needs_more_time_than_is_left_is_not_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(children, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    given: list[float] = []
+
+    def measure(deadline: Deadline) -> Iterator[Record]:
+        given.append(deadline.left())
+        yield {"us": 1}
+
+    parts = [Part("a", {"of": k}, measure, weight, 40.0) for k, weight in enumerate((1.0, 9.0))]
+    rows_of(parts, seconds=50)
+    assert given == [40, 50]  # the first part's share is 5 s
+    _, found = rows_of(parts[:1], seconds=39)
+    assert found[-1]["row"] == {"of": 0, "left_out": "no time: it needs 40 s"}
+    assert len(given) == 2
+
+
+LATE = r"""
+import sys, time
+from pathlib import Path
+from benchmarks.timing import limit
+folder = Path(sys.argv[1])
+(folder / "slowly.py").write_text("import time\nbegun = 1\ntime.sleep(0.5)\nended = 1\n")
+sys.path.insert(0, str(folder))
+try:
+    with limit(0.1):
+        import slowly
+        time.sleep(60)
+except TimeoutError as error:
+    print(error, slowly.ended)
+"""
+
+
+def test_a_limit_interrupts_no_import(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LATE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "took more than 0.1 s 1\n", done.stderr
+
+
+HEAVY = """
+import os, sys
+from contextlib import contextmanager
+os.environ["TRITON_INTERPRET"] = "1"
+from tests.rehearsal import faked, small_sizes
+with faked():
+    small_sizes()
+    from benchmarks import gpu_sections
+    from benchmarks.children import Deadline, Pipe
+    from benchmarks.sections import scale
+    late = set()
+    @contextmanager
+    def limit(seconds):
+        before = set(sys.modules)
+        yield
+        late.update(set(sys.modules) - before)
+    for section in (gpu_sections.loops, gpu_sections.peers, gpu_sections.ladder):
+        section.limit = limit
+    gpu_sections.imported(sys.argv[1])
+    parts = gpu_sections.SECTIONS[sys.argv[1]](scale.Sizes(64, 6, ("epsilon",)))
+    status = gpu_sections.run(parts, Deadline(120), Pipe(os.devnull))
+heavy = ("diffusers", "transformers", "torch._dynamo", "torch._inductor")
+if sys.argv[1] == "loops":
+    heavy = heavy[:2]  # On a CPU the loops are compiled too.
+late = {name for name in late if name.startswith(heavy)}
+assert len(late) < 10, sorted(late)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["loops", "peers", "ladder"])
+def test_no_limit_includes_a_heavy_import(section: str) -> None:
+    pytest.importorskip("diffusers")
+    command = [sys.executable, "-c", HEAVY, section]
+    path = f"{ROOT}:{ROOT / 'kernels' / 'torch-ext'}"
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_argument_of_a_variant_is_read_before_it_is_written() -> None:
+    # Then memory that nothing has written holds NaN.
+    torch.use_deterministic_algorithms(True)
+    try:
+        for name, v in VARIANTS.items():
+            given = step_arguments(replace(v, shape=(v.shape[0], 4, 4)), 2)
+            for argument, value in given.items():
+                if isinstance(value, torch.Tensor):
+                    assert value.isfinite().all(), (name, argument)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 # What is asked
 
 
@@ -151,6 +253,14 @@ def test_results_of_a_launch_are_compared_with_the_reference() -> None:
 
 
 # The tests' outcomes
+
+
+def test_a_childs_reason_is_its_error() -> None:
+    text = "Failed: Traceback (most recent call last):\n  File a\n    f()\nKeyError: 3\nprinted"
+    crash = SimpleNamespace(reprcrash=SimpleNamespace(message=text))
+    assert outcomes.reason(crash) == "KeyError: 3"
+    crash.reprcrash.message = "AssertionError: one\n  two"
+    assert outcomes.reason(crash) == "AssertionError: one"
 
 
 SUITE = {

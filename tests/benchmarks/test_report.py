@@ -226,6 +226,9 @@ def test_failed_tests_and_missing_sections_stand_by_the_figures() -> None:
     assert "- **failed**: `tests/kernels/test_gpu.py::test_a`: assert 1 == 2" in text
     assert "Not complete. `loops`: cut off; `tuning`: not run." in text
     assert "A note." in text
+    failures[:] = [{"test": f"test_b[{case}]", "why": "assert []"} for case in ("x-1", "y")]
+    shown = gpu_report.tables(record)
+    assert "- **failed**: `test_b` with `x-1`; `y`: assert []" in shown
     line = gpu_report.headline(record)
     assert line.startswith(
         "On an **A GPU** a step reaches 0.95 (0.93–0.97) of a copy's speed (η = 0"

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 import fastddim
 import fastddim_kernels
+from benchmarks.sections import tuning
 from fastddim import DDIM, using
 from fastddim.coefficients import PREDICTIONS
 from fastddim.step import reference
@@ -228,6 +229,16 @@ def test_misaligned_addresses_go_through_the_dispatch(name: str, kernel: Kernel)
     there = kernel.dispatched[0][1][ours.get(name, f"{name}_ptr")]
     assert there.data_ptr() == moved[name].data_ptr()
     call(step, given)
+    assert len(kernel.run_with) == 1
+
+
+def test_the_tunings_constants_reach_a_bound_launch(kernel: Kernel) -> None:
+    given, options = arguments({})
+    with tuning.block(16, 2, 8):
+        step = bind(given, options)
+        call(step, given)
+    ((_, named, of_triton),) = kernel.warmed
+    assert (named["QUADS"], named["PARTS"], of_triton["num_warps"]) == (16, 2, 8)
     assert len(kernel.run_with) == 1
 
 

@@ -419,24 +419,3 @@ def test_on_a_gpu_a_capture_goes_on_after_a_refused_sampler() -> None:
     taken.replay()
     assert torch.equal(found, x + 1)
     assert torch.equal(act(seeds=SEEDS), was)
-
-
-@pytest.mark.gpu
-@apart
-@pytest.mark.parametrize("strict", [False, True])
-def test_a_schedulers_step_in_a_capture_is_the_step(strict: bool) -> None:
-    scheduler: Any = drop_in("FastDDIMScheduler")(strict=strict)
-    scheduler.set_timesteps(10, device="cuda")
-    x, t = X.cuda(), scheduler.timesteps[3]
-    want = scheduler.step(0.3 * x, t, x).prev_sample.clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        scheduler.step(0.3 * x, t, x)
-    torch.cuda.current_stream().wait_stream(side)
-    taken = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(taken):
-        found = scheduler.step(0.3 * x, t, x).prev_sample
-    found.fill_(float("nan"))
-    taken.replay()
-    assert torch.equal(found, want)

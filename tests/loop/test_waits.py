@@ -83,7 +83,7 @@ def test_operations_that_do_not_wait_pass(device: Device, what: str) -> None:
         assert found.here.equal(want)
 
 
-def test_copies_wait_in_a_capture_whose_graph_outlives_them(
+def test_copies_in_a_capture_that_outlives_them_are_refused(
     monkeypatch: pytest.MonkeyPatch, device: Device
 ) -> None:
     with device.watch() as waits:
@@ -91,10 +91,11 @@ def test_copies_wait_in_a_capture_whose_graph_outlives_them(
         sent_pinned(torch.ones(3), CUDA)
     assert waits == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with device.watch() as waits:
-        sent(torch.ones(3), CUDA)
-        sent_pinned(torch.ones(3), CUDA)
-    assert len(waits) == 2
+    for copy in (sent, sent_pinned):
+        with pytest.raises(RuntimeError, match="cannot capture a copy from the CPU to cuda:0"):
+            copy(torch.ones(3), CUDA)
+    with pytest.raises(RuntimeError, match="unless the CPU tensor is pinned"):
+        torch.ones(3).to(CUDA, non_blocking=True)  # as PyTorch would
 
 
 def test_two_devices_do_not_mix(device: Device) -> None:

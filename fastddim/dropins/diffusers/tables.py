@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastddim.dropins._shared import stream_of
-from fastddim.dropins._transfer import sent
+from fastddim.dropins._transfer import capturing, sent
 
 CPU = torch.device("cpu")
 
@@ -77,11 +77,16 @@ class Made(NamedTuple):
 
 
 class Cache:
-    """Keeps tables until a tensor or a setting behind them changes."""
+    """Keeps tables until a tensor or a setting behind them changes.
+
+    A CUDA graph knows only the addresses of the tables that its steps read, so the tables of a
+    captured step are kept as long as the cache.
+    """
 
     def __init__(self) -> None:
-        self._held: dict[Any, tuple[Any, Source, Any, Tables]] = {}
+        self._held: dict[Any, _Held] = {}
         self._latest: tuple[Any, Any] = None, None
+        self._captured: dict[int, Tables] = {}
 
     def found(
         self, key: Any, device: torch.device, abar: Tensor, end: Any, settings: Any
@@ -93,22 +98,33 @@ class Cache:
         latest, held = self._latest
         if latest != (key, device):
             held = self._held.get(_place(key, device))
-        if held is None or held[0] != settings or not held[1].unchanged(abar):
-            return None
-        _, _, before, tables = held
-        if before.__class__ is Source:
-            return tables if before.unchanged(end) else None
-        return tables if not isinstance(end, Tensor) and before == end else None
+        tables = _unchanged(held, abar, end, settings)
+        if device.type != "cpu" and capturing(device):
+            if tables is None:
+                # ``torch.cuda.graph`` captures on a stream of its own. It first waits for the
+                # device, so tables that any stream made before the capture are complete.
+                others = (h for p, h in list(self._held.items()) if p[:2] == (key, device))
+                every = (_unchanged(other, abar, end, settings) for other in others)
+                tables = next((found for found in every if found is not None), None)
+            if tables is not None:
+                self._captured[id(tables)] = tables
+        return tables
 
     def keep(
         self, key: Any, device: torch.device, abar: Tensor, end: Any, settings: Any, made: Made
     ) -> Tables:
-        """Moves ``made`` to the device, keeps the tables and returns them."""
-        if len(self._held) >= 16:
-            self._held.clear()
+        """Moves ``made`` to the device, keeps the tables and returns them.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured and ``made`` is on the CPU.
+        """
         tables = Tables(
             *(None if t is None else sent(t, device) for t in (made.table.float(), *made[1:]))  # type: ignore[arg-type]
         )
+        if capturing(device):
+            return tables  # Made from ᾱ on the GPU, they hold no values before the first replay.
+        if len(self._held) >= 16:
+            self._held.clear()
         ends = Source(end) if isinstance(end, Tensor) else end
         held = settings, Source(abar), ends, tables
         place = _place(key, device)
@@ -118,6 +134,20 @@ class Cache:
         ):  # A place with a stream has three parts, and depends on the current stream.
             self._latest = place, held
         return tables
+
+
+_Held: TypeAlias = "tuple[Any, Source, Any, Tables]"
+"""The settings, the sources of ᾱ and of the end's ᾱ, and the tables made from them."""
+
+
+def _unchanged(held: _Held | None, abar: Tensor, end: Any, settings: Any) -> Tables | None:
+    """Returns the tables of ``held`` if everything behind them is as it was."""
+    if held is None or held[0] != settings or not held[1].unchanged(abar):
+        return None
+    _, _, before, tables = held
+    if before.__class__ is Source:
+        return tables if before.unchanged(end) else None
+    return tables if not isinstance(end, Tensor) and before == end else None
 
 
 def _place(key: Any, device: torch.device) -> Any:

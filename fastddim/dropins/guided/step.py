@@ -13,6 +13,7 @@ from torch import Tensor
 from fastddim.check import finite, kind, shown
 from fastddim.dropins._shared import Buffers, checked_factors, pack_rows, passed_over, stream_of
 from fastddim.dropins._transfer import sent
+from fastddim.loop.devices import check_not_capturing
 from fastddim.schedule import Float64, NoiseSchedule
 from fastddim.step.arguments import OUTPUTS
 from fastddim.step.buffers import fitting
@@ -64,6 +65,7 @@ class Step:
         self.model, self.denoised_fn, self.cond_fn = model, denoised_fn, cond_fn
         self.model_kwargs = dict(model_kwargs or {})
         self.clip = 1.0 if clip_denoised else None
+        check_not_capturing(device)
 
         schedule = NoiseSchedule.from_alphas_cumprod(diffusion.alphas_cumprod)
         self.count = len(schedule)
