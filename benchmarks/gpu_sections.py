@@ -152,7 +152,7 @@ DIFFUSERS = (
     *("diffusers.schedulers.scheduling_ddim", "diffusers.models.unets.unet_2d"),
     "fastddim.dropins.diffusers",
 )
-IMPORTS = dict.fromkeys(("host", "loops", "ladder"), DIFFUSERS)
+IMPORTS: dict[str, tuple[str, ...]] = dict.fromkeys(("host", "loops", "ladder"), DIFFUSERS)
 """What a section's rows import, which takes many seconds on a cold machine."""
 
 

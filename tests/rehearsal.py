@@ -44,6 +44,11 @@ def address(tensor: Any) -> int:
     return int(getattr(tensor, "here", tensor).data_ptr())
 
 
+def storage(tensor: Any) -> int:
+    """The address of the memory that a tensor may share with others."""
+    return int(getattr(tensor, "here", tensor).untyped_storage().data_ptr())
+
+
 def graphs() -> Callable[..., Any]:
     """Replaces ``torch.cuda.graph``: records PyTorch's operations."""
     import torch
@@ -69,13 +74,13 @@ def graphs() -> Callable[..., Any]:
                         old.copy_(new)
 
             self.graph.again.append(repeat)
-            given = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            given = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
             self.graph.made += [
                 made
                 for made in tree_leaves(results)
                 if isinstance(made, torch.Tensor)
                 and made.is_floating_point()
-                and address(made) not in given
+                and storage(made) not in given  # Not a view, and not written in place.
             ]
             return results
 

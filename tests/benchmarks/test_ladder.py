@@ -113,6 +113,7 @@ def test_the_compiled_model_is_a_rung_of_its_own(
         return model
 
     begun: list[None] = []
+    monkeypatch.setattr(ladder, "compiler_loaded", lambda device: None)
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(None))
