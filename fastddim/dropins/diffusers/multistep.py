@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
@@ -135,11 +138,10 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
         cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         """Makes a scheduler from the configuration of any compatible one, as the original does."""
-        name = config.get("_class_name") if isinstance(config, dict) else None
-        if isinstance(name, str) and "Singlestep" in name:
+        if isinstance(config, dict) and _is_singlestep(config):
             raise ValueError(
-                f"config must be that of DPMSolverMultistepScheduler or one like it, got {name}'s, "
-                f"whose steps of order 2 begin at every other timestep"
+                "config must be that of DPMSolverMultistepScheduler or a compatible class, got "
+                "DPMSolverSinglestepScheduler's, whose steps of order 2 span two timesteps"
             )
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -319,6 +321,18 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
                 for kept in self.model_outputs
             )
         )
+
+
+def _is_singlestep(config: Mapping[str, Any]) -> bool:
+    """Tells whether this is a whole configuration of ``DPMSolverSinglestepScheduler``."""
+    name = config.get("_class_name")
+    if isinstance(name, str):
+        return name == DPMSolverSinglestepScheduler.__name__
+    options = [
+        set(inspect.signature(cls.__init__).parameters) - {"self"}
+        for cls in (DPMSolverSinglestepScheduler, DPMSolverMultistepScheduler)
+    ]
+    return options[0] <= config.keys() and not (options[1] - options[0]) & config.keys()
 
 
 def _check_one_of(
