@@ -27,8 +27,6 @@ from tests.dropins.multistep_cases import (
 )
 from tests.refusals import refused
 
-# diffusers makes a NumPy array of a tensor.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 NAMED = "FastDPMSolverMultistepScheduler"
 
 

@@ -17,9 +17,6 @@ from fastddim.dropins import _shared
 from fastddim.step.backends import using
 from tests.dropins.multistep_cases import FAST, ORIGINAL, SDE, Config, drawn, loop, net
 
-# diffusers makes a NumPy array of a tensor.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 def both(config: Config | None = None, steps: int = 12, **given: Any) -> tuple[Any, Any]:
     made = FAST(**config or {}), ORIGINAL(**config or {})

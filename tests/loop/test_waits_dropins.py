@@ -77,7 +77,6 @@ def test_no_schedulers_step_waits(
         assert_equal(x, y)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize(
     "config",
     [
