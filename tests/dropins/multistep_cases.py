@@ -1,4 +1,4 @@
-"""diffusers' multistep solver in float64, its configurations, and whole loops beside the drop-in."""
+"""diffusers' multistep solver in float64, its configurations, and whole loops."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ SPACINGS: list[Config] = [
     {"use_beta_sigmas": True},
     {"use_lu_lambdas": True},
 ]
+_product: Any = itertools.product  # without its types
 GRID: list[tuple[Config, int]] = [
     (
         {
@@ -63,7 +64,7 @@ GRID: list[tuple[Config, int]] = [
         spacing,
         betas,
         S,
-    ) in itertools.product(
+    ) in _product(
         ("dpmsolver++", "sde-dpmsolver++"),
         (1, 2),
         ("midpoint", "heun"),
@@ -87,6 +88,10 @@ class Exact(ORIGINAL):  # type: ignore[misc]
     Its ``step`` rounds samples to float32; this one takes the same decisions without that, and the
     formulas are those of the original's methods.
     """
+
+    sigmas: Tensor
+    model_outputs: list[Any]
+    lower_order_nums: int
 
     def set_timesteps(self, *arguments: Any, **given: Any) -> None:
         super().set_timesteps(*arguments, **given)

@@ -134,14 +134,14 @@ def test_draws_and_their_generators_are_the_originals(config: Config, source: st
         scheduler.set_timesteps(8)
         torch.manual_seed(11)
         listed = [torch.Generator().manual_seed(k) for k in (3, 4)]
-        given: dict[str, Any] = {
+        sources: dict[str, dict[str, Any]] = {
             "global": {},
             "generator": {"generator": listed[0]},
             "generators": {"generator": listed},
             "given": {"variance_noise": drawn(9)},
-        }[source]
+        }
         for t in scheduler.timesteps:
-            (x,) = scheduler.step(0.3 * x, t, x, **given, return_dict=False)
+            (x,) = scheduler.step(0.3 * x, t, x, **sources[source], return_dict=False)
         ends.append(x)
         states.append([torch.get_rng_state(), *(g.get_state() for g in listed)])
     assert (ends[0] - ends[1]).abs().max() < 2e-6 * ends[1].abs().max()

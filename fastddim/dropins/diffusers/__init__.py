@@ -1,4 +1,4 @@
-"""diffusers' DDIM and DPM-Solver schedulers: same configuration and calls, with one pass over memory a step.
+"""diffusers' DDIM and DPM-Solver++ schedulers: same calls, with one pass over memory a step.
 
     pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config)
 

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastddim.check import shown
-from fastddim.dropins.diffusers.base import NAMES, Base, Generators, has_grad, output_of
+from fastddim.dropins.diffusers.base import NAMES, Base, Generators, has_grad, like, output_of
 from fastddim.dropins.diffusers.multistep_table import make_rows
 from fastddim.dropins.diffusers.tables import Made
 from fastddim.step.arguments import OUTPUTS, transformed
@@ -54,6 +54,10 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
     """
 
     _parent = DPMSolverMultistepScheduler
+    model_outputs: list[Tensor | None]
+    lower_order_nums: int
+    _step_index: int | None
+    sigmas: Tensor
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
@@ -196,7 +200,7 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
         assert i is not None
         if not 0 <= i < S:
             raise IndexError(
-                f"step_index must lie in [0, {S - 1}], got {i}: call set_timesteps before a new loop"
+                f"step_index must lie in [0, {S - 1}], got {i}: call set_timesteps before each loop"
             )
         x = sample.float()
         eta, order = self._eta_and_order()
@@ -205,7 +209,7 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
         if eta:
             noise = variance_noise
             noise = self._drawn(x, generator) if noise is None else noise.to(torch.float32)
-        # Rows of order 1 use no history: their first S rows take x itself, any tensor would do.
+        # The first S rows are of order 1 and use no element of the history: any tensor will do.
         history, row = x, i
         if order == 2:
             latest = self.model_outputs[-1]
@@ -298,36 +302,26 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
             and isinstance(output, Tensor)
             and sample.dtype in OUTPUTS
             and output.dtype in OUTPUTS
-            and output.shape == sample.shape
-            and output.device == sample.device
             and sample.dim() > 1
             and self._as_parent
             and not transformed()
-            and not (has_grad(sample) or has_grad(output))
-            and not has_grad(self.sigmas)
-            and (
-                noise is None
-                or (
-                    isinstance(noise, Tensor)
-                    and noise.shape == sample.shape
-                    and noise.device == sample.device
-                    and not has_grad(noise)
-                )
-            )
-            and all(
-                kept is None
-                or (kept.shape == sample.shape and kept.device == sample.device)
-                and not has_grad(kept)
-                for kept in self.model_outputs
-            )
+            and not (has_grad(sample) or has_grad(self.sigmas))
+            and all(_lies_as(sample, t) for t in (output, noise, *self.model_outputs))
         )
+
+
+def _lies_as(sample: Tensor, other: Any) -> bool:
+    """Tells whether the step can take ``other`` beside ``sample``; None stands for no tensor."""
+    return other is None or (
+        like(other, sample, getattr(other, "dtype", None)) and not has_grad(other)
+    )
 
 
 def _is_singlestep(config: Mapping[str, Any]) -> bool:
     """Tells whether this is a whole configuration of ``DPMSolverSinglestepScheduler``."""
     name = config.get("_class_name")
     if isinstance(name, str):
-        return name == DPMSolverSinglestepScheduler.__name__
+        return bool(name == DPMSolverSinglestepScheduler.__name__)
     options = [
         set(inspect.signature(cls.__init__).parameters) - {"self"}
         for cls in (DPMSolverSinglestepScheduler, DPMSolverMultistepScheduler)
