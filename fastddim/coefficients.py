@@ -90,9 +90,9 @@ def make_table(
     """
     eta, order = checked_eta(eta), checked_order(order)
     abar_t, abar_s = levels(schedule, pairs, final_alpha_cumprod)
-    c1, c2 = _noise_and_direction(abar_t, abar_s, eta, np.array([s < 0 for _, s in pairs]))
+    last = np.array([s < 0 for _, s in pairs])
     if order == 1:
-        return pack(abar_t, abar_s, temperature * c1, c2)
+        return from_levels(abar_t, abar_s, eta, last, temperature)
     if eta == "hat":
         raise ValueError(
             'eta must be a number with order 2, got "hat": its noise is larger than that of the '
@@ -106,7 +106,24 @@ def make_table(
                 f"pairs[{i}] must start where the step before ended with order 2, at "
                 f"t = {before[1]}, got t = {after[0]}"
             )
-    kappa = _extrapolation(abar_t, abar_s)
+    return from_levels(abar_t, abar_s, eta, last, temperature, extrapolation(abar_t, abar_s))
+
+
+def from_levels(
+    abar_t: Float64,
+    abar_s: Float64,
+    eta: Eta,
+    last: npt.NDArray[np.bool_],
+    temperature: float = 1.0,
+    kappa: Float64 | None = None,
+) -> Float32:
+    """Returns the table of steps between any two levels, with the column κ if it is given.
+
+    ``last`` marks the steps that add no noise whatever η is. All else is as in ``make_table``.
+    """
+    c1, c2 = _noise_and_direction(abar_t, abar_s, eta, last)
+    if kappa is None:
+        return pack(abar_t, abar_s, temperature * c1, c2)
     with np.errstate(divide="ignore", invalid="ignore"):  # where κ = 0 neither factor is used
         of_x = c2 / np.sqrt(1 - abar_t)
         of_x0 = np.sqrt(abar_s) - of_x * np.sqrt(abar_t)
@@ -115,12 +132,17 @@ def make_table(
     return np.concatenate([table, kappa[:, None].astype(np.float32)], axis=1)
 
 
-def _extrapolation(abar_t: Float64, abar_s: Float64) -> Float64:
-    """Returns κ = h/(2h′) of each step; 0 in the first, and where h or h′ is infinite."""
-    with np.errstate(divide="ignore"):  # λ is infinite at ᾱ = 0 and ᾱ = 1
-        h = (np.log(abar_s / abar_t) - np.log1p(-abar_s) + np.log1p(-abar_t)) / 2
+def log_snr_steps(abar_t: Float64, abar_s: Float64) -> Float64:
+    """Returns h = λ_s − λ_t of each step, with λ = ln(√ᾱ/√(1−ᾱ)), half the log of the SNR."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # λ is infinite at ᾱ = 0 and ᾱ = 1
+        return (np.log(abar_s / abar_t) - np.log1p(-abar_s) + np.log1p(-abar_t)) / 2
+
+
+def extrapolation(abar_t: Float64, abar_s: Float64) -> Float64:
+    """Returns κ = h/(2h′) of each step; 0 in the first, and where h/h′ is no number or infinite."""
+    h = log_snr_steps(abar_t, abar_s)
     kappa = np.zeros_like(h)
-    finite_h = np.isfinite(h[1:]) & np.isfinite(h[:-1])
+    finite_h = np.isfinite(h[1:]) & np.isfinite(h[:-1]) & (h[:-1] != 0)
     kappa[1:][finite_h] = h[1:][finite_h] / (2 * h[:-1][finite_h])
     return kappa
 

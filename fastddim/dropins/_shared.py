@@ -132,6 +132,7 @@ class Buffers:
         guidance: Tensor | float | None = None,
         threshold: Tensor | None = None,
         next_input: Tensor | None = None,
+        history: Tensor | None = None,
         checked: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (x_s, x0) as ``fastddim.ddim_step`` does. Drop-ins call the step only here.
@@ -149,7 +150,10 @@ class Buffers:
             x0 = memory(self.x0s, x) if large else torch.empty_like(x)
         if checked:
             assert guidance is None or isinstance(guidance, Tensor)
-            given = x, output, table, rows, seeds, noise, guidance, threshold, x_s, x0, next_input
+            given = (
+                x, output, table, rows, seeds, noise, guidance, threshold, x_s, x0, next_input,
+                history,
+            )  # fmt: skip
             options = prediction, noise_first, clip, rederive
             self._launch(options, *given)(*given)
         else:
@@ -170,6 +174,7 @@ class Buffers:
                 out=x_s,
                 x0_out=x0,
                 next_input=next_input,
+                history=history,
             )
         if large:
             self.states.keep(x_s)
@@ -191,6 +196,7 @@ class Buffers:
         x_s: Tensor,
         x0: Tensor | None,
         next_input: Tensor | None,
+        history: Tensor | None,
     ) -> Launch:
         """Returns the previous step's launch if only the tensors' values have changed since."""
         plain = (
@@ -199,6 +205,7 @@ class Buffers:
             and guidance is None
             and threshold is None
             and next_input is None
+            and history is None
             # ``is_plain`` checks the same, but its two calls would slow a small step.
             and x.__class__ is Tensor
             and output.__class__ is Tensor
@@ -228,7 +235,7 @@ class Buffers:
         fixed = Fixed(PREDICTIONS.index(prediction), noise_first, clip, bool(rederive))
         step = step_of(backend(x.device), fixed, x.device)
         launch = step.launch(
-            x, output, table, rows, seeds, noise, guidance, threshold, x_s, x0, next_input
+            x, output, table, rows, seeds, noise, guidance, threshold, x_s, x0, next_input, history
         )
         if plain:
             self._latest = like, table, launch

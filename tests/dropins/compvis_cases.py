@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim.dropins.compvis import DDIMSampler
+from fastddim.dropins.compvis import DDIMSampler, PLMSSampler
 from fastddim.step import reference
 from tests.diffusion import Model
 
@@ -61,6 +61,64 @@ def eager(
         if dropout > 0:
             noise = torch.nn.functional.dropout(noise, dropout)
         x = row[4] * x0 + row[6] * eps + noise
+        states.append(x)
+        x0s.append(x0)
+    return states, x0s, torch.get_rng_state()
+
+
+def eager_plms(
+    sampler: PLMSSampler,
+    x: Tensor,
+    c: Any,
+    scale: float = 1.0,
+    uc: Any = None,
+    dropout: float = 0.0,
+    quantize: bool = False,
+    corrector: Any = None,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(xs, x0s, the generator's state) of PLMS' operations on the sampler's own table."""
+    model, steps = sampler.model, sampler.ddim_timesteps
+    states: list[Tensor] = []
+    x0s: list[Tensor] = []
+    old: list[Tensor] = []
+
+    def predicted(x: Tensor, level: int) -> Tensor:
+        t = torch.full((len(x),), level)
+        if uc is None or scale == 1:
+            out = model.apply_model(x, t, c)
+        else:
+            u, out = model.apply_model(
+                torch.cat([x, x]), torch.cat([t, t]), torch.cat([uc, c])
+            ).chunk(2)
+            out = u + scale * (out - u)
+        if corrector is not None:
+            out = corrector.modify_score(model, out, x, t, c, strength=0.5)
+        found: Tensor = out
+        return found
+
+    def moved(x: Tensor, eps: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        _, x0 = reference.ddim_step(x.float(), eps, row)
+        if quantize:
+            x0 = model.first_stage_model.quantize(x0)[0]
+        noise = 0 * torch.randn(x.shape)
+        if dropout > 0:
+            noise = torch.nn.functional.dropout(noise, dropout)
+        return row[4] * x0 + row[6] * eps + noise, x0
+
+    for index in reversed(range(len(steps))):
+        row = sampler._made().table[index]
+        e = predicted(x, int(steps[index]))
+        if not old:
+            ahead = predicted(moved(x, e, row)[0], int(steps[max(index - 1, 0)]))
+            combined = (e + ahead) / 2
+        elif len(old) == 1:
+            combined = (3 * e - old[-1]) / 2
+        elif len(old) == 2:
+            combined = (23 * e - 16 * old[-1] + 5 * old[-2]) / 12
+        else:
+            combined = (55 * e - 59 * old[-1] + 37 * old[-2] - 9 * old[-3]) / 24
+        x, x0 = moved(x, combined, row)
+        old = [*old[-2:], e]
         states.append(x)
         x0s.append(x0)
     return states, x0s, torch.get_rng_state()

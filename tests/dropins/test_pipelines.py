@@ -20,6 +20,7 @@ from fastddim.dropins.diffusers import (
     FastDDIMInverseScheduler,
     FastDDIMParallelScheduler,
     FastDDIMScheduler,
+    FastDPMSolverMultistepScheduler,
 )
 
 diffusers: Any = importlib.import_module("diffusers")  # without its types
@@ -313,6 +314,54 @@ def test_the_other_schedulers_in_a_pipeline(parts: dict[str, Any], scheduler: An
     own = {k: v for k, v in DDIM_STABLE.items() if k != "steps_offset"}
     a, b = (picture(pipe, cls(**own), "a cat", **given) for cls in (original, scheduler))
     assert np.array_equal(a, b)
+
+
+MULTISTEP: dict[str, dict[str, Any]] = {
+    "ode": {"use_karras_sigmas": True},
+    "sde": {"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "leading"},
+    "v": {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+}
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "mask"])
+@pytest.mark.parametrize("config", MULTISTEP)
+def test_the_multistep_solver_in_pipelines(parts: dict[str, Any], config: str, kind: str) -> None:
+    own = STABLE | MULTISTEP[config]
+    made: Any = {
+        "text": StableDiffusionPipeline,
+        "image": StableDiffusionImg2ImgPipeline,
+        "mask": StableDiffusionInpaintPipeline,
+    }[kind]
+    original = diffusers.DPMSolverMultistepScheduler(**own)
+    pipe = quiet(made(**parts, scheduler=original))
+    given: dict[str, Any] = {"num_inference_steps": 8, "generator": gen}
+    if kind != "text":
+        given |= {"image": photograph(), "strength": 0.6}
+    if kind == "mask":
+        given["mask_image"] = torch.ones(1, 1, 16, 16).tril()
+    if kind != "image":
+        given |= {"height": 16, "width": 16}
+    a = picture(pipe, original, "a cat", **given)
+    b = picture(
+        pipe, FastDPMSolverMultistepScheduler.from_config(original.config), "a cat", **given
+    )
+    assert type(pipe.scheduler) is FastDPMSolverMultistepScheduler
+    assert pipe.scheduler.step_index == original.step_index
+    np.testing.assert_allclose(b, a, atol=1e-4)
+
+
+def test_a_pipeline_saved_with_the_multistep_solver_loads_again(
+    parts: dict[str, Any], tmp_path: Path
+) -> None:
+    scheduler = FastDPMSolverMultistepScheduler(**STABLE)
+    pipe = quiet(StableDiffusionPipeline(**parts, scheduler=scheduler))
+    given = {"num_inference_steps": 4, "height": 16, "width": 16, "generator": gen}
+    expected = picture(pipe, scheduler, "a cat", **given)
+    pipe.save_pretrained(tmp_path)
+    options = {"local_files_only": True, "low_cpu_mem_usage": False}
+    again = quiet(StableDiffusionPipeline.from_pretrained(str(tmp_path), **options))
+    assert type(again.scheduler) is FastDPMSolverMultistepScheduler
+    assert np.array_equal(picture(again, again.scheduler, "a cat", **given), expected)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -123,6 +123,17 @@ def scheduled(device: str, kind: str, **config: Any) -> Any:
     return states
 
 
+def multistep(device: str, **config: Any) -> Any:
+    with torch.device("cpu"):
+        scheduler = drop_in("FastDPMSolverMultistepScheduler")(**config)
+        scheduler.set_timesteps(10)
+    generator, x, states = torch.Generator(device).manual_seed(3), X.to(device), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(0.3 * x, t, x, generator=generator).prev_sample
+        states.append(x)
+    return states
+
+
 def parallel(device: str, strict: bool) -> Any:
     with torch.device("cpu"):
         scheduler: Any = drop_in("FastDDIMParallelScheduler")(strict=strict)
@@ -211,6 +222,8 @@ DROPINS: dict[str, Case] = {
     "diffusers, parallel": partial(parallel, strict=False),
     "diffusers, parallel, strict": partial(parallel, strict=True),
     "diffusers, seeds": seeded,
+    "diffusers, multistep": multistep,
+    "diffusers, multistep, sde": partial(multistep, algorithm_type="sde-dpmsolver++"),
     "compvis": latent,
     "compvis, v": partial(latent, parameterization="v"),
     "guided": partial(guided_loop, eta=0.5),

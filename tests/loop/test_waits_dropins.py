@@ -16,6 +16,7 @@ from fastddim.dropins.diffusers import (
     FastDDIMInverseScheduler,
     FastDDIMParallelScheduler,
     FastDDIMScheduler,
+    FastDPMSolverMultistepScheduler,
 )
 from fastddim.dropins.guided.step import Step
 from tests import diffusion
@@ -73,6 +74,36 @@ def test_no_schedulers_step_waits(
             x = ours.step(0.3 * x, t, x, **more[0]).prev_sample
         assert waits == []
         y = theirs.step(0.3 * y, number, y, **more[1]).prev_sample
+        assert_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"algorithm_type": "sde-dpmsolver++"},
+        {"thresholding": True, "sample_max_value": 1.5},
+        {"solver_order": 1},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("told", ["its own", "cpu", "numbers", "begin index"])
+def test_no_multistep_solver_waits(
+    device: Device, config: dict[str, Any], dtype: torch.dtype, told: str
+) -> None:
+    ours, theirs = (FastDPMSolverMultistepScheduler(**config) for _ in range(2))
+    ours.set_timesteps(5, device=CUDA)
+    theirs.set_timesteps(5)
+    if told == "begin index":
+        ours.set_begin_index(0)
+    timesteps = TOLD.get(told, list)(ours.timesteps)
+    y = drawn(2, *SHAPE[1:]).to(dtype)
+    x, g, h = device.put(y), *(torch.Generator().manual_seed(1) for _ in range(2))
+    for t, number in zip(timesteps, theirs.timesteps.tolist(), strict=True):
+        with device.watch() as waits:
+            x = ours.step(0.3 * x, t, x, generator=g).prev_sample
+        assert waits == []
+        y = theirs.step(0.3 * y, number, y, generator=h).prev_sample
         assert_equal(x, y)
 
 

@@ -1,11 +1,12 @@
-"""CompVis' ``DDIMSampler`` of latent-diffusion and stable-diffusion: same calls, fewer passes.
+"""CompVis' samplers of latent-diffusion and stable-diffusion: same calls, fewer passes.
 
-    from fastddim.dropins.compvis import DDIMSampler
+    from fastddim.dropins.compvis import DDIMSampler, PLMSSampler
 
-The sampler uses the model's attributes, and imports nothing of CompVis'.
+The samplers use the model's attributes, and import nothing of CompVis'.
 """
 
 from __future__ import annotations
 
-from fastddim.dropins.compvis.sampler import PREDICTIONS as PREDICTIONS
+from fastddim.dropins.compvis.base import PREDICTIONS as PREDICTIONS
+from fastddim.dropins.compvis.plms import PLMSSampler as PLMSSampler
 from fastddim.dropins.compvis.sampler import DDIMSampler as DDIMSampler

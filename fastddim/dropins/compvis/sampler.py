@@ -1,38 +1,21 @@
-"""CompVis' sampler: its loops and its step, which call the model and take the fused step."""
+"""CompVis' ``DDIMSampler``: its loops and its step, which call the model and the fused step."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.check import finite, kind, whole
-from fastddim.coefficients import Prediction
-from fastddim.dropins._shared import C1, Buffers, Own, passed_over
-from fastddim.dropins.compvis.checks import check_mask, check_output, check_state
-from fastddim.dropins.compvis.schedule import Schedule, forward_table, make_schedule
-from fastddim.loop.model import stack
-from fastddim.step.arguments import OUTPUTS, check_untransformed
-
-PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
+from fastddim.check import kind, whole
+from fastddim.dropins._shared import C1, Buffers
+from fastddim.dropins.compvis.base import Kept, Sampler, checked_size, drawn
+from fastddim.dropins.compvis.checks import check_output, check_state
+from fastddim.dropins.compvis.schedule import forward_table
 
 
-class _Own(Own):
-    """Holds one thread's buffers and schedules."""
-
-    made: Schedule | None = None
-    """The schedule that this thread made last."""
-    running: Schedule | None = None
-    """The schedule of the loop that this thread runs. The loop keeps it to the end."""
-
-
-class DDIMSampler:
+class DDIMSampler(Sampler):
     """Samples as CompVis' ``DDIMSampler`` does: bit-identical in float32 on the same device.
 
     The generator ends in the same state. The sampler runs on the model's device. It prints
@@ -54,69 +37,6 @@ class DDIMSampler:
             the values that the original's ``make_schedule`` leaves. Assigning to them changes no
             step.
     """
-
-    ddim_timesteps: npt.NDArray[np.int64]
-
-    def __init__(self, model: Any, schedule: str = "linear", device: Any = None) -> None:
-        self.model = model
-        self.schedule = schedule
-        self.ddpm_num_timesteps = whole("model.num_timesteps", model.num_timesteps, low=1)
-        parameterization = getattr(model, "parameterization", "eps")
-        if parameterization not in PREDICTIONS:
-            raise ValueError(
-                f'model.parameterization must be "eps" or "v", got {parameterization!r}, whose '
-                f"output the original reads as ε"
-            )
-        self._prediction: Prediction = PREDICTIONS[parameterization]
-        self._schedule: Schedule | None = None
-        self._own_memory: _Own | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves out the buffers, so that a copy of the sampler makes its own."""
-        return self.__dict__ | {"_own_memory": None}
-
-    @property
-    def _own(self) -> _Own:
-        if self._own_memory is None:
-            with _making:
-                self._own_memory = self._own_memory or _Own()
-        return self._own_memory
-
-    def make_schedule(
-        self,
-        ddim_num_steps: int,
-        ddim_discretize: str = "uniform",
-        ddim_eta: float = 0.0,
-        verbose: bool = True,
-    ) -> None:
-        """Chooses the timesteps of ``p_sample_ddim``, ``stochastic_encode`` and ``decode``.
-
-            uniform: range(0, T, T // S) + 1        quad: int(linspace(0, √(0.8·T), S)²) + 1
-
-        These are the original's timesteps: each is one too high, and some S give more than S of
-        them (S = 400 of T = 1000 gives 500). The last step goes to ᾱ_0, and adds noise if η > 0.
-
-        Args:
-            ddim_num_steps: S, in [1, T].
-            ddim_discretize: ``"uniform"`` or ``"quad"``.
-            ddim_eta: η ≥ 0.
-            verbose: ignored, because nothing is printed.
-
-        Raises:
-            TypeError, ValueError: naming the argument, the value and what is allowed. If the
-                timesteps exceed T − 1, the message names the nearest S that work; if the original
-                would give NaN for this η, it names the largest η that works.
-        """
-        check_untransformed("make_schedule")
-        T, eta = self.ddpm_num_timesteps, finite("ddim_eta", ddim_eta)
-        if eta < 0:
-            raise ValueError(f"ddim_eta must be ≥ 0, got {eta:g}")
-        made = make_schedule(self.model, T, ddim_num_steps, ddim_discretize, eta, self._prediction)
-        self._own.made = self._schedule = made
-        self.ddim_timesteps = made.steps
-        self.ddim_alphas, self.ddim_alphas_prev = made.alphas, made.alphas_prev
-        self.ddim_sigmas = made.sigmas
-        self.ddim_sqrt_one_minus_alphas = made.sqrt_one_minus
 
     @torch.no_grad()
     def sample(
@@ -142,7 +62,7 @@ class DDIMSampler:
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
         **ignored: Any,
-    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    ) -> tuple[Tensor, Kept]:
         """Samples from x_T to data, by ``make_schedule`` and ``ddim_sampling``.
 
         Args:
@@ -175,16 +95,7 @@ class DDIMSampler:
         Raises:
             TypeError, ValueError: naming the argument, the value and what is allowed.
         """
-        unknown = sorted(ignored.keys() - {"quantize_denoised"})
-        if unknown:
-            raise TypeError(f"{unknown[0]} must be left out: sample knows no such argument")
-        if normals_sequence is not None:
-            raise ValueError(
-                f"normals_sequence must be None, got {kind(normals_sequence)}: the original takes "
-                f"one and draws its own normals"
-            )
-        batch = whole("batch_size", batch_size, low=1)
-        size = (batch, *(whole(f"shape[{i}]", n, low=1) for i, n in enumerate(shape)))
+        size = checked_size(batch_size, shape, normals_sequence, ignored)
         self.make_schedule(S, ddim_eta=eta, verbose=verbose)
         with self._running(self._own.made):
             return self.ddim_sampling(
@@ -225,7 +136,7 @@ class DDIMSampler:
         corrector_kwargs: Mapping[str, Any] | None = None,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
-    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    ) -> tuple[Tensor, Kept]:
         """Samples as ``sample`` does, on the schedule that ``make_schedule`` chose.
 
         Args:
@@ -238,7 +149,6 @@ class DDIMSampler:
 
         All other arguments, the result and what is raised are those of ``sample``.
         """
-        schedule = self._made()
         options = {
             "quantize_denoised": quantize_denoised,
             "temperature": temperature,
@@ -249,35 +159,13 @@ class DDIMSampler:
             "unconditional_conditioning": unconditional_conditioning,
         }
         self._checked_step(temperature, noise_dropout, score_corrector, ddim_use_original_steps)
-        for name, function in (("callback", callback), ("img_callback", img_callback)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name} must be callable, got {kind(function)}")
-        every = whole("log_every_t", log_every_t, low=1)
-        device = schedule.table.device
-        x = _randn(tuple(shape), device) if x_T is None else check_state("x_T", x_T)
-        if x.shape != tuple(shape):
-            raise ValueError(f"x_T must have shape {tuple(shape)}, got {tuple(x.shape)}")
-        if mask is not None:
-            check_mask(mask, x0, x)
-        steps = schedule.steps
-        if timesteps is not None:
-            share = min(whole("timesteps", timesteps, low=1) / len(steps), 1)
-            steps = steps[: int(share * len(steps)) - 1]
-        kept = {"x_inter": [x], "pred_x0": [x]}
-        with self._running(schedule):
-            for i, index in enumerate(reversed(range(len(steps)))):
-                t = torch.full((len(x),), int(steps[index]), device=x.device)
-                if mask is not None:
-                    x = self.model.q_sample(x0, t) * mask + (1.0 - mask) * x
-                x, pred_x0 = self.p_sample_ddim(x, cond, t, index, **options)
-                if callback is not None:
-                    callback(i)
-                if img_callback is not None:
-                    img_callback(pred_x0, i)
-                if index % every == 0 or i == 0:
-                    kept["x_inter"].append(x)
-                    kept["pred_x0"].append(pred_x0)
-        return x, kept
+
+        def step(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, Tensor]:
+            return self.p_sample_ddim(x, cond, t, index, **options)
+
+        return self._loop(
+            shape, x_T, timesteps, mask, x0, callback, img_callback, log_every_t, step
+        )
 
     @torch.no_grad()
     def p_sample_ddim(
@@ -315,28 +203,18 @@ class DDIMSampler:
         table = schedule.table
         self._checked_step(temperature, noise_dropout, score_corrector, use_original_steps)
         row = schedule.rows[whole("index", index, low=0, high=len(table) - 1)]
-        w: float | None = finite("unconditional_guidance_scale", unconditional_guidance_scale)
-        check_state("x", x)
-        if unconditional_conditioning is None or w == 1:
-            output, w = self.model.apply_model(x, t, c), None
-        else:
-            both = stack("unconditional_conditioning", unconditional_conditioning, c, len(x))
-            output = self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), both)
-        x_t, x = x, x.float()
-
+        output, w = self._called(x, t, c, unconditional_guidance_scale, unconditional_conditioning)
+        if score_corrector is not None:
+            output = self._corrected(score_corrector, corrector_kwargs, x, output, w, t, c)
+            w = None
+        x = x.float()
+        check_output(output, x, w is not None)
         own = self._own
         eta, between = schedule.eta, own.between.stepped
-        if score_corrector is not None:
-            check_output(output, x, w is not None)
-            eps, _ = between(schedule.to_halves, x, output, row, guidance=w, want_x0=False)
-            keywords = corrector_kwargs or {}
-            output = score_corrector.modify_score(self.model, eps, x_t, t, c, **keywords)
-            w = None
-        check_output(output, x, w is not None)
         prediction = self._prediction
         scaled = noise_dropout > 0 or (eta > 0 and temperature != 1)
         if not scaled and not quantize_denoised:
-            z = _drawn(x, repeat_noise, eta > 0)
+            z = drawn(x, repeat_noise, eta > 0)
             x_s, x0 = own.stepped(table, x, output, row, prediction=prediction, noise=z, guidance=w)
             assert x0 is not None
         else:
@@ -344,7 +222,7 @@ class DDIMSampler:
             assert x0 is not None
             if quantize_denoised:
                 x0, *_ = self.model.first_stage_model.quantize(x0)
-            z = _drawn(x, repeat_noise, eta > 0 or scaled)
+            z = drawn(x, repeat_noise, eta > 0 or scaled)
             if z is not None:
                 z.mul_(table[index, C1]).mul_(temperature)
                 if noise_dropout > 0:
@@ -428,57 +306,3 @@ class DDIMSampler:
                 if callback is not None:
                     callback(i)
         return x
-
-    def _made(self) -> Schedule:
-        schedule = self._own.running or self._schedule
-        if schedule is None:
-            raise ValueError("call make_schedule first: no timesteps are chosen")
-        return schedule
-
-    @contextmanager
-    def _running(self, schedule: Schedule | None) -> Iterator[None]:
-        """Makes this thread's steps use ``schedule``, and frees its buffers at the end."""
-        own = self._own
-        before, own.running = own.running, schedule
-        try:
-            yield
-        finally:
-            own.running = before
-            own.clear()
-
-    def _checked_step(
-        self, temperature: float, noise_dropout: float, score_corrector: Any, original: bool
-    ) -> None:
-        if original:
-            raise ValueError(
-                "use_original_steps must be False, got True: the original has no factors for it, "
-                "and fails"
-            )
-        finite("temperature", temperature)
-        if not 0 <= finite("noise_dropout", noise_dropout) <= 1:
-            raise ValueError(f"noise_dropout must lie in [0, 1], got {noise_dropout:g}")
-        if score_corrector is not None and self._prediction != "epsilon":
-            raise ValueError("score_corrector must be None for a v model, as in the original")
-
-
-_making = threading.Lock()
-"""Held while a sampler makes its buffers, so that two threads do not make them twice."""
-
-
-def _randn(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Draws in torch's default dtype, as the original does, and rounds float64 to float32."""
-    x = torch.randn(shape, device=device)
-    return x if x.dtype in OUTPUTS else x.float()
-
-
-def _drawn(x: Tensor, repeat: bool, noisy: bool) -> Tensor | None:
-    """Returns float32 z, drawn in torch's default dtype as the original draws it.
-
-    Where z would have no effect, moves the generator as the draw would and returns None.
-    """
-    z = torch.empty((1 if repeat else len(x), *x.shape[1:]), device=x.device)
-    if not noisy:
-        passed_over(z)()
-        return None
-    z = z.normal_().float()
-    return z.repeat(len(x), *[1] * (x.dim() - 1)) if repeat else z

@@ -1,4 +1,4 @@
-"""diffusers' DDIM schedulers: same configuration and calls, with one pass over memory a step.
+"""diffusers' DDIM and DPM-Solver++ schedulers: same calls, with one pass over memory a step.
 
     pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config)
 
@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
 
     raise explained(error) from None
 
+from fastddim.dropins.diffusers.multistep import FastDPMSolverMultistepScheduler
 from fastddim.dropins.diffusers.schedulers import (
     FastDDIMInverseScheduler,
     FastDDIMParallelScheduler,
@@ -26,9 +27,15 @@ __all__ = (
     "FastDDIMInverseScheduler",
     "FastDDIMParallelScheduler",
     "FastDDIMScheduler",
+    "FastDPMSolverMultistepScheduler",
     "SchedulerMixin",
 )
 
-for _class in (FastDDIMScheduler, FastDDIMParallelScheduler, FastDDIMInverseScheduler):
+for _class in (
+    FastDDIMScheduler,
+    FastDDIMParallelScheduler,
+    FastDDIMInverseScheduler,
+    FastDPMSolverMultistepScheduler,
+):
     # diffusers writes ``__module__`` into saved pipelines: it must be this package's public path.
     _class.__module__ = __name__

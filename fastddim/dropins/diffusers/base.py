@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
@@ -208,6 +208,12 @@ class Base:
             )
         return self._own.drawn(like, generator)
 
+    def _quantile(self, x0: Tensor) -> Tensor:
+        """Returns the s of dynamic thresholding for each sample."""
+        config = self.config
+        s = torch.quantile(x0.flatten(1).abs(), config.dynamic_thresholding_ratio, dim=1)
+        return s.clamp(min=1, max=config.sample_max_value)
+
     def _stepped(
         self,
         buffers: Buffers,
@@ -229,9 +235,8 @@ class Base:
         if getattr(config, "thresholding", False):
             x0 = buffers.stepped(tables.table, x, output, rows, prediction=own, checked=True)[1]
             assert x0 is not None
-            s = torch.quantile(x0.flatten(1).abs(), config.dynamic_thresholding_ratio, dim=1)
+            threshold = self._quantile(x0)
             del x0  # The step below can then reuse this memory.
-            threshold = s.clamp(min=1, max=config.sample_max_value)
         elif config.clip_sample:
             clip = config.clip_sample_range
         return buffers.stepped(
@@ -249,6 +254,20 @@ class Base:
             next_input=next_input,
             checked=True,
         )
+
+
+def output_of(made_as: Any, **fields: Tensor) -> Any:
+    """Returns ``made_as(**fields)`` of one of diffusers' output classes.
+
+    Calling the class would take as long as a small step, because its constructor inspects the
+    fields each time. This sets the attributes and items that the constructor would set.
+    """
+    result = made_as.__new__(made_as)
+    attributes = result.__dict__
+    for name, value in fields.items():
+        attributes[name] = value
+        OrderedDict.__setitem__(result, name, value)
+    return result
 
 
 def fits(scheduler: Base, output: Any, sample: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -21,7 +20,7 @@ from diffusers.schedulers.scheduling_ddim_parallel import (
 )
 from torch import Tensor
 
-from fastddim.dropins.diffusers.base import Base, Generators, Strategy
+from fastddim.dropins.diffusers.base import Base, Generators, Strategy, output_of
 from fastddim.dropins.diffusers.plain import Plain
 from fastddim.dropins.diffusers.strict import Strict
 from fastddim.step.op import initial_noise
@@ -85,16 +84,8 @@ class _Fast(Base):
     def _output(self, found: tuple[Tensor, Tensor], return_dict: bool) -> Any:
         if not return_dict:
             return found
-        # Calling the class would take as long as a small step, because its constructor inspects
-        # the fields each time. Set the attributes and items that the constructor would set.
-        made_as: Any = self._result
-        result = made_as.__new__(made_as)
         x_s, x0 = found
-        attributes = result.__dict__
-        attributes["prev_sample"], attributes["pred_original_sample"] = x_s, x0
-        OrderedDict.__setitem__(result, "prev_sample", x_s)
-        OrderedDict.__setitem__(result, "pred_original_sample", x0)
-        return result
+        return output_of(self._result, prev_sample=x_s, pred_original_sample=x0)
 
 
 class _FastForwards(_Fast):
