@@ -1,4 +1,4 @@
-"""tests/lowest.txt, with which the continuous integration tests, holds pyproject.toml's minimums."""
+"""tests/lowest.txt, which the continuous integration installs, agrees with pyproject.toml."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def test_the_listed_versions_are_the_lowest_of_the_metadata() -> None:
         assert version.split(".") == [*short, *["0"] * (3 - len(short))], package
 
 
-def test_the_rest_of_the_list_holds_no_package_that_the_metadata_name() -> None:
+def test_the_rest_of_the_list_names_other_packages() -> None:
     named = {package for name in TESTED for package in lowest(name)}
     assert not pinned(LISTED.partition("\n\n")[2]).keys() & named
