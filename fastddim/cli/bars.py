@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -41,8 +41,8 @@ def bar(
     """Yields a wrapper of iterables, which all advance one bar; it shows on a terminal only."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    hidden = quiet or not console.is_terminal
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as progress:
+    progress = Progress(*columns, TimeRemainingColumn(), console=console)
+    with _shown(progress, quiet):
         task = progress.add_task(text, total=total)
 
         def counted(steps: Iterable[Any]) -> Iterator[Any]:
@@ -68,7 +68,8 @@ def bar_of_images(total: int, quiet: bool) -> Iterator[Callable[[Count], None]]:
         TextColumn("{task.description}"),
     )
     lines = not (quiet or console.is_terminal)
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+    progress = Progress(*columns, console=console)
+    with _shown(progress, quiet):
         task = progress.add_task("", total=total)
         due: list[float] = []
 
@@ -84,6 +85,15 @@ def bar_of_images(total: int, quiet: bool) -> Iterator[Callable[[Count], None]]:
                 print(line, file=sys.stderr, flush=True)
 
         yield show
+
+
+def _shown(progress: Progress, quiet: bool) -> AbstractContextManager[object]:
+    """Returns a context that shows ``progress`` on a terminal only."""
+    if quiet or not progress.console.is_terminal:
+        # A Progress that is only disabled ends with an empty line before Rich 14.3.
+        progress.disable = True
+        return nullcontext()
+    return progress
 
 
 def print_table(heading: str, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-VERSIONS = ("0.16.0", "0.19.2", "0.26.8", "0.27.0", "0.27.2", "0.28.0")
+VERSIONS = ("0.26.0", "0.26.8", "0.27.0", "0.27.2", "0.28.0")
 """The lowest, some between, and two of those that take the metavar for an option's name."""
 
 CODE = """

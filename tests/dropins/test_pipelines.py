@@ -71,17 +71,13 @@ def unet() -> Any:
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def parts() -> dict[str, Any]:
     """What Stable Diffusion is made of, but for its scheduler."""
     torch.manual_seed(1)
     letters = [chr(ord("a") + i) for i in range(26)]
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *[f"{c}</w>" for c in letters]]
-    folder = tmp_path_factory.mktemp("tokenizer")
-    vocabulary = folder / "vocab.json"
-    vocabulary.write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    merges = folder / "merges.txt"
-    merges.write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(vocabulary), str(merges), model_max_length=12)
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = CLIPTokenizer(vocabulary, [], model_max_length=12)
     text = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=16,
@@ -200,7 +196,8 @@ def test_pictures_as_pil_and_tensors(unet: Any) -> None:
         (tensor,) = pipe(generator=gen(), output_type="pt", return_dict=False, **given)
         found.append(([np.asarray(image) for image in images], tensor))
     assert all(np.array_equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
-    assert torch.equal(found[0][1], found[1][1])
+    # diffusers 0.37 returns an array for "pt".
+    assert np.array_equal(np.asarray(found[0][1]), np.asarray(found[1][1]))
 
 
 @pytest.mark.parametrize("draw", DRAWS)

@@ -100,7 +100,8 @@ def test_pictures_of_every_mode(tmp_path: Path) -> None:
     half.putalpha(128)
     for name, picture, said in (
         ("half.png", half, "not opaque"),
-        ("deep.png", Image.new("I;16", (6, 4)), "mode I;16, which does not have 8 bits"),
+        # Pillow before 11.0 opens 16 bits as mode I.
+        ("deep.png", Image.new("I;16", (6, 4)), "a picture of mode I"),
         ("print.tif", Image.new("CMYK", (6, 4)), "mode CMYK"),
     ):
         picture.save(tmp_path / name)
