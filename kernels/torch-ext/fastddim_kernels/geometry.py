@@ -207,13 +207,13 @@ def block_of(g: Geometry, noisy: bool, guided: bool, dense: bool) -> tuple[int, 
 def registers(g: Geometry) -> int | None:
     """Returns the most registers of a lane, or None where the compiler decides.
 
-    For a tile ptxas would need more, and fewer than eight programs would fit on a multiprocessor.
-    Where up to three channels of the state are last, a limit makes
-    ptxas take more: without one it takes 40 registers or fewer, and holds back loads until others
-    have arrived, though every sector is read by two accesses. With 64 all loads are issued first.
-    Where a sample is no multiple of four, ptxas takes 32 registers without a limit and more
-    instructions than with 40. Elsewhere ptxas takes fewer without a limit. AMD's compiler does not
-    know the option.
+    With a tile of order 2 ptxas would take 72 registers, and fewer than eight programs would fit on
+    a multiprocessor. Where up to three channels of the state are last, a limit makes ptxas take
+    more: without one it takes 40 registers or fewer, and holds back loads until others have
+    arrived, though every sector is read by two accesses. With 64 all loads are issued first. Where
+    a sample is no multiple of four, ptxas takes 32 registers without a limit and more instructions
+    than with 40. Elsewhere ptxas takes fewer without a limit. AMD's compiler does not know the
+    option.
     """
     if portable():
         return None
