@@ -124,12 +124,17 @@ def assert_launch_equals_eager(
     shape: tuple[int, ...],
     fours: int,
     offset: int = 0,
+    least: int = 1,
 ) -> set[str]:
-    """One launch of programs of so many fours. Returns what there was several of."""
+    """One launch of programs of so many fours, and of ``least`` parts or more.
+
+    Returns what there was several of.
+    """
     several: set[str] = set()
 
     def recorded(g: Any, **kind: bool) -> tuple[int, int]:
         quads, parts = block(g, **kind)
+        parts = max(parts, least)
         if parts > 1:
             several.add("parts")
         if g.fours > quads * parts:
@@ -176,7 +181,7 @@ SEVERAL = [
 def test_several_parts_and_blocks_equal_eager(
     monkeypatch: pytest.MonkeyPatch, name: str, layout: str, batch: int, shape: tuple[int, ...]
 ) -> None:
-    found = assert_launch_equals_eager(monkeypatch, name, layout, batch, shape, fours=4, offset=1)
+    found = assert_launch_equals_eager(monkeypatch, name, layout, batch, shape, 4, 1, least=2)
     assert found == {"parts", "blocks"}
 
 
@@ -190,6 +195,9 @@ def test_one_part_in_several_blocks_equals_eager(monkeypatch: pytest.MonkeyPatch
         ("epsilon mixed bf16", (16, 5, 4)),
         ("epsilon mixed rgb", (2, 5, 4)),
         ("v bf16 order 2 next", (4, 5, 7)),
+        ("epsilon philox rows x0", (4, 5, 4)),
+        ("epsilon last philox", (4, 9, 8)),
+        ("epsilon philox order 2", (4, 5, 4)),
     ]
     for name, shape in shapes:
         layout = "last" if VARIANTS[name].channels_last else "contiguous"

@@ -158,35 +158,44 @@ def pixel_spacing(tensor: Tensor) -> int | None:
     return spacing if lie(1, spacing) and spacing in (channels, 2 * channels) else None
 
 
-def block_of(g: Geometry, noisy: bool, light: bool) -> tuple[int, int]:
+def block_of(g: Geometry, noisy: bool, guided: bool, dense: bool) -> tuple[int, int]:
     """Returns (quads, parts): the fours of a part, and a program's parts, of each of its channels.
 
-    ``light`` is the step of an ε model without guidance, a threshold or the next input.
+    ``guided`` is a step with guidance. ``dense`` is one of many instructions for its bytes: it
+    divides twice an element, or reads a 16-bit output and moves nothing beside it and the state.
     """
     # Each lane takes a four (AMD's wavefronts have 64 lanes), or lanes would exchange elements.
     lanes = 256 if portable() else 128
     if g.layout == _TILE:
-        # As a share of a copy's speed on an H200, four channels with noise, 2048 elements a part:
-        # 0.944 with four parts a program, 0.905 with two, 0.932 with one; 4096 elements are slower.
-        # With a step that is not light, more channels, or an output that is turned as well, four
-        # parts would spill registers.
-        alike = g.x_pixel == g.output_pixel
+        # Four channels with noise, 2048 elements a part, on an H200: 38.1 µs with one part a
+        # program, 38.6 with two, 40.0 with four; 4096 elements are slower. Where the output is
+        # turned as well, 2048 elements would spill registers.
         turned = (g.x_pixel == 1) != (g.output_pixel == 1)
-        quads = (512 if noisy and not turned else 256) // g.width
-        parts = 4 if noisy and alike and light and g.width == 4 else 1
+        quads, parts = (512 if noisy and not turned else 256) // g.width, 1
     elif g.layout == _FEW:
-        # Three channels with noise: 0.948 with one part, 0.919 with two, 0.679 with four.
+        # Three channels with noise: 0.948 of a copy's speed with one part, 0.919 with two, 0.679
+        # with four.
         quads, parts = lanes, 1
     elif g.layout == _SCATTERED:
         quads, parts = lanes, 4 if g.width == 1 and not noisy else 2
-    elif not g.in_fours and noisy:
-        quads, parts = lanes, 4
+    elif not noisy:
+        # As a share of a copy's speed, two tensors read and one written: 1.011 with one part of
+        # 1024 elements, 0.997 with two, 0.990 with four; two and two 0.969, 0.958, 0.946; three
+        # and one 1.031, 1.020, 0.997.
+        quads, parts = 256, 1
+    elif guided:
+        # One part takes 3 % less time with a bfloat16 output and as long with a threshold, but its
+        # fixed work brings the step to 52 instructions an element and more, beyond the limit of 48
+        # that ``tests/kernels/test_codegen.py`` sets. Two parts take up to 50.
+        quads, parts = 256 if g.in_fours else lanes, 4
+    elif not g.in_fours:
+        # 38.4 µs with two parts, 39.7 with four.
+        quads, parts = lanes, 2
     else:
-        # Two tensors read and one written: 1.011 with one part of 1024 elements, 0.997 with two,
-        # 0.990 with four; two and two 0.969, 0.958, 0.946; three and one 1.031, 1.020, 0.997.
-        # Counter noise was measured with four parts alone, at 0.965: more parts spread a program's
-        # fixed work over more elements.
-        quads, parts = 256, 4 if noisy else 1
+        # ε with a float32 output: 37.3 µs with one part, 37.9 with two or four; with x0: 50.3,
+        # 51.0, 52.1; with a bfloat16 output: 31.9, 32.2, 33.0. A dense step of one part would
+        # exceed 48 instructions, or on sm_100 three quarters of the room that a copy's time leaves.
+        quads, parts = 256, 2 if dense else 1
     if INTERPRETED:
         quads = INTERPRETED_FOURS
     if g.samples * g.n < LARGE or g.fours < quads * parts:
@@ -198,13 +207,13 @@ def block_of(g: Geometry, noisy: bool, light: bool) -> tuple[int, int]:
 def registers(g: Geometry) -> int | None:
     """Returns the most registers of a lane, or None where the compiler decides.
 
-    For a tile of four parts ptxas would need 90 registers and more, and fewer than eight programs
-    would fit on a multiprocessor. Where up to three channels of the state are last, a limit makes
-    ptxas take more: without one it takes 40 registers or fewer, and holds back loads until others
-    have arrived, though every sector is read by two accesses. With 64 all loads are issued first.
-    Where a sample is no multiple of four, ptxas takes 32 registers without a limit and more
-    instructions than with 40. Elsewhere ptxas takes fewer without a limit. AMD's compiler does not
-    know the option.
+    With a tile of order 2 ptxas would take 72 registers, and fewer than eight programs would fit on
+    a multiprocessor. Where up to three channels of the state are last, a limit makes ptxas take
+    more: without one it takes 40 registers or fewer, and holds back loads until others have
+    arrived, though every sector is read by two accesses. With 64 all loads are issued first. Where
+    a sample is no multiple of four, ptxas takes 32 registers without a limit and more instructions
+    than with 40. Elsewhere ptxas takes fewer without a limit. AMD's compiler does not know the
+    option.
     """
     if portable():
         return None

@@ -285,9 +285,11 @@ def _choices(
     g = geometry.geometry_of(x, output, rows, seeds, guidance, threshold, twice)
     if x.numel() == 0:
         return (0,), (), {}
-    light = prediction == 0 and guidance is None and threshold is None and next_input is None
-    light = light and history is None
-    quads, parts = geometry.block_of(g, noisy=seeds is not None, light=light)
+    alone = x0 is None and next_input is None and history is None
+    dense = rederive or threshold is not None or (alone and output.itemsize == 2)
+    quads, parts = geometry.block_of(
+        g, noisy=seeds is not None, guided=guidance is not None, dense=dense
+    )
     blocks = -(-g.fours // (quads * parts))
     unit = 4 if g.in_fours else 1
     scalars = (
