@@ -74,6 +74,19 @@ def test_more_loops_are_no_worse_than_the_originals() -> None:
     assert_no_worse(GRID[7::101])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("config", [{}, {"solver_order": 1}, {"thresholding": True}, SDE])
+def test_on_a_gpu_a_loop_is_that_of_a_cpu(config: Config, prediction: str) -> None:
+    ends = []
+    for device in ("cpu", "cuda"):
+        scheduler = FAST(**config, prediction_type=prediction)
+        scheduler.set_timesteps(12, device=device)
+        x = loop(scheduler, drawn().to(device), torch.Generator().manual_seed(5))
+        ends.append(x.cpu())
+    assert (ends[0] - ends[1]).abs().max() <= 1e-5 * ends[0].abs().max()
+
+
 @pytest.mark.parametrize("config", [{}, {"solver_order": 1}, {"solver_type": "heun"}])
 def test_a_solver_that_starts_anywhere_is_no_worse(config: Config) -> None:
     x, ours, theirs = drawn(), [], []

@@ -181,22 +181,24 @@ LATENT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("parameterization", ["eps", "v"])
+@pytest.mark.parametrize("kind", ["eps", "v", "plms"])
 @pytest.mark.parametrize("how", LATENT)
-def test_compvis_sampler_never_waits(device: Device, how: str, parameterization: str) -> None:
-    results = []
+def test_compvis_sampler_never_waits(device: Device, how: str, kind: str) -> None:
+    results, plms = [], kind == "plms"
+    options = {name: value for name, value in LATENT[how].items() if not (plms and name == "eta")}
+    made: Any = compvis.PLMSSampler if plms else compvis.DDIMSampler
     for put in (device.put, lambda value: value):
-        parts = diffusion.Model(parameterization)
+        parts = diffusion.Model("v" if kind == "v" else "eps")
         for name in ("alphas_cumprod", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"):
             setattr(parts, name, put(getattr(parts, name)))
         net = Model(device, parts.apply_model)
         parts.apply_model = net  # type: ignore[method-assign]
         torch.manual_seed(0)
-        sample, kept = compvis.DDIMSampler(parts).sample(
-            10, 2, (4, 8, 8), put(torch.arange(2.0)), x_T=put(diffusion.X), **put(LATENT[how])
+        sample, kept = made(parts).sample(
+            10, 2, (4, 8, 8), put(torch.arange(2.0)), x_T=put(diffusion.X), **put(options)
         )
         results.append([sample, *kept["x_inter"], *kept["pred_x0"]])
-        net.unhindered(10)
+        net.unhindered(11 if plms else 10)
     for ours, theirs in zip(*results, strict=True):
         assert_equal(ours, theirs)
 

@@ -206,8 +206,8 @@ class PLMSSampler(Sampler):
             check_output(eps, state, False)
             return eps.float()
 
-        def moved(eps: Tensor, first: bool) -> tuple[Tensor, Tensor]:
-            """Returns (x_s, x0). The first of two moves from x ends where the model is called."""
+        def moved(eps: Tensor, first: bool) -> tuple[Tensor, Tensor | None]:
+            """Returns (x_s, x0). ``first`` is the move to where the model is called again."""
             if quantize_denoised:
                 halves = own.between.stepped(schedule.to_halves, state, eps, row)
                 x0, *_ = self.model.first_stage_model.quantize(halves[1])
@@ -227,6 +227,7 @@ class PLMSSampler(Sampler):
             combined = (eps + predicted(x_next, t_next)).div_(2)
             del x_next
         x_s, x0 = moved(combined, first=False)
+        assert x0 is not None
         return x_s, x0, eps
 
 
