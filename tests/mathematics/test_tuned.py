@@ -56,11 +56,12 @@ def test_samplers_take_the_timesteps_and_their_file(tmp_path: Path) -> None:
 
 
 def test_a_sampler_warns_of_another_order_and_schedule() -> None:
-    for options, mine, other in (
+    changes: list[tuple[dict[str, Any], str, str]] = [
         ({"order": 1}, "order 2", "order 1"),
         ({"order": 2, "schedule": NoiseSchedule.cosine()}, "linear", "cosine"),
         ({"order": 2, "schedule": NoiseSchedule.linear(1001)}, "T 1000", "T 1001"),
-    ):
+    ]
+    for options, mine, other in changes:
         with pytest.warns(SamplingWarning) as caught:
             DDIM(3, spacing=TUNED, **options)
         assert len(caught) == 1
