@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastddim.cli import draw, generate, info, measure
+from fastddim.cli import draw, generate, info, measure, profile
 from fastddim.cli.options import grouped, one_of
 
 
@@ -51,7 +51,7 @@ for command in (
     measure.reconstruct,
     generate.generate,
     measure.evaluate,
-    measure.profile,
+    profile.profile,
     info.info,
 ):
     app.command(command.__name__)(grouped(command))
