@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fastddim.tools.curves import Panel
 from fastddim.tools.table import Cell
 
-WIDTH, HEIGHT = 400, 280
+WIDTH, HEIGHT = 340, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 44
 """The margins around the plot, which hold the numbers of the axes."""
 
@@ -77,33 +77,39 @@ class Chart:
 
 
 def charts(panels: Sequence[Panel]) -> list[Chart]:
-    """Returns a chart for each panel, all on the same axes. A distance of 0 has no place."""
+    """Returns a chart for each panel with a distance above 0; a distance of 0 has no place.
+
+    All charts have the same numbers of steps. Each has its own distances, because σ̂ with few steps
+    would press the curves of other η together.
+    """
     cells = [cell for panel in panels for curve in panel.curves for cell in curve.cells]
     steps = sorted({cell.steps for cell in cells})
+    return [made for panel in panels if (made := _chart(panel, steps))]
+
+
+def _chart(panel: Panel, steps: Sequence[int]) -> Chart | None:
+    cells = [cell for curve in panel.curves for cell in curve.cells]
     floor, spread = cells[0].floor, cells[0].spread
     values = [v for cell in cells if (v := cell.distance)] + ([floor] if floor else [])
     if not values:
-        return []
+        return None
     x, _ = _axis(steps[0], steps[-1], LEFT, WIDTH - RIGHT)
     y, (low, high) = _axis(min(values), max(values), HEIGHT - BOTTOM, TOP)
     band = None
     if floor and spread:
         top, bottom = y(min(floor + spread, high)), y(max(floor - spread, low))
         band = round(top, 1), round(bottom - top, 1)
-    return [
-        Chart(
-            panel.name,
-            tuple(
-                Line(curve.name, look(curve.look), tuple(_points(curve.cells, x, y)))
-                for curve in panel.curves
-            ),
-            tuple(_apart([(x(S), str(S)) for S in steps], 24)),
-            tuple(_apart([(y(v), f"{v:.3g}") for v in _round_numbers(low, high)], 15)),
-            round(y(floor), 1) if floor else None,
-            band,
-        )
-        for panel in panels
-    ]
+    return Chart(
+        panel.name,
+        tuple(
+            Line(curve.name, look(curve.look), tuple(_points(curve.cells, x, y)))
+            for curve in panel.curves
+        ),
+        tuple(_apart([(x(S), str(S)) for S in steps], 24)),
+        tuple(_apart([(y(v), f"{v:.3g}") for v in _round_numbers(low, high)], 15)),
+        round(y(floor), 1) if floor else None,
+        band,
+    )
 
 
 def _points(

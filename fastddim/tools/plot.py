@@ -18,6 +18,14 @@ COLOURS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
 HAT = "#D55E00"
 MARKERS = "osDvPX"
 GREY = "#767676"
+BELOW = {
+    "loc": "upper center",
+    "bbox_to_anchor": (0.5, -0.14),
+    "ncols": 2,
+    "fontsize": 9,
+    "frameon": False,
+}
+"""The place of a legend below its panel, where no line can cross it."""
 
 
 def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
@@ -29,8 +37,9 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
     from matplotlib.figure import Figure
 
     compared = curves.panels(done) if settings["distance"] is not None else []
-    columns = min(len(compared) + 1, 3)
-    rows = math.ceil((len(compared) + 1) / columns)
+    count = len(compared) + 1
+    columns = 2 if count == 4 else min(count, 3)
+    rows = math.ceil(count / columns)
     figure = Figure(figsize=(5.25 * columns + 0.35, 4.4 * rows), layout="constrained", dpi=200)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for each, panel in zip(axes, compared, strict=False):
@@ -62,7 +71,7 @@ def _distances(axes: Any, panel: curves.Panel, distance: str, done: Sequence[Cel
     axes.set_ylabel(distance)
     _write(axes, min(cell.steps for cell in done), floor, text, GREY, (0, -12))
     if panel.name:  # Names of an order and a spacing are too long to stand beside the lines.
-        axes.legend(loc="upper right", fontsize=9, frameon=False)
+        axes.legend(**BELOW)
     else:
         _name(axes, min(cell.steps for cell in done), lines)
 
@@ -97,14 +106,7 @@ def _times(axes: Any, size: int, done: Sequence[Cell]) -> None:
         Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=1.2, label=name)
         for name, colour, marker in (("model", GREY, "x"), ("update", COLOURS[0], MARKERS[0]))
     ]
-    axes.legend(
-        handles=marks,
-        loc="lower center",
-        bbox_to_anchor=(0.5, -0.3),
-        ncols=2,
-        fontsize=9,
-        frameon=False,
-    )
+    axes.legend(handles=marks, **BELOW)
 
 
 def _medians(row: Sequence[Cell], field: str) -> list[tuple[int, float]]:
