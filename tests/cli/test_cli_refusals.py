@@ -330,7 +330,7 @@ def test_seeds() -> None:
 
 
 def test_import_needs_no_extra() -> None:
-    extras = ("typer", "click", "rich", "PIL", "safetensors", "diffusers", "matplotlib")
+    extras = ("typer", "click", "rich", "PIL", "safetensors", "diffusers", "matplotlib", "jinja2")
     code = (
         f"import fastddim, fastddim.__main__, fastddim.checkpoints, sys\n"
         f"import fastddim.tools.evaluate, fastddim.profile, fastddim.tools.reconstruction\n"

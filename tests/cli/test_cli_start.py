@@ -210,7 +210,7 @@ def test_help_and_version_import_no_torch() -> None:
         "              ['sample', '--seeds', 'x'], ['sample', '--spacing', 'even'],\n"
         "              ['generate', '--seeds', '1', '--out', 'o', '--eta', 'hut']):\n"
         "    main(asked)\n"
-        "found = {'torch', 'numpy', 'triton', 'diffusers', 'PIL'} & set(sys.modules)\n"
+        "found = {'torch', 'numpy', 'triton', 'diffusers', 'PIL', 'jinja2'} & set(sys.modules)\n"
         "sys.exit(str(found) if found else 0)\n"
     )
     run = subprocess.run(
