@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +95,11 @@ def warm_up(
             shape=(batch_size, *shape),
             seeds=[0] * batch_size,
             device=device,
-            progress=lambda steps, n=sampler.order: itertools.islice(steps, n),
+            progress=functools.partial(_first, sampler.order),
             **options,
         )
+
+
+def _first(count: int, steps: Iterable[Any]) -> Iterable[Any]:
+    """Returns the first ``count`` steps."""
+    return itertools.islice(steps, count)

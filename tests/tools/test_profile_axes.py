@@ -43,7 +43,8 @@ def axes_of(found: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.filterwarnings("ignore:the timesteps were tuned for order 2")
 def test_a_grid_has_every_combination() -> None:
-    ddims = profile.grid([4, 2], [0.0, 1.0], ["uniform", TUNED, "mixed"], orders=[1, 2])
+    spacings: list[Tuned | str] = ["uniform", TUNED, "mixed"]
+    ddims = profile.grid([4, 2], [0.0, 1.0], spacings, orders=[1, 2])
     name = profile.spacing_name(TUNED)
     assert [(d.steps, d.order, profile.spacing_name(d.spacing), d.eta) for d in ddims] == [
         (S, order, spacing, eta)
@@ -70,7 +71,7 @@ def test_a_list_of_timesteps_is_one_spacing() -> None:
 @pytest.mark.filterwarnings("ignore:the timesteps were tuned for order 2")
 def test_combinations_that_do_not_exist_are_left_out_and_named() -> None:
     name = profile.spacing_name(TUNED)
-    grid = ([2, 5], [0.0, "hat"], ["uniform", TUNED])
+    grid: Any = ([2, 5], [0.0, "hat"], ["uniform", TUNED])
     assert profile.left_out(*grid, orders=[1, 2]) == [
         "order 2 with eta hat",
         f"5 steps of {name}, which has 2 or 3",
@@ -154,7 +155,7 @@ def test_the_command_has_both_axes(capfd: pytest.CaptureFixture[str]) -> None:
     out, err = capfd.readouterr()
     name = profile.spacing_name(TUNED)
     assert err == f"left out: order 2 with eta hat; 4 steps of {name}, which has 2 or 3\n"
-    expected = [
+    expected: list[Any] = [
         (2, 2, "uniform", 0),
         (2, 2, name, 0),
         (2, 1, "uniform", 0),
