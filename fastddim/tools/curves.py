@@ -48,7 +48,7 @@ def panels(done: Sequence[Cell]) -> list[Panel]:
         {(cell.order, cell.spacing) for cell in done},
         key=lambda method: (method[0], spacings.index(method[1])),
     )
-    etas = sorted({cell.eta for cell in done}, key=lambda eta: (eta == "hat", eta))
+    etas: list[Eta] = sorted({cell.eta for cell in done}, key=lambda eta: (eta == "hat", eta))
     if len(methods) == 1:
         curves = [
             Curve(eta_name(eta), i, _cells(done, *methods[0], eta)) for i, eta in enumerate(etas)

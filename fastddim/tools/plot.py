@@ -36,14 +36,15 @@ def plot(settings: Settings, done: Sequence[Cell], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    compared = curves.panels(done) if settings["distance"] is not None else []
+    distance = settings["distance"]
+    compared = [] if distance is None else curves.panels(done)
     count = len(compared) + 1
     columns = 2 if count == 4 else min(count, 3)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(5.25 * columns + 0.35, 4.4 * rows), layout="constrained", dpi=200)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for each, panel in zip(axes, compared, strict=False):
-        _distances(each, panel, settings["distance"], done)
+        _distances(each, panel, str(distance), done)
     _times(axes[len(compared)], settings["batch_size"], done)
     for unused in axes[len(compared) + 1 :]:
         unused.remove()
