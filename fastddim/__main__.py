@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from fastddim.extras import explained, extra_of
 from fastddim.tools import launch
@@ -20,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from fastddim.cli import app
 
-        status = app(args=arguments, prog_name="fastddim", standalone_mode=False)
+        with _warnings_in_one_line():
+            status = app(args=arguments, prog_name="fastddim", standalone_mode=False)
     except KeyboardInterrupt:
         status = 130
     except ModuleNotFoundError as error:
@@ -44,6 +48,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if status == 130:
         print("fastddim: interrupted", file=sys.stderr)
     return status or 0
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Prints warnings about the sampler's options as one line, without a place in the source."""
+    usual = warnings.formatwarning
+
+    def line(message: Any, category: type[Warning], *rest: Any, **more: Any) -> str:
+        if category.__name__ == "SamplingWarning":
+            return f"fastddim: {message}\n"
+        return usual(message, category, *rest, **more)
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _refuse(reason: str, alike: bool = False, for_good: bool = True) -> int:

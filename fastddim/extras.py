@@ -11,9 +11,10 @@ EXTRAS: dict[str, tuple[dict[str, str], str]] = {
             "PIL": "pillow",
             "safetensors": "safetensors",
             "matplotlib": "matplotlib",
+            "jinja2": "jinja2",
             "diffusers": "diffusers",
         },
-        "the command line, pictures, plots, and the weights and schedulers of diffusers",
+        "the command line, pictures, plots, pages, and the weights and schedulers of diffusers",
     ),
     "cpu": ({"numba": "numba"}, "a step on a CPU as one fused pass, several times as fast"),
     "fid": (

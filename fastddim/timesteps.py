@@ -54,7 +54,8 @@ def make_pairs(
               code. The first strides by ⌊T/S⌋ and so may take more than S steps (334 for 300 of
               1000). The second repeats truncated values from S = 30 on, and each repetition is a
               model call that leaves x unchanged.
-        steps: S; None takes the length of a list, or of the only ``Tuned`` τ. All but the two ermongroup spacings take exactly S distinct steps.
+        steps: S; None takes the length of a list, or of the only ``Tuned`` τ. All but the two
+            ermongroup spacings take exactly S distinct steps.
         T: the number of noise levels, or the schedule itself.
 
     Raises:

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastddim.cli import draw, generate, info, measure, tune
-from fastddim.cli.options import grouped, one_of
+from fastddim.cli import draw, generate, info, measure, profile, tune
+from fastddim.cli.options import grouped
+from fastddim.cli.values import one_of
 
 
 class Commands(TyperGroup):
@@ -51,7 +52,7 @@ for command in (
     measure.reconstruct,
     generate.generate,
     measure.evaluate,
-    measure.profile,
+    profile.profile,
     tune.tune,
     info.info,
 ):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastddim.check import whole
-from fastddim.cli import bars, options
+from fastddim.cli import bars, values
 from fastddim.cli.options import (
     BatchSize,
     Eta,
@@ -20,10 +20,10 @@ from fastddim.cli.options import (
     Spacing,
     Steps,
     columns_option,
-    counted,
     flag,
     seeds_option,
 )
+from fastddim.cli.values import counted
 from fastddim.tools.seeds import check_pairs
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def sample(
 
     For example: fastddim sample --seeds 0-15 --steps 20 --eta 1 --out sixteen.png
     """
-    wanted = options.parse_seeds(seeds)
-    noise = options.parse_eta(eta)
-    options.check_common(batch_size, spacing, order)
+    wanted = values.parse_seeds(seeds)
+    noise = values.parse_eta(eta)
+    values.check_common(batch_size, spacing, order)
     with bars.spinner("loading", machine.quiet):
         from fastddim.cli.network import prepare
         from fastddim.tools import draw, images, sheet, timing
@@ -155,12 +155,12 @@ def interpolate(
 
     For example: fastddim interpolate --seeds 3,8,5,5 --columns 7 --steps 20
     """
-    wanted = options.parse_seeds(seeds)
+    wanted = values.parse_seeds(seeds)
     check_pairs(wanted)
     whole("columns", columns, low=2)
     rows = len(wanted) // 2
-    options.check_cells("pairs of seeds x columns", rows, columns)
-    options.check_common(batch_size, spacing, order)
+    values.check_cells("pairs of seeds x columns", rows, columns)
+    values.check_common(batch_size, spacing, order)
     with bars.spinner("loading", machine.quiet):
         from fastddim.cli.network import prepare
         from fastddim.tools import draw, images, sheet
@@ -228,9 +228,9 @@ def sequence(
 
     For example: fastddim sequence --seeds 0-3 --columns 5 --steps 20 --eta 1
     """
-    wanted = options.parse_seeds(seeds)
-    noise = options.parse_eta(eta)
-    options.check_common(batch_size, spacing, order)
+    wanted = values.parse_seeds(seeds)
+    noise = values.parse_eta(eta)
+    values.check_common(batch_size, spacing, order)
     with bars.spinner("loading", machine.quiet):
         from fastddim.cli.network import prepare
         from fastddim.tools import draw, images, sheet
@@ -241,7 +241,7 @@ def sequence(
         ddim = prepared.ddim(steps, eta=noise, spacing=spacing, order=order)
         n = min(10, len(ddim.pairs)) if columns is None else columns
         kept = [ddim.pairs[row] for row in draw.kept_rows(ddim, n)]
-        options.check_cells("seeds x columns", len(wanted), n)
+        values.check_cells("seeds x columns", len(wanted), n)
     total = draw.model_calls([ddim], len(wanted), batch_size)
     with bars.bar("sampling", total, machine.quiet) as progress:
         batches = draw.sequences(

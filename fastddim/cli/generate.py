@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastddim.check import whole
-from fastddim.cli import bars, options
+from fastddim.cli import bars, values
 from fastddim.cli.draw import say_not_finite
 from fastddim.cli.options import (
     BatchSize,
@@ -15,11 +15,11 @@ from fastddim.cli.options import (
     Order,
     Spacing,
     Steps,
-    counted,
     for_all,
     number,
     option,
 )
+from fastddim.cli.values import counted
 from fastddim.tools.pace import Count
 from fastddim.tools.seeds import Seeds, parse_ranges
 
@@ -122,11 +122,11 @@ def generate(
         if seeds is None or out is None:
             raise ValueError(f"{'seeds' if seeds is None else 'out'} must be given, or verify")
         ranges = parse_ranges(seeds)
-        noise = options.parse_eta(eta)
-        options.check_common(batch_size, spacing, order)
+        noise = values.parse_eta(eta)
+        values.check_common(batch_size, spacing, order)
         if shard_size is not None:
             whole("shard-size", shard_size, low=1)
-        options.one_of("format", format, options.FORMATS)
+        values.one_of("format", format, values.FORMATS)
     with bars.spinner("loading", machine.quiet), for_all():
         import torch
 

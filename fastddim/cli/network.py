@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from fastddim.check import SamplingWarning, whole
-from fastddim.cli.options import DTYPES, Machine, Network, parse_number, parse_shape
+from fastddim.cli.options import Machine, Network
+from fastddim.cli.values import DTYPES, parse_number, parse_shape
 from fastddim.coefficients import checked_prediction
 from fastddim.loop import devices
 from fastddim.loop.model import Model

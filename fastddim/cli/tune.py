@@ -4,18 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 from fastddim.check import whole
-from fastddim.cli import bars, options
+from fastddim.cli import bars, values
 from fastddim.cli.draw import written
-from fastddim.cli.options import (
-    BatchSize,
-    Machine,
-    Network,
-    Order,
-    counted,
-    number,
-    option,
-    seeds_option,
-)
+from fastddim.cli.options import BatchSize, Machine, Network, Order, number, option, seeds_option
+from fastddim.cli.values import counted
 
 MEMORY = ".search"
 """The suffix of the file beside ``--out`` that keeps the distances of an unfinished search."""
@@ -60,9 +52,9 @@ def tune(
 
     For example: fastddim tune --steps 8 --seeds 0-127 --out tau.json
     """
-    numbers = options.parse_steps(steps)
-    wanted = options.parse_seeds(seeds)
-    options.check_common(batch_size, "uniform", order)
+    numbers = values.parse_steps(steps)
+    wanted = values.parse_seeds(seeds)
+    values.check_common(batch_size, "uniform", order)
     whole("fine", fine, low=3)
     with bars.spinner("loading", machine.quiet):
         from fastddim import embedded

@@ -1,4 +1,4 @@
-"""Measures S against η: the cost of a step and the quality of the samples (the paper's Table 1)."""
+"""Measures S, order, spacing and η: the cost of a step and the quality of the samples."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastddim import __version__
+from fastddim import __version__, timesteps
 from fastddim.check import whole
 from fastddim.coefficients import Eta
 from fastddim.files import replacing
@@ -32,10 +33,12 @@ from fastddim.step.backends import backend
 from fastddim.timesteps import Spacing
 from fastddim.tools import draw, provenance, timing
 from fastddim.tools.draw import model_calls
+from fastddim.tools.page import write_page
 from fastddim.tools.plot import plot
 from fastddim.tools.quality import GaussianMixture, frechet_distance
 from fastddim.tools.table import (
     CSV,
+    HTML,
     JSON,
     PNG,
     TRACE,
@@ -47,10 +50,14 @@ from fastddim.tools.table import (
     read,
     remaining,
     save,
+    spacing_name,
 )
+from fastddim.tools.thumbnails import keep_images
+from fastddim.tuned import Tuned
 
 __all__ = (
     "CSV",
+    "HTML",
     "JSON",
     "PNG",
     "TRACE",
@@ -61,7 +68,9 @@ __all__ = (
     "check_folder",
     "garments",
     "grid",
+    "keep_images",
     "label",
+    "left_out",
     "make_folder",
     "mixture",
     "model_calls",
@@ -71,7 +80,9 @@ __all__ = (
     "remaining",
     "save",
     "settings",
+    "spacing_name",
     "trace",
+    "write_page",
 )
 
 
@@ -135,28 +146,82 @@ def mixture(data: GaussianMixture) -> Judge:
 def grid(
     steps: Sequence[int],
     etas: Sequence[Eta],
-    spacing: Spacing | str = "uniform",
+    spacing: Spacing | str | Sequence[Tuned | str] = "uniform",
     make: Callable[..., DDIM] = DDIM,
+    *,
+    orders: Sequence[int] = (1,),
 ) -> list[DDIM]:
-    """Returns the samplers of a grid, row by row: each number of steps with each η.
+    """Returns the samplers of a grid: for each number of steps each order, spacing and η.
 
-    ``make`` makes a sampler, for example a loaded checkpoint's ``ddim``.
+    A combination that does not exist is left out, unless the grid has no other: see ``left_out``.
+
+    Args:
+        steps, etas, orders: one or more different values.
+        spacing: a spacing, or one or more different names, ``Tuned`` timesteps or their files.
+        make: makes a sampler, for example a loaded checkpoint's ``ddim``.
 
     Raises:
-        TypeError, ValueError: ``steps`` or ``etas`` is empty or repeats a value, or ``DDIM``
-            refuses a value.
+        TypeError, ValueError: an axis is empty or repeats a value, or ``DDIM`` refuses a value.
     """
-    for name, values in (("steps", steps), ("eta", etas)):
+    found = _combinations(steps, etas, spacing, orders)
+    possible = [each for each in found if _missing(*each) is None]
+    return [_sampler(make, *each) for each in possible or found]
+
+
+def left_out(
+    steps: Sequence[int],
+    etas: Sequence[Eta],
+    spacing: Spacing | str | Sequence[Tuned | str] = "uniform",
+    *,
+    orders: Sequence[int] = (1,),
+) -> list[str]:
+    """Returns the combinations that ``grid`` leaves out, as text: order 2 with σ̂, and numbers of
+    steps for which timesteps were not tuned."""
+    missing = [_missing(*each) for each in _combinations(steps, etas, spacing, orders)]
+    return list(dict.fromkeys(reason for reason in missing if reason is not None))
+
+
+Combination: TypeAlias = tuple[int, int, Spacing | str, Eta]
+"""S, the order, the spacing and η of a sampler."""
+
+
+def _combinations(
+    steps: Sequence[int],
+    etas: Sequence[Eta],
+    spacing: Spacing | str | Sequence[Tuned | str],
+    orders: Sequence[int],
+) -> list[Combination]:
+    """Returns all combinations, checked to differ; the files of tuned timesteps are read."""
+    of_one = isinstance(spacing, (str, Tuned, PathLike)) or any(
+        not isinstance(each, (str, Tuned)) for each in spacing
+    )
+    given: Sequence[Any] = [spacing] if of_one else spacing  # type: ignore[assignment]
+    spacings = [timesteps.read(each) for each in given]
+    names = [spacing_name(each) for each in spacings]
+    axes = (("steps", steps), ("order", orders), ("spacing", names), ("eta", etas))
+    for name, values in axes:
         if not values:
             raise ValueError(f"{name} must be one or more, got none")
         if twice := [v for i, v in enumerate(values) if v in values[:i]]:
             raise ValueError(f"{name} must differ from each other, got {twice[0]} twice")
-    return [_sampler(make, S, eta, spacing) for S, eta in itertools.product(steps, etas)]
+    return list(itertools.product(steps, orders, spacings, etas))
 
 
-def _sampler(make: Callable[..., DDIM], steps: int, eta: Eta, spacing: Spacing | str) -> DDIM:
+def _missing(steps: int, order: int, spacing: Spacing | str, eta: Eta) -> str | None:
+    """Returns the reason why no sampler has these values, or None."""
+    if order == 2 and eta == "hat":
+        return "order 2 with eta hat"
+    if isinstance(spacing, Tuned) and steps not in spacing.steps:
+        tuned = " or ".join(map(str, spacing.steps))
+        return f"{steps} steps of {spacing_name(spacing)}, which has {tuned}"
+    return None
+
+
+def _sampler(
+    make: Callable[..., DDIM], steps: int, order: int, spacing: Spacing | str, eta: Eta
+) -> DDIM:
     try:
-        return make(steps, eta=eta, spacing=spacing)
+        return make(steps, eta=eta, spacing=spacing, order=order)
     except ValueError as error:
         raise ValueError(f"{error} (steps {steps}, eta {eta})") from None
 
@@ -169,6 +234,7 @@ def cells(
     batch_size: int = 16,
     *,
     judge: Judge | None = None,
+    keep: Callable[[Cell, Tensor], object] | None = None,
     device: torch.device | str | None = None,
     progress: Progress = False,
     **options: Any,
@@ -179,6 +245,8 @@ def cells(
         ddims: the samplers, such as those of ``grid``.
         model, seeds, shape, batch_size: as in ``draw.by_seed``.
         judge: the distance to measure, for example ``garments()``; none by default.
+        keep: called with each cell and its samples (N, ...), on the CPU, before the cell is
+            yielded; for example ``keep_images`` of a folder.
         device: the device to sample on, which the model is on; by default CUDA if present, else
             the CPU.
         progress: True for a bar, or a wrapper such as ``tqdm.tqdm``; it counts model calls.
@@ -221,17 +289,23 @@ def cells(
         if where.type == "cuda":
             memory = torch.cuda.max_memory_allocated(where)
         update, in_model = statistics.median(outside), statistics.median(inside)
-        return Cell(
+        drawn = torch.cat(samples)
+        cell = Cell(
             steps=S,
             eta=ddim.eta,
             update_ms=1000 * update,
             model_ms=1000 * in_model,
             images_per_second=size / (S * (update + in_model)),
             memory_mb=None if memory is None else memory / 1e6,
-            distance=None if judge is None else judge.distance(torch.cat(samples)),
+            distance=None if judge is None else judge.distance(drawn),
             floor=floor,
             spread=spread,
+            order=ddim.order,
+            spacing=spacing_name(ddim.spacing),
         )
+        if keep is not None:
+            keep(cell, drawn)
+        return cell
 
     def results() -> Iterator[Cell]:
         yield from map(measured, ddims)
@@ -252,9 +326,9 @@ def trace(
 ) -> None:
     """Writes a trace of the first three steps of each sampler, for ui.perfetto.dev.
 
-    Each sampler has a range such as "10 steps, eta 0.2". For each step this range holds a range
-    "model" and a range "update", which lasts until the next call of the model. They hold torch's
-    own events.
+    Each sampler has a range such as "10 steps, eta 0.2", or "10 steps, eta 0.2, order 2". For each
+    step this range holds a range "model" and a range "update", which lasts until the next call of
+    the model. They hold torch's own events.
     """
     where = _usable(device)
     activities = [ProfilerActivity.CPU]
@@ -265,7 +339,8 @@ def trace(
     phases = _Phases(model)
     with _quiet_profile(activities=activities) as profiled:
         for ddim in ddims:
-            with record_function(f"{ddim.steps} steps, eta {label(ddim.eta)}"):
+            of_order = "" if ddim.order == 1 else f", order {ddim.order}"
+            with record_function(f"{ddim.steps} steps, eta {label(ddim.eta)}{of_order}"):
                 _first_steps(ddim, phases, shape, batch_size, where, options)
                 phases.end()
     with replacing(path) as file:
@@ -365,7 +440,7 @@ def settings(
     judge: Judge | None,
     **rest: Any,
 ) -> dict[str, Any]:
-    """Returns all that a profile depends on beside steps and η, as plain values.
+    """Returns all that a profile depends on beside the axes of its grid, as plain values.
 
     The values describe the model, the data and the machine: its device, the backend that takes
     the steps, and versions. ``rest`` adds others, such as a class; None values are left out. A
@@ -379,7 +454,6 @@ def settings(
         "prediction": ddim.prediction,
         "seeds": seeds,
         "batch_size": batch_size,
-        "spacing": str(ddim.spacing),
         "distance": None if judge is None else judge.name,
         "device": provenance.machine(device),
         "backend": backend(device).name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,15 @@ from typing import Any, TypeAlias
 from fastddim.coefficients import Eta
 from fastddim.files import replacing
 from fastddim.loop.sampler import DDIM
+from fastddim.timesteps import Spacing
 from fastddim.tools import images
+from fastddim.tuned import Tuned
 
 Settings: TypeAlias = Mapping[str, Any]
 """The plain values that all cells of one table share: see ``profile.settings``."""
 
 JSON, CSV, PNG, TRACE = "profile.json", "profile.csv", "profile.png", "trace.json"
+HTML = "profile.html"
 """The names of the files in the folder of a profile."""
 
 
@@ -41,6 +45,8 @@ class Cell:
         floor: the mean distance of as many samples of a perfect model. It is no lower bound: some
             draws of a perfect model score less.
         spread: the standard deviation of the distance of a perfect model over draws.
+        order: the order of the sampler's steps.
+        spacing: the name of the sampler's spacing: see ``spacing_name``.
     """
 
     steps: int
@@ -52,6 +58,22 @@ class Cell:
     distance: float | None
     floor: float | None
     spread: float | None = None
+    order: int = 1
+    spacing: str = "uniform"
+
+    @property
+    def key(self) -> Key:
+        """The values that tell this cell from the others of a table."""
+        return self.steps, self.order, self.spacing, self.eta
+
+
+Key: TypeAlias = tuple[int, int, str, Eta]
+"""S, the order, the name of the spacing, and η."""
+
+
+def key(ddim: DDIM) -> Key:
+    """Returns the ``key`` of the cell of ``ddim``."""
+    return len(ddim.pairs), ddim.order, spacing_name(ddim.spacing), ddim.eta
 
 
 def check_folder(folder: Path) -> None:
@@ -59,8 +81,10 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         OSError: ``folder`` is a file, or lies in a folder that does not exist.
-        ModuleNotFoundError: matplotlib, which draws the picture, is missing.
+        ModuleNotFoundError: matplotlib, which draws the picture, or Jinja2, which writes the
+            page, is missing.
     """
+    import jinja2  # noqa: F401
     import matplotlib.figure  # noqa: F401
 
     if folder.exists() and not folder.is_dir():
@@ -87,6 +111,8 @@ def make_folder(folder: Path) -> None:
 def read(folder: Path, settings: Settings) -> list[Cell]:
     """Returns the cells that ``save`` has written to ``folder``; none for a new folder.
 
+    In the files of earlier versions the spacing is a setting, and all cells have order 1.
+
     Raises:
         ValueError: the cells were measured with other settings, or the file is damaged.
     """
@@ -95,7 +121,9 @@ def read(folder: Path, settings: Settings) -> list[Cell]:
         return []
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        there, done = dict(kept["settings"]), [Cell(**cell) for cell in kept["cells"]]
+        there = dict(kept["settings"])
+        spacing = there.pop("spacing", "uniform")
+        done = [Cell(**{"spacing": spacing, **cell}) for cell in kept["cells"]]
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"out must hold a profile or none, got {path}, which is damaged") from None
     names = [k for k in {**there, **settings} if there.get(k) != settings.get(k)]
@@ -110,8 +138,8 @@ def read(folder: Path, settings: Settings) -> list[Cell]:
 
 def remaining(ddims: Sequence[DDIM], done: Sequence[Cell]) -> list[DDIM]:
     """Returns the samplers of ``ddims`` that have no cell in ``done``."""
-    finished = {(cell.steps, cell.eta) for cell in done}
-    return [ddim for ddim in ddims if (len(ddim.pairs), ddim.eta) not in finished]
+    finished = {cell.key for cell in done}
+    return [ddim for ddim in ddims if key(ddim) not in finished]
 
 
 def save(folder: Path, settings: Settings, done: Sequence[Cell]) -> None:
@@ -131,3 +159,11 @@ def save(folder: Path, settings: Settings, done: Sequence[Cell]) -> None:
 def label(eta: Eta) -> str:
     """Returns η as text: ``0.2`` or ``hat``."""
     return eta if isinstance(eta, str) else f"{eta:g}"
+
+
+def spacing_name(spacing: Spacing | str) -> str:
+    """Returns a spacing's name; for timesteps without a name their kind and a digest of them."""
+    if isinstance(spacing, str):
+        return spacing
+    kind, levels = ("tuned", spacing.timesteps) if isinstance(spacing, Tuned) else ("list", spacing)
+    return f"{kind}-{hashlib.sha256(repr(levels).encode()).hexdigest()[:6]}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +72,9 @@ def warm_up(
     calls: int | None = None,
     **options: Any,
 ) -> None:
-    """Takes one step of ``ddim`` and one that adds no noise, with at most one call of the model.
+    """Takes the first steps of ``ddim`` and one that adds no noise, with at most one model call.
+
+    The first steps are as many as its order: the second step of order 2 has a launch of its own.
 
     First calls compile; run them before timing. The model is not called if the timed run has
     fewer than ``MANY_CALLS`` ``calls``: one more would be a large part of the whole time.
@@ -92,6 +95,11 @@ def warm_up(
             shape=(batch_size, *shape),
             seeds=[0] * batch_size,
             device=device,
-            progress=lambda steps: itertools.islice(steps, 1),
+            progress=functools.partial(_first, sampler.order),
             **options,
         )
+
+
+def _first(count: int, steps: Iterable[Any]) -> Iterable[Any]:
+    """Returns the first ``count`` steps."""
+    return itertools.islice(steps, count)

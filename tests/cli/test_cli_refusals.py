@@ -19,7 +19,7 @@ from PIL import Image
 import fastddim
 from fastddim import DDIM, checkpoints, embedded
 from fastddim.__main__ import main
-from fastddim.cli.options import MOST_IMAGES, parse_seeds
+from fastddim.cli.values import MOST_IMAGES, parse_seeds
 from fastddim.timesteps import SPACINGS
 from tests.cli.commands import FEW, GUIDED, _here, no_work, refused
 from tests.processes import ran
@@ -330,7 +330,7 @@ def test_seeds() -> None:
 
 
 def test_import_needs_no_extra() -> None:
-    extras = ("typer", "click", "rich", "PIL", "safetensors", "diffusers", "matplotlib")
+    extras = ("typer", "click", "rich", "PIL", "safetensors", "diffusers", "matplotlib", "jinja2")
     code = (
         f"import fastddim, fastddim.__main__, fastddim.checkpoints, sys\n"
         f"import fastddim.tools.evaluate, fastddim.profile, fastddim.tools.reconstruction\n"

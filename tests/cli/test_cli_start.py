@@ -18,7 +18,7 @@ from PIL import Image
 import fastddim
 from fastddim import DDIM, embedded
 from fastddim.__main__ import main
-from fastddim.cli import bars, options
+from fastddim.cli import bars, values
 from fastddim.step import backends
 from fastddim.tools import draw, images, sheet
 from fastddim.tools.reconstruction import errors
@@ -210,7 +210,7 @@ def test_help_and_version_import_no_torch() -> None:
         "              ['sample', '--seeds', 'x'], ['sample', '--spacing', 'even'],\n"
         "              ['generate', '--seeds', '1', '--out', 'o', '--eta', 'hut']):\n"
         "    main(asked)\n"
-        "found = {'torch', 'numpy', 'triton', 'diffusers', 'PIL'} & set(sys.modules)\n"
+        "found = {'torch', 'numpy', 'triton', 'diffusers', 'PIL', 'jinja2'} & set(sys.modules)\n"
         "sys.exit(str(found) if found else 0)\n"
     )
     run = subprocess.run(
@@ -304,7 +304,7 @@ def test_reconstruct_reads_folders_and_pngs(
         path, n = "out/000/000000.png", 1
     assert main(["reconstruct", *QUICK, "--images", path, "--count", str(n), "--steps", "1"]) == 0
     assert torch.equal(given[-1], images.from_uint8(images.to_uint8(x))[:n])
-    assert f"The first {options.counted(n, 'image')} of {path}" in capfd.readouterr().out
+    assert f"The first {values.counted(n, 'image')} of {path}" in capfd.readouterr().out
 
 
 @pytest.mark.usefixtures("no_work")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastddim import DDIM, checkpoints
 from fastddim.__main__ import main
-from fastddim.cli import app, options
+from fastddim.cli import app, values
 from fastddim.timesteps import SPACINGS
 from fastddim.tools import draw, images
 from tests.cli.commands import FEW, QUICK, _here, no_work, refused
@@ -61,17 +61,17 @@ def test_the_vocabulary_is_the_librarys() -> None:
     from fastddim.coefficients import ORDERS, PREDICTIONS
     from fastddim.tools import folder
 
-    assert SPACINGS == options.SPACINGS
-    assert tuple(checkpoints.CONFIGS) == options.CONFIGS
-    assert folder.FORMATS == options.FORMATS
-    assert tuple(PREDICTIONS) == options.PREDICTIONS
-    assert ORDERS == options.ORDERS
-    assert draw.LARGEST_BATCH == options.LARGEST_BATCH
-    assert tuple(SCHEDULES) == options.SCHEDULES
+    assert SPACINGS == values.SPACINGS
+    assert tuple(checkpoints.CONFIGS) == values.CONFIGS
+    assert folder.FORMATS == values.FORMATS
+    assert tuple(PREDICTIONS) == values.PREDICTIONS
+    assert ORDERS == values.ORDERS
+    assert draw.LARGEST_BATCH == values.LARGEST_BATCH
+    assert tuple(SCHEDULES) == values.SCHEDULES
     for name, make in SCHEDULES.items():
         assert make(7).name.partition("(")[0] == name
         assert len(make(7)) == 7
-    assert all(isinstance(getattr(torch, name), torch.dtype) for name in options.DTYPES)
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in values.DTYPES)
 
 
 def test_no_option_has_the_name_of_its_metavar() -> None:

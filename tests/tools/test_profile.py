@@ -33,7 +33,7 @@ CPU = ("--device", "cpu")
 TINY = (*CPU, "--steps", "1,2", "--eta", "0,hat", "--seeds", "0-2", "--batch-size", "2")
 ORACLE = ("profile", *TINY, "--oracle")
 HEAD = "S eta update ms model ms images/s MB FD-clf real"
-FILES = ["profile.csv", "profile.json", "profile.png"]
+FILES = ["profile.csv", "profile.html", "profile.json", "profile.png"]
 
 
 @pytest.fixture(autouse=True)
@@ -246,8 +246,9 @@ def test_a_profile(capfd: pytest.CaptureFixture[str]) -> None:
         (2, 0),
         (2, "hat"),
     ]
-    asked = {"seeds": "0-2", "batch_size": 2, "spacing": "quad", "distance": "FD-clf"}
+    asked = {"seeds": "0-2", "batch_size": 2, "distance": "FD-clf"}
     assert found["settings"].items() >= asked.items()
+    assert {(c["order"], c["spacing"]) for c in found["cells"]} == {(1, "quad")}
     drawn = list(draw.by_seed(DDIM(2, spacing="quad"), embedded.load(), range(3), (1, 28, 28), 2))
     judge = profile.garments()
     assert found["cells"][2]["distance"] == pytest.approx(judge.distance(torch.cat(drawn)))
@@ -352,7 +353,6 @@ def test_other_settings_are_refused_and_named(capfd: pytest.CaptureFixture[str])
     for arguments, said in (
         (["--seeds", "0-3"], "got profile with seeds 0-2 there and 0-3 here\n"),
         (["--batch-size", "3"], "batch_size 2 there and 3 here\n"),
-        (["--spacing", "quad"], "spacing uniform there and quad here\n"),
     ):
         assert main([*ORACLE, *arguments]) == 2
         out, err = capfd.readouterr()
@@ -419,6 +419,14 @@ def test_a_trace_names_the_phases_of_a_step() -> None:
         (["--seeds", "9-3"], "ranges that go up"),
         (["--batch-size", "0"], "batch-size must be"),
         (["--spacing", "even"], "spacing must be one of"),
+        (["--spacing", "uniform,even"], "spacing must be one of"),
+        (["--spacing", "uniform,"], "spacing must be one of"),
+        (["--spacing", "mixed,mixed"], "spacing must differ from each other, got mixed twice"),
+        (["--spacing", "none.json"], "spacing must be a name or an existing file, got none.json"),
+        (["--order", "3"], "order must be 1 (DDIM), 2 or 1,2, got '3'"),
+        (["--order", "1,"], "order must be 1 (DDIM), 2 or 1,2, got '1,'"),
+        (["--order", "2,1,2"], "order must differ from each other, got 2 twice"),
+        (["--order", "2", "--eta", "hat"], 'eta must be a number with order 2, got "hat"'),
         (["--device", "quantum"], "device must be one that torch can use here"),
         (["--checkpoint", "none"], "no checkpoint none"),
         (["--checkpoint", "none", "--oracle"], "checkpoint must be left out with oracle"),
@@ -450,6 +458,8 @@ def test_help_is_the_manual(capfd: pytest.CaptureFixture[str]) -> None:
     for option, default in {
         "steps": "10,20,50,100]",
         "eta": "0,0.2,0.5,1,hat]",
+        "order": "1]",
+        "spacing": "uniform]",
         "seeds": "0-255]",
         "batch-size": "16]",
         "out": "profile]",
