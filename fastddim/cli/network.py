@@ -200,7 +200,9 @@ def lean_imports() -> Iterator[None]:
 
     Modules that are already imported stay, and the others can be imported again afterwards.
     """
-    hidden = [name for name in HIDDEN if name not in sys.modules]
+    # diffusers decides at its import which packages there are; hidden later, they fail as it loads.
+    late = "diffusers" in sys.modules
+    hidden = [] if late else [name for name in HIDDEN if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: the import fails
     given = os.environ.get(VERBOSITY)
     os.environ.setdefault(VERBOSITY, "error")  # diffusers reads it once, when it is imported

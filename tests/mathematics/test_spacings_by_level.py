@@ -29,9 +29,7 @@ def tau(spacing: str, S: int, schedule: NoiseSchedule) -> list[int]:
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("spacing", BY_LEVEL)
-def test_every_S_gives_distinct_levels_from_the_first_to_the_last(
-    spacing: str, schedule: NoiseSchedule
-) -> None:
+def test_every_S_gives_distinct_levels(spacing: str, schedule: NoiseSchedule) -> None:
     T = len(schedule)
     for S in {1, 2, 3, 6, 8, 10, 50, T // 2, T - 1, T} & set(range(1, T + 1)):
         levels = tau(spacing, S, schedule)

@@ -130,4 +130,4 @@ def test_another_worker_takes_the_place_of_one_whose_gpu_is_lost(tmp_path: Path)
 def test_the_mode_is_set_in_one_place() -> None:
     files = [file for folder in ("tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
     named = {file.name for file in files if "set_sync_debug_mode" in file.read_text()}
-    assert named == {"waiting.py", "test_faults.py"}
+    assert named == {"waiting.py", "test_faults.py", "rehearsal.py"}  # the last fakes torch.cuda

@@ -89,7 +89,7 @@ def test_a_grid_without_any_sampler_is_refused() -> None:
 
     refused(asked([5], ["hat"], orders=[2]), ValueError, 'eta must be a number with order 2, got "')
     said = ("steps must be 2 or 3, for which", "got 5 (steps 5, eta 0.0)")
-    refused(asked([5], [0.0], TUNED), ValueError, *said)
+    refused(asked([5], [0.0], TUNED, orders=[2]), ValueError, *said)
     refused(asked([5], [0.0], orders=[]), ValueError, "order must be one or more")
     refused(asked([5], [0.0], []), ValueError, "spacing must be one or more")
     refused(asked([5], [0.0], orders=[1, 1]), ValueError, "order must differ", "got 1 twice")

@@ -83,7 +83,7 @@ def test_without_real_data_the_fine_samples_are_the_target() -> None:
         assert frechet_distance(of(y), moments(of(x))) == after
 
 
-def test_principal_components_keep_the_distances_of_their_own_samples() -> None:
+def test_principal_components_keep_the_largest_spread() -> None:
     x = torch.randn(20, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     of = tuning.principal(x)
     assert of(x).shape == (20, 10)
