@@ -95,8 +95,8 @@ def tune(
     search.memory.remove()
     judged = "FD-clf" if real else "distance"
     bars.print_table(
-        f"Order {order}, {counted(len(wanted), 'image')}. The {judged} of the best name, and of the "
-        f"timesteps found:",
+        f"Order {order}, {counted(len(wanted), 'image')}. The {judged} of the best name, and of "
+        f"the timesteps found:",
         ("S", "spacing", judged, "found", "timesteps"),
         [
             (S, f.start, f"{f.before:.3f}", f"{f.distance:.3f}", " ".join(map(str, f.tau)))
