@@ -235,6 +235,41 @@ def figures(section: Record) -> str:
     return grid(["", "shape", "required", "measured", "met"], *(line for line in shown if line))
 
 
+CALLS = (6, 8, 10, 16, 20, 50)
+
+
+def calls(section: Record) -> str:
+    """The FD-clf of each number of model calls, for DDIM, order 2 and tuned timesteps."""
+    found = {row["sampler"]: row["fd_clf"] for row in section["rows"]}
+    kinds = {
+        "DDIM": "order 1",
+        "order 2, `mixed`": "order 2 mixed",
+        "order 2, tuned": "order 2 tuned",
+    }
+
+    def cell(S: int, kind: str) -> str:
+        value = found.get(f"{S} {kind}")
+        return "" if value is None else f"{value:.2f}"
+
+    lines = [[name, *(cell(S, kind) for S in CALLS)] for name, kind in kinds.items()]
+    return grid(["model calls an image", *map(str, CALLS)], *lines)
+
+
+def ratios(section: Record) -> str:
+    """The FD-clf of each sampler beside another's, and every sampler's FD-clf."""
+    found = {row["sampler"]: row["fd_clf"] for row in section["rows"]}
+    compared = [
+        [row["sampler"], row["beside"], span(row["ratio"], unit="")] for row in section["ratios"]
+    ]
+    mean, spread = section["real"]
+    heads = grid(["sampler", "beside", "ratio of FD-clf"], *compared)
+    every = grid(["sampler", "FD-clf"], *([name, f"{v:.3g}"] for name, v in found.items()))
+    return (
+        f"Seeds {section['seeds']}; as many real garments have {mean:.3g} ± {spread:.2g}.\n\n"
+        f"{heads}\n\n{every}"
+    )
+
+
 def machine_code(results: Results) -> str:
     rows = results.codegen
     return codegen.table([row for row in rows if row["arch"] == "90"])
@@ -256,6 +291,8 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "host": lambda results: each(results, "host", host.shown),
     "writing": lambda results: each(results, "writing", writing),
     "cost": cost,
+    "calls": lambda results: "\n\n".join(calls(s) for _, s in results.sections("calls")) or NONE,
+    "ratios": lambda results: each(results, "calls", ratios),
     "codegen": machine_code,
     "spans": lambda results: codegen.spans(results.codegen),
     "gpu": gpu,

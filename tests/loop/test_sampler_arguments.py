@@ -142,7 +142,7 @@ def test_a_flows_velocity_is_refused_with_the_reason(name: Any) -> None:
         (ValueError, "final_alpha_cumprod", {"final_alpha_cumprod": 1.1}),
         (ValueError, "final_alpha_cumprod", {"final_alpha_cumprod": 0.5}),
         (ValueError, "final_alpha_cumprod", {"final_alpha_cumprod": math.nan}),
-        (ValueError, "spacing", {"spacing": "karras"}),
+        (ValueError, "spacing", {"spacing": "sgm"}),
         (TypeError, "spacing", {"spacing": None}),
         (ValueError, "eta", {"eta": -1}),
     ],
