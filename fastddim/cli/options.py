@@ -109,7 +109,7 @@ Order = Annotated[
         "--order",
         "1|2",
         "1 is DDIM. 2 also uses the x0 of the step before (DPM-Solver++(2M)): fewer steps give the "
-        "same quality.",
+        "same quality, best with --spacing mixed.",
     ),
 ]
 BatchSize = Annotated[
