@@ -86,10 +86,10 @@ class DDIM:
             at ᾱ_0.
         temperature: a factor ≥ 0 of c1; c2 stays as it is.
         order: 1 is DDIM. 2 extrapolates x0 from the x0 of the step before (Lu et al. 2022,
-            DPM-Solver++(2M) at η = 0, its SDE form at η = 1): fewer steps give the same quality. Use ``spacing="mixed"`` with it: on ``"uniform"``
-            the step before the last is so long in λ that few steps can be worse than those of
-            order 1. A run's first step, the step to clean data, and a step after a callback has
-            replaced x are of order 1.
+            DPM-Solver++(2M) at η = 0, its SDE form at η = 1): fewer steps give the same quality.
+            Use it with ``spacing="mixed"``: on ``"uniform"`` the last step but one is so long in λ
+            that few steps can be worse than those of order 1. A run's first step, the step to
+            clean data, and a step after a callback has replaced x are of order 1.
 
     Attributes:
         pairs: the (t, s) of each step, in the order of the steps.
