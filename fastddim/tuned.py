@@ -106,12 +106,12 @@ class Tuned:
             file.write(self._text().encode())
 
     def _text(self) -> str:
-        """Returns the file's JSON, with one line for each τ."""
-        rows = (f"    {json.dumps(str(len(tau)))}: {json.dumps(tau)}" for tau in self.timesteps)
-        rest = {name: getattr(self, name) for name in ("order", "T", "schedule", "model")}
-        rest["about"] = json.loads(self.about or "{}")
-        head = json.dumps({"format": FORMAT, **rest}, indent=2, ensure_ascii=False)
-        return head[:-2] + ',\n  "timesteps": {\n' + ",\n".join(rows) + "\n  }\n}\n"
+        """Returns the file's JSON, with one line for each entry and each τ."""
+        entries = {name: getattr(self, name) for name in ("order", "T", "schedule", "model")}
+        entries = {"format": FORMAT, **entries, "about": json.loads(self.about or "{}")}
+        head = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in entries.items()]
+        taus = [f'    "{len(tau)}": {json.dumps(tau)}' for tau in self.timesteps]
+        return "\n".join(["{", *head, '  "timesteps": {', ",\n".join(taus), "  }", "}", ""])
 
     @classmethod
     def read(cls, path: str | PathLike[str]) -> Tuned:
