@@ -85,7 +85,8 @@ def of_diffusers(seeds: range, model: Any, real: distance.Real) -> Tensor:
         x = initial_noise(keys, (len(keys), *embedded.SHAPE))
         with torch.inference_mode():
             for t in scheduler.timesteps:
-                x = scheduler.step(model(x, t.expand(len(x))), t, x).prev_sample
+                output = model(x, t.expand(len(x)))
+                (x,) = scheduler.step(output, t, x, return_dict=False)
         found.append(real.of(x))
     return torch.cat(found)
 
