@@ -241,18 +241,25 @@ class Folder:
             with suppress(FileNotFoundError):
                 self._put(self.path / MANIFEST, _manifest(self.recipe, checksums, odd), "manifest")
             self._clear_away()
+        else:  # a process was killed while it removed .parts
+            shutil.rmtree(self._gone, ignore_errors=True)
         return True
 
     def _clear_away(self) -> None:
         """Removes .parts once all shards are finished; only one of several processes succeeds."""
-        gone = self._parts.with_suffix(".gone")
-        shutil.rmtree(gone, ignore_errors=True)  # of a process that was killed here
+        shutil.rmtree(self._gone, ignore_errors=True)  # of a process that was killed here
         with suppress(OSError):  # another process has moved it, or just wrote to it
-            os.rename(self._parts, gone)
             # A late process makes .parts again to write the same manifest: that has no checksums.
-            self.finished_here = any(name.endswith(DONE) for name in os.listdir(gone))
-        shutil.rmtree(gone, ignore_errors=True)
+            has_checksums = any(name.endswith(DONE) for name in os.listdir(self._parts))
+            os.rename(self._parts, self._gone)
+            self.finished_here = has_checksums
+        shutil.rmtree(self._gone, ignore_errors=True)
         shutil.rmtree(self._parts, ignore_errors=True)
+
+    @property
+    def _gone(self) -> Path:
+        """The name that .parts has while it is removed."""
+        return self._parts.with_suffix(".gone")
 
     def warning(self) -> str | None:
         """Returns one line about samples that held NaN or infinity, or None if there are none."""

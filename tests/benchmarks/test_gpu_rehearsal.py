@@ -23,7 +23,8 @@ from benchmarks.timing import Record
 
 @pytest.mark.slow
 def test_gpu_tests_need_no_more_than_a_gpus_machine_has() -> None:
-    files = [f for f in testing.files() if f != "tests/dropins/test_diffusers.py"]
+    diffusers = ("tests/dropins/test_diffusers.py", "tests/dropins/test_multistep.py")
+    files = [f for f in testing.files() if f not in diffusers]
     names = ("typer", "rich", "PIL", "matplotlib", "scipy", "transformers", "kernels")
     code = f"""
 import importlib, sys

@@ -314,3 +314,15 @@ def test_files_cleared_away_meanwhile_are_written_again(
     assert make(tmp_path / "out")
     assert len(cleared) == 2
     Folder.read(tmp_path / "out").verify()
+
+
+def test_a_kill_while_parts_are_removed_leaves_nothing(tmp_path: Path) -> None:
+    """Killed between the renaming of .parts and its removal, a process leaves the new name."""
+    make(tmp_path / "out")
+    before = content(tmp_path / "out")
+    left = Folder.read(tmp_path / "out")._parts.with_suffix(".gone")
+    left.mkdir()
+    (left / "0.done").write_text("")
+    assert make(tmp_path / "out")
+    assert not left.exists()
+    assert content(tmp_path / "out") == before
