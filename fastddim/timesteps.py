@@ -129,9 +129,9 @@ def quad_ermongroup(S: int, T: int) -> list[int]:
 def mixed(u: Float64, schedule: NoiseSchedule) -> Float64:
     """Returns the real t at which 0.8·(t) + 0.2·(λ), both from 0 to 1, are evenly spaced.
 
-    The weights and the end were chosen by the FD-clf of the model that ships, with 6, 8 and 10 steps
-    of order 2 and 2,000 seeds: 0.560, 0.295 and 0.293. The weights 0.7 and 0.3 gave 0.612, 0.296 and
-    0.277, and with the end t = 0 they gave 0.684, 0.328 and 0.291.
+    The weights and the end were chosen by the FD-clf of the model that ships, with 6, 8 and 10
+    steps of order 2 and 2,000 seeds: 0.560, 0.295 and 0.293. The weights 0.7 and 0.3 gave 0.612,
+    0.296 and 0.277, and with the end t = 0 they gave 0.684, 0.328 and 0.291.
     """
     t, noise = _half_log_nsr(schedule)
     share = 0.8 * _from_0_to_1(t) + 0.2 * _from_0_to_1(noise)
