@@ -71,6 +71,7 @@ def by_reference(given: Given, z: Tensor | None) -> tuple[Tensor, Tensor]:
         by_sample("threshold"),
         given.get("rederive", False),
         given.get("history"),
+        given.get("posterior", False),
     )
 
 

@@ -17,7 +17,7 @@ class Variant:
     """One specialisation of the step.
 
     Attributes:
-        prediction: ``"epsilon"``, ``"v"`` or ``"sample"``: the quantity that the model predicts.
+        prediction: ``"epsilon"``, ``"v"``, ``"sample"`` or ``"flow"``: the model's output.
         noise: ``"none"``, ``"tensor"`` or ``"philox"`` (counter noise, from seeds).
         dtype: dtype of the model's output and input; the state is float32.
         shape: shape of a sample, (channels, height, width).
@@ -28,6 +28,7 @@ class Variant:
         clip: bound of x0, or None.
         threshold: True if each sample has its own bound of x0 (dynamic thresholding).
         rederive: True if ε is computed again from the bounded x0.
+        posterior: True if x_t takes the place of ε in the sum.
         noise_first: True if noise is added before the direction term (the original loop), False
             if after (diffusers).
         want_x0: True if x0 is written too.
@@ -47,6 +48,7 @@ class Variant:
     clip: float | None = None
     threshold: bool = False
     rederive: bool = False
+    posterior: bool = False
     noise_first: bool = True
     want_x0: bool = False
     next_inputs: int = 0
@@ -85,6 +87,11 @@ VARIANTS = {
     "epsilon clip rederive": Variant(clip=1.0, rederive=True, noise_first=False),
     "epsilon threshold": Variant(threshold=True, want_x0=True),
     "epsilon fp16 next": Variant(dtype=FP16, next_inputs=1),
+    "epsilon tensor posterior clip": Variant(
+        noise="tensor", posterior=True, clip=1.0, noise_first=False
+    ),
+    "flow": Variant("flow"),
+    "flow philox": Variant("flow", "philox"),
     "v": Variant("v"),
     "v philox bf16 next": Variant("v", "philox", BF16, next_inputs=1),
     "sample philox x0 clip": Variant("sample", "philox", want_x0=True, clip=1.0),
@@ -138,6 +145,7 @@ def step_arguments(
         "noise_first": v.noise_first,
         "clip": v.clip,
         "rederive": v.rederive,
+        "posterior": v.posterior,
         "want_x0": v.want_x0,
     }
     if v.noise == "philox":

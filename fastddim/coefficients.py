@@ -16,10 +16,12 @@ from fastddim.timesteps import Pair
 Float32: TypeAlias = npt.NDArray[np.float32]
 Eta: TypeAlias = float | Literal["hat"]
 
-Prediction: TypeAlias = Literal["epsilon", "v", "sample"]
+Prediction: TypeAlias = Literal["epsilon", "v", "sample", "flow"]
 
-PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "sample")
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "sample", "flow")
 """What a model may predict. The step's op takes the position in this tuple."""
+VP_PREDICTIONS = PREDICTIONS[:3]
+"""What a model may predict on a path with α² + σ² = 1, where ᾱ = α² says all."""
 
 PredictionSynonym: TypeAlias = Literal[
     "eps", "noise", "pred_noise", "v_prediction", "pred_v", "x0", "x_0", "x_start", "pred_x0"
@@ -199,17 +201,17 @@ def checked_prediction(prediction: Any) -> Prediction:
     """Returns one of ``PREDICTIONS``, given its name or a synonym."""
     if isinstance(prediction, str):
         found = _SYNONYMS.get(prediction, prediction)
-        for name in PREDICTIONS:
+        for name in VP_PREDICTIONS:
             if name == found:
                 return name
         if "flow" in prediction.lower() or prediction.lower() == "velocity":
             raise ValueError(
-                f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}: the "
+                f"prediction must be one of {', '.join(VP_PREDICTIONS)}, got {prediction!r}: the "
                 f"velocity of a flow ε − x0 belongs to the path (1 − σ, σ) and not to ᾱ; v is "
                 f"√ᾱ·ε − √(1−ᾱ)·x0"
             )
     raise ValueError(
-        f"prediction must be one of {', '.join(PREDICTIONS)} (sample is x0), got "
+        f"prediction must be one of {', '.join(VP_PREDICTIONS)} (sample is x0), got "
         f"{shown(prediction)}"
     )
 

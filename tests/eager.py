@@ -60,6 +60,7 @@ def by_reference(
     rederive: bool = False,
     noise_first: bool = True,
     history: Tensor | None = None,
+    posterior: bool = False,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
     """The step in eager float32, from what ``fastddim.ddim_step`` is called with."""
@@ -77,8 +78,9 @@ def by_reference(
     row = table[rows.long()].view(*each, table.shape[1])
     w, s = of_samples(guidance), of_samples(threshold)
     return reference.ddim_step(
-        x, output.float(), row, noise, prediction, clip, noise_first, w, s, rederive, history
-    )
+        x, output.float(), row, noise, prediction, clip, noise_first, w, s, rederive, history,
+        posterior,
+    )  # fmt: skip
 
 
 def assert_rounded(next_input: Tensor, x_s: Tensor) -> None:

@@ -52,6 +52,27 @@ MUTANTS = [
     ),
     Mutant(
         "kernel",
+        "a flow model's ε is that of its x0",
+        KERNELS,
+        "return x + a_t * output",
+        "return x - a_t * output",
+    ),
+    Mutant(
+        "kernel",
+        "D moves towards the x0 of the step before",
+        KERNELS,
+        "d = x0 + kappa * (x0 - x0_before)",
+        "d = x0 - kappa * (x0 - x0_before)",
+    ),
+    Mutant(
+        "kernel",
+        "a row with κ = 0 extrapolates too",
+        KERNELS,
+        "return tl.where(first, x0, d), tl.where(first, eps, x)",
+        "return d, tl.where(first, eps, x)",
+    ),
+    Mutant(
+        "kernel",
         "v model's x0 has the wrong sign",
         KERNELS,
         "return a_t * x - b_t * output",
@@ -184,6 +205,27 @@ MUTANTS = [
         "def _guide_each(count, c, u, w, into):",
     ),
     Mutant(
+        "fused",
+        "PyTorch's rows with κ = 0 extrapolate too",
+        STEP,
+        "return torch.where(first, x0, out), torch.where(first, eps, x)",
+        "return out, torch.where(first, eps, x)",
+    ),
+    Mutant(
+        "fused",
+        "numba's rows with κ = 0 take x for ε",
+        STEP,
+        "if call.history and table[at + 7] != 0:",
+        "if call.history:",
+    ),
+    Mutant(
+        "loop",
+        "a replaced x keeps the x0 of the step before",
+        LOOP,
+        "and self._x0 is not None and x is self._reached:",
+        "and self._x0 is not None:",
+    ),
+    Mutant(
         "loop",
         "the caller's state is kept as a buffer",
         LOOP,
@@ -252,6 +294,13 @@ MUTANTS = [
         LOOP,
         "            self._x0 = x0\n        self._made",
         "            self._x0 = self._x0 or x0\n        self._made",
+    ),
+    Mutant(
+        "dropins",
+        "the multistep scheduler's last step is of order 2",
+        DROPINS,
+        "or (config.lower_order_final and steps < 15)",
+        "or (config.lower_order_final and steps < 3)",
     ),
     Mutant(
         "dropins",
@@ -355,9 +404,11 @@ def caught(mutant: Mutant, root: Path) -> tuple[bool, str]:
     finally:
         path.write_text(text)
     failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if run.returncode not in (0, 1, 2) or (run.returncode and not failed):
+    # A fault that writes outside of its memory may kill the process, which has a negative status.
+    if run.returncode > 2 or (run.returncode > 0 and not failed):
         raise RuntimeError(f"{mutant.name}: {run.stdout[-2000:]}{run.stderr[-2000:]}")
-    return run.returncode != 0, failed[0].partition(" - ")[0] if failed else ""
+    by = failed[0].partition(" - ")[0] if failed else f"signal {-run.returncode}"
+    return run.returncode != 0, by
 
 
 def main() -> int:

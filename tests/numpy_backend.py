@@ -69,6 +69,8 @@ def step(
         x0 = (x - output * b_t) / a_t
     elif fixed.prediction == 1:
         x0, eps = a_t * x - b_t * output, a_t * output + b_t * x
+    elif fixed.prediction == 3:
+        x0, eps = x - output * b_t, x + a_t * output
     else:
         eps = (x - a_t * output) / b_t
     if fixed.clip is not None:
@@ -77,6 +79,8 @@ def step(
         x0 = np.clip(x0, -bound, bound) / bound
     if fixed.rederive:
         eps = (x - a_t * x0) / b_t
+    if fixed.posterior:
+        eps = x
     d = x0
     if before is not None:
         d = np.where(kappa[0] == 0, x0, x0 + kappa[0] * (x0 - before))

@@ -125,6 +125,7 @@ class Buffers:
         prediction: Prediction = "epsilon",
         clip: float | None = None,
         rederive: bool = False,
+        posterior: bool = False,
         noise_first: bool = False,
         want_x0: bool = True,
         seeds: Tensor | None = None,
@@ -154,7 +155,7 @@ class Buffers:
                 x, output, table, rows, seeds, noise, guidance, threshold, x_s, x0, next_input,
                 history,
             )  # fmt: skip
-            options = prediction, noise_first, clip, rederive
+            options = prediction, noise_first, clip, rederive, posterior
             self._launch(options, *given)(*given)
         else:
             ddim_step(
@@ -169,6 +170,7 @@ class Buffers:
                 clip=clip,
                 threshold=threshold,
                 rederive=rederive,
+                posterior=posterior,
                 noise_first=noise_first,
                 want_x0=want_x0,
                 out=x_s,
@@ -230,9 +232,9 @@ class Buffers:
             before, of, launch = self._latest
             if like == before and of is table:
                 return launch
-        prediction, noise_first, clip, rederive = options
+        prediction, noise_first, clip, rederive, posterior = options
         # Pipelines leave ``rederive`` at None.
-        fixed = Fixed(PREDICTIONS.index(prediction), noise_first, clip, bool(rederive))
+        fixed = Fixed(PREDICTIONS.index(prediction), noise_first, clip, bool(rederive), posterior)
         step = step_of(backend(x.device), fixed, x.device)
         launch = step.launch(
             x, output, table, rows, seeds, noise, guidance, threshold, x_s, x0, next_input, history

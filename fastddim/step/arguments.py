@@ -29,7 +29,9 @@ def checked_table(table: Any) -> Tensor:
     return table
 
 
-def checked_fixed(prediction: Any, clip: float | None, rederive: bool, noise_first: bool) -> Fixed:
+def checked_fixed(
+    prediction: Any, clip: float | None, rederive: bool, noise_first: bool, posterior: bool
+) -> Fixed:
     """Returns the options that a run fixes."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
@@ -38,7 +40,9 @@ def checked_fixed(prediction: Any, clip: float | None, rederive: bool, noise_fir
         clip = finite("clip", clip)
         if not clip > 0:
             raise ValueError(f"clip must be > 0, got {clip:g}")
-    return Fixed(PREDICTIONS.index(prediction), noise_first, clip, rederive)
+    if posterior and rederive:
+        raise ValueError("rederive must be False with posterior, whose sum holds no ε, got True")
+    return Fixed(PREDICTIONS.index(prediction), noise_first, clip, rederive, posterior)
 
 
 def checked_rows(

@@ -24,16 +24,18 @@ class Fixed(NamedTuple):
     """The options of the step that stay the same throughout a run.
 
     Attributes:
-        prediction: what the model returns: 0 ε, 1 v, 2 x0 (``coefficients.PREDICTIONS``).
+        prediction: what the model returns: 0 ε, 1 v, 2 x0, 3 flow (``coefficients.PREDICTIONS``).
         noise_first: whether c1·z is added before c2·ε or after it.
         clip: x0 is clamped to ±clip; None leaves x0 as it is.
         rederive: whether ε is computed again from the clamped x0.
+        posterior: whether the sum takes x_t in the place of ε.
     """
 
     prediction: int = 0
     noise_first: bool = True
     clip: float | None = None
     rederive: bool = False
+    posterior: bool = False
 
 
 class StepArgs(NamedTuple):

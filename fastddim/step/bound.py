@@ -181,8 +181,10 @@ def by_op(
 ) -> None:
     """Launches by the op, which torch.compile, dispatch modes, subclasses and the profiler see."""
     rows, number = (row, None) if isinstance(row, Tensor) else (None, row)
+    *options, posterior = fixed
     inputs = x, output, table, rows, seeds, noise, guidance, threshold
-    torch.ops.fastddim.ddim_step.default(*inputs, *fixed, out, x0, next_input, number, history)
+    results = out, x0, next_input
+    torch.ops.fastddim.ddim_step.default(*inputs, *options, *results, number, history, posterior)
 
 
 def by_op_again(name: str | None, fixed: Fixed, *arguments: Any) -> None:

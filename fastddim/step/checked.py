@@ -29,6 +29,7 @@ def ddim_step(
     clip: float | None = None,
     threshold: Tensor | None = None,
     rederive: bool = False,
+    posterior: bool = False,
     noise_first: bool = True,
     want_x0: bool = True,
     out: Tensor | None = None,
@@ -54,12 +55,15 @@ def ddim_step(
         guidance: w of classifier-free guidance (Ho and Salimans 2022), a number or float32 of
             shape () or (batch,). ``output`` is then (2·batch, ...), u without the condition and c
             with it, and the step takes u + w·(c − u).
-        prediction: what ``output`` is: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0).
+        prediction: what ``output`` is: ``"epsilon"``, ``"v"``, ``"sample"`` (x0), or ``"flow"``,
+            ε − x0 on a path with α + σ = 1.
         clip: x0 is clamped to ±clip; ε changes with ``rederive`` alone.
         threshold: s, float32 > 0 of shape () or (batch,): x0 is clamped to ±s and divided by s,
             in place of ``clip``. This is dynamic thresholding (Saharia et al. 2022, section 2.3),
             where s is max(quantile, 1).
         rederive: whether ε is computed again from the clamped x0, ε = (x − √ᾱ_t·x0)/√(1−ᾱ_t).
+        posterior: whether x_t takes the place of ε: x_s = p·x0 + c1·z + q·x_t, with p and q in the
+            columns of √ᾱ_s and c2. DDPM's posterior mean has this form (Ho et al. 2020, eq. 7).
         noise_first: whether c1·z is added before c2·ε (the paper's code) or after it (diffusers).
         want_x0: whether x0 is returned; ``None`` stands in its place otherwise.
         out: x_s is written here: float32 of x's shape, not overlapping an argument; by default a
@@ -91,17 +95,19 @@ def ddim_step(
         history,
     )
     if torch.compiler.is_compiling():  # A trace must not depend on ``_steps``.
-        return _traced(checked_fixed(prediction, clip, rederive, noise_first), *arguments)
+        return _traced(
+            checked_fixed(prediction, clip, rederive, noise_first, posterior), *arguments
+        )
     # True would find the step of clip 1.0, which it equals, and would not be refused.
     if clip is not None and clip.__class__ is not float:
         clip = finite("clip", clip)
-    key = prediction, clip, rederive, noise_first, chosen()
+    key = prediction, clip, rederive, noise_first, posterior, chosen()
     try:
         step = _steps.get(key)
     except TypeError:  # ``checked_fixed`` refuses an option that has no hash.
         step = None
     if step is None:
-        step = _Step(checked_fixed(prediction, clip, rederive, noise_first), chosen())
+        step = _Step(checked_fixed(prediction, clip, rederive, noise_first, posterior), chosen())
         if len(_steps) >= _MOST:
             _steps.clear()
         _steps[key] = step
@@ -172,6 +178,7 @@ def bind(
     clip: float | None = None,
     rederive: bool = False,
     noise_first: bool = True,
+    posterior: bool = False,
 ) -> BoundStep:
     """Returns the step for your own loop, with what all steps share fixed once.
 
@@ -181,7 +188,7 @@ def bind(
             x, x0 = step(x, output, row)
 
     Args:
-        table, prediction, clip, rederive, noise_first: as in ``ddim_step``.
+        table, prediction, clip, rederive, noise_first, posterior: as in ``ddim_step``.
 
     Returns:
         A ``BoundStep``, which takes ``ddim_step``'s remaining arguments and returns (x_s, x0).
@@ -191,7 +198,9 @@ def bind(
             step raises them for its tensors.
     """
     table = checked_table(table)
-    return BoundStep(table, _Step(checked_fixed(prediction, clip, rederive, noise_first), chosen()))
+    return BoundStep(
+        table, _Step(checked_fixed(prediction, clip, rederive, noise_first, posterior), chosen())
+    )
 
 
 class _Step:

@@ -82,6 +82,7 @@ BOUND = (
         "prediction",
         "noise_first",
         "rederive",
+        "posterior",
     ),
     *("output_stride", "row_stride", "guidance_stride", "threshold_stride", "stream", "clips"),
     "fills",
@@ -316,6 +317,10 @@ def _predict(count, prediction, x, e, a_t, b_t, x0, eps):
         for i in range(count):
             x0[i] = a_t * x[i] - b_t * e[i]
             eps[i] = a_t * e[i] + b_t * x[i]
+    elif prediction == 3:
+        for i in range(count):
+            x0[i] = x[i] - e[i] * b_t
+            eps[i] = x[i] + a_t * e[i]
     else:
         for i in range(count):
             x0[i] = e[i]
@@ -451,10 +456,11 @@ def _steps(address, thread):
         spread = False
 
     kept = call.x0 != 0 or call.threshold != 0 or call.history != 0
-    kept_x0 = call.clips or call.rederive or kept
+    kept_x0 = call.clips or call.rederive or call.posterior or kept
     plain = call.prediction == 0 and not kept_x0 and call.noise == 0
     made = call.guidance != 0 or call.dtype != 0 or call.noise != 0 or counted
     bounded = call.threshold != 0 or call.rederive or (call.clips and call.x0 == 0)
+    bounded = bounded or call.posterior
     if call.prediction == 0 and not made and not bounded and call.history == 0:
         _light_steps(address, thread, n, total)
         return
@@ -511,6 +517,8 @@ def _steps(address, thread):
                 eps = eps_own
                 for i in range(count):
                     eps[i] = (x[i] - a_t * x0[i]) / b_t
+            if call.posterior:
+                eps = x
             noisy, z, lane = call.noise != 0, _floats(call.noise, start, count), 0
             if counted and c1 != 0:
                 noisy, z, seed = True, z_own, seeds[sample]

@@ -161,6 +161,7 @@ def bind(fixed: Fixed, first: StepArgs) -> Launch:
         fixed.prediction,
         fixed.noise_first,
         fixed.rederive,
+        fixed.posterior,
         output.stride(0) if layout.apart(x) and output.shape[0] > 1 else n,
         row_stride,
         guidance_stride,

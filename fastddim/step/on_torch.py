@@ -42,7 +42,8 @@ def bind(fixed: Fixed, first: StepArgs) -> Launch:
 def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
     """Returns the launch on a CPU, which takes a batch that fits one block as a whole."""
     total, batch = x.numel(), len(x)
-    light = fixed.prediction == 0 and fixed.clip is None and not fixed.rederive
+    light = fixed.prediction == 0 and fixed.clip is None
+    light = light and not fixed.rederive and not fixed.posterior
     """Such a step needs no memory for x0 where the caller does not want it."""
     each = (-1, *[1] * (x.dim() - 1))
 
@@ -226,6 +227,7 @@ def _by_reference(
         None if threshold is None else threshold.reshape(each),
         fixed.rederive,
         history,
+        fixed.posterior,
     )
     out.copy_(x_s)
     if x0 is not None:
@@ -350,7 +352,7 @@ def _step(
 
     It never uses add_(alpha=): a fused multiply-add rounds once where the reference rounds twice.
     """
-    prediction, noise_first, clip, rederive = fixed
+    prediction, noise_first, clip, rederive, posterior = fixed
     a_t, _, b_t, _, a_s, c1, c2, *kappa = factors
     eps = output
     if prediction == 0:
@@ -361,6 +363,10 @@ def _step(
         torch.mul(x, a_t, out=x0).sub_(term)
         torch.mul(output, a_t, out=out)
         eps = torch.mul(x, b_t, out=term).add_(out)
+    elif prediction == 3:
+        torch.mul(output, b_t, out=term)
+        torch.sub(x, term, out=x0)
+        eps = torch.mul(output, a_t, out=term).add_(x)
     else:
         x0.copy_(output)
         torch.mul(output, a_t, out=term)
@@ -372,6 +378,8 @@ def _step(
     if rederive:
         torch.mul(x0, a_t, out=term)
         eps = torch.sub(x, term, out=term).div_(b_t)
+    if posterior:
+        eps = x
     if history is not None:
         x0, eps = _extrapolated(x, x0, eps, history, kappa[0], extrapolated)
     torch.mul(x0, a_s, out=out)

@@ -20,6 +20,7 @@ def ddim_step(
     threshold: Tensor | None = None,
     rederive: bool = False,
     history: Tensor | None = None,
+    posterior: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Returns (x_s, x0) of one step t → s, in its arguments' dtype (Song et al. 2021, eq. 12).
 
@@ -27,7 +28,8 @@ def ddim_step(
         x_s = √ᾱ_s·x0 + c1·z + c2·ε
 
     ``row`` is one row of the coefficient table. A ``v`` model has x0 = √ᾱ_t·x − √(1−ᾱ_t)·v and
-    ε = √ᾱ_t·v + √(1−ᾱ_t)·x; a ``sample`` model returns x0 and ε = (x − √ᾱ_t·x0)/√(1−ᾱ_t).
+    ε = √ᾱ_t·v + √(1−ᾱ_t)·x; a ``sample`` model returns x0 and ε = (x − √ᾱ_t·x0)/√(1−ᾱ_t); a
+    ``flow`` model returns u = ε − x0 on a path with α + σ = 1, and x0 = x − σ·u, ε = x + α·u.
     Where ``output`` has twice x's channels, the second half, a learned variance, is ignored.
     ``guidance`` is w in u + w·(c − u), where ``output`` holds u and c, the outputs without and with
     the condition, along the batch (Ho and Salimans 2022). ``clip`` clamps x0 to ±clip;
@@ -35,6 +37,7 @@ def ddim_step(
     computes ε again from the clamped x0. ``noise_first=False`` adds the noise last, as diffusers.
     ``history`` is x0′, the x0 of the step before: D = x0 + κ·(x0 − x0′) and x_t then take the
     places of x0 and ε in the sum where κ, the eighth column of the row, is not 0 (``make_table``).
+    ``posterior`` puts x_t in the place of ε in any row.
     """
     a_t, _, b_t, _, a_s, c1, c2 = row[..., :7].unbind(-1)
     if output.dim() > 2 and output.shape[1] == 2 * x.shape[1]:
@@ -46,6 +49,8 @@ def ddim_step(
         x0, eps = (x - output * b_t) / a_t, output
     elif prediction == "v":
         x0, eps = a_t * x - b_t * output, a_t * output + b_t * x
+    elif prediction == "flow":
+        x0, eps = x - output * b_t, x + a_t * output
     else:
         x0, eps = output, (x - a_t * output) / b_t
     if clip is not None:
@@ -54,6 +59,8 @@ def ddim_step(
         x0 = x0.clamp(-threshold, threshold) / threshold
     if rederive:
         eps = (x - a_t * x0) / b_t
+    if posterior:
+        eps = x
     combined = x0
     if history is not None:
         kappa = row[..., 7]

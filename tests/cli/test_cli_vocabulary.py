@@ -58,13 +58,13 @@ def test_every_command_takes_the_same_options() -> None:
 
 def test_the_vocabulary_is_the_librarys() -> None:
     from fastddim.cli.network import SCHEDULES
-    from fastddim.coefficients import ORDERS, PREDICTIONS
+    from fastddim.coefficients import ORDERS, VP_PREDICTIONS
     from fastddim.tools import folder
 
     assert SPACINGS == values.SPACINGS
     assert tuple(checkpoints.CONFIGS) == values.CONFIGS
     assert folder.FORMATS == values.FORMATS
-    assert tuple(PREDICTIONS) == values.PREDICTIONS
+    assert tuple(VP_PREDICTIONS) == values.PREDICTIONS
     assert ORDERS == values.ORDERS
     assert draw.LARGEST_BATCH == values.LARGEST_BATCH
     assert tuple(SCHEDULES) == values.SCHEDULES

@@ -21,7 +21,13 @@ from tests.steps import DRAWN, TABLE, randn
 
 def choices(**made: Any) -> dict[str, Any]:
     """What the launcher decides at compile time, for a launch by hand of one part a program."""
-    fixed = {"COLUMNS": 7, "NOISE_FIRST": True, "REDERIVE": False, "EVEN": False}
+    fixed = {
+        "COLUMNS": 7,
+        "NOISE_FIRST": True,
+        "REDERIVE": False,
+        "POSTERIOR": False,
+        "EVEN": False,
+    }
     return fixed | {"PORTABLE": True, "PARTS": 1} | made
 
 

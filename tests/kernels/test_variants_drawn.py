@@ -108,9 +108,9 @@ def check_drawn_step(data: st.DataObject) -> None:
         "guidance": of_samples(guidance, torch.tensor([1.5, 0.0, -2.0])),
         "prediction": draw("prediction", *PREDICTIONS),
         "noise_first": draw("noise_first", True, False),
-        "rederive": draw("rederive", False, True),
         "want_x0": draw("want_x0", True, False),
     }
+    arguments[draw("ε by", "rederive", "posterior")] = draw("ε anew", False, True)
     output = arguments["output"]
     # Halves are written where the float32 values lay, and so lie as those did.
     arguments["output"] = torch.empty_strided(output.shape, output.stride(), dtype=dtype).copy_(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule
-from fastddim.coefficients import PREDICTIONS, Prediction
+from fastddim.coefficients import VP_PREDICTIONS, Prediction
 from fastddim.step.op import initial_noise
 from fastddim.tools.quality import Gaussian
 from tests.loops import Dispatched, by_hand, column, conditioned, counter_noise, drawn, last
@@ -64,7 +64,7 @@ WEIGHTS: dict[str, tuple[Any, Tensor]] = {
 
 
 @pytest.mark.parametrize("how", WEIGHTS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_guidance_is_u_and_w_times_the_difference(
     how: str, prediction: Prediction, dtype: torch.dtype
@@ -268,7 +268,7 @@ def smooth(x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
     return 0.8 * torch.tanh(x) + (0 if c is None else 0.2 * c.to(x.dtype))
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_cond_fn_is_guided_diffusions_condition_score(
@@ -284,7 +284,7 @@ def test_cond_fn_is_guided_diffusions_condition_score(
     assert (out - sampled(ddim, in_float64(as_prediction(smooth, prediction)))).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("learned", [False, True])
 def test_cond_fn_moves_the_guided_output_of_both_halves(
     prediction: Prediction, learned: bool
@@ -316,7 +316,7 @@ def test_cond_fn_moves_the_guided_output_of_both_halves(
     assert (out - exact).abs().max() < 4e-5
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gaussians_exact_classifier_gives_posterior_samples(
     prediction: Prediction, dtype: torch.dtype

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule
-from fastddim.coefficients import PREDICTIONS, Prediction
+from fastddim.coefficients import VP_PREDICTIONS, Prediction
 from fastddim.tools.quality import Gaussian
 from tests.loops import column, drawn
 from tests.refusals import refused
@@ -70,7 +70,7 @@ def test_invert_is_its_equation(refine: int, until: int, final: float) -> None:
     assert (out - up(ddim, model, X0, refine, until)).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("refine", [0, 2])
 def test_v_and_x0_models_are_inverted_as_the_same_eps_model(
     prediction: Prediction, refine: int
@@ -171,7 +171,7 @@ def test_cond_fn_moves_eps_backwards_too() -> None:
         eps: Tensor = GAUSSIAN(x, t)
         return eps - column((1 - ABAR[t]).sqrt(), x) * gradient(x, t)
 
-    for prediction in PREDICTIONS:
+    for prediction in VP_PREDICTIONS:
         ddim = DDIM(spacing=list(range(0, 700, 35)), schedule=LINEAR, prediction=prediction)
         z = ddim.invert(oracle(prediction), X0, refine=1, cond_fn=gradient)
         assert (z - up(ddim, moved, X0, 1)).abs().max() < 1e-4

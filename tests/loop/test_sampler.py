@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, Step
-from fastddim.coefficients import PREDICTIONS
+from fastddim.coefficients import VP_PREDICTIONS
 from fastddim.step import reference
 from fastddim.step.buffers import FRESH
 from fastddim.step.op import initial_noise
@@ -109,7 +109,7 @@ def test_v_and_x0_models_of_the_same_data_give_the_same_samples() -> None:
     common: dict[str, Any] = {"eta": 0.5, "schedule": LINEAR, "spacing": tau}
     outs = [
         DDIM(prediction=prediction, **common).sample(net, shape=SHAPE, seeds=SEEDS)
-        for prediction, net in zip(PREDICTIONS, (model, to_v, to_x0), strict=True)
+        for prediction, net in zip(VP_PREDICTIONS, (model, to_v, to_x0), strict=True)
     ]
     # One model three times, up to twenty steps of float32 rounding.
     assert (outs[1] - outs[0]).abs().max() < 2e-4

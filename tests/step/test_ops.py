@@ -277,7 +277,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "prediction": (
         {"prediction": "eps"},
         ValueError,
-        "prediction must be one of epsilon, v, sample, got 'eps'",
+        "prediction must be one of epsilon, v, sample, flow, got 'eps'",
     ),
     "clip zero": ({"clip": 0.0}, ValueError, "clip must be > 0, got 0"),
     "clip negative": ({"clip": -1.0}, ValueError, "clip must be > 0, got -1"),

@@ -53,7 +53,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 FACTORS: dict[str, tuple[Any, ...]] = {
     "prediction": PREDICTIONS,
     "bound": (None, "clip", "threshold"),
-    "rederive": (False, True),
+    "rederive": (False, True, "posterior"),
     "guidance": (None, "number", "each"),
     "learned": (False, True),
     "noise": (None, "tensor", "seeds"),
@@ -117,7 +117,8 @@ def call_of(case: dict[str, Any]) -> dict[str, Any]:
     given |= dict.fromkeys(absent)
     if not case["next"]:
         given["next_input"] = None
-    return given | {name: case[name] for name in ("prediction", "rederive", "noise_first")}
+    given |= {"rederive": case["rederive"] is True, "posterior": case["rederive"] == "posterior"}
+    return given | {name: case[name] for name in ("prediction", "noise_first")}
 
 
 @pytest.mark.parametrize("backend", ["torch"], indirect=True)

@@ -44,6 +44,7 @@ def ddim_step(
     noise_first: bool = True,
     clip: float | None = None,
     rederive: bool = False,
+    posterior: bool = False,
 ) -> None:
     """Writes x_s to ``out`` and, where given, the predicted x0 and the next model input.
 
@@ -69,10 +70,11 @@ def ddim_step(
         history: x0′, the x0 of the step before, float32 with the shape and strides of x, in
             D = x0 + κ·(x0 − x0′) and x_s = p·D + c1·z + q·x_t; it may be ``x0`` itself. Rows with
             κ = 0 do not use it.
-        prediction: what ``output`` is: 0 ε, 1 v, 2 x0.
+        prediction: what ``output`` is: 0 ε, 1 v, 2 x0, 3 the flow's ε − x0 (α + σ = 1).
         noise_first: whether the noise is added before the direction to x_t or after it.
         clip: x0 is clamped to ±clip.
         rederive: whether ε is computed again from the clamped x0.
+        posterior: whether x_t takes the place of ε in x_s, whose factors the table then holds.
 
     With seeds, a threshold, or rows or guidance that differ between samples, the batch must be x's
     outermost dimension in memory. With seeds x must be contiguous or channels last.
@@ -82,7 +84,7 @@ def ddim_step(
     """
     grid, scalars, options = _choices(
         x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input, history,
-        prediction, noise_first, clip, rederive,
+        prediction, noise_first, clip, rederive, posterior,
     )  # fmt: skip
     if x.numel() == 0:
         return
@@ -113,6 +115,7 @@ def bind(
     noise_first: bool = True,
     clip: float | None = None,
     rederive: bool = False,
+    posterior: bool = False,
 ) -> BoundStep:
     """Returns ``ddim_step`` for many steps, checked and compiled once.
 
@@ -124,7 +127,7 @@ def bind(
     """
     grid, scalars, options = _choices(
         x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input, history,
-        prediction, noise_first, clip, rederive,
+        prediction, noise_first, clip, rederive, posterior,
     )  # fmt: skip
     step = BoundStep(x, table, grid, scalars, options)
     first = x, output, noise, out, x0, next_input, history
@@ -270,6 +273,7 @@ def _choices(
     noise_first: bool,
     clip: float | None,
     rederive: bool,
+    posterior: bool,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
     """Checks the arguments, and returns (grid, scalars, options) of their launch.
 
@@ -307,6 +311,7 @@ def _choices(
         "PREDICTION": prediction,
         "NOISE_FIRST": noise_first,
         "REDERIVE": rederive,
+        "POSTERIOR": posterior,
         "NEXT_TWICE": twice,
         "CHANNELS": g.channels,
         "X_PIXEL": g.x_pixel,

@@ -28,6 +28,7 @@ from .noise import key_of
 EPSILON = tl.constexpr(0)
 V = tl.constexpr(1)
 SAMPLE = tl.constexpr(2)
+FLOW = tl.constexpr(3)
 
 
 @triton.jit
@@ -54,11 +55,13 @@ def guide(output, cond, w):
 
 @triton.jit
 def predict_x0(x, output, a_t, rcp_a_t, b_t, PREDICTION: tl.constexpr, PORTABLE: tl.constexpr):
-    """Returns x0 by the model's output; a_t = √ᾱ_t, b_t = √(1−ᾱ_t)."""
+    """Returns x0 by the model's output; a_t = α_t, b_t = σ_t."""
     if PREDICTION == EPSILON:
         return divide(x - output * b_t, a_t, rcp_a_t, False, PORTABLE)
     if PREDICTION == V:
         return a_t * x - b_t * output
+    if PREDICTION == FLOW:
+        return x - output * b_t
     return output
 
 
@@ -78,15 +81,23 @@ def bound_x0(x0, clip, threshold, rcp_threshold, PORTABLE: tl.constexpr):
 @triton.jit
 def predict_eps(
     x, output, x0, bounded_x0, a_t, b_t, rcp_b_t,
-    PREDICTION: tl.constexpr, REDERIVE: tl.constexpr, PORTABLE: tl.constexpr,
+    PREDICTION: tl.constexpr, REDERIVE: tl.constexpr, POSTERIOR: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """Returns ε by the model's output, or by the bounded x0 with ``REDERIVE``."""
+    """Returns ε by the model's output, or by the bounded x0 with ``REDERIVE``.
+
+    With ``POSTERIOR`` it returns x_t, which takes the place of ε in the sum.
+    """
+    if POSTERIOR:
+        return x
     if REDERIVE:
         return divide(x - a_t * bounded_x0, b_t, rcp_b_t, False, PORTABLE)
     if PREDICTION == EPSILON:
         return output
     if PREDICTION == V:
         return a_t * output + b_t * x
+    if PREDICTION == FLOW:
+        return x + a_t * output
     return divide(x - a_t * x0, b_t, rcp_b_t, False, PORTABLE)
 
 
@@ -123,7 +134,7 @@ def rounded(x, dtype: tl.constexpr, PORTABLE: tl.constexpr):
 def finish(
     x, output, z, x0_before, access, factors, kappa, bounds, written,
     PREDICTION: tl.constexpr, NOISE: tl.constexpr, NOISE_FIRST: tl.constexpr,
-    REDERIVE: tl.constexpr, PORTABLE: tl.constexpr,
+    REDERIVE: tl.constexpr, POSTERIOR: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """Takes the step of one access: x0, its bounds, ε, x_s, and the stores."""
     begin, offsets, mask = access
@@ -133,7 +144,9 @@ def finish(
 
     predicted = predict_x0(x, output, a_t, rcp_a_t, b_t, PREDICTION, PORTABLE)
     x0 = bound_x0(predicted, clip, threshold, rcp_threshold, PORTABLE)
-    eps = predict_eps(x, output, predicted, x0, a_t, b_t, rcp_b_t, PREDICTION, REDERIVE, PORTABLE)
+    eps = predict_eps(
+        x, output, predicted, x0, a_t, b_t, rcp_b_t, PREDICTION, REDERIVE, POSTERIOR, PORTABLE
+    )
     d = x0
     if kappa is not None:
         d, eps = extrapolate(x, x0, eps, x0_before, kappa)
@@ -192,6 +205,7 @@ def ddim_step_kernel(
     PREDICTION: tl.constexpr,
     NOISE_FIRST: tl.constexpr,
     REDERIVE: tl.constexpr,
+    POSTERIOR: tl.constexpr,
     NEXT_TWICE: tl.constexpr,
     CHANNELS: tl.constexpr,
     X_PIXEL: tl.constexpr,
@@ -320,5 +334,5 @@ def ddim_step_kernel(
                     z[i] if len(z) > 0 else 0.0, before[i], here[i], factors, kappa,
                     (clip, threshold, rcp_threshold), written,
                     PREDICTION, noise_ptr is not None or seeds_ptr is not None, NOISE_FIRST,
-                    REDERIVE, PORTABLE,
+                    REDERIVE, POSTERIOR, PORTABLE,
                 )  # fmt: skip
