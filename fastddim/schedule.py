@@ -1,8 +1,8 @@
-"""The noise schedule: ᾱ_t, and the β_t or formula it comes from."""
+"""The noise schedule: the levels (α, σ) of x = α·x0 + σ·ε, and what the model is called with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fastddim.check import finite, whole
-
-Float64 = npt.NDArray[np.float64]
+from fastddim.levels import Float64, GaussianPath, Levels, indices, vector
+from fastddim.paths import EDM, Continuous, Cosine, Flow, LevelTable, resolution_shift
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseSchedule:
+class NoiseSchedule(GaussianPath):
     """The noise levels of a diffusion model: ᾱ_t = Π_{i≤t} (1 − β_i), t = 0 … T−1.
 
     They are those of Ho et al. 2020, section 2, but t counts from 0, as in code, and not from 1.
     Build a schedule with ``linear``, ``scaled_linear``, ``cosine``, ``from_betas`` or
-    ``from_alphas_cumprod``.
+    ``from_alphas_cumprod``. Other paths than ᾱ come from ``flow``, ``edm``, ``continuous_cosine``
+    and ``from_levels``.
     Two schedules are equal, and have the same hash, where every ᾱ_t is equal, whatever their names.
 
     Attributes:
@@ -34,7 +35,7 @@ class NoiseSchedule:
     name: str = "from_alphas_cumprod"
 
     def __post_init__(self) -> None:
-        abar = _vector("alphas_cumprod", self.alphas_cumprod)
+        abar = vector("alphas_cumprod", self.alphas_cumprod)
         if not (abar[0] < 1 and (abar[:-1] > 0).all() and abar[-1] >= 0):
             raise ValueError(
                 f"alphas_cumprod must lie in (0, 1) (the last may be 0), "
@@ -71,6 +72,24 @@ class NoiseSchedule:
     def __repr__(self) -> str:
         return f"NoiseSchedule({self.name}, T={len(self)})"
 
+    @property
+    def predictions(self) -> tuple[str, ...]:
+        return "epsilon", "v", "sample"
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.alphas_cumprod.tobytes()).hexdigest()
+
+    def at(self, levels: npt.ArrayLike, final_alpha_cumprod: float = 1.0) -> Levels:
+        abar = np.append(self.alphas_cumprod, final_alpha_cumprod)  # index −1 is the last element
+        return Levels.of_abar(abar[indices(levels, len(self))])
+
+    def times(self, levels: npt.ArrayLike) -> npt.NDArray[Any]:
+        return indices(levels, len(self), low=0)
+
+    def _levels_at(self, times: Float64) -> npt.ArrayLike:
+        return indices(times, len(self), low=0)
+
     @classmethod
     def linear(
         cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
@@ -103,7 +122,7 @@ class NoiseSchedule:
     @classmethod
     def from_betas(cls, betas: Any, name: str = "from_betas") -> NoiseSchedule:
         """Multiplies 1 − β_t up in float64, each β_t in (0, 1), of a sequence, array or tensor."""
-        beta = _vector("betas", betas)
+        beta = vector("betas", betas)
         outside = np.flatnonzero(~((beta > 0) & (beta < 1)))
         if outside.size:
             t = int(outside[0])
@@ -113,32 +132,70 @@ class NoiseSchedule:
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Any) -> NoiseSchedule:
         """Takes ᾱ_t itself, of a sequence, array or tensor."""
-        return cls(_vector("alphas_cumprod", alphas_cumprod))
+        return cls(vector("alphas_cumprod", alphas_cumprod))
 
+    @staticmethod
+    def from_levels(alpha: Any, sigma: Any, t: Any = None, name: str = "from_levels") -> LevelTable:
+        """Takes α and σ of each level of x = α·x0 + σ·ε, from the cleanest to the noisiest.
 
-def _vector(name: str, values: Any) -> Float64:
-    """Returns a new float64 vector of ``values``, or raises an error that names ``name``."""
-    if hasattr(values, "detach"):
-        if values.is_complex():
-            raise TypeError(f"{name} must hold real numbers only")
-        values = values.detach().cpu().double().numpy()
-    if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str):
-        raise TypeError(
-            f"{name} must be a sequence, array or tensor of numbers, got {type(values).__name__}"
-        )
-    try:
-        array = np.asarray(values)
-        if array.dtype.kind not in "fiuO":  # NumPy would read strings as numbers
-            raise TypeError
-        array = array.astype(np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must hold real numbers only") from None
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name} must have shape (T,) with T ≥ 1, got {array.shape}")
-    bad = np.flatnonzero(~np.isfinite(array))
-    if bad.size:
-        raise ValueError(f"{name} must be finite, got {array[bad[0]]} at {int(bad[0])}")
-    return array
+        Args:
+            alpha, sigma: (T,) each; a number stands for all levels. α/σ must strictly fall.
+            t: what the model is called with at each level, (T,) of distinct numbers; 0 to T−1 by
+                default.
+            name: the schedule's name in messages and records.
+        """
+        return LevelTable(alpha, sigma, t, name)
+
+    @staticmethod
+    def flow(
+        shift: float | None = None,
+        *,
+        tokens: int | None = None,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        scale: float = 1000.0,
+    ) -> Continuous:
+        """The path of rectified flow, (1 − σ, σ), for models of ε − x0 (``prediction="flow"``).
+
+            σ = shift·u / (1 + (shift − 1)·u),   u = 1, 1 − 1/S, …, 1/S with S steps
+
+        (Esser et al. 2024, eq. 23). The model is called with t = σ·``scale``, float32: 1000 as
+        in diffusers (SD3, FLUX, Wan), 1 as in π0 and SmolVLA.
+
+        Args:
+            shift: > 0; 1 by default. SD3 has 3.
+            tokens: instead of ``shift``, the number of image tokens: ln(shift) then goes from
+                ``base_shift`` at 256 tokens to ``max_shift`` at 4096, as FLUX does.
+        """
+        if tokens is not None:
+            if shift is not None:
+                raise ValueError(f"shift must be left out with tokens, got {shift}")
+            shift = resolution_shift(tokens, base_shift, max_shift)
+        return Flow(1.0 if shift is None else shift, scale)
+
+    @staticmethod
+    def edm(
+        sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, time: str = "sigma"
+    ) -> Continuous:
+        """The path (1, σ) of EDM and variance exploding models (Karras et al. 2022, eq. 5).
+
+            σ = (σ_min^(1/ρ) + u·(σ_max^(1/ρ) − σ_min^(1/ρ)))^ρ,   S even u from 1 to 0
+
+        Args:
+            sigma_min, sigma_max: the ends, 0 < σ_min < σ_max.
+            rho: ρ > 0.
+            time: the t of the model's calls: ``"sigma"`` itself, or ``"c_noise"``, ln(σ)/4.
+        """
+        return EDM(sigma_min, sigma_max, rho, time)
+
+    @staticmethod
+    def continuous_cosine(shift: float = 1.0) -> Continuous:
+        """α = cos(π·u/2), σ = sin(π·u/2) at continuous time u in [0, 1], which the model gets.
+
+        ``shift`` multiplies σ/α at each u, and the model gets the shifted u (Hoogeboom et al.
+        2023, section 2; larger images need a shift above 1).
+        """
+        return Cosine(shift)
 
 
 def guided_diffusions(name: str, T: int) -> NoiseSchedule:

@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from fastddim.check import whole
-from fastddim.schedule import Float64, NoiseSchedule
+from fastddim.check import finite, whole
+from fastddim.levels import Float64, GaussianPath, log_nsr
+from fastddim.paths import Continuous
 from fastddim.tuned import Tuned
 
-Pair: TypeAlias = tuple[int, int]
+Pair: TypeAlias = tuple[Any, Any]
+"""(t, s): numbers of a table's levels, ints, or σ of a continuous path; −1 is clean data."""
 SpacingName: TypeAlias = Literal[
     "uniform",
     "quad",
@@ -26,11 +28,11 @@ SpacingName: TypeAlias = Literal[
     "uniform-ermongroup",
     "quad-ermongroup",
 ]
-Spacing: TypeAlias = SpacingName | Tuned | PathLike[str] | Sequence[int] | Sequence[Pair]
+Spacing: TypeAlias = SpacingName | Tuned | PathLike[str] | Sequence[Any] | Sequence[Pair]
 
 
 def make_pairs(
-    spacing: Spacing | str, steps: int | None, T: int | NoiseSchedule
+    spacing: Spacing | str, steps: int | None, T: int | GaussianPath
 ) -> tuple[Pair, ...]:
     """Returns the (t, s) pairs of τ: each step goes from level t to s, the last to s = −1 (data).
 
@@ -56,23 +58,24 @@ def make_pairs(
               model call that leaves x unchanged.
         steps: S; None takes the length of a list, or of the only ``Tuned`` τ. All but the two
             ermongroup spacings take exactly S distinct steps.
-        T: the number of noise levels, or the schedule itself.
+        T: the number of noise levels, or the schedule itself. On a continuous path the pairs hold
+            σ instead of t: ``"uniform"`` and ``"trailing"`` are S even times u of the path's own
+            formula, ``"linspace"``, ``"mixed"``, ``"logsnr"`` and ``"karras"`` lie between the
+            ends of its 1,000 even times, and a list holds σ.
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what is allowed.
     """
-    schedule, T = (T, len(T)) if isinstance(T, NoiseSchedule) else (None, T)
+    schedule, T = (T, len(T)) if isinstance(T, GaussianPath) else (None, T)
     spacing = read(spacing)
+    if isinstance(schedule, Continuous):
+        return _on_path(spacing, steps, schedule)
     if isinstance(spacing, Tuned):
         spacing = spacing.tau(steps)
     if not isinstance(spacing, str):
-        return _explicit(spacing, T)
+        return _explicit(spacing, lambda name, t, low: whole(name, t, low=low, high=T - 1))
     if spacing not in SPACINGS:
-        raise ValueError(
-            f"spacing must be one of {', '.join(SPACINGS)}, the file of fastddim tune (.json), a "
-            f"list of timesteps or a list of (t, s) pairs, got {spacing!r}"
-            + (f" (here {_OTHER_NAMES[spacing]})" if spacing in _OTHER_NAMES else "")
-        )
+        raise ValueError(_unknown(spacing))
     S = whole("steps", steps, low=1, high=T)
     if spacing in _SPACINGS:
         return chain(_SPACINGS[spacing](S, T))
@@ -92,9 +95,44 @@ def read(spacing: Spacing | str) -> Spacing | str:
     return spacing
 
 
-def chain(tau: Sequence[int]) -> tuple[Pair, ...]:
+def chain(tau: Sequence[float]) -> tuple[Pair, ...]:
     """Returns the pairs of an increasing τ, from the noisiest level down to s = −1."""
     return tuple(zip(reversed(tau), reversed([-1, *tau[:-1]]), strict=True))
+
+
+def _on_path(spacing: Any, steps: int | None, path: Continuous) -> tuple[Pair, ...]:
+    """Returns the pairs of σ of a continuous path."""
+    if isinstance(spacing, Tuned):
+        raise ValueError(f"spacing must be a name or a list of σ on {path}, got tuned timesteps")
+    if not isinstance(spacing, str):
+        return _explicit(spacing, lambda name, value, low: _sigma(name, value, low, path))
+    if spacing not in SPACINGS:
+        raise ValueError(_unknown(spacing))
+    S = whole("steps", steps, low=1)
+    if spacing in ("uniform", "trailing"):
+        return chain(path.sigma_of(path.even(S))[::-1].tolist())
+    u = np.linspace(0, 1, S) if S > 1 else np.ones(1)
+    if spacing == "linspace":
+        index = u * (len(path) - 1)
+    elif spacing in _BY_LEVEL:
+        index = _BY_LEVEL[spacing](u, path)
+    else:
+        raise ValueError(
+            f"spacing must be uniform, linspace, mixed, logsnr, karras or a list of σ on {path}, "
+            f"got {spacing!r}, which counts the levels of a table"
+        )
+    index[-1] = len(path) - 1  # The interpolation may miss the end by a rounding.
+    low = path.cleanest_u
+    return chain(path.sigma_of(low + (1 - low) * index / (len(path) - 1)).tolist())
+
+
+def _sigma(name: str, value: Any, low: int, path: Continuous) -> float:
+    sigma = finite(name, value)
+    if low < 0 and sigma == -1:
+        return -1
+    if not 0 < sigma <= path.noisiest:
+        raise ValueError(f"{name} must be σ in (0, {path.noisiest:g}], got {sigma:g}")
+    return sigma
 
 
 def uniform(S: int, T: int) -> list[int]:
@@ -126,7 +164,7 @@ def quad_ermongroup(S: int, T: int) -> list[int]:
     return [int(t) for t in np.linspace(0, np.sqrt(T * 0.8), S) ** 2]
 
 
-def mixed(u: Float64, schedule: NoiseSchedule) -> Float64:
+def mixed(u: Float64, schedule: GaussianPath) -> Float64:
     """Returns the real t at which 0.8·(t) + 0.2·(λ), both from 0 to 1, are evenly spaced.
 
     The weights and the end were chosen by the FD-clf of the model that ships, with 6, 8 and 10
@@ -140,24 +178,24 @@ def mixed(u: Float64, schedule: NoiseSchedule) -> Float64:
     return t_of
 
 
-def logsnr(u: Float64, schedule: NoiseSchedule) -> Float64:
+def logsnr(u: Float64, schedule: GaussianPath) -> Float64:
     t, noise = _half_log_nsr(schedule)
     return np.interp(u, _from_0_to_1(noise), t)
 
 
-def karras(u: Float64, schedule: NoiseSchedule) -> Float64:
+def karras(u: Float64, schedule: GaussianPath) -> Float64:
     t, noise = _half_log_nsr(schedule)
     return np.interp(u, _from_0_to_1(np.exp(noise / 7)), t)
 
 
-def _half_log_nsr(schedule: NoiseSchedule) -> tuple[Float64, Float64]:
-    """Returns t and −λ = ln(√(1−ᾱ)/√ᾱ) of each level; −λ is extrapolated where ᾱ is 0."""
-    abar = schedule.alphas_cumprod
-    with np.errstate(divide="ignore"):
-        noise = (np.log1p(-abar) - np.log(abar)) / 2
-    if abar[-1] == 0:
+def _half_log_nsr(schedule: GaussianPath) -> tuple[Float64, Float64]:
+    """Returns t and −λ = ln(σ/α) of each level; −λ is extrapolated where α is 0."""
+    sigma = schedule.table() if isinstance(schedule, Continuous) else np.arange(len(schedule))
+    at = schedule.at(sigma)
+    noise = log_nsr(at)
+    if at.alpha2[-1] == 0:
         noise[-1] = 2 * noise[-2] - noise[-3] if len(noise) > 2 else 0.0
-    return np.arange(len(abar), dtype=np.float64), noise
+    return np.arange(len(at), dtype=np.float64), noise
 
 
 def _from_0_to_1(rising: Float64) -> Float64:
@@ -182,7 +220,7 @@ def _distinct(t: Float64, T: int) -> list[int]:
     return tau
 
 
-_BY_LEVEL: dict[str, Callable[[Float64, NoiseSchedule], Float64]] = {
+_BY_LEVEL: dict[str, Callable[[Float64, GaussianPath], Float64]] = {
     "mixed": mixed,
     "logsnr": logsnr,
     "karras": karras,
@@ -205,7 +243,19 @@ _OTHER_NAMES = {"linear": "uniform", "quadratic": "quad"}
 """The names of two spacings in the paper's appendix → their names here."""
 
 
-def _explicit(spacing: Any, T: int) -> tuple[Pair, ...]:
+def _unknown(spacing: str) -> str:
+    return (
+        f"spacing must be one of {', '.join(SPACINGS)}, the file of fastddim tune (.json), a "
+        f"list of timesteps or a list of (t, s) pairs, got {spacing!r}"
+        + (f" (here {_OTHER_NAMES[spacing]})" if spacing in _OTHER_NAMES else "")
+    )
+
+
+Checked: TypeAlias = Callable[[str, Any, int], float]
+"""``checked(name, value, low)`` returns a level that a caller gave; ``low`` is −1 or 0."""
+
+
+def _explicit(spacing: Any, checked: Checked) -> tuple[Pair, ...]:
     if hasattr(spacing, "tolist"):
         spacing = spacing.tolist()
     if not isinstance(spacing, Sequence):
@@ -216,8 +266,8 @@ def _explicit(spacing: Any, T: int) -> tuple[Pair, ...]:
     if not spacing:
         raise ValueError("spacing must hold at least one step, got an empty list")
     if isinstance(spacing[0], Sequence):
-        return _pairs(spacing, T)
-    tau = [whole(f"spacing[{i}]", t, low=0, high=T - 1) for i, t in enumerate(spacing)]
+        return _pairs(spacing, checked)
+    tau = [checked(f"spacing[{i}]", t, 0) for i, t in enumerate(spacing)]
     if len(tau) > 1 and tau[0] > tau[1]:
         tau.reverse()
     for low, high in pairwise(tau):
@@ -228,13 +278,12 @@ def _explicit(spacing: Any, T: int) -> tuple[Pair, ...]:
     return chain(tau)
 
 
-def _pairs(spacing: Any, T: int) -> tuple[Pair, ...]:
+def _pairs(spacing: Any, checked: Checked) -> tuple[Pair, ...]:
     pairs: list[Pair] = []
     for i, pair in enumerate(spacing):
         if not isinstance(pair, Sequence) or len(pair) != 2:
             raise ValueError(f"spacing[{i}] must be a pair (t, s), got {pair!r}")
-        t = whole(f"spacing[{i}][0]", pair[0], low=0, high=T - 1)
-        s = whole(f"spacing[{i}][1]", pair[1], low=-1, high=T - 1)
+        t, s = checked(f"spacing[{i}][0]", pair[0], 0), checked(f"spacing[{i}][1]", pair[1], -1)
         if s >= t:
             raise ValueError(f"spacing[{i}] must go down, s < t, got ({t}, {s})")
         if pairs and pairs[-1][1] != t:

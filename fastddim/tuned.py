@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +11,7 @@ from typing import Any
 
 from fastddim.check import shown, whole
 from fastddim.files import replacing
-from fastddim.schedule import NoiseSchedule
+from fastddim.levels import GaussianPath
 
 FORMAT = "fastddim tau 1"
 
@@ -85,7 +84,7 @@ class Tuned:
             f"tuned, got {steps!r}"
         )
 
-    def differences(self, schedule: NoiseSchedule, order: int) -> list[str]:
+    def differences(self, schedule: GaussianPath, order: int) -> list[str]:
         """Returns one line for each way in which a sampler differs from the searched one."""
         found = [
             ("T", self.T, len(schedule)),
@@ -137,7 +136,6 @@ class Tuned:
             ) from None
 
 
-def schedule_id(schedule: NoiseSchedule) -> str:
-    """Returns a schedule's name and the first digits of the SHA-256 of its ᾱ."""
-    digest = hashlib.sha256(schedule.alphas_cumprod.tobytes()).hexdigest()
-    return f"{schedule.name} {digest[:12]}"
+def schedule_id(schedule: GaussianPath) -> str:
+    """Returns a schedule's name and the first digits of the SHA-256 of its levels."""
+    return f"{schedule.name} {schedule.digest[:12]}"

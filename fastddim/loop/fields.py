@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import numpy as np
-
 from fastddim.check import SamplingWarning, finite, kind, whole
-from fastddim.coefficients import checked_eta, checked_order, checked_prediction, make_table
+from fastddim.coefficients import checked_order, checked_prediction, make_table
+from fastddim.levels import GaussianPath
 from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import make_pairs, read
 from fastddim.tuned import Tuned
+from fastddim.variances import checked_eta
 
 FAR = 0.2
 """A sampler warns if √ᾱ of its first level exceeds this bound, because the model expects less
@@ -36,9 +36,9 @@ def checked_fields(
     Raises:
         TypeError, ValueError: naming the argument, the value and what is allowed.
     """
-    if not isinstance(schedule, NoiseSchedule):
+    if not isinstance(schedule, GaussianPath):
         raise TypeError(f"schedule must be a NoiseSchedule, got {kind(schedule)}")
-    prediction = checked_prediction(prediction)
+    prediction = checked_prediction(prediction, schedule)
     clip = None if clip is None else finite("clip", clip)
     if clip is not None and clip <= 0:
         raise ValueError(f"clip must be > 0, got {clip:g}")
@@ -60,13 +60,20 @@ def checked_fields(
         raise ValueError(
             f"steps must be left out or {len(pairs)}, the length of spacing, got {steps!r}"
         )
-    noisiest, cleanest = schedule.alphas_cumprod[[pairs[0][0], pairs[-1][0]]]
+    noisiest, cleanest = schedule.at([pairs[0][0], pairs[-1][0]]).alpha2
     if noisiest == 0 and prediction == "epsilon":
+        others = " or ".join(name for name in schedule.predictions if name != "epsilon")
+        zero, level = ("α", "σ") if schedule.continuous else ("ᾱ", "t")
         raise ValueError(
-            f"prediction must be v or sample where ᾱ is 0, as it is at t = {pairs[0][0]} of "
-            f"this schedule, got 'epsilon'"
+            f"prediction must be {others} where {zero} is 0, as it is at {level} = "
+            f"{pairs[0][0]:g} of this schedule, got 'epsilon'"
         )
     final = finite("final_alpha_cumprod", final_alpha_cumprod)
+    if final != 1 and not isinstance(schedule, NoiseSchedule):
+        raise ValueError(
+            f"final_alpha_cumprod must be 1 on {schedule}, whose last step leads to clean data, "
+            f"got {final:g}"
+        )
     if not cleanest <= final <= 1:
         raise ValueError(
             f"final_alpha_cumprod must lie between {cleanest:.6g}, the level of the last "
@@ -91,7 +98,7 @@ def checked_fields(
     }
 
 
-def _check_first_level(schedule: NoiseSchedule, spacing: str, steps: int, t: int) -> None:
+def _check_first_level(schedule: GaussianPath, spacing: str, steps: int, t: float) -> None:
     """Warns if a named spacing begins at a level t where x holds much of an image.
 
     A list of timesteps is not checked: image to image may begin at any level.
@@ -99,13 +106,15 @@ def _check_first_level(schedule: NoiseSchedule, spacing: str, steps: int, t: int
     Raises:
         ValueError: the only step goes from t = 0.
     """
+    if schedule.continuous:
+        return  # Every named spacing begins at the noisiest σ.
     last = len(schedule) - 1
     if t == 0 < last:
         raise ValueError(
             f"steps must be 2 or more with spacing {spacing!r}, whose one step goes from t = 0, "
             f"where noise stays noise (spacing 'trailing' has one from t = {last}), got {steps}"
         )
-    signal, least = np.sqrt(schedule.alphas_cumprod[[t, last]])
+    signal, least = schedule.at([t, last]).signal
     if signal > max(FAR, 2 * least):
         warnings.warn(
             f"spacing {spacing!r} with {steps} steps begins at t = {t}, where the model expects "

@@ -167,6 +167,8 @@ class Captured:
                 self._x_T.copy_(x_T)
             else:
                 initial_noise(self._seeds, self._size, out=self._x_T)
+                if self._plan.noise_scale != 1:
+                    self._x_T.mul_(self._plan.noise_scale)
             if w is not None and self._run.guidance is not None:
                 self._run.guidance.copy_(w, non_blocking=True)
             for into, value in copies:
@@ -183,7 +185,7 @@ class Captured:
         """Returns the call's w, (rows, batch), or None if the call leaves guidance out."""
         if guidance is None:
             return None
-        w = checked_guidance(guidance, self, self._size[0], self._plan.levels)
+        w = checked_guidance(guidance, self, self._size[0], self._plan.times.tolist())
         assert w is not None
         for row in self._run.rows:
             if row.guidance is None and (w[row.number] != 1).any():
@@ -242,7 +244,7 @@ class Captured:
         with _lasting():
             n = torch.zeros(1, dtype=torch.int64, device=device)
             index = torch.tensor([row.number for row in rows], dtype=torch.int32, device=device)
-            level = torch.tensor([row.pair[0] for row in rows], device=device)
+            level = torch.tensor(self._plan.times[[row.number for row in rows]], device=device)
             shifts = [row.shift for row in rows if row.shift is not None]
             shift = torch.stack(shifts) if shifts else None
             states, x0s = ([torch.empty_like(x_T) for _ in range(2)] for _ in range(2))

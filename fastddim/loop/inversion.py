@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from fastddim.check import whole
-from fastddim.coefficients import Eta, Prediction, levels, make_table, pack
+from fastddim.coefficients import Prediction, levels, make_table, pack
+from fastddim.levels import GaussianPath
 from fastddim.loop.plan import Plan, gradient_factors
-from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import Pair
+from fastddim.variances import Eta
 
 
 def reverse_plan(
-    schedule: NoiseSchedule,
+    schedule: GaussianPath,
     pairs: tuple[Pair, ...],
     final_alpha_cumprod: float,
     prediction: Prediction,
@@ -49,8 +50,9 @@ def reverse_plan(
         )
     last = whole("until", 0 if until is None else until, low=0, high=len(pairs) - 1)
     up = tuple((s, t) for t, s in pairs)
-    abar, abar_s = levels(schedule, pairs, final_alpha_cumprod)
-    if ((abar == 0) & (abar_s == 1))[last:].any():
+    at, at_s = levels(schedule, pairs, final_alpha_cumprod)
+    a, b, a_s, b_s = at.alpha, at.sigma, at_s.alpha, at_s.sigma
+    if ((a == 0) & (b_s == 0))[last:].any():
         raise ValueError(
             "a loop that runs backwards cannot lead from clean data to ᾱ = 0 in one step, where "
             "x_T is no function of the data: take more steps"
@@ -58,17 +60,16 @@ def reverse_plan(
     # The iteration that keeps ε leaves (b_t·a_s − a_t·b_s)/(b_t·a_s) of its error in y, as ∂x0/∂y
     # tends to 0; for data with unit variance, the one that keeps x0 leaves
     # (b_t·a_s − a_t·b_s)·a_t/b_s.
-    a, b, a_s, b_s = (np.sqrt(n) for n in (abar, 1 - abar, abar_s, 1 - abar_s))
     by_x0 = (a * b_s < 0.1 * a_s * b) & (a * a_s < b * b_s)
-    zeros = np.zeros_like(abar)
+    zeros = np.zeros_like(a)
     return Plan(
         table=make_table(schedule, up, 0.0, final_alpha_cumprod),
         order=range(len(up) - 1, last - 1, -1),
-        levels=tuple(t for t, _ in pairs),
+        times=schedule.times([t for t, _ in pairs]),
         pairs=up,
-        shift=gradient_factors(abar, prediction) if shifted else None,
+        shift=gradient_factors(at, prediction) if shifted else None,
         prediction=prediction,
         clip=None,
-        conversion=pack(abar, np.where(by_x0, 1.0, 0.0), zeros, np.where(by_x0, 0.0, 1.0)),
+        conversion=pack(at, np.where(by_x0, 1.0, 0.0), zeros, np.where(by_x0, 0.0, 1.0)),
         by_x0=tuple(by_x0.tolist()),
     )

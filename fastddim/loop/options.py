@@ -156,7 +156,7 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
     state_dtype = torch.float32 if x_T is None else x_T.dtype
     model_dtype = checked_dtype(passed.get("dtype")) or state_dtype
     uncond, self_condition = passed.get("uncond"), passed.get("self_condition")
-    w = checked_guidance(passed.get("guidance"), uncond, size[0], plan.levels)
+    w = checked_guidance(passed.get("guidance"), uncond, size[0], plan.times.tolist())
     if w is not None and (w == 1).all():
         uncond = w = None  # With w = 1 the output is that of the model with its condition.
     predictor = Predictor.of(
@@ -183,6 +183,8 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
         passed.get("noise"),
     )
     x = noise.initial() if x_T is None else x_T.to(torch.float32)
+    if x_T is None and plan.noise_scale != 1:
+        x.mul_(plan.noise_scale)
     known = None
     if plan.forward is not None and not (passed.get("known") is passed.get("mask") is None):
         clean = (*(False for _ in plan.pairs), plan.pairs[-1][1] < 0)
@@ -291,7 +293,7 @@ def _int64(numbers: Any) -> npt.NDArray[np.int64] | None:
 
 
 def checked_guidance(
-    guidance: Any, uncond: object, batch: int, levels: Sequence[int]
+    guidance: Any, uncond: object, batch: int, times: Sequence[float]
 ) -> npt.NDArray[np.float32] | None:
     """Returns w of each row and sample, float32 (rows, batch), or None without guidance.
 
@@ -306,10 +308,10 @@ def checked_guidance(
         raise ValueError(
             "uncond must be given with guidance: the model's arguments without the condition"
         )
-    steps = len(levels)
+    steps = len(times)
     if callable(guidance) and not isinstance(guidance, Tensor):
-        rows = [_numbers(f"guidance({t})", guidance(t)) for t in levels]
-        for t, row in zip(levels, rows, strict=True):
+        rows = [_numbers(f"guidance({t})", guidance(t)) for t in times]
+        for t, row in zip(times, rows, strict=True):
             if row.shape not in ((), (batch,)):
                 raise ValueError(
                     f"guidance({t}) must be a number or one for each of {batch} samples, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastddim.coefficients import COLUMNS_2, PREDICTIONS, Float32, Prediction, make_table
+from fastddim.levels import GaussianPath, Levels
 from fastddim.loop.model import Predictor
-from fastddim.schedule import NoiseSchedule
 from fastddim.step.arguments import OUTPUTS
 from fastddim.step.bound import watched
 from fastddim.timesteps import Pair
@@ -31,8 +31,10 @@ class Plan:
         table: the coefficients, of order 1.
         second: the coefficients of order 2, for steps that follow another step; None at order 1.
         order: the rows to take, in order.
-        levels: the t that the model is called with, by the table's rows.
+        times: the t that the model is called with, by the table's rows.
+        noise_scale: the standard deviation of the noise that the first row begins with.
         pairs: the (from, to) levels of each row.
+        preserving: whether α² + σ² = 1 on the path.
         shift: the factor of cond_fn's gradient in each row; None without a cond_fn.
         prediction, clip: the step's options of these names.
         conversion: for a loop that runs backwards, the table by which a step turns the model's
@@ -45,7 +47,7 @@ class Plan:
 
     table: Float32
     order: range
-    levels: tuple[int, ...]
+    times: npt.NDArray[Any]
     pairs: tuple[Pair, ...]
     shift: Float32 | None
     prediction: Prediction
@@ -54,6 +56,8 @@ class Plan:
     by_x0: tuple[bool, ...] = ()
     forward: Callable[[], Float32] | None = None
     second: Float32 | None = None
+    noise_scale: float = 1.0
+    preserving: bool = True
 
     @property
     def backwards(self) -> bool:
@@ -63,11 +67,6 @@ class Plan:
     def noisy(self) -> list[bool]:
         """For each row, whether its step adds noise."""
         return (self.table[:, _C1] != 0).tolist()  # type: ignore[no-any-return]
-
-    @cached_property
-    def level_array(self) -> npt.NDArray[np.int64]:
-        """``levels`` as an array, which PyTorch copies faster than a tuple."""
-        return np.array(self.levels, dtype=np.int64)
 
     @cached_property
     def step_predictions(self) -> list[int]:
@@ -104,35 +103,72 @@ class Plan:
 
     def lines(self) -> list[str]:
         """Returns the levels and the factors of each row as a table of text."""
-        names, numbers = ["√ᾱ_t", "√ᾱ_s", "c1", "c2"], self.table[:, [0, 4, _C1, 6]].tolist()
+        names, columns = ["√ᾱ_t", "√ᾱ_s", "c1", "c2"], [0, 4, _C1, 6]
+        if not self.preserving:
+            names, columns = ["α_t", "σ_t", "α_s", "c1", "c2"], [0, 2, 4, _C1, 6]
+        numbers = self.table[:, columns].tolist()
         if self.second is not None:
             names.append("κ")
             numbers = [[*n, k] for n, k in zip(numbers, self.second[:, _KAPPA], strict=True)]
         heads = "".join(f"{name:>11}" for name in names)
-        return [f"{'row':>5}{'t':>6}{'s':>6}{heads}"] + [
-            f"{row:>5}{t:>6}{s:>6}" + "".join(f"{number:>11.6f}" for number in numbers[row])
+        width = 6 if all(isinstance(t, int) for t, _ in self.pairs) else 10
+        return [f"{'row':>5}{'t':>{width}}{'s':>{width}}{heads}"] + [
+            f"{row:>5}{t:>{width}.4g}{s:>{width}.4g}"
+            + "".join(f"{number:>11.6f}" for number in numbers[row])
             for row, (t, s) in enumerate(self.pairs)
         ]
 
 
-def forward_table(schedule: NoiseSchedule, pairs: Sequence[Pair]) -> Float32:
-    """Returns the table whose rows lead from clean data to each t, and to the final s.
+def plan_of(
+    schedule: GaussianPath,
+    pairs: tuple[Pair, ...],
+    table: Float32,
+    prediction: Prediction,
+    clip: float | None,
+    *,
+    order: int,
+    settings: tuple[Any, ...],
+) -> Plan:
+    """Returns the plan of all of a sampler's rows, from noise to data.
 
-    The last row leads to t = 0 if the final s is −1, since clean data has no timestep.
+    ``settings`` are η, the final ᾱ and the temperature, from which ``table`` was made.
     """
     t = [t for t, _ in pairs]
-    return make_table(schedule, [(-1, i) for i in (*t, max(pairs[-1][1], 0))])
+    return Plan(
+        table=table if order == 1 else make_table(schedule, pairs, *settings),
+        second=table if order == 2 else None,
+        order=range(len(pairs)),
+        times=schedule.times(t),
+        pairs=pairs,
+        preserving=schedule.at(t).preserving,
+        shift=None,
+        prediction=prediction,
+        clip=clip,
+        noise_scale=schedule.noise_scale(t[0]),
+        forward=partial(forward_table, schedule, pairs),
+    )
 
 
-def gradient_factors(abar: npt.NDArray[np.float64], prediction: Prediction) -> Float32:
-    """Returns the factor of cond_fn's gradient at each ᾱ_t, in terms of the model's output.
+def forward_table(schedule: GaussianPath, pairs: Sequence[Pair]) -> Float32:
+    """Returns the table whose rows lead from clean data to each t, and to the final s.
 
-    ε becomes ε − √(1−ᾱ_t)·∇ (Dhariwal and Nichol 2021, algorithm 2); v and x0 follow from ε.
+    If the final s is −1, the last row is not used: clean data takes no noise.
     """
-    b = np.sqrt(1 - abar)
-    # Where ᾱ is 0 a factor is infinite, and ``prepare`` refuses a cond_fn.
+    t = [t for t, _ in pairs]
+    last = pairs[-1][1]
+    return make_table(schedule, [(-1, i) for i in (*t, last if last >= 0 else t[-1])])
+
+
+def gradient_factors(at: Levels, prediction: Prediction) -> Float32:
+    """Returns the factor of cond_fn's gradient at each level, in terms of the model's output.
+
+    ε becomes ε − σ_t·∇ (Dhariwal and Nichol 2021, algorithm 2); v, x0 and u follow from ε.
+    """
+    alpha, sigma = at.alpha, at.sigma
+    # Where α is 0 a factor is infinite, and ``prepare`` refuses a cond_fn.
     with np.errstate(divide="ignore"):
-        factors = {"epsilon": -b, "v": -b / np.sqrt(abar), "sample": b**2 / np.sqrt(abar)}
+        ratio = -sigma / alpha
+        factors = {"epsilon": -sigma, "v": ratio, "flow": ratio, "sample": sigma**2 / alpha}
     return factors[prediction].astype(np.float32)
 
 
@@ -146,7 +182,7 @@ class Row(NamedTuple):
     table_index: int | Tensor
     """``number`` as the step takes it: int32 (batch,) in a graph that counts its rows."""
     t: Tensor
-    """The level of each sample, int64 (batch,)."""
+    """The t of each sample, int64 (batch,), on a continuous path float32."""
     model_t: Tensor
     """The t that the model is called with: ``t``, or ``t`` twice with guidance."""
     guidance: Tensor | None
@@ -171,7 +207,7 @@ def rows_of(
     """Returns the rows of ``plan`` in its order; ``guidance`` is w (rows, batch) on the device."""
     batch, device, count = predictor.batch, predictor.device, len(plan.table)
     # Each run has levels of its own, because a model may write into its arguments.
-    levels = torch.tensor(plan.level_array, device=device).unsqueeze(1)
+    levels = torch.tensor(plan.times, device=device).unsqueeze(1)
     once = levels.expand(-1, batch).unbind()
     none: list[Any] = [None] * count
     shifts = none if plan.shift is None else torch.tensor(plan.shift, device=device).unbind()

@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 from fastddim.check import kind, whole
-from fastddim.coefficients import (
-    Eta,
-    Float32,
-    Prediction,
-    PredictionSynonym,
-    checked_prediction,
-    make_table,
-)
+from fastddim.coefficients import Float32, Prediction, PredictionSynonym, checked_prediction
 from fastddim.coefficients import levels as levels_of
+from fastddim.levels import GaussianPath
 from fastddim.loop import loops
 from fastddim.loop.devices import place_of, usable_device
 from fastddim.loop.drive import batches_of, last_of, sampled, steps_of
@@ -43,12 +37,13 @@ from fastddim.loop.options import (
     options_in,
     prepare,
 )
-from fastddim.loop.plan import Plan, forward_table, gradient_factors
+from fastddim.loop.plan import Plan, forward_table, gradient_factors, plan_of
 from fastddim.loop.trajectory import Callback, Copies, Recorder, Step, Trajectory
 from fastddim.schedule import NoiseSchedule
 from fastddim.step.backends import backend
 from fastddim.step.checked import ddim_step
 from fastddim.timesteps import Pair, Spacing
+from fastddim.variances import Eta
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,12 +70,14 @@ class DDIM:
 
     Args:
         steps: S, the number of steps. It is 50 by default, or the length of a list in ``spacing``.
-        eta: η ≥ 0 (0 is DDIM, 1 is DDPM on τ), or ``"hat"`` for the paper's σ̂.
-        schedule: ᾱ; linear β with T = 1000 by default.
+        eta: η ≥ 0 (0 is DDIM, 1 is DDPM on τ), ``"hat"`` for the paper's σ̂, or another rule of
+            ``fastddim.variances``.
+        schedule: ᾱ, or another path of a ``NoiseSchedule``; linear β with T = 1000 by default.
         spacing: the name of a rule that chooses τ, the timesteps that ``tune`` has found or the
             path of their file, or τ itself: see ``make_pairs``.
-        prediction: the model's output: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0). Names that
-            other systems use, such as ``"v_prediction"`` and ``"x0"``, become one of these.
+        prediction: the model's output: ``"epsilon"``, ``"v"`` or ``"sample"`` (x0), on the path of
+            rectified flow ``"flow"`` (ε − x0). Names that other systems use, such as
+            ``"v_prediction"`` and ``"x0"``, become one of these.
         clip: the step clamps the predicted x0 to ±clip; None leaves x0 as it is.
         final_alpha_cumprod: ᾱ_s of the step to s = −1. 1 is clean data; Stable Diffusion ends
             at ᾱ_0.
@@ -99,7 +96,7 @@ class DDIM:
 
     steps: int | None = None
     eta: Eta = 0.0
-    schedule: NoiseSchedule = field(default_factory=_papers_schedule)
+    schedule: GaussianPath = field(default_factory=_papers_schedule)
     spacing: Spacing = "uniform"
     prediction: Prediction | PredictionSynonym = "epsilon"
     clip: float | None = None
@@ -186,13 +183,14 @@ class DDIM:
         the steps read is on the device before the first call.
 
         Args:
-            model: called as ``model(x, t, **cond)`` without gradients; t is int64 (batch,). The
-                model returns a tensor of x's shape, or one with twice the channels (the step
-                ignores a learned variance), or a tuple or an object with ``.sample`` that holds
-                the tensor. A network in training mode, where dropout or batch norm changes the
-                samples, gets a ``SamplingWarning``, once.
+            model: called as ``model(x, t, **cond)`` without gradients; t is int64 (batch,), on a
+                continuous path float32. The model returns a tensor of x's shape, or one with twice
+                the channels (the step ignores a learned variance), or a tuple or an object with
+                ``.sample`` that holds the tensor. A network in training mode, where dropout changes
+                the samples, gets a ``SamplingWarning``, once.
             x_T: the state to begin with, (batch, ...), float32, bfloat16 or float16; never written.
-            shape: (batch, ...) instead of x_T, to begin with noise.
+                On the path (1, σ) it is σ_max·ε.
+            shape: (batch, ...) instead of x_T, to begin with noise of the first level.
             seeds: an integer in [0, 2⁶³) for each sample. A sample's noise is a function of its
                 seed, the row and the element, whatever batch the sample is in. One backend always
                 gives the same bits; two backends (a CPU with numba, without numba, a GPU) give
@@ -446,7 +444,7 @@ class DDIM:
     @property
     def _prediction(self) -> Prediction:
         """``prediction`` with the type that ``checked_prediction`` gave it at construction."""
-        return checked_prediction(self.prediction)
+        return checked_prediction(self.prediction, self.schedule)
 
     def _plan(self, start: int, shifted: bool) -> Plan:
         """Returns the table's rows from ``start`` on; ``shifted`` says whether by a cond_fn."""
@@ -455,26 +453,20 @@ class DDIM:
             return self._all_rows
         shift = None
         if shifted:
-            abar, _ = levels_of(self.schedule, self.pairs, self.final_alpha_cumprod)
-            shift = gradient_factors(abar, self._prediction)
+            at, _ = levels_of(self.schedule, self.pairs, self.final_alpha_cumprod)
+            shift = gradient_factors(at, self._prediction)
         return replace(self._all_rows, order=range(first, len(self.pairs)), shift=shift)
 
     @functools.cached_property
     def _all_rows(self) -> Plan:
-        first = self.table
-        if self.order == 2:
-            settings = self.eta, self.final_alpha_cumprod, self.temperature
-            first = make_table(self.schedule, self.pairs, *settings)
-        return Plan(
-            table=first,
-            second=self.table if self.order == 2 else None,
-            order=range(len(self.pairs)),
-            levels=tuple(t for t, _ in self.pairs),
-            pairs=self.pairs,
-            shift=None,
-            prediction=self._prediction,
-            clip=self.clip,
-            forward=functools.partial(forward_table, self.schedule, self.pairs),
+        return plan_of(
+            self.schedule,
+            self.pairs,
+            self.table,
+            self._prediction,
+            self.clip,
+            order=self.order,
+            settings=(self.eta, self.final_alpha_cumprod, self.temperature),
         )
 
     def _reverse_plan(self, until: int | None, shifted: bool) -> Plan:

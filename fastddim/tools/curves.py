@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastddim.coefficients import Eta
 from fastddim.tools.table import Cell, label
+from fastddim.variances import Eta
 
 
 @dataclass(frozen=True)

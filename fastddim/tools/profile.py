@@ -23,7 +23,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastddim import __version__, timesteps
 from fastddim.check import whole
-from fastddim.coefficients import Eta
 from fastddim.files import replacing
 from fastddim.loop import devices
 from fastddim.loop.model import Model
@@ -54,6 +53,7 @@ from fastddim.tools.table import (
 )
 from fastddim.tools.thumbnails import keep_images
 from fastddim.tuned import Tuned
+from fastddim.variances import Eta
 
 __all__ = (
     "CSV",

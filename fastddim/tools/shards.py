@@ -363,7 +363,7 @@ def _recipe(
         "schedule": {
             "name": ddim.schedule.name,
             "T": len(ddim.schedule),
-            "sha256": hashlib.sha256(ddim.schedule.alphas_cumprod.tobytes()).hexdigest(),
+            "sha256": ddim.schedule.digest,
         },
         **{name: getattr(ddim, name) for name in SAMPLER},
         **({"spacing": str(ddim.spacing)} if isinstance(ddim.spacing, Tuned) else {}),

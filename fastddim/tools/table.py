@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fastddim.coefficients import Eta
 from fastddim.files import replacing
 from fastddim.loop.sampler import DDIM
 from fastddim.timesteps import Spacing
 from fastddim.tools import images
 from fastddim.tuned import Tuned
+from fastddim.variances import Eta
 
 Settings: TypeAlias = Mapping[str, Any]
 """The plain values that all cells of one table share: see ``profile.settings``."""

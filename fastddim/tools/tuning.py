@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from fastddim import __version__
 from fastddim.check import shown, whole
 from fastddim.files import replacing
+from fastddim.levels import GaussianPath
 from fastddim.loop.model import Model
 from fastddim.loop.options import Progress, checked_progress
 from fastddim.loop.sampler import DDIM
-from fastddim.schedule import NoiseSchedule
 from fastddim.timesteps import make_pairs
 from fastddim.tools import draw, provenance
 from fastddim.tools.quality import Moments, frechet_distance, moments
@@ -269,7 +269,7 @@ def _advance(ticks: Iterator[int], calls: int) -> None:
 
 def _descent(
     S: int,
-    schedule: NoiseSchedule,
+    schedule: GaussianPath,
     distance: Callable[[tuple[int, ...]], float],
     tick: Callable[[], object],
 ) -> Found:

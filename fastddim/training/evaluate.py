@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM
-from fastddim.coefficients import Eta
 from fastddim.embedded import SHAPE, WEIGHTS, classifier, load
 from fastddim.tools.quality import frechet_distance, garment_share
 from fastddim.training.model import DATA, images
+from fastddim.variances import Eta
 
 
 def draw(ddim: DDIM, model: Callable[..., Tensor], count: int, batch: int) -> Tensor:

@@ -47,7 +47,7 @@ def test_samplers_take_the_timesteps_and_their_file(tmp_path: Path) -> None:
     assert ddim.pairs == ((999, 500), (500, 20), (20, -1)) == make_pairs(TUNED, 3, 1000)
     assert make_pairs(str(path), 3, LINEAR) == ddim.pairs
     assert same == ddim
-    assert DDIM(3, order=2, spacing=str(path)) == ddim  # type: ignore[arg-type]
+    assert DDIM(3, order=2, spacing=str(path)) == ddim
     assert hash(same) == hash(ddim)
     assert pickle.loads(pickle.dumps(ddim)) == ddim
     assert replace(ddim, steps=4).pairs == ((999, 700), (700, 300), (300, 0), (0, -1))

@@ -19,6 +19,7 @@ from fastddim import DDIM, NoiseSchedule, make_pairs, make_table
 from fastddim.coefficients import COLUMNS, pack
 from fastddim.dropins import _shared, compvis, ermongroup, guided
 from fastddim.dropins._shared import pack_rows
+from fastddim.levels import Levels
 
 T = 1000
 LINEAR = NoiseSchedule.linear()
@@ -91,7 +92,9 @@ def test_native_tables(spacing: Any, eta: Any) -> None:
     upwards = [(s, t) for t, s in make_pairs(spacing, 50, T)][::-1]
     assert_reciprocal(make_table(zero_snr, upwards))
     abar = np.linspace(0, 1, 1001)
-    assert_reciprocal(pack(abar, abar[::-1], np.zeros(1001), np.ones(1001)))
+    assert_reciprocal(
+        pack(Levels.of_abar(abar), np.sqrt(abar[::-1]), np.zeros(1001), np.ones(1001))
+    )
 
 
 @given(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fastddim.coefficients import Float32, extrapolation, from_levels, log_snr_steps
-from fastddim.schedule import Float64
+from fastddim.coefficients import Float32, extrapolation, from_steps
+from fastddim.levels import Float64, Levels, log_snr_steps
+from fastddim.variances import Steps
 
 NEARLY = 1e-6
 """The relative difference of two ᾱ that the float32 σ of one level may give."""
@@ -46,14 +47,16 @@ def make_rows(sigmas: npt.ArrayLike, order: int, eta: float, heun: bool) -> Floa
             )
     none = np.zeros(len(abar_t), dtype=np.bool_)
     least = np.full_like(abar_t, LEAST)
-    first = from_levels(abar_t, abar_s, eta, none, kappa=least)
+    t, s = Levels.of_abar(abar_t), Levels.of_abar(abar_s)
+    steps = Steps(t, s, none)
+    first = from_steps(steps, eta, kappa=least)
     if order == 1:
         return first
-    kappa = extrapolation(abar_t, abar_s)
+    kappa = extrapolation(t, s)
     if heun:
-        kappa = kappa * _heun((1 + eta) * log_snr_steps(abar_t, abar_s))
+        kappa = kappa * _heun((1 + eta) * log_snr_steps(t, s))
     kappa = np.where(np.abs(kappa) > LEAST, kappa, least)  # False for NaN too
-    return np.concatenate([first, from_levels(abar_t, abar_s, eta, none, kappa=kappa)])
+    return np.concatenate([first, from_steps(steps, eta, kappa=kappa)])
 
 
 def _heun(k: Float64) -> Float64:

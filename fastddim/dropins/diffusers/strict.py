@@ -22,6 +22,7 @@ from fastddim.dropins.diffusers.base import (
     like,
 )
 from fastddim.dropins.diffusers.tables import CPU, Chosen, Made, Tables
+from fastddim.levels import Levels
 from fastddim.loop.options import checked_seeds
 from fastddim.schedule import NoiseSchedule
 from fastddim.step.arguments import OUTPUTS, check_untransformed, transformed
@@ -111,7 +112,7 @@ class Strict:
         place = _place(scheduler, timestep, chosen)
         if isinstance(place, Tensor):
             place = _place(scheduler, int(timestep), chosen)
-        return _pairs(scheduler, chosen)[cast(int, place)][1]
+        return cast(int, _pairs(scheduler, chosen)[cast(int, place)][1])
 
     def variance(self, scheduler: Base, timestep: int | Tensor, prev_timestep: Any) -> Tensor:
         if scheduler.num_inference_steps is None:
@@ -165,7 +166,7 @@ def tables_of(
         # The model is called with the timestep where the step ends, and its output belongs to it.
         abar_s = schedule.alphas_cumprod[chosen.levels]
         zeros, ones = np.zeros_like(abar_s), np.ones_like(abar_s)
-        to_eps = _with_nan(pack(abar_s, zeros, zeros, ones))
+        to_eps = _with_nan(pack(Levels.of_abar(abar_s), zeros, zeros, ones))
     return scheduler._cache.keep(*given, Made(table, row_of, to_eps))
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastddim.check import shown, whole
-from fastddim.schedule import Float64, guided_diffusions
+from fastddim.levels import Float64
+from fastddim.schedule import guided_diffusions
 
 
 class Diffusion:

@@ -13,8 +13,9 @@ from torch import Tensor
 from fastddim.check import finite, kind, shown
 from fastddim.dropins._shared import Buffers, checked_factors, pack_rows, passed_over, stream_of
 from fastddim.dropins._transfer import sent
+from fastddim.levels import Float64
 from fastddim.loop.devices import check_not_capturing
-from fastddim.schedule import Float64, NoiseSchedule
+from fastddim.schedule import NoiseSchedule
 from fastddim.step.arguments import OUTPUTS
 from fastddim.step.buffers import fitting
 
