@@ -110,8 +110,9 @@ def make_table(
     if order == 1:
         return from_steps(steps, eta, temperature)
     if not isinstance(eta, float):
+        given = '"hat"' if eta == "hat" else shown(eta)
         raise ValueError(
-            f"eta must be a number with order 2, got {shown(eta)}: its noise is not that of the "
+            f"eta must be a number with order 2, got {given}: its noise is not that of the "
             f"equation which the second order solves"
         )
     if noisier(s, t).any():

@@ -40,8 +40,8 @@ class LevelTable(GaussianPath):
         alpha = vector("alpha", alpha)
         if alpha.shape != sigma.shape:
             raise ValueError(f"alpha must have sigma's {T} levels, got {len(alpha)}")
-        for name, values, low in (("alpha", alpha, 0), ("sigma", sigma, 0)):
-            if (bad := np.flatnonzero(values < low)).size:
+        for name, values in (("alpha", alpha), ("sigma", sigma)):
+            if (bad := np.flatnonzero(values < 0)).size:
                 raise ValueError(f"{name} must be ≥ 0, got {values[bad[0]]:g} at level {bad[0]}")
         if (bad := np.flatnonzero(sigma == 0)).size:
             both = " with alpha 0" if alpha[bad[0]] == 0 else ""
@@ -56,19 +56,19 @@ class LevelTable(GaussianPath):
                 f"{alpha[i] / sigma[i]:g} at level {i} and {alpha[i + 1] / sigma[i + 1]:g} at "
                 f"level {i + 1}"
             )
-        t: Float64 = np.arange(T) * 1.0 if self.t is None else vector("t", self.t)
+        t = vector("t", np.arange(T) if self.t is None else self.t)
         if t.shape != sigma.shape:
             raise ValueError(f"t must have sigma's {T} levels, got {len(t)}")
         if len(np.unique(t)) < T:
             raise ValueError("t must differ from level to level, got a number twice")
-        kept = {
+        kept: dict[str, npt.NDArray[Any]] = {
             "alpha": alpha,
             "sigma": sigma,
             "t": t.astype(np.int64 if (t == np.rint(t)).all() else np.float32),
         }
-        for name, values in kept.items():
-            values.setflags(write=False)
-            object.__setattr__(self, name, values)
+        for name, array in kept.items():
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name in ("alpha", "sigma", "t"):  # pickle and deepcopy drop the write protection

@@ -13,6 +13,9 @@ Every rule here keeps the second line, so that x_s has the level of s. They are,
 - ``Fresh()``: c1 = σ_s and c2 = 0, multistep consistency sampling (Song et al. 2023, algorithm 1;
   LCM, Luo et al. 2023), and the flow's ``stochastic_sampling`` in diffusers.
 
+With the exact model, η alone draws the data as S grows: the steps of the last three add noise
+that does not tend to 0 with the step, which models distilled for few steps expect.
+
 DDPM's ``"learned_range"`` has a variance for each element, which no table can hold: the drop-in
 for guided-diffusion composes that noise. LCM's boundary factors c_skip and c_out are left out of
 ``Fresh``: at the timesteps of LCM's own schedules c_skip is below 1e-5.

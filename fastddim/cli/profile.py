@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 from fastddim.cli import bars, values
 from fastddim.cli.options import BatchSize, Machine, Network, flag, option, seeds_option
-from fastddim.cli.values import SPACINGS, distinct
+from fastddim.cli.values import PATHS, SPACINGS, distinct
 
 if TYPE_CHECKING:
     from fastddim.loop.sampler import DDIM
@@ -64,6 +65,15 @@ def profile(
             "and covariance, which shows the error of the sampler alone.",
         ),
     ] = False,
+    path: Annotated[
+        str | None,
+        option(
+            "--path",
+            "NAME",
+            f"The path of the oracle: {', '.join(PATHS)} (ddpm is that of linear beta, the "
+            "default). Needs --oracle.",
+        ),
+    ] = None,
     trace: Annotated[
         bool,
         flag(
@@ -115,6 +125,10 @@ def profile(
     if oracle and network.given:
         name, value = next(iter(network.given.items()))
         raise ValueError(f"{name} must be left out with oracle, got {str(value)!r}")
+    if path is not None:
+        values.one_of("path", path, PATHS)
+        if not oracle:
+            raise ValueError(f"path must be left out without oracle, got {path!r}")
     with bars.spinner("loading", machine.quiet):
         from fastddim import embedded
         from fastddim.cli.network import prepare, usable
@@ -128,8 +142,9 @@ def profile(
         judge: Judge | None
         model_options: dict[str, Any] = {}
         if oracle:
-            where, data = usable(machine), measured.oracle()
-            model, size = measured.oracle().to(where), data.means.shape[1:]
+            where, data = usable(machine), measured.oracle(path)
+            model, size = measured.oracle(path).to(where), data.means.shape[1:]
+            make = partial(DDIM, schedule=data.schedule, prediction=data.prediction)
             judge = measured.mixture(data)
         else:
             prepared = prepare(machine, network)
@@ -155,14 +170,14 @@ def profile(
                 ("dtype", "dtype"),
             )
         }
+        more["path"] = path
         settings = measured.settings(model, ddims[0], text, batch_size, where, judge, **more)
         done = measured.read(out, settings)
         rest = measured.remaining(ddims, done)
         measured.make_folder(out)
         if trace:
-            path = out / measured.TRACE
-            traced = longest(ddims)
-            measured.trace(traced, model, size, batch_size, path, device=where, **model_options)
+            file, traced = out / measured.TRACE, longest(ddims)
+            measured.trace(traced, model, size, batch_size, file, device=where, **model_options)
     total = measured.model_calls(rest, len(wanted), batch_size)
     command = command_line(context)
     if done:  # of an earlier run, perhaps without a page

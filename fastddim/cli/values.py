@@ -33,6 +33,7 @@ FORMATS = ("npy", "png", "npz")
 DTYPES = ("float32", "bfloat16", "float16")
 PREDICTIONS = ("epsilon", "v", "sample")
 SCHEDULES = ("linear", "scaled_linear", "cosine")
+PATHS = ("ddpm", "flow", "flow-shift3", "edm", "cosine")
 LARGEST_BATCH = 65_536
 
 

@@ -432,7 +432,7 @@ class DDIM:
                 steps there.
         """
         where = usable_device(device)
-        eta = self.eta if isinstance(self.eta, str) else f"{self.eta:g}"
+        eta = f"{self.eta:g}" if isinstance(self.eta, float) else self.eta
         spacing = self.spacing if isinstance(self.spacing, str) else "given"
         order = "" if self.order == 1 else f", order {self.order}"
         print(

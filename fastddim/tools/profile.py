@@ -24,10 +24,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from fastddim import __version__, timesteps
 from fastddim.check import whole
 from fastddim.files import replacing
+from fastddim.levels import GaussianPath
 from fastddim.loop import devices
 from fastddim.loop.model import Model
 from fastddim.loop.options import Progress, checked_progress
 from fastddim.loop.sampler import DDIM
+from fastddim.schedule import NoiseSchedule
 from fastddim.step.backends import backend
 from fastddim.timesteps import Spacing
 from fastddim.tools import draw, provenance, timing
@@ -111,13 +113,28 @@ def garments() -> Judge:
     return Judge("FD-clf", real.distance, real.floor, real.spread)
 
 
-def oracle() -> GaussianMixture:
+def oracle(path: str | None = None) -> GaussianMixture:
     """Returns data whose ε is known exactly: eight narrow modes in 64 dimensions, each on an axis.
+
+    ``path`` names one of ``PATHS``, and is that of linear β by default.
 
     The modes are narrow because few steps get the width of a mode wrong. The dimensions are many
     so that the width weighs more than the number of samples that reach each mode.
     """
-    return GaussianMixture(torch.eye(8, 64, device="cpu"), 0.1)
+    schedule, prediction = PATHS[path or "ddpm"]()
+    return GaussianMixture(
+        torch.eye(8, 64, device="cpu"), 0.1, schedule=schedule, prediction=prediction
+    )
+
+
+PATHS: dict[str, Callable[[], tuple[GaussianPath, str]]] = {
+    "ddpm": lambda: (NoiseSchedule.linear(), "epsilon"),
+    "flow": lambda: (NoiseSchedule.flow(), "flow"),
+    "flow-shift3": lambda: (NoiseSchedule.flow(3.0), "flow"),
+    "edm": lambda: (NoiseSchedule.edm(), "sample"),
+    "cosine": lambda: (NoiseSchedule.continuous_cosine(), "v"),
+}
+"""The paths on which the oracle can be measured, and the output of a model there."""
 
 
 def mixture(data: GaussianMixture) -> Judge:
@@ -209,8 +226,8 @@ def _combinations(
 
 def _missing(steps: int, order: int, spacing: Spacing | str, eta: Eta) -> str | None:
     """Returns the reason why no sampler has these values, or None."""
-    if order == 2 and eta == "hat":
-        return "order 2 with eta hat"
+    if order == 2 and not isinstance(eta, (int, float)):
+        return f"order 2 with eta {eta}"
     if isinstance(spacing, Tuned) and steps not in spacing.steps:
         tuned = " or ".join(map(str, spacing.steps))
         return f"{steps} steps of {spacing_name(spacing)}, which has {tuned}"
@@ -448,7 +465,13 @@ def settings(
     """
     name = getattr(model, "__qualname__", type(model).__qualname__)
     identity = provenance.digest(model) if isinstance(model, nn.Module) else name
-    digest = hashlib.sha256(identity.encode() + ddim.schedule.alphas_cumprod.tobytes())
+    schedule = ddim.schedule
+    levels = (
+        schedule.alphas_cumprod.tobytes()
+        if isinstance(schedule, NoiseSchedule)
+        else schedule.digest.encode()
+    )
+    digest = hashlib.sha256(identity.encode() + levels)
     return {
         "model": digest.hexdigest()[:16],
         "prediction": ddim.prediction,

@@ -18,7 +18,8 @@ def digest(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         values = tensor.detach().cpu().contiguous().view(-1)
-        sha.update(values.view(torch.uint8).numpy())
+        if len(values):  # PyTorch views no empty tensor as bytes
+            sha.update(values.view(torch.uint8).numpy())
     return sha.hexdigest()
 
 

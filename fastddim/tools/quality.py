@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastddim.check import finite, whole
+from fastddim.coefficients import checked_prediction
+from fastddim.levels import GaussianPath
+from fastddim.paths import Continuous
 from fastddim.schedule import NoiseSchedule
 
 
@@ -80,21 +83,28 @@ def garment_share(logits: Tensor, confidence: float = 0.9) -> float:
 
 
 class _Oracle(nn.Module):
-    """The base of both oracles: √ᾱ_t and √(1−ᾱ_t) of a schedule, in float64.
+    """The base of both oracles: α and σ of a path, in float64, and the output of a prediction.
 
     It is a module so that ``.to("cuda")`` moves its tensors, which a captured graph needs.
     """
 
     roots: Tensor
+    """α and σ of a table's levels; none on a continuous path."""
+    times: Tensor
+    """The t of a table's levels."""
 
-    def __init__(self, schedule: NoiseSchedule | None) -> None:
+    def __init__(self, schedule: GaussianPath | None, prediction: str) -> None:
         super().__init__()
-        # A last row for level −1, clean data with ᾱ = 1.
-        abar = np.append((schedule or NoiseSchedule.linear()).alphas_cumprod, 1.0)
-        self.register_buffer("roots", torch.from_numpy(np.sqrt(np.stack([abar, 1 - abar], 1))))
+        self.schedule = NoiseSchedule.linear() if schedule is None else schedule
+        self.prediction = checked_prediction(prediction, self.schedule)
+        count = 0 if self.schedule.continuous else len(self.schedule)
+        levels = np.arange(count)
+        at = self.schedule.at(levels)
+        self.register_buffer("roots", torch.from_numpy(np.stack([at.alpha, at.sigma], 1)))
+        self.register_buffer("times", torch.from_numpy(self.schedule.times(levels).copy()))
 
-    def _roots_at(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns √ᾱ_t and √(1−ᾱ_t) in x's dtype, each (batch, 1, ...); NaN where t is no level.
+    def _levels_at(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns α_t and σ_t in x's dtype, each (batch, 1, ...); NaN where t is not on the path.
 
         1 − ᾱ_t in float32 would be off by 3e-4 at t = 0. The result is NaN instead of an error,
         because an error would need a host sync.
@@ -106,10 +116,35 @@ class _Oracle(nn.Module):
             )
         if t.shape not in ((), x.shape[:1]):
             raise ValueError(f"t must have shape () or ({len(x)},), got {tuple(t.shape)}")
-        level = t.long().clamp(0, len(self.roots) - 2)
-        roots = self.roots.to(x)[level].where((level == t).unsqueeze(-1), torch.nan)
-        signal, noise = roots.view(-1, 2, *[1] * (x.ndim - 1)).unbind(1)
-        return signal, noise
+        if isinstance(self.schedule, Continuous):
+            sigma = self.schedule.sigma_at(t.double())
+            known = (sigma >= 0) & (sigma <= self.schedule.noisiest * (1 + 1e-6))
+            sigma = sigma.clamp(0, self.schedule.noisiest)
+            roots = torch.stack([self.schedule.alpha2_of(sigma).sqrt(), sigma], -1)
+        elif isinstance(self.schedule, NoiseSchedule):
+            level = t.long().clamp(0, len(self.roots) - 1)
+            roots, known = self.roots[level], level == t
+        else:
+            same = t.reshape(-1, 1).to(self.times.dtype) == self.times
+            roots, known = self.roots[same.int().argmax(1)], same.any(1)
+        roots = roots.to(x).where(known.unsqueeze(-1), torch.nan)
+        alpha, sigma = roots.view(-1, 2, *[1] * (x.ndim - 1)).unbind(1)
+        return alpha, sigma
+
+    def _output(self, alpha: Tensor, sigma: Tensor, eps: Tensor, x0: Tensor) -> Tensor:
+        """Returns what a model of this prediction returns."""
+        if self.prediction == "epsilon":
+            return eps
+        if self.prediction == "v":
+            return alpha * eps - sigma * x0
+        return x0 if self.prediction == "sample" else eps - x0
+
+    def _at(self, name: str, level: Any) -> tuple[float, float]:
+        """Returns α and σ of a level of the path, or of clean data, −1."""
+        if not self.schedule.continuous:
+            level = whole(name, level, low=-1, high=len(self.schedule) - 1)
+        found = self.schedule.at([level])
+        return float(found.alpha[0]), float(found.sigma[0])
 
 
 class Gaussian(_Oracle):
@@ -126,7 +161,8 @@ class Gaussian(_Oracle):
     Args:
         mean: m, a number or a tensor that broadcasts to x.
         std: s ≥ 0, likewise.
-        schedule: ᾱ; by default the paper's (linear β, T = 1000).
+        schedule: ᾱ, or another path; by default the paper's (linear β, T = 1000).
+        prediction: the output: ε, or another that ``DDIM`` takes on this path.
 
     Raises:
         ValueError: ``mean`` or ``std`` is not finite, or ``std`` is negative; when called, x is
@@ -136,17 +172,27 @@ class Gaussian(_Oracle):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Any, std: Any, schedule: NoiseSchedule | None = None) -> None:
-        super().__init__(schedule)
+    def __init__(
+        self,
+        mean: Any,
+        std: Any,
+        schedule: GaussianPath | None = None,
+        prediction: str = "epsilon",
+    ) -> None:
+        super().__init__(schedule, prediction)
         self.register_buffer("mean", _parameter("mean", mean))
         self.register_buffer("std", _parameter("std", std, positive=True))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        signal, noise = self._roots_at(x, t)
+        alpha, sigma = self._levels_at(x, t)
         mean, std = self.mean.to(x).expand_as(x), self.std.to(x).expand_as(x)
-        return noise * (x - signal * mean) / ((signal * std) ** 2 + noise**2)
+        from_mean, v = x - alpha * mean, (alpha * std) ** 2 + sigma**2
+        eps = sigma * from_mean / v
+        if self.prediction == "epsilon":
+            return eps
+        return self._output(alpha, sigma, eps, mean + alpha * std**2 * from_mean / v)
 
-    def flow(self, x: Tensor, t: int, s: int = -1) -> Tensor:
+    def flow(self, x: Tensor, t: float, s: float = -1) -> Tensor:
         """Returns x at level ``t`` carried exactly along the probability flow to level ``s``.
 
             x_s = √ᾱ_s·m + √(v_s/v_t)·(x_t − √ᾱ_t·m)
@@ -156,12 +202,9 @@ class Gaussian(_Oracle):
         x0 = m + s·(x_t − √ᾱ_t·m)/√v_t.
 
         Raises:
-            ValueError: ``t`` or ``s`` is not in [−1, T).
+            ValueError: ``t`` or ``s`` is not in [−1, T), or on a continuous path no σ of the path.
         """
-        (a_t, b_t), (a_s, b_s) = (
-            self.roots[whole(name, level, low=-1, high=len(self.roots) - 2)]
-            for name, level in (("t", t), ("s", s))
-        )
+        (a_t, b_t), (a_s, b_s) = self._at("t", t), self._at("s", s)
         ratio = torch.sqrt(((a_s * self.std) ** 2 + b_s**2) / ((a_t * self.std) ** 2 + b_t**2))
         carried: Tensor = (a_s * self.mean).to(x) + ratio.to(x) * (x - (a_t * self.mean).to(x))
         return carried
@@ -181,7 +224,8 @@ class GaussianMixture(_Oracle):
         means: μ, (K, ...) with D elements each; x may have any shape with D elements.
         stds: s ≥ 0, a number or (K,).
         weights: w ≥ 0, (K,), in any scale; equal by default.
-        schedule: ᾱ; by default the paper's (linear β, T = 1000).
+        schedule: ᾱ, or another path; by default the paper's (linear β, T = 1000).
+        prediction: the output: ε, or another that ``DDIM`` takes on this path.
 
     Raises:
         ValueError: a parameter is not finite, is negative or has another shape, or all weights
@@ -194,9 +238,14 @@ class GaussianMixture(_Oracle):
     weights: Tensor
 
     def __init__(
-        self, means: Any, stds: Any, weights: Any = None, schedule: NoiseSchedule | None = None
+        self,
+        means: Any,
+        stds: Any,
+        weights: Any = None,
+        schedule: GaussianPath | None = None,
+        prediction: str = "epsilon",
     ) -> None:
-        super().__init__(schedule)
+        super().__init__(schedule, prediction)
         mu = _parameter("means", means)
         if mu.ndim < 2 or not mu.numel():
             raise ValueError(f"means must have shape (K, ...), got {tuple(mu.shape)}")
@@ -211,17 +260,21 @@ class GaussianMixture(_Oracle):
         self.register_buffer("weights", w)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        signal, noise = (root.view(-1, 1, 1) for root in self._roots_at(x, t))
+        alpha, sigma = (root.view(-1, 1, 1) for root in self._levels_at(x, t))
         means, stds = self.means.flatten(1).to(x), self.stds.to(x)
         if x.shape[1:].numel() != means.shape[1]:
             raise ValueError(
                 f"x must have {means.shape[1]} elements a sample, got shape {tuple(x.shape)}"
             )
-        difference = x.reshape(len(x), 1, means.shape[1]) - signal * means
-        v = (signal * stds.unsqueeze(-1)) ** 2 + noise**2
+        difference = x.reshape(len(x), 1, means.shape[1]) - alpha * means
+        v = (alpha * stds.unsqueeze(-1)) ** 2 + sigma**2
         penalty = means.shape[1] * v.log() + difference.square().sum(-1, keepdim=True) / v
         r = torch.softmax(self.weights.to(x).log().unsqueeze(-1) - 0.5 * penalty, 1)
-        return (noise * r / v * difference).sum(1).view(x.shape)
+        eps = (sigma * r / v * difference).sum(1)
+        if self.prediction == "epsilon":
+            return eps.view(x.shape)
+        x0 = (r * (means + alpha * stds.unsqueeze(-1) ** 2 / v * difference)).sum(1)
+        return self._output(alpha[:, 0], sigma[:, 0], eps, x0).view(x.shape)
 
     def moments(self) -> Moments:
         """Returns the data's moments on the CPU.

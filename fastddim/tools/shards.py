@@ -38,6 +38,7 @@ from fastddim.tools.launch import PARENT
 from fastddim.tools.pace import Count, Pace
 from fastddim.tools.seeds import Seeds
 from fastddim.tuned import Tuned
+from fastddim.variances import Rule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -366,6 +367,7 @@ def _recipe(
             "sha256": ddim.schedule.digest,
         },
         **{name: getattr(ddim, name) for name in SAMPLER},
+        **({"eta": str(ddim.eta)} if isinstance(ddim.eta, Rule) else {}),
         **({"spacing": str(ddim.spacing)} if isinstance(ddim.spacing, Tuned) else {}),
         # Recipes of order 1 stay those of versions without orders, so that their folders go on.
         **({} if ddim.order == 1 else {"order": ddim.order}),

@@ -158,7 +158,7 @@ def save(folder: Path, settings: Settings, done: Sequence[Cell]) -> None:
 
 def label(eta: Eta) -> str:
     """Returns η as text: ``0.2`` or ``hat``."""
-    return eta if isinstance(eta, str) else f"{eta:g}"
+    return f"{eta:g}" if isinstance(eta, (int, float)) else str(eta)
 
 
 def spacing_name(spacing: Spacing | str) -> str:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def warm_up(
             outputs.append(model(x, t, **cond))
         return outputs[0]
 
-    last = DDIM(spacing=[0], schedule=ddim.schedule, prediction=ddim.prediction)
+    last = replace(ddim, steps=None, spacing=[ddim.pairs[-1]], eta=0.0, order=1)
     for sampler in (ddim, last):
         sampler.sample(
             called_once,

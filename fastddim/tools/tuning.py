@@ -91,6 +91,10 @@ class Search:
             raise ValueError(
                 f"eta must be 0 to tune timesteps, got {ddim.eta}: x_T must determine the sample"
             )
+        if ddim.schedule.continuous:
+            raise ValueError(
+                f"schedule must be a table of levels to tune timesteps, got {ddim.schedule}"
+            )
         T = len(ddim.schedule)
         self.fine = whole("fine", fine, low=3, high=T)
         self.steps = [whole("steps", S, low=2, high=self.fine - 1) for S in steps]

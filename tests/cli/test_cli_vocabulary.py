@@ -60,6 +60,7 @@ def test_the_vocabulary_is_the_librarys() -> None:
     from fastddim.cli.network import SCHEDULES
     from fastddim.coefficients import ORDERS, VP_PREDICTIONS
     from fastddim.tools import folder
+    from fastddim.tools.profile import PATHS
 
     assert SPACINGS == values.SPACINGS
     assert tuple(checkpoints.CONFIGS) == values.CONFIGS
@@ -68,6 +69,7 @@ def test_the_vocabulary_is_the_librarys() -> None:
     assert ORDERS == values.ORDERS
     assert draw.LARGEST_BATCH == values.LARGEST_BATCH
     assert tuple(SCHEDULES) == values.SCHEDULES
+    assert tuple(PATHS) == values.PATHS
     for name, make in SCHEDULES.items():
         assert make(7).name.partition("(")[0] == name
         assert len(make(7)) == 7
