@@ -15,7 +15,6 @@ from fastddim.dropins.diffusers.base import (
     NAMES,
     Base,
     Generators,
-    has_grad,
     levels_fit,
     like,
     output_of,
@@ -237,6 +236,13 @@ class FastDDPMScheduler(Base, DDPMScheduler):
             and self.variance_type not in _LEARNED
             and config.variance_type not in _LEARNED
             and self._as_parent
-            and not (has_grad(sample) or has_grad(output))
-            and not (has_grad(self.alphas_cumprod) or has_grad(self.one))
+            and not (
+                torch.is_grad_enabled()
+                and (
+                    sample.requires_grad
+                    or output.requires_grad
+                    or self.alphas_cumprod.requires_grad
+                    or self.one.requires_grad
+                )
+            )
         )
