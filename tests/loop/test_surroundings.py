@@ -225,9 +225,7 @@ DROPINS: dict[str, Case] = {
     "diffusers, parallel, strict": partial(parallel, strict=True),
     "diffusers, seeds": seeded,
     "diffusers, ddpm": partial(scheduled, kind="FastDDPMScheduler"),
-    "diffusers, ddpm, threshold": partial(
-        scheduled, kind="FastDDPMScheduler", thresholding=True
-    ),
+    "diffusers, ddpm, threshold": partial(scheduled, kind="FastDDPMScheduler", thresholding=True),
     "diffusers, multistep": multistep,
     "diffusers, multistep, sde": partial(multistep, algorithm_type="sde-dpmsolver++"),
     "compvis": latent,
