@@ -8,6 +8,7 @@ import itertools
 import json
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,15 @@ def test_unequal_shapes_and_other_kinds_take_the_originals_step() -> None:
     for scheduler in (original, fast):
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     assert_same_loops(original, fast, x, seed=1)
+
+
+def test_timesteps_that_are_no_integers_are_the_originals() -> None:
+    original, fast = both({}, **TEN)
+    x = randn(*SHAPE)
     for scheduler in (original, fast):
         scheduler.timesteps = scheduler.timesteps.double()
-    assert_same_outcome(calls[0], original, fast)
+        with pytest.raises(IndexError):
+            scheduler.step(x, 500, x)
 
 
 def test_errors_are_the_originals() -> None:
@@ -310,6 +317,34 @@ def test_inference_mode_and_out_of_it(first: bool, then: bool) -> None:
         found = loop(scheduler, randn(*SHAPE), generator=gen())
     assert all(a.is_inference() == then for a in found)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_a_compiled_step_is_the_eager_one() -> None:
+    torch.compiler.reset()
+    compiled_scheduler, eager = FAST(), FAST()
+    for scheduler in (compiled_scheduler, eager):
+        scheduler.set_timesteps(10)
+    compiled = torch.compile(compiled_scheduler.step, backend="aot_eager")
+    x, output = randn(2, 8), randn(2, 8, seed=1)
+    for t in (900, 0):
+        ends = []
+        for step in (compiled, eager.step):
+            torch.manual_seed(1)
+            ends.append(step(output, t, x).prev_sample)
+        assert torch.equal(*ends)
+
+
+def test_threads_that_share_a_scheduler_step_alone() -> None:
+    _, scheduler = fused({}, num_inference_steps=30)
+
+    def run(seed: int) -> list[Tensor]:
+        return loop(scheduler, randn(2, 3, 48, 48, seed=seed), generator=gen(seed))
+
+    want = [run(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, range(4)))
+    for a, b in zip(found, want, strict=True):
+        assert all(map(torch.equal, a, b))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
