@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.counts import Tally
 from tests.dropins.ddpm_cases import FAST, LEARNED, ORIGINAL, POLICY, both, fused
 from tests.dropins.scheduler_cases import (
     BOUNDS,
@@ -317,6 +318,22 @@ def test_inference_mode_and_out_of_it(first: bool, then: bool) -> None:
         found = loop(scheduler, randn(*SHAPE), generator=gen())
     assert all(a.is_inference() == then for a in found)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize(("t", "passes", "read_and_written"), [(500, 2, 24), (0, 1, 16)])
+def test_a_step_is_one_pass_beside_its_draw(t: int, passes: int, read_and_written: int) -> None:
+    """Each element of x_t, ε, x_s and x0 moves once; noise is written and read."""
+    original, fast = both({}, **TEN)
+    x, found = randn(*SHAPE), {}
+    fast.step(x, t, x)  # makes the rows
+    for scheduler in (original, fast):
+        with Tally(x.numel()) as tally:
+            scheduler.step(x, t, x)
+        found[scheduler] = tally.found
+    assert found[fast]["operations"] == found[fast]["passes"] == passes
+    assert found[fast]["bytes_per_element"] == read_and_written
+    assert found[original]["passes"] >= 8
+    assert found[original]["bytes_per_element"] >= 72
 
 
 def test_a_compiled_step_is_the_eager_one() -> None:

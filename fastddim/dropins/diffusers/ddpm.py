@@ -204,7 +204,7 @@ class FastDDPMScheduler(Base, DDPMScheduler):
                 return None
         t, s = (sent(torch.tensor(of, device=CPU), abar.device) for of in (levels, ends))
         at = abar[t]
-        at_prev = torch.where(s >= 0, abar[s.clamp(min=0)], self.one.to(abar.device))
+        at_prev = torch.where(s >= 0, abar[s.clamp(min=0)], sent(self.one, abar.device))
         beta_t, beta_prev = 1 - at, 1 - at_prev
         alpha = at / at_prev
         beta = 1 - alpha
