@@ -92,11 +92,12 @@ class Ways:
         made = getattr(importlib.import_module(module), name)(clip_sample=False, **options)
         made.set_timesteps(STEPS)
         ts = form(made.timesteps)
+        noisy = "DDPM" in name
 
         def run() -> Tensor:
-            x = self.x
+            x, given = self.x, {"generator": self.stream()} if noisy else {}
             for t in ts:
-                x = made.step(self.eps, t, x).prev_sample
+                x = made.step(self.eps, t, x, **given).prev_sample
             return x
 
         return torch.no_grad()(run)  # as in diffusers' pipelines
@@ -184,6 +185,11 @@ class Ways:
                 lambda: self.scheduled("DDIMInverseScheduler"),
             ),
         }
+        ddpm = f"DDPMScheduler, timesteps as tensors{NOISY}"
+        ways["diffusers' " + ddpm] = Way(lambda: self.scheduled("DDPMScheduler"))
+        ways["Fast" + ddpm] = Way(
+            lambda: self.scheduled("FastDDPMScheduler"), lambda: self.scheduled("DDPMScheduler")
+        )
         if len(self.shape) == 4:  # these take images
             ways["guided.ddim_sample_loop"] = Way(self.guided, floats, exact=False)
             ways["compvis.DDIMSampler"] = Way(self.compvis, lambda: self.plain(later), exact=False)

@@ -297,6 +297,20 @@ MUTANTS = [
     ),
     Mutant(
         "dropins",
+        "the DDPM scheduler draws noise in its last step",
+        DROPINS,
+        "self._drawn(output, generator) if t > 0 else None",
+        "self._drawn(output, generator) if t >= 0 else None",
+    ),
+    Mutant(
+        "dropins",
+        "the DDPM scheduler keeps its rows when the timesteps are chosen anew",
+        DROPINS,
+        "self.one, (chosen, kinds)",
+        "self.one, kinds",
+    ),
+    Mutant(
+        "dropins",
         "the multistep scheduler's last step is of order 2",
         DROPINS,
         "or (config.lower_order_final and steps < 15)",

@@ -203,7 +203,6 @@ class Buffers:
         """Returns the previous step's launch if only the tensors' values have changed since."""
         plain = (
             seeds is None
-            and noise is None
             and guidance is None
             and threshold is None
             and next_input is None
@@ -213,6 +212,10 @@ class Buffers:
             and output.__class__ is Tensor
             and not (x.is_neg() or x._is_zerotensor())
             and not (output.is_neg() or output._is_zerotensor())
+            and (
+                noise is None
+                or (noise.__class__ is Tensor and not (noise.is_neg() or noise._is_zerotensor()))
+            )
             and not watched()
         )
         like = None
@@ -228,6 +231,7 @@ class Buffers:
                 output.stride(),
                 x0 is None,
                 None if isinstance(rows, int) else rows.stride(),
+                None if noise is None else noise.stride(),
             )
             before, of, launch = self._latest
             if like == before and of is table:

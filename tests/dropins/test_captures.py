@@ -58,6 +58,28 @@ def test_a_schedulers_step_in_a_capture_is_the_step(strict: bool) -> None:
 
 @pytest.mark.gpu
 @apart
+def test_a_ddpm_step_in_a_capture_is_the_step() -> None:
+    scheduler: Any = drop_in("FastDDPMScheduler")()
+    scheduler.set_timesteps(10, device=CUDA)
+    x, t = X.cuda(), scheduler.timesteps[-1]
+    on_another_stream(lambda: scheduler.step(0.3 * x, t, x))
+    taken = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(taken):
+        found = scheduler.step(0.3 * x, t, x).prev_sample
+        said = ("a CUDA graph cannot capture a copy from the CPU to cuda:0",)
+        first, g = scheduler.timesteps[0], torch.Generator().manual_seed(1)
+        refused(lambda: scheduler.step(0.3 * x, first, x, generator=g), RuntimeError, *said)
+    want = scheduler.step(0.3 * x, t, x).prev_sample
+    for steps in range(11, 31):
+        scheduler.set_timesteps(steps, device=CUDA)
+        scheduler.step(0.3 * x, scheduler.timesteps[3], x)
+    found.fill_(float("nan"))
+    taken.replay()
+    assert torch.equal(found, want)
+
+
+@pytest.mark.gpu
+@apart
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_schedulers_first_step_in_a_capture_is_refused(strict: bool) -> None:
     scheduler: Any = drop_in("FastDDIMScheduler")(strict=strict)
@@ -103,6 +125,7 @@ def test_tables_made_in_a_capture_are_its_own() -> None:
     [
         (test_a_schedulers_step_in_a_capture_is_the_step, {"strict": False}),
         (test_a_schedulers_step_in_a_capture_is_the_step, {"strict": True}),
+        (test_a_ddpm_step_in_a_capture_is_the_step, {}),
         (test_a_schedulers_first_step_in_a_capture_is_refused, {"strict": False}),
         (test_a_schedulers_first_step_in_a_capture_is_refused, {"strict": True}),
         (test_tables_made_in_a_capture_are_its_own, {}),

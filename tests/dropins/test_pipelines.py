@@ -20,6 +20,7 @@ from fastddim.dropins.diffusers import (
     FastDDIMInverseScheduler,
     FastDDIMParallelScheduler,
     FastDDIMScheduler,
+    FastDDPMScheduler,
     FastDPMSolverMultistepScheduler,
 )
 
@@ -184,6 +185,33 @@ def test_ddpm_pipeline(unet: Any) -> None:
     original = ORIGINAL.from_config(pipe.scheduler.config)
     given = {"batch_size": 2, "num_inference_steps": 5, "generator": gen}
     assert_same_picture(pipe, original, **given)
+
+
+def test_the_ddpm_scheduler_in_a_ddpm_pipeline_stays(unet: Any, tmp_path: Path) -> None:
+    pipe = quiet(DDPMPipeline(unet, FastDDPMScheduler()))
+    given = {"batch_size": 2, "num_inference_steps": 5}
+    for own in ({}, {"variance_type": "fixed_large"}, {"thresholding": True}):
+        for generator in (None, gen, lambda: [gen(1), gen(2)]):
+            more = {} if generator is None else {"generator": generator}
+            original = DDPMScheduler(**own)
+            fast = FastDDPMScheduler.from_config(original.config)
+            a, b = (picture(pipe, scheduler, **given, **more) for scheduler in (original, fast))
+            assert np.array_equal(a, b)
+    assert type(pipe.scheduler) is FastDDPMScheduler
+    pipe.save_pretrained(tmp_path)
+    again = quiet(DDPMPipeline.from_pretrained(str(tmp_path), low_cpu_mem_usage=False))
+    assert type(again.scheduler) is FastDDPMScheduler
+
+
+def test_the_ddpm_scheduler_in_stable_diffusion(parts: dict[str, Any]) -> None:
+    own = {**STABLE, "clip_sample": False}
+    pipe = quiet(StableDiffusionPipeline(**parts, scheduler=DDPMScheduler(**own)))
+    given = {"num_inference_steps": 4, "height": 16, "width": 16, "generator": gen}
+    a, b = (
+        picture(pipe, scheduler(**own), "a cat", **given)
+        for scheduler in (DDPMScheduler, FastDDPMScheduler)
+    )
+    assert np.array_equal(a, b)
 
 
 def test_pictures_as_pil_and_tensors(unet: Any) -> None:

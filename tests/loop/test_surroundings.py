@@ -115,7 +115,9 @@ def scheduled(device: str, kind: str, **config: Any) -> Any:
     scheduler.set_timesteps(10, device=device)
     more: dict[str, Any] = {}
     if kind != "FastDDIMInverseScheduler":
-        more = {"eta": 1.0, "generator": torch.Generator(device).manual_seed(3)}
+        more = {"generator": torch.Generator(device).manual_seed(3)}
+    if kind == "FastDDIMScheduler":
+        more["eta"] = 1.0
     x, states = X.to(device), []
     for t in scheduler.timesteps:
         x = scheduler.step(0.3 * x, t, x, **more).prev_sample
@@ -222,6 +224,8 @@ DROPINS: dict[str, Case] = {
     "diffusers, parallel": partial(parallel, strict=False),
     "diffusers, parallel, strict": partial(parallel, strict=True),
     "diffusers, seeds": seeded,
+    "diffusers, ddpm": partial(scheduled, kind="FastDDPMScheduler"),
+    "diffusers, ddpm, threshold": partial(scheduled, kind="FastDDPMScheduler", thresholding=True),
     "diffusers, multistep": multistep,
     "diffusers, multistep, sde": partial(multistep, algorithm_type="sde-dpmsolver++"),
     "compvis": latent,

@@ -16,6 +16,7 @@ from fastddim.dropins.diffusers import (
     FastDDIMInverseScheduler,
     FastDDIMParallelScheduler,
     FastDDIMScheduler,
+    FastDDPMScheduler,
     FastDPMSolverMultistepScheduler,
 )
 from fastddim.dropins.guided.step import Step
@@ -103,6 +104,31 @@ def test_no_multistep_solver_waits(
         with device.watch() as waits:
             x = ours.step(0.3 * x, t, x, generator=g).prev_sample
         assert waits == []
+        y = theirs.step(0.3 * y, number, y, generator=h).prev_sample
+        assert_equal(x, y)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), {"variance_type": "fixed_large"}])
+@pytest.mark.parametrize("told", TOLD)
+@pytest.mark.parametrize(
+    ("made", "moved"), [(Generator, False), (Generator, True), (torch.Generator, False)]
+)
+def test_no_ddpm_step_waits_for_its_own_timesteps(
+    device: Device, config: dict[str, Any], told: str, made: Any, moved: bool
+) -> None:
+    """Of any other tensor on the device, the host must read whether t > 0."""
+    ours, theirs = (FastDDPMScheduler(**config) for _ in range(2))
+    ours.set_timesteps(4, device=CUDA)
+    theirs.set_timesteps(4)
+    g, h = made().manual_seed(1), torch.Generator().manual_seed(1)
+    y = drawn(2, *SHAPE[1:])
+    x = device.put(y)
+    if moved:  # as ``add_noise`` moves it
+        ours.alphas_cumprod = device.put(ours.alphas_cumprod)
+    for t, number in zip(TOLD[told](ours.timesteps), theirs.timesteps.tolist(), strict=True):
+        with device.watch() as waits:
+            x = ours.step(0.3 * x, t, x, generator=g).prev_sample
+        assert len(waits) == (told in ("a copy", "int32"))
         y = theirs.step(0.3 * y, number, y, generator=h).prev_sample
         assert_equal(x, y)
 

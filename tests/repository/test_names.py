@@ -80,6 +80,7 @@ def test_importing_the_package_imports_no_torch() -> None:
         "fastddim.dropins.diffusers.FastDDIMScheduler",
         "fastddim.dropins.compvis.DDIMSampler",
         "fastddim.dropins.compvis.PLMSSampler",
+        "fastddim.dropins.diffusers.FastDDPMScheduler",
         "fastddim.dropins.diffusers.FastDPMSolverMultistepScheduler",
         "fastddim.dropins.guided.ddim_sample_loop",
         "fastddim.dropins.lucidrains.ddim_sample",

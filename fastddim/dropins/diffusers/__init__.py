@@ -1,4 +1,4 @@
-"""diffusers' DDIM and DPM-Solver++ schedulers: same calls, with one pass over memory a step.
+"""diffusers' DDIM, DDPM and DPM-Solver++ schedulers: same calls, with one pass over memory a step.
 
     pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config)
 
@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
 
     raise explained(error) from None
 
+from fastddim.dropins.diffusers.ddpm import FastDDPMScheduler
 from fastddim.dropins.diffusers.multistep import FastDPMSolverMultistepScheduler
 from fastddim.dropins.diffusers.schedulers import (
     FastDDIMInverseScheduler,
@@ -27,6 +28,7 @@ __all__ = (
     "FastDDIMInverseScheduler",
     "FastDDIMParallelScheduler",
     "FastDDIMScheduler",
+    "FastDDPMScheduler",
     "FastDPMSolverMultistepScheduler",
     "SchedulerMixin",
 )
@@ -35,6 +37,7 @@ for _class in (
     FastDDIMScheduler,
     FastDDIMParallelScheduler,
     FastDDIMInverseScheduler,
+    FastDDPMScheduler,
     FastDPMSolverMultistepScheduler,
 ):
     # diffusers writes ``__module__`` into saved pipelines: it must be this package's public path.

@@ -227,6 +227,7 @@ class Base:
         seeds: Tensor | None = None,
         noise: Tensor | None = None,
         next_input: Tensor | None = None,
+        posterior: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Takes a step without checks, and bounds x0 as the configuration demands."""
         config = self.config
@@ -252,6 +253,7 @@ class Base:
             noise=noise,
             threshold=threshold,
             next_input=next_input,
+            posterior=posterior,
             checked=True,
         )
 
