@@ -73,7 +73,7 @@ def test_tcd_is_diffusers_tcd(gamma: float) -> None:
     torch.testing.assert_close(found, by_scheduler(original, x, z, eta=gamma), rtol=1e-4, atol=1e-5)
 
 
-def test_fresh_noise_is_diffusers_lcm_but_for_its_boundary_factors() -> None:
+def test_fresh_noise_is_lcm_but_for_its_boundary_factors() -> None:
     original = diffusers.LCMScheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
     )
