@@ -58,4 +58,5 @@ class Preconditioned(nn.Module):
         if not isinstance(output, Tensor):
             output = output[0] if isinstance(output, tuple) else output.sample
         c_skip, c_out = (self.sigma_data / total) ** 2, each * self.sigma_data / total
-        return c_skip * x + c_out * output
+        denoised: Tensor = c_skip * x + c_out * output
+        return denoised

@@ -223,8 +223,11 @@ def test_images_on_a_path_are_those_of_sample(tmp_path: Any) -> None:
     ddim = DDIM(4, eta=CPS(0.5), schedule=path, prediction=prediction)
     net = nn.Conv2d(1, 1, 3, padding=1).requires_grad_(False)
 
-    def called(x: Tensor, t: Tensor) -> Tensor:
+    def called(x: Tensor, t: Tensor) -> Any:
         return net(x)
+
+    def as_it_is(x: Tensor) -> Tensor:
+        return x
 
     folder = tmp_path / "out"
     for _ in range(2):  # the second call finds the folder finished
@@ -236,14 +239,19 @@ def test_images_on_a_path_are_those_of_sample(tmp_path: Any) -> None:
             out=folder,
             batch_size=3,
             format="npy",
-            postprocess=None,
+            postprocess=as_it_is,
         )
     found = np.concatenate([np.load(file) for file in sorted(folder.glob("*.npy"))])
     expected = ddim.sample(called, shape=(6, 1, 8, 8), seeds=range(6), batch_size=3)
     assert np.allclose(found, expected.numpy(), atol=1e-6)
     other = DDIM(4, eta=CPS(0.6), schedule=path, prediction=prediction)
     again = partial(generate, other, called, (1, 8, 8), range(6), out=folder, batch_size=3)
-    refused(partial(again, format="npy", postprocess=None), ValueError, str(folder))
+    refused(
+        partial(again, format="npy", postprocess=as_it_is),
+        ValueError,
+        "out must be",
+        "CPS(eta=0.6)",
+    )
 
 
 @pytest.mark.parametrize("time", ["sigma", "c_noise"])

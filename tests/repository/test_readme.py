@@ -168,6 +168,19 @@ def test_the_guide_computes_what_it_says() -> None:
     assert torch.equal(found.early, stepped[9])
 
 
+def test_the_page_of_paths_computes_what_it_says() -> None:
+    found = run("\n".join(blocks("python", (ROOT / "docs" / "paths.md").read_text())))
+    model = {"cond": {"obs": torch.ones(1, 7)}, "shape": (1, 16, 7), "seeds": [0]}
+    assert torch.equal(found.actions, found.ddim.sample(found.policy, **model))
+    assert torch.equal(found.chunk[:, :4], torch.zeros(1, 4, 7))
+    assert found.chunk[:, 4:].abs().min() > 0
+    assert found.latents.shape == (2, 16, 32, 32)
+    assert found.flux.shift == pytest.approx(2.718281828**1.15)
+    assert found.images.isfinite().all()
+    assert found.samples.isfinite().all()
+    assert (found.group.table[:-1, 5] > 0).all()
+
+
 def test_the_guides_schedule_is_that_of_stable_diffusion() -> None:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
