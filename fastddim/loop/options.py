@@ -171,7 +171,11 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
         passed.get("autocast"),
     )
     if plan.shift is not None and not np.isfinite(plan.shift).all():
-        raise ValueError("cond_fn cannot be used where ᾱ is 0, as it is in this schedule")
+        level = plan.pairs[int(np.flatnonzero(~np.isfinite(plan.shift))[0])][0]
+        raise ValueError(
+            f"cond_fn cannot be used where ᾱ is 0 and x is noise alone, as at level {level} "
+            f"of this schedule"
+        )
     warn_of_training(model, 3)
     progress = checked_progress(passed.get("progress", False))
     noise = checked_noise(
