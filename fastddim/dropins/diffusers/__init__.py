@@ -1,4 +1,4 @@
-"""diffusers' DDIM and DPM-Solver++ schedulers: same calls, with one pass over memory a step.
+"""diffusers' DDIM, DPM-Solver++ and Euler schedulers: same calls, with fewer passes over memory.
 
     pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config)
 
@@ -16,6 +16,8 @@ except ModuleNotFoundError as error:
 
     raise explained(error) from None
 
+from fastddim.dropins.diffusers.euler_ancestral import FastEulerAncestralDiscreteScheduler
+from fastddim.dropins.diffusers.flow_match import FastFlowMatchEulerDiscreteScheduler
 from fastddim.dropins.diffusers.multistep import FastDPMSolverMultistepScheduler
 from fastddim.dropins.diffusers.schedulers import (
     FastDDIMInverseScheduler,
@@ -28,6 +30,8 @@ __all__ = (
     "FastDDIMParallelScheduler",
     "FastDDIMScheduler",
     "FastDPMSolverMultistepScheduler",
+    "FastEulerAncestralDiscreteScheduler",
+    "FastFlowMatchEulerDiscreteScheduler",
     "SchedulerMixin",
 )
 
@@ -36,6 +40,8 @@ for _class in (
     FastDDIMParallelScheduler,
     FastDDIMInverseScheduler,
     FastDPMSolverMultistepScheduler,
+    FastEulerAncestralDiscreteScheduler,
+    FastFlowMatchEulerDiscreteScheduler,
 ):
     # diffusers writes ``__module__`` into saved pipelines: it must be this package's public path.
     _class.__module__ = __name__
