@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddim.coefficients import COLUMNS
 from fastddim.dropins.diffusers.base import Base, has_grad, like
 from fastddim.dropins.diffusers.tables import CPU, Chosen, Made, Source
 from fastddim.step.arguments import transformed
+
+SUMS = COLUMNS.index("sqrt_abar_s")
+"""The column of the factor of x0."""
 
 
 class Euler(Base):
@@ -18,11 +22,18 @@ class Euler(Base):
     sigmas: Tensor
     _step_index: int | None
     _begin_index: int | None
+    _kinds: int
+    """The number of rows of one step: the table holds the first of all steps, then the second."""
+    _unbound: tuple[Tensor, tuple[Tensor, ...]] | None = None
+    """A table, and each row's factor of the output."""
 
     @classmethod
     def _get_compatibles(cls) -> list[Any]:
         """Returns the original, the classes compatible with it, and this class."""
         return [*cls._parent._get_compatibles(), cls]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_unbound"}
 
     def _rows(self, sigmas: Tensor) -> Tensor:
         """Returns the table, by the original's float32 operations on ``sigmas``."""
@@ -54,8 +65,11 @@ class Euler(Base):
                 return
         self._parent._init_step_index(self, timestep)
 
-    def _found(self, output: Any, timestep: Any, sample: Any) -> tuple[int, Tensor] | None:
-        """Returns the step's place and the table, or None if the original's step must run."""
+    def _found(self, output: Any, timestep: Any, sample: Any) -> tuple[Tensor, int, int] | None:
+        """Returns the table, the step's place and the number of steps.
+
+        Returns None if the original's step must run.
+        """
         if (
             torch.compiler.is_compiling()
             or not isinstance(sample, Tensor)
@@ -63,8 +77,7 @@ class Euler(Base):
             or not like(output, sample)
             or sample.dim() < 2
             or transformed()
-            or has_grad(sample)
-            or has_grad(output)
+            or (torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad))
             or not _is_float(timestep)
         ):
             return None
@@ -73,11 +86,11 @@ class Euler(Base):
             return None
         if self._step_index is None:
             self._init_step_index(timestep)
-        place = self._step_index
+        place, steps = self._step_index, table.shape[0] // self._kinds
         # The original fails after the last step, and takes a negative place from the end.
-        if not isinstance(place, int) or not 0 <= place < len(self.sigmas) - 1:
+        if not isinstance(place, int) or not 0 <= place < steps:
             return None
-        return place, table
+        return table, place, steps
 
     def _table_on(self, device: torch.device) -> Tensor | None:
         """Returns the table, or None if the original does not compute the factors in float32."""
@@ -93,10 +106,27 @@ class Euler(Base):
             found = self._cache.keep(*given, Made(self._rows(sigmas.detach())))
         return found.table
 
-    def _advance(self, place: int) -> None:
+    def _sum(self, table: Tensor, row: int, x: Tensor, term: Tensor, *, kept: bool) -> Tensor:
+        """Returns x + f·term, where f is the factor √ᾱ_s of the row, and overwrites x if not kept.
+
+        On a CPU, two operations of PyTorch cost less than a launch of the step, at every size.
+        """
+        if x.is_cpu:
+            unbound = self._unbound
+            if unbound is None or unbound[0] is not table:
+                unbound = self._unbound = table, table[:, SUMS].unbind()
+            product = unbound[1][row] * term
+            return product.add_(x) if kept else x.add_(product)
+        # The sum of a "sample" model, a_s·x0 + c2·x_t, takes the term in the place of x0.
+        x_s, _ = self._own.stepped(
+            table, x, term, row, prediction="sample", posterior=True, want_x0=False, checked=True
+        )
+        return x_s
+
+    def _advance(self, place: int, steps: int) -> None:
         """Goes on to the next step, and frees the memory after the last."""
         self._step_index = place + 1
-        if place == len(self.sigmas) - 2:
+        if place == steps - 1:
             self._own.clear()
 
 

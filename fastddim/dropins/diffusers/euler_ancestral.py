@@ -32,6 +32,7 @@ class FastEulerAncestralDiscreteScheduler(Euler, EulerAncestralDiscreteScheduler
     """
 
     _parent = EulerAncestralDiscreteScheduler
+    _kinds = 3
     is_scale_input_called: bool
 
     def set_timesteps(
@@ -67,10 +68,10 @@ class FastEulerAncestralDiscreteScheduler(Euler, EulerAncestralDiscreteScheduler
             found = self._found(model_output, timestep, sample)
         if found is None:
             return self._parent.step(self, model_output, timestep, sample, generator, return_dict)
-        place, table = found
-        steps, own = len(self.sigmas) - 1, self._own
+        table, place, steps = found
+        own = self._own
         if prediction == "epsilon":
-            ahead, x0 = own.between.stepped(
+            ahead, x0 = own.stepped(
                 table, sample, model_output, place, rederive=True, noise=sample, checked=True
             )
         else:
@@ -83,7 +84,7 @@ class FastEulerAncestralDiscreteScheduler(Euler, EulerAncestralDiscreteScheduler
                 want_x0=False,
                 checked=True,
             )
-            ahead, _ = own.between.stepped(
+            ahead, _ = own.stepped(
                 table,
                 sample,
                 x0,
@@ -94,17 +95,9 @@ class FastEulerAncestralDiscreteScheduler(Euler, EulerAncestralDiscreteScheduler
                 checked=True,
             )
         assert x0 is not None
-        x_s, _ = own.stepped(
-            table,
-            ahead,
-            self._drawn(model_output, generator),
-            place + steps,
-            prediction="sample",
-            posterior=True,
-            want_x0=False,
-            checked=True,
-        )
-        self._advance(place)
+        noise = self._drawn(model_output, generator)
+        x_s = self._sum(table, place + steps, ahead, noise, kept=False)
+        self._advance(place, steps)
         if not return_dict:
             return x_s, x0
         return output_of(

@@ -31,6 +31,7 @@ class FastFlowMatchEulerDiscreteScheduler(Euler, FlowMatchEulerDiscreteScheduler
     """
 
     _parent = FlowMatchEulerDiscreteScheduler
+    _kinds = 2
 
     def set_timesteps(
         self,
@@ -74,34 +75,23 @@ class FastFlowMatchEulerDiscreteScheduler(Euler, FlowMatchEulerDiscreteScheduler
                 self, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator,
                 per_token_timesteps, return_dict,
             )  # fmt: skip
-        place, table = found
+        table, place, steps = found
         if self.config.stochastic_sampling:
             x_s, _ = self._own.stepped(
                 table,
                 sample,
                 model_output,
-                place + len(self.sigmas) - 1,
+                place + steps,
                 prediction="flow",
-                posterior=True,  # The factor of x_t is 0: x_t adds less to a pass than ε does.
+                posterior=True,  # The factor of x_t is 0: x_t costs a pass less than ε does.
                 noise_first=True,
                 want_x0=False,
                 noise=self._drawn(sample, generator),
                 checked=True,
             )
         else:
-            # The sum of a "sample" model takes u in the place of x0. Unlike x_t − (σ_t − σ_s)·u in
-            # that place, u leaves no term 0·x_t, which is NaN where x_t is infinite.
-            x_s, _ = self._own.stepped(
-                table,
-                sample,
-                model_output,
-                place,
-                prediction="sample",
-                posterior=True,
-                want_x0=False,
-                checked=True,
-            )
-        self._advance(place)
+            x_s = self._sum(table, place, sample, model_output, kept=True)
+        self._advance(place, steps)
         if return_dict:
             return output_of(FlowMatchEulerDiscreteSchedulerOutput, prev_sample=x_s)
         return (x_s,)
