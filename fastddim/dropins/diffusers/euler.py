@@ -1,4 +1,4 @@
-"""The base of diffusers' Euler schedulers: a step's place in ``sigmas``, and the steps that fuse."""
+"""The base of the Euler schedulers: a step's place in ``sigmas``, and the steps that fuse."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastddim.dropins.diffusers.base import Base, has_grad, like
 from fastddim.dropins.diffusers.tables import CPU, Chosen, Made, Source
 from fastddim.step.arguments import transformed
 
-SUMS = COLUMNS.index("sqrt_abar_s")
+A_S = COLUMNS.index("sqrt_abar_s")
 """The column of the factor of x0."""
 
 
@@ -24,8 +24,8 @@ class Euler(Base):
     _begin_index: int | None
     _kinds: int
     """The number of rows of one step: the table holds the first of all steps, then the second."""
-    _unbound: tuple[Tensor, tuple[Tensor, ...]] | None = None
-    """A table, and each row's factor of the output."""
+    _unbound: tuple[Tensor, dict[int, tuple[Tensor, ...]]] | None = None
+    """A table, and the numbers of its columns as tensors of no dimension."""
 
     @classmethod
     def _get_compatibles(cls) -> list[Any]:
@@ -106,16 +106,23 @@ class Euler(Base):
             found = self._cache.keep(*given, Made(self._rows(sigmas.detach())))
         return found.table
 
+    def _column(self, table: Tensor, column: int) -> tuple[Tensor, ...]:
+        """Returns the numbers of a column: indexing at each step would cost as much as the sum."""
+        unbound = self._unbound
+        if unbound is None or unbound[0] is not table:
+            unbound = self._unbound = table, {}
+        found = unbound[1].get(column)
+        if found is None:
+            found = unbound[1][column] = table[:, column].unbind()
+        return found
+
     def _sum(self, table: Tensor, row: int, x: Tensor, term: Tensor, *, kept: bool) -> Tensor:
         """Returns x + f·term, where f is the factor √ᾱ_s of the row, and overwrites x if not kept.
 
         On a CPU, two operations of PyTorch cost less than a launch of the step, at every size.
         """
         if x.is_cpu:
-            unbound = self._unbound
-            if unbound is None or unbound[0] is not table:
-                unbound = self._unbound = table, table[:, SUMS].unbind()
-            product = unbound[1][row] * term
+            product = self._column(table, A_S)[row] * term
             return product.add_(x) if kept else x.add_(product)
         # The sum of a "sample" model, a_s·x0 + c2·x_t, takes the term in the place of x0.
         x_s, _ = self._own.stepped(

@@ -11,9 +11,14 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import (
 )
 from torch import Tensor
 
+from fastddim.coefficients import COLUMNS
 from fastddim.dropins._shared import pack_rows
 from fastddim.dropins.diffusers.base import Generators, output_of
 from fastddim.dropins.diffusers.euler import Euler
+from fastddim.dropins.diffusers.tables import CPU
+
+B_T = COLUMNS.index("sqrt_1m_abar_t")
+"""The column of the factor of ε in x_t."""
 
 
 class FastEulerAncestralDiscreteScheduler(Euler, EulerAncestralDiscreteScheduler):
@@ -50,9 +55,24 @@ class FastEulerAncestralDiscreteScheduler(Euler, EulerAncestralDiscreteScheduler
         square = sigma**2 + 1
         # The state x_t takes the place of the noise in the first rows, with the factor 1.
         ahead = pack_rows(one, sigma, none, one, down - sigma)
-        noise = pack_rows(one, one, up, none, one)
+        # The step does not read b_t of these rows: it holds the divisor of the model's input.
+        noise = pack_rows(one, square**0.5, up, none, one)
         x0_of_v = pack_rows(none, square, -sigma / square**0.5, none, one)
         return torch.cat([ahead, noise, x0_of_v])
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """Returns x_t/√(σ_t² + 1), as the original does."""
+        # A device's product with the reciprocal of a number of the CPU is the original's there.
+        table = None if torch.compiler.is_compiling() else self._table_on(CPU)
+        if table is not None:
+            if self._step_index is None:
+                self._init_step_index(timestep)
+            place, steps = self._step_index, table.shape[0] // self._kinds
+            if isinstance(place, int) and 0 <= place < steps:
+                self.is_scale_input_called = True
+                return sample / self._column(table, B_T)[steps + place]
+        scaled: Tensor = self._parent.scale_model_input(self, sample, timestep)
+        return scaled
 
     def step(
         self,
