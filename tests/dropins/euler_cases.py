@@ -144,10 +144,10 @@ def never_the_originals(scheduler: Any) -> Any:
 
 
 def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Each tensor has the other's bits; a NaN is one in both."""
+    """Each tensor has the other's bits and layout; a NaN is one in both."""
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, check_stride=True)
 
 
 def assert_same_loops(kind: str, config: Config, times: Config) -> None:

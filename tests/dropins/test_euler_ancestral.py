@@ -53,10 +53,11 @@ def test_all_loops_have_the_originals_bits() -> None:
 def test_states_of_every_shape_have_the_originals_bits(
     config: Config, shape: tuple[int, ...]
 ) -> None:
-    found = []
-    for scheduler in both(config):
-        found.append(loop(scheduler, start(scheduler, shape), torch.Generator().manual_seed(2)))
-    assert_same(*found)
+    ours, theirs = (
+        loop(scheduler, start(scheduler, shape), torch.Generator().manual_seed(2))
+        for scheduler in both(config)
+    )
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("source", ["global", "generator", "generators"])

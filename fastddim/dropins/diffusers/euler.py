@@ -123,7 +123,10 @@ class Euler(Base):
         """
         if x.is_cpu:
             product = self._column(table, A_S)[row] * term
-            return product.add_(x) if kept else x.add_(product)
+            if not kept:
+                return x.add_(product)
+            # The result is laid out as x: a network may round differently in another layout.
+            return product.add_(x) if product.stride() == x.stride() else x + product
         # The sum of a "sample" model, a_s·x0 + c2·x_t, takes the term in the place of x0.
         x_s, _ = self._own.stepped(
             table, x, term, row, prediction="sample", posterior=True, want_x0=False, checked=True
