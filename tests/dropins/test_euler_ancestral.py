@@ -60,6 +60,19 @@ def test_states_of_every_shape_have_the_originals_bits(
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("config", [{}, V])
+def test_infinities_stay_in_their_elements(config: Config) -> None:
+    """The sum holds the term 0·x0, which makes such an element NaN."""
+    found = []
+    for scheduler in both(config):
+        x = start(scheduler)
+        x[0, 0, 0, 0] = float("inf")
+        result = stepped(scheduler, x, scheduler.timesteps[0], generator=torch.Generator())
+        assert not result.prev_sample[0, 0, 0, 0].isfinite()
+        found.append([result.prev_sample.flatten()[1:], result.pred_original_sample])
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("source", ["global", "generator", "generators"])
 @pytest.mark.parametrize("config", [{}, V])
 def test_draws_and_their_generators_are_the_originals(config: Config, source: str) -> None:

@@ -125,6 +125,23 @@ def test_what_the_caller_changes_is_used(kind: str, config: Config, how: str) ->
     assert_same(*found)
 
 
+# --- On a GPU ---------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@cases
+def test_on_a_gpu_a_loop_is_that_of_a_cpu(kind: str, config: Config) -> None:
+    ends = []
+    for device in ("cpu", "cuda"):
+        scheduler = never_the_originals(PAIRS[kind][0](**config))
+        scheduler.set_timesteps(12, device=device)
+        x, g = start(scheduler).to(device), torch.Generator().manual_seed(5)
+        for t in scheduler.timesteps:
+            x = stepped(scheduler, x, t, generator=g).prev_sample
+        ends.append(x.cpu())
+    assert (ends[0] - ends[1]).abs().max() <= 1e-5 * ends[0].abs().max()
+
+
 # --- Where the original's step runs -----------------------------------------------------------
 
 

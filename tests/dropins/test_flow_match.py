@@ -25,7 +25,6 @@ from tests.dropins.euler_cases import (
     stepped,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*invalid value:RuntimeWarning")
 NOISY: Config = {"stochastic_sampling": True}
 
 
@@ -69,6 +68,19 @@ def test_zeros_and_infinities_are_the_originals() -> None:
     a, b = (s.step(u, s.timesteps[3], x).prev_sample for s in (ours, theirs))
     assert_same([a], [b])
     assert torch.equal(a.signbit(), b.signbit())
+
+
+def test_infinities_of_stochastic_sampling_give_nan() -> None:
+    """The sum holds the term 0·x_t."""
+    x = drawn()
+    x[0, 0, 0, 0] = float("inf")
+    ours, theirs = (
+        s.step(drawn(2), s.timesteps[3], x, generator=torch.Generator()).prev_sample
+        for s in both(NOISY)
+    )
+    assert ours[0, 0, 0, 0].isnan()
+    assert theirs[0, 0, 0, 0].isinf()
+    assert_same([ours.flatten()[1:]], [theirs.flatten()[1:]])
 
 
 @pytest.mark.parametrize("source", ["global", "generator", "generators"])
