@@ -110,13 +110,17 @@ def test_the_first_euler_step_in_a_capture_is_refused() -> None:
     scheduler.set_timesteps(10, device=CUDA)
     x, t = X.cuda(), scheduler.timesteps[3]
     u = scheduler.scale_model_input(x, t)
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+    taken = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(taken):
+        found = x + 1
         refused(
             lambda: scheduler.step(u, t, x),
             RuntimeError,
             "a CUDA graph cannot capture a copy from the CPU to cuda:0",
             "once before the capture",
         )
+    taken.replay()
+    assert torch.equal(found, x + 1)
     scheduler.step(u, t, x)
     assert scheduler.step_index == 4
 
