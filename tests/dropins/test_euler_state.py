@@ -250,6 +250,25 @@ def test_inference_mode_and_out_of_it(kind: str, config: Config, first: bool) ->
 
 
 @cases
+def test_gradients_after_inference_mode_are_the_originals(kind: str, config: Config) -> None:
+    found = []
+    for cls in PAIRS[kind]:
+        scheduler, g = cls(**config), torch.Generator().manual_seed(1)
+        scheduler.set_timesteps(6)
+        x = start(scheduler)
+        with torch.inference_mode():
+            for t in scheduler.timesteps[:3]:
+                x = stepped(scheduler, x, t, generator=g).prev_sample
+        leaf = x.clone().requires_grad_()
+        end = leaf
+        for t in scheduler.timesteps[3:]:
+            end = stepped(scheduler, end, t, generator=g).prev_sample
+        end.sum().backward()
+        found.append([end.detach(), leaf.grad])
+    assert_same(*found)  # type: ignore[arg-type]
+
+
+@cases
 @pytest.mark.parametrize("output", ["contiguous", *LAYOUTS])
 @pytest.mark.parametrize("sample", ["contiguous", "channels_last", "sliced", "transposed"])
 def test_each_layout_has_the_originals_bits_and_layout(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastddim.coefficients import COLUMNS
-from fastddim.dropins.diffusers.base import Base, has_grad, like
+from fastddim.dropins.diffusers.base import Base, like
 from fastddim.dropins.diffusers.tables import CPU, Chosen, Made, Source
 from fastddim.step.arguments import transformed
 
@@ -95,7 +95,7 @@ class Euler(Base):
     def _table_on(self, device: torch.device) -> Tensor | None:
         """Returns the table, or None if the original does not compute the factors in float32."""
         sigmas = self.sigmas
-        if not isinstance(sigmas, Tensor) or has_grad(sigmas):
+        if not isinstance(sigmas, Tensor) or sigmas.requires_grad:
             return None
         given = "euler", device, sigmas, None, None
         found = self._cache.found(*given)
@@ -117,14 +117,16 @@ class Euler(Base):
         return found
 
     def _sum(self, table: Tensor, row: int, x: Tensor, term: Tensor, *, kept: bool) -> Tensor:
-        """Returns x + f·term, where f is the factor √ᾱ_s of the row, and overwrites x if not kept.
+        """Returns x + f·term, where f is the row's factor of x0.
 
-        On a CPU, two operations of PyTorch cost less than a launch of the step, at every size.
+        Without ``kept`` this may overwrite x and the term. On a CPU, two operations of PyTorch cost
+        less than a launch of the step, at every size.
         """
         if x.is_cpu:
-            product = self._column(table, A_S)[row] * term
+            factor = self._column(table, A_S)[row]
             if not kept:
-                return x.add_(product)
+                return x.add_(term.mul_(factor))
+            product = factor * term
             # The result is laid out as x: a network may round differently in another layout.
             return product.add_(x) if product.stride() == x.stride() else x + product
         # The sum of a "sample" model, a_s·x0 + c2·x_t, takes the term in the place of x0.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastddim.coefficients import COLUMNS
 from fastddim.dropins._shared import pack_rows
-from fastddim.dropins.diffusers.base import Generators, output_of
+from fastddim.dropins.diffusers.base import Generators, has_grad, output_of
 from fastddim.dropins.diffusers.euler import Euler
 from fastddim.dropins.diffusers.tables import CPU
 
@@ -62,8 +62,11 @@ class FastEulerAncestralDiscreteScheduler(Euler, EulerAncestralDiscreteScheduler
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """Returns x_t/√(σ_t² + 1), as the original does."""
-        # A device's product with the reciprocal of a number of the CPU is the original's there.
-        table = None if torch.compiler.is_compiling() else self._table_on(CPU)
+        table = None
+        # Autograd cannot keep a divisor that was made in inference mode.
+        if not (torch.compiler.is_compiling() or has_grad(sample)):
+            # A GPU multiplies by the reciprocal of a CPU's number, as the original does.
+            table = self._table_on(CPU)
         if table is not None:
             if self._step_index is None:
                 self._init_step_index(timestep)
