@@ -18,6 +18,7 @@ from tests.dropins.euler_cases import (
     Config,
     assert_same,
     drawn,
+    gen,
     loop,
     net,
     never_the_originals,
@@ -63,13 +64,13 @@ def test_loops_that_start_anywhere_are_the_originals(
         if told == "begin index":
             scheduler.set_begin_index(first)
         if told == "number":
-            x, g = start(scheduler), torch.Generator().manual_seed(1)
+            x, g = start(scheduler), gen(1)
             kept = []
             for t in scheduler.timesteps.tolist()[first:]:
                 x = stepped(scheduler, x, t, generator=g).prev_sample
                 kept.append(x)
         else:
-            kept = loop(scheduler, start(scheduler), torch.Generator().manual_seed(1), first)
+            kept = loop(scheduler, start(scheduler), gen(1), first)
         assert scheduler.step_index == 12
         assert scheduler.begin_index == (first if told == "begin index" else None)
         found.append(kept)
@@ -83,7 +84,7 @@ def test_negative_places_are_the_originals(kind: str, place: int) -> None:
     for scheduler in (cls() for cls in PAIRS[kind]):
         scheduler.set_timesteps(12)
         scheduler.set_begin_index(place)
-        result = stepped(scheduler, drawn(), scheduler.timesteps[0], generator=torch.Generator())
+        result = stepped(scheduler, drawn(), scheduler.timesteps[0], generator=gen(0))
         found.append(list(result.values()))
     assert_same(*found)
 
@@ -93,7 +94,7 @@ def test_a_timestep_that_repeats_is_the_second(kind: str) -> None:
     found = []
     for scheduler in both(kind):
         scheduler.timesteps[5] = scheduler.timesteps[4]
-        g = torch.Generator().manual_seed(1)
+        g = gen(1)
         found.append(
             list(stepped(scheduler, drawn(), scheduler.timesteps[4], generator=g).values())
         )
@@ -106,7 +107,7 @@ def test_a_timestep_that_repeats_is_the_second(kind: str) -> None:
 def test_what_the_caller_changes_is_used(kind: str, config: Config, how: str) -> None:
     found = []
     for scheduler in both(kind, config):
-        x, g = start(scheduler), torch.Generator().manual_seed(1)
+        x, g = start(scheduler), gen(1)
         for t in scheduler.timesteps[:5]:
             x = stepped(scheduler, x, t, generator=g).prev_sample
         if how == "sigmas":
@@ -135,7 +136,7 @@ def test_on_a_gpu_a_loop_is_that_of_a_cpu(kind: str, config: Config) -> None:
     for device in ("cpu", "cuda"):
         scheduler = never_the_originals(PAIRS[kind][0](**config))
         scheduler.set_timesteps(12, device=device)
-        x, g = start(scheduler).to(device), torch.Generator().manual_seed(5)
+        x, g = start(scheduler).to(device), gen(5)
         for t in scheduler.timesteps:
             x = stepped(scheduler, x, t, generator=g).prev_sample
         ends.append(x.cpu())
@@ -152,7 +153,7 @@ def test_derivatives_of_other_kinds_are_the_originals(kind: str, config: Config)
     for cls in PAIRS[kind]:
         scheduler = cls(**config)
         scheduler.set_timesteps(12)
-        t, g = scheduler.timesteps[3], torch.Generator().manual_seed(1)
+        t, g = scheduler.timesteps[3], gen(1)
         scaled(scheduler, drawn(), t)
 
         def first(x: Tensor, s: Any = scheduler, t: Any = t, g: Any = g) -> Tensor:
@@ -170,7 +171,7 @@ def test_outputs_of_another_shape_are_the_originals(kind: str) -> None:
         scheduler.set_timesteps(12)
         t = scheduler.timesteps[0]
         scaled(scheduler, drawn(), t)
-        g = torch.Generator().manual_seed(1)
+        g = gen(1)
         output = torch.ones(1, 1, 1, 1)
         found.append(list(scheduler.step(output, t, drawn(), generator=g).values()))
     assert_same(*found)
@@ -212,12 +213,12 @@ def test_a_copy_in_the_middle_of_a_loop_goes_on_alone(
 ) -> None:
     scheduler = PAIRS[kind][0](**config)
     scheduler.set_timesteps(12)
-    g = torch.Generator().manual_seed(1)
+    g = gen(1)
     x = start(scheduler)
     for t in scheduler.timesteps[:3]:
         x = stepped(scheduler, x, t, generator=g).prev_sample
     another = copied(scheduler)
-    loops = [loop(s, x, g.clone_state(), 3) for s in (scheduler, another)]
+    loops = [loop(s, x, gen(2), 3) for s in (scheduler, another)]
     assert_same(*loops)
 
 
@@ -239,9 +240,9 @@ def test_saved_and_loaded_both_ways(kind: str, tmp_path: Path) -> None:
 @cases
 @pytest.mark.parametrize("first", [True, False])
 def test_inference_mode_and_out_of_it(kind: str, config: Config, first: bool) -> None:
-    want = loop(both(kind, config)[0], drawn(), torch.Generator().manual_seed(1))
+    want = loop(both(kind, config)[0], drawn(), gen(1))
     scheduler, _ = both(kind, config)
-    x, g = drawn(), torch.Generator().manual_seed(1)
+    x, g = drawn(), gen(1)
     for i, t in enumerate(scheduler.timesteps):
         with torch.inference_mode(first == (i < 6)):
             found = stepped(scheduler, x, t, generator=g)
@@ -253,7 +254,7 @@ def test_inference_mode_and_out_of_it(kind: str, config: Config, first: bool) ->
 def test_gradients_after_inference_mode_are_the_originals(kind: str, config: Config) -> None:
     found = []
     for cls in PAIRS[kind]:
-        scheduler, g = cls(**config), torch.Generator().manual_seed(1)
+        scheduler, g = cls(**config), gen(1)
         scheduler.set_timesteps(6)
         x = start(scheduler)
         with torch.inference_mode():
@@ -277,7 +278,7 @@ def test_each_layout_has_the_originals_bits_and_layout(
     """A network rounds differently in another layout, so the result's must be the original's."""
     found = []
     for scheduler in both(kind, config):
-        x, kept, g = start(scheduler), [], torch.Generator().manual_seed(1)
+        x, kept, g = start(scheduler), [], gen(1)
         for t in scheduler.timesteps[:3]:
             u = net(scaled(scheduler, x, t), t)
             u, x = LAYOUTS.get(output, Tensor.contiguous)(u), LAYOUTS.get(sample, Tensor.clone)(x)
@@ -294,5 +295,5 @@ def test_each_layout_has_the_originals_bits_and_layout(
 def test_without_numba_the_steps_are_the_same(kind: str, config: Config) -> None:
     ours, theirs = both(kind, config)
     with using("torch"):
-        found = loop(ours, start(ours), torch.Generator().manual_seed(1))
-    assert_same(found, loop(theirs, start(theirs), torch.Generator().manual_seed(1)))
+        found = loop(ours, start(ours), gen(1))
+    assert_same(found, loop(theirs, start(theirs), gen(1)))

@@ -19,6 +19,7 @@ from tests.dropins.euler_cases import (
     assert_same,
     assert_same_loops,
     drawn,
+    gen,
     loop,
     net,
     never_the_originals,
@@ -55,7 +56,7 @@ def test_states_of_every_shape_have_the_originals_bits(
 ) -> None:
     found = []
     for scheduler in both(config):
-        kept = loop(scheduler, drawn(shape=shape), torch.Generator().manual_seed(2))
+        kept = loop(scheduler, drawn(shape=shape), gen(2))
         found.append(kept)
     assert_same(*found)
 
@@ -75,8 +76,7 @@ def test_infinities_of_stochastic_sampling_give_nan() -> None:
     x = drawn()
     x[0, 0, 0, 0] = float("inf")
     ours, theirs = (
-        s.step(drawn(2), s.timesteps[3], x, generator=torch.Generator()).prev_sample
-        for s in both(NOISY)
+        s.step(drawn(2), s.timesteps[3], x, generator=gen(0)).prev_sample for s in both(NOISY)
     )
     assert ours[0, 0, 0, 0].isnan()
     assert theirs[0, 0, 0, 0].isinf()
@@ -118,7 +118,7 @@ def test_other_dtypes_have_the_originals_bits(
 ) -> None:
     found = []
     for scheduler in both(config):
-        x, kept, g = drawn().to(of_sample), [], torch.Generator().manual_seed(1)
+        x, kept, g = drawn().to(of_sample), [], gen(1)
         for t in scheduler.timesteps:
             result = scheduler.step(net(x, t).to(of_output), t, x, generator=g).prev_sample
             assert result.dtype == of_output
@@ -145,7 +145,7 @@ def test_gradients_are_the_originals() -> None:
         grads = []
         for scheduler in both(config, num_inference_steps=4):
             x = drawn().requires_grad_()
-            end = loop(scheduler, x, torch.Generator().manual_seed(1))[-1]
+            end = loop(scheduler, x, gen(1))[-1]
             end.square().sum().backward()
             grads.append([end.detach(), x.grad])
         assert_same(*grads)  # type: ignore[arg-type]
@@ -159,19 +159,18 @@ def test_churn_has_no_effect_as_in_the_original(churn: dict[str, float]) -> None
         found = []
         for given in (churn, {}):
             for scheduler in both(config):
-                g, t = torch.Generator().manual_seed(1), scheduler.timesteps[4]
+                g, t = gen(1), scheduler.timesteps[4]
                 found.append([scheduler.step(drawn(2), t, drawn(), generator=g, **given)[0]])
         for one in found[1:]:
             assert_same(found[0], one)
 
 
 def test_arguments_by_position_are_the_originals() -> None:
-    g = [torch.Generator().manual_seed(1) for _ in range(2)]
     found = [
         scheduler.step(
-            drawn(2), scheduler.timesteps[0], drawn(), 0.0, 0.0, 9.0, 1.0, h, None, False
+            drawn(2), scheduler.timesteps[0], drawn(), 0.0, 0.0, 9.0, 1.0, gen(1), None, False
         )
-        for scheduler, h in zip(both(NOISY), g, strict=True)
+        for scheduler in both(NOISY)
     ]
     assert isinstance(found[0], tuple)
     assert_same(*map(list, found))

@@ -135,6 +135,7 @@ def multistep(device: str, **config: Any) -> Any:
 
 
 def euler(device: str, kind: str, **config: Any) -> Any:
+    torch.manual_seed(0)  # diffusers 0.37 draws flow's noise from the global generator
     with torch.device("cpu"):
         scheduler = drop_in(kind)(**config)
         scheduler.set_timesteps(10)

@@ -15,6 +15,9 @@ from fastddim.dropins._shared import pack_rows
 from fastddim.dropins.diffusers.base import Generators, output_of
 from fastddim.dropins.diffusers.euler import Euler
 
+_TAKES_GENERATOR = "randn_tensor" in FlowMatchEulerDiscreteScheduler.step.__code__.co_names
+"""False for diffusers 0.37, whose step accepts a generator and draws by ``torch.randn_like``."""
+
 
 class FastFlowMatchEulerDiscreteScheduler(Euler, FlowMatchEulerDiscreteScheduler):
     """``diffusers.FlowMatchEulerDiscreteScheduler`` with a step that is one pass over memory.
@@ -77,7 +80,9 @@ class FastFlowMatchEulerDiscreteScheduler(Euler, FlowMatchEulerDiscreteScheduler
             )  # fmt: skip
         table, place, steps = found
         if self.config.stochastic_sampling:
-            x_s, _ = self._own.stepped(
+            own = self._own
+            noise = self._drawn(sample, generator) if _TAKES_GENERATOR else own.drawn(sample)
+            x_s, _ = own.stepped(
                 table,
                 sample,
                 model_output,
@@ -86,7 +91,7 @@ class FastFlowMatchEulerDiscreteScheduler(Euler, FlowMatchEulerDiscreteScheduler
                 posterior=True,  # The factor of x_t is 0: x_t costs a pass less than ε does.
                 noise_first=True,
                 want_x0=False,
-                noise=self._drawn(sample, generator),
+                noise=noise,
                 checked=True,
             )
         else:
