@@ -24,16 +24,19 @@ B_T = COLUMNS.index("sqrt_1m_abar_t")
 class FastEulerAncestralDiscreteScheduler(Euler, EulerAncestralDiscreteScheduler):
     """``diffusers.EulerAncestralDiscreteScheduler`` with a step of two passes over memory.
 
-        x0  = x_t − σ_t·ε
-        x_s = x_t + (σ_down − σ_t)·(x_t − x0)/σ_t + σ_up·z      (Karras et al. 2022, appendix C)
+        pipe.scheduler = FastEulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
 
-    This is DDIM with η = 1 along levels (α, σ) = (1, σ). A v model has
-    x0 = x_t/(σ_t² + 1) − v·σ_t/√(σ_t² + 1), which is a pass of its own. The class takes the
-    original's configuration and arguments, and has its attributes. In float32 its results equal
-    the original's, bit for bit on a CPU, and it draws the same normals from the generators. The
-    original's own step runs for other dtypes, for samples and outputs of different shapes, under
-    autograd, in ``torch.compile``, and where ``scale_model_input`` has never been called, of which
-    the original warns.
+        x0  = x_t − σ_t·ε
+        x_s = x_t + (σ_down − σ_t)·(x_t − x0)/σ_t + σ_up·z
+        σ_up² = σ_s²·(σ_t² − σ_s²)/σ_t²,   σ_down² = σ_s² − σ_up²
+
+    The source is ``sample_euler_ancestral`` of crowsonkb/k-diffusion. This is DDIM with η = 1 along
+    levels (α, σ) = (1, σ). A v model has x0 = x_t/(σ_t² + 1) − v·σ_t/√(σ_t² + 1), which takes a
+    third pass. The class takes the original's configuration and arguments, and has its attributes.
+    In float32 its results equal the original's, bit for bit on a CPU, and it draws the same normals
+    from the generators. The original's own step runs for other dtypes, for samples and outputs of
+    different shapes, under autograd, in ``torch.compile``, and where ``scale_model_input`` has
+    never been called, of which the original warns.
     """
 
     _parent = EulerAncestralDiscreteScheduler

@@ -22,15 +22,17 @@ _TAKES_GENERATOR = "randn_tensor" in FlowMatchEulerDiscreteScheduler.step.__code
 class FastFlowMatchEulerDiscreteScheduler(Euler, FlowMatchEulerDiscreteScheduler):
     """``diffusers.FlowMatchEulerDiscreteScheduler`` with a step that is one pass over memory.
 
+        pipe.scheduler = FastFlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+
         x_s = x_t + (σ_s − σ_t)·u                               (Liu et al. 2022, section 2.2)
         x_s = (1 − σ_s)·(x_t − σ_t·u) + σ_s·z                   with ``stochastic_sampling``
 
-    u = ε − x0 is the model's output. The class takes the original's configuration and arguments,
-    and has its attributes. In float32 its results equal the original's, bit for bit on a CPU, and
-    it draws the same normals from the generators. The original's own step runs for other dtypes,
-    for ``per_token_timesteps``, for samples and outputs of different shapes, under autograd and in
-    ``torch.compile``. As in the original, the step ignores ``s_churn``, ``s_tmin``, ``s_tmax`` and
-    ``s_noise``.
+    The first is Euler's step along the path x = (1 − σ)·x0 + σ·ε, and u = ε − x0 is the model's
+    output. The class takes the original's configuration and arguments, and has its attributes. In
+    float32 its results equal the original's, bit for bit on a CPU, and it draws the same normals
+    from the generators. The original's own step runs for other dtypes, for ``per_token_timesteps``,
+    for samples and outputs of different shapes, under autograd and in ``torch.compile``. As in the
+    original, the step ignores ``s_churn``, ``s_tmin``, ``s_tmax`` and ``s_noise``.
     """
 
     _parent = FlowMatchEulerDiscreteScheduler
