@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -102,6 +103,23 @@ class Ways:
 
         return torch.no_grad()(run)  # as in diffusers' pipelines
 
+    def euler(self, name: str) -> Run:
+        """The loop of a scheduler along σ, with its scaling of the model's input."""
+        module = "fastddim.dropins.diffusers" if name.startswith("Fast") else "diffusers"
+        made = getattr(importlib.import_module(module), name)()
+        made.set_timesteps(STEPS)
+        ts, scale = list(made.timesteps), getattr(made, "scale_model_input", None)
+
+        def run() -> Tensor:
+            made._step_index, x, stream = 0, self.x, self.stream()
+            for t in ts:
+                if scale is not None:
+                    scale(x, t)
+                x = made.step(self.eps, t, x, generator=stream, return_dict=False)[0]
+            return x
+
+        return torch.no_grad()(run)
+
     def guided(self) -> Run:
         module: Any = importlib.import_module("fastddim.dropins.guided")
         diffusion, given = module.Diffusion(1000, f"ddim{STEPS}"), (self.shape, self.x, False)
@@ -190,6 +208,9 @@ class Ways:
         ways["Fast" + ddpm] = Way(
             lambda: self.scheduled("FastDDPMScheduler"), lambda: self.scheduled("DDPMScheduler")
         )
+        for name in "FlowMatchEulerDiscreteScheduler", "EulerAncestralDiscreteScheduler":
+            ways[f"diffusers' {name}"] = Way(partial(self.euler, name))
+            ways[f"Fast{name}"] = Way(partial(self.euler, f"Fast{name}"), partial(self.euler, name))
         if len(self.shape) == 4:  # these take images
             ways["guided.ddim_sample_loop"] = Way(self.guided, floats, exact=False)
             ways["compvis.DDIMSampler"] = Way(self.compvis, lambda: self.plain(later), exact=False)

@@ -96,8 +96,7 @@ class GaussianPath(ABC):
     """
 
     name: str
-    alphas_cumprod: Float64
-    """ᾱ, which the paths of ``NoiseSchedule`` itself have alone."""
+    alphas_cumprod: Float64  # of the paths of ``NoiseSchedule`` itself alone
     continuous: ClassVar[bool] = False
     """Whether a level is any σ of the path, and not one of a table."""
 

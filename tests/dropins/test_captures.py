@@ -101,6 +101,54 @@ def test_a_schedulers_first_step_in_a_capture_is_refused(strict: bool) -> None:
 
 @pytest.mark.gpu
 @apart
+def test_a_flow_step_in_a_capture_is_the_step() -> None:
+    scheduler: Any = drop_in("FastFlowMatchEulerDiscreteScheduler")()
+    scheduler.set_timesteps(10, device=CUDA)
+    x, t = X.cuda(), scheduler.timesteps[3]
+
+    def step() -> Tensor:
+        scheduler._step_index = None
+        found: Tensor = scheduler.step(0.3 * x, t, x).prev_sample
+        return found
+
+    on_another_stream(step)
+    taken = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(taken):
+        found = step()
+    want = step()
+    for steps in range(11, 31):  # the graph reads the table, which other tables must not displace
+        scheduler.set_timesteps(steps, device=CUDA)
+        scheduler.step(0.3 * x, scheduler.timesteps[3], x)
+    found.fill_(float("nan"))
+    taken.replay()
+    assert torch.equal(found, want)
+
+
+@pytest.mark.gpu
+@apart
+def test_the_first_euler_step_in_a_capture_is_refused() -> None:
+    """The σ of Euler ancestral are on the CPU."""
+    scheduler: Any = drop_in("FastEulerAncestralDiscreteScheduler")()
+    scheduler.set_timesteps(10, device=CUDA)
+    x, t = X.cuda(), scheduler.timesteps[3]
+    u = scheduler.scale_model_input(x, t)
+    taken = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(taken):
+        found = x + 1
+        refused(
+            lambda: scheduler.step(u, t, x),
+            RuntimeError,
+            "a CUDA graph cannot capture a copy from the CPU to cuda:0",
+            "once before the capture",
+        )
+    taken.replay()
+    assert torch.equal(found, x + 1)
+    scheduler.step(u, t, x)
+    assert scheduler.step_index == 4
+
+
+@pytest.mark.gpu
+@apart
 def test_tables_made_in_a_capture_are_its_own() -> None:
     scheduler: Any = drop_in("FastDDIMScheduler")()
     scheduler.set_timesteps(10, device=CUDA)
@@ -129,6 +177,8 @@ def test_tables_made_in_a_capture_are_its_own() -> None:
         (test_a_schedulers_first_step_in_a_capture_is_refused, {"strict": False}),
         (test_a_schedulers_first_step_in_a_capture_is_refused, {"strict": True}),
         (test_tables_made_in_a_capture_are_its_own, {}),
+        (test_a_flow_step_in_a_capture_is_the_step, {}),
+        (test_the_first_euler_step_in_a_capture_is_refused, {}),
     ],
 )
 def test_captures_of_steps_on_a_fake_gpu(

@@ -22,6 +22,7 @@ from fastddim.dropins.diffusers import (
     FastDDIMScheduler,
     FastDDPMScheduler,
     FastDPMSolverMultistepScheduler,
+    FastEulerAncestralDiscreteScheduler,
 )
 
 diffusers: Any = importlib.import_module("diffusers")  # without its types
@@ -373,6 +374,21 @@ def test_the_multistep_solver_in_pipelines(parts: dict[str, Any], config: str, k
     assert type(pipe.scheduler) is FastDPMSolverMultistepScheduler
     assert pipe.scheduler.step_index == original.step_index
     np.testing.assert_allclose(b, a, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_euler_ancestral_in_pipelines(parts: dict[str, Any], prediction: str, kind: str) -> None:
+    made = {"text": StableDiffusionPipeline, "image": StableDiffusionImg2ImgPipeline}[kind]
+    original = diffusers.EulerAncestralDiscreteScheduler(**STABLE, prediction_type=prediction)
+    pipe = quiet(made(**parts, scheduler=original))
+    given: dict[str, Any] = {"num_inference_steps": 8, "generator": gen}
+    given |= {"height": 16, "width": 16} if kind == "text" else {"image": photograph()}
+    fast = FastEulerAncestralDiscreteScheduler.from_config(original.config)
+    a, b = (picture(pipe, scheduler, "a cat", **given) for scheduler in (original, fast))
+    assert type(pipe.scheduler) is FastEulerAncestralDiscreteScheduler
+    assert fast.step_index == original.step_index
+    assert np.array_equal(a, b)
 
 
 def test_a_pipeline_saved_with_the_multistep_solver_loads_again(

@@ -136,6 +136,19 @@ def multistep(device: str, **config: Any) -> Any:
     return states
 
 
+def euler(device: str, kind: str, **config: Any) -> Any:
+    torch.manual_seed(0)  # diffusers 0.37 draws flow's noise from the global generator
+    with torch.device("cpu"):
+        scheduler = drop_in(kind)(**config)
+        scheduler.set_timesteps(10)
+    generator, x, states = torch.Generator(device).manual_seed(3), X.to(device), []
+    for t in scheduler.timesteps:
+        u = scheduler.scale_model_input(x, t) if "Ancestral" in kind else 0.3 * x
+        x = scheduler.step(u, t, x, generator=generator).prev_sample
+        states.append(x)
+    return states
+
+
 def parallel(device: str, strict: bool) -> Any:
     with torch.device("cpu"):
         scheduler: Any = drop_in("FastDDIMParallelScheduler")(strict=strict)
@@ -228,6 +241,14 @@ DROPINS: dict[str, Case] = {
     "diffusers, ddpm, threshold": partial(scheduled, kind="FastDDPMScheduler", thresholding=True),
     "diffusers, multistep": multistep,
     "diffusers, multistep, sde": partial(multistep, algorithm_type="sde-dpmsolver++"),
+    "diffusers, flow": partial(euler, kind="FastFlowMatchEulerDiscreteScheduler"),
+    "diffusers, flow, noise": partial(
+        euler, kind="FastFlowMatchEulerDiscreteScheduler", stochastic_sampling=True
+    ),
+    "diffusers, euler": partial(euler, kind="FastEulerAncestralDiscreteScheduler"),
+    "diffusers, euler, v": partial(
+        euler, kind="FastEulerAncestralDiscreteScheduler", prediction_type="v_prediction"
+    ),
     "compvis": latent,
     "compvis, v": partial(latent, parameterization="v"),
     "guided": partial(guided_loop, eta=0.5),

@@ -18,6 +18,8 @@ from fastddim.dropins.diffusers import (
     FastDDIMScheduler,
     FastDDPMScheduler,
     FastDPMSolverMultistepScheduler,
+    FastEulerAncestralDiscreteScheduler,
+    FastFlowMatchEulerDiscreteScheduler,
 )
 from fastddim.dropins.guided.step import Step
 from tests import diffusion
@@ -130,6 +132,43 @@ def test_no_ddpm_step_waits_for_its_own_timesteps(
             x = ours.step(0.3 * x, t, x, generator=g).prev_sample
         assert len(waits) == (told in ("a copy", "int32"))
         y = theirs.step(0.3 * y, number, y, generator=h).prev_sample
+        assert_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (FastFlowMatchEulerDiscreteScheduler, {}),
+        (FastFlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
+        (FastEulerAncestralDiscreteScheduler, {}),
+        (FastEulerAncestralDiscreteScheduler, {"prediction_type": "v_prediction"}),
+    ],
+)
+@pytest.mark.parametrize("noise", ["float32, cpu", "float32, cuda", "bfloat16, cuda"])
+@pytest.mark.parametrize("told", ["its own", "cpu", "numbers", "begin index"])
+def test_no_euler_step_waits(
+    device: Device, kind: Any, config: dict[str, Any], noise: str, told: str
+) -> None:
+    ours, theirs = (kind(**config) for _ in range(2))
+    ours.set_timesteps(5, device=CUDA)
+    theirs.set_timesteps(5)
+    if told == "begin index":
+        ours.set_begin_index(0)
+    dtype = torch.float32 if noise.startswith("float32") else torch.bfloat16
+    y = 14.0 * drawn(2, *SHAPE[1:]).to(dtype)
+    g: Any = (torch.Generator if noise.endswith("cpu") else Generator)().manual_seed(1)
+    x, h = device.put(y), torch.Generator().manual_seed(1)
+    euler = kind is FastEulerAncestralDiscreteScheduler
+    timesteps = TOLD.get(told, list)(ours.timesteps)
+    for t, number in zip(timesteps, theirs.timesteps.tolist(), strict=True):
+        torch.manual_seed(1)  # diffusers 0.37 draws flow's noise from the global generator
+        with device.watch() as waits:
+            u = ours.scale_model_input(x, t) if euler else 0.3 * x
+            x = ours.step(u, t, x, generator=g).prev_sample
+        assert waits == []
+        torch.manual_seed(1)
+        u = theirs.scale_model_input(y, number) if euler else 0.3 * y
+        y = theirs.step(u, number, y, generator=h).prev_sample
         assert_equal(x, y)
 
 

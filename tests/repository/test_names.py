@@ -82,6 +82,8 @@ def test_importing_the_package_imports_no_torch() -> None:
         "fastddim.dropins.compvis.PLMSSampler",
         "fastddim.dropins.diffusers.FastDDPMScheduler",
         "fastddim.dropins.diffusers.FastDPMSolverMultistepScheduler",
+        "fastddim.dropins.diffusers.FastEulerAncestralDiscreteScheduler",
+        "fastddim.dropins.diffusers.FastFlowMatchEulerDiscreteScheduler",
         "fastddim.dropins.guided.ddim_sample_loop",
         "fastddim.dropins.lucidrains.ddim_sample",
         "fastddim.dropins.ermongroup.ddpm_steps",

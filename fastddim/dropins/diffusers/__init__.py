@@ -1,4 +1,4 @@
-"""diffusers' DDIM, DDPM and DPM-Solver++ schedulers: same calls, with one pass over memory a step.
+"""diffusers' DDIM, DDPM, DPM-Solver++ and Euler schedulers: same calls, fewer passes over memory.
 
     pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config)
 
@@ -17,6 +17,8 @@ except ModuleNotFoundError as error:
     raise explained(error) from None
 
 from fastddim.dropins.diffusers.ddpm import FastDDPMScheduler
+from fastddim.dropins.diffusers.euler_ancestral import FastEulerAncestralDiscreteScheduler
+from fastddim.dropins.diffusers.flow_match import FastFlowMatchEulerDiscreteScheduler
 from fastddim.dropins.diffusers.multistep import FastDPMSolverMultistepScheduler
 from fastddim.dropins.diffusers.schedulers import (
     FastDDIMInverseScheduler,
@@ -30,6 +32,8 @@ __all__ = (
     "FastDDIMScheduler",
     "FastDDPMScheduler",
     "FastDPMSolverMultistepScheduler",
+    "FastEulerAncestralDiscreteScheduler",
+    "FastFlowMatchEulerDiscreteScheduler",
     "SchedulerMixin",
 )
 
@@ -39,6 +43,8 @@ for _class in (
     FastDDIMInverseScheduler,
     FastDDPMScheduler,
     FastDPMSolverMultistepScheduler,
+    FastEulerAncestralDiscreteScheduler,
+    FastFlowMatchEulerDiscreteScheduler,
 ):
     # diffusers writes ``__module__`` into saved pipelines: it must be this package's public path.
     _class.__module__ = __name__

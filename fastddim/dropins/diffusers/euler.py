@@ -1,0 +1,149 @@
+"""The base of the Euler schedulers: a step's place in ``sigmas``, and the steps that fuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddim.coefficients import COLUMNS
+from fastddim.dropins.diffusers.base import Base, like
+from fastddim.dropins.diffusers.tables import CPU, Chosen, Made, Source
+from fastddim.step.arguments import transformed
+
+A_S = COLUMNS.index("sqrt_abar_s")
+"""The column of the factor of x0."""
+
+
+class Euler(Base):
+    """Finds the step of a call, and keeps the table of all steps along ``sigmas``."""
+
+    sigmas: Tensor
+    _step_index: int | None
+    _begin_index: int | None
+    _kinds: int
+    """The number of rows of one step: the table holds the first of all steps, then the second."""
+    _unbound: tuple[Tensor, dict[int, tuple[Tensor, ...]]] | None = None
+    """A table, and the numbers of its columns as tensors of no dimension."""
+
+    @classmethod
+    def _get_compatibles(cls) -> list[Any]:
+        """Returns the original, the classes compatible with it, and this class."""
+        return [*cls._parent._get_compatibles(), cls]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_unbound"}
+
+    def _rows(self, sigmas: Tensor) -> Tensor:
+        """Returns the table, by the original's float32 operations on ``sigmas``."""
+        raise NotImplementedError
+
+    def _begin(self) -> None:
+        """Reads timesteps on a device, and frees the memory of the loop before."""
+        if self.timesteps.device != CPU:
+            self._chosen()
+        self._own.clear()
+
+    def _chosen(self) -> Chosen:
+        """Returns the timesteps as the floats that they are, read again only after a change."""
+        read, timesteps = self._read, self.timesteps
+        if read is None or not read.source.unchanged(timesteps):
+            read = self._read = Chosen(Source(timesteps), timesteps.tolist(), {})
+        return read
+
+    def _init_step_index(self, timestep: Any) -> None:
+        """Finds the first step's place as the original does, without waiting for the device."""
+        if self._begin_index is None and self.timesteps.device != CPU:
+            chosen = self._chosen()
+            place = chosen.position(timestep)
+            if place is not None:
+                timestep = chosen.levels[place]
+            if not isinstance(timestep, Tensor) or timestep.is_cpu:
+                at = torch.tensor(chosen.levels, dtype=self.timesteps.dtype, device=CPU)
+                self._step_index = self.index_for_timestep(timestep, at)  # type: ignore[attr-defined]
+                return
+        self._parent._init_step_index(self, timestep)
+
+    def _found(self, output: Any, timestep: Any, sample: Any) -> tuple[Tensor, int, int] | None:
+        """Returns the table, the step's place and the number of steps.
+
+        Returns None if the original's step must run.
+        """
+        if (
+            torch.compiler.is_compiling()
+            or not isinstance(sample, Tensor)
+            or sample.dtype != torch.float32
+            or not like(output, sample)
+            or sample.dim() < 2
+            or transformed()
+            or (torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad))
+            or not _is_float(timestep)
+        ):
+            return None
+        table = self._table_on(sample.device)
+        if table is None:
+            return None
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        place, steps = self._step_index, table.shape[0] // self._kinds
+        # The original fails after the last step, and takes a negative place from the end.
+        if not isinstance(place, int) or not 0 <= place < steps:
+            return None
+        return table, place, steps
+
+    def _table_on(self, device: torch.device) -> Tensor | None:
+        """Returns the table, or None if the original does not compute the factors in float32."""
+        sigmas = self.sigmas
+        if not isinstance(sigmas, Tensor) or sigmas.requires_grad:
+            return None
+        given = "euler", device, sigmas, None, None
+        found = self._cache.found(*given)
+        if found is None:
+            on_device = sigmas.device in (CPU, device)
+            if sigmas.dtype != torch.float32 or sigmas.dim() != 1 or not on_device:
+                return None
+            found = self._cache.keep(*given, Made(self._rows(sigmas.detach())))
+        return found.table
+
+    def _column(self, table: Tensor, column: int) -> tuple[Tensor, ...]:
+        """Returns the numbers of a column: indexing at each step would cost as much as the sum."""
+        unbound = self._unbound
+        if unbound is None or unbound[0] is not table:
+            unbound = self._unbound = table, {}
+        found = unbound[1].get(column)
+        if found is None:
+            found = unbound[1][column] = table[:, column].unbind()
+        return found
+
+    def _sum(self, table: Tensor, row: int, x: Tensor, term: Tensor, *, kept: bool) -> Tensor:
+        """Returns x + f·term, where f is the row's factor of x0.
+
+        Without ``kept`` this may overwrite x and the term. On a CPU, two operations of PyTorch cost
+        less than a launch of the step, at every size.
+        """
+        if x.is_cpu:
+            factor = self._column(table, A_S)[row]
+            if not kept:
+                return x.add_(term.mul_(factor))
+            product = factor * term
+            # The result is laid out as x: a network may round differently in another layout.
+            return product.add_(x) if product.stride() == x.stride() else x + product
+        # The sum of a "sample" model, a_s·x0 + c2·x_t, takes the term in the place of x0.
+        x_s, _ = self._own.stepped(
+            table, x, term, row, prediction="sample", posterior=True, want_x0=False, checked=True
+        )
+        return x_s
+
+    def _advance(self, place: int, steps: int) -> None:
+        """Goes on to the next step, and frees the memory after the last."""
+        self._step_index = place + 1
+        if place == steps - 1:
+            self._own.clear()
+
+
+def _is_float(timestep: Any) -> bool:
+    """Tells whether this is a timestep that the original does not refuse as an index."""
+    if isinstance(timestep, Tensor):
+        return timestep.is_floating_point()
+    return isinstance(timestep, float)
