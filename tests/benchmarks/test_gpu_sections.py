@@ -192,8 +192,16 @@ def test_no_argument_of_a_variant_is_read_before_it_is_written() -> None:
 
 
 ASKED = {
-    0.99: ("epsilon", "epsilon tensor", "epsilon odd", "epsilon clip rederive", "v"),
-    0.975: ("epsilon philox", "epsilon odd philox", "learned philox clip rederive"),
+    0.99: (
+        "epsilon",
+        "epsilon tensor",
+        "epsilon odd",
+        "epsilon clip rederive",
+        "v",
+        "flow",
+        "epsilon tensor posterior clip",
+    ),
+    0.975: ("flow philox", "epsilon philox", "epsilon odd philox", "learned philox clip rederive"),
     0.955: (
         *("epsilon bf16", "epsilon x0 clip", "epsilon philox bf16", "epsilon philox rows x0"),
         *("epsilon threshold", "epsilon fp16 next", "v philox bf16 next"),

@@ -178,7 +178,7 @@ def float64_step(
     x: Tensor, eps: Tensor, history: Tensor, z: Tensor, row: int, eta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x_s, x0, the sum of the terms' magnitudes) of ``make_table``'s equation in float64."""
-    abar_t, abar_s = (torch.tensor(a) for a in levels(SCHEDULE, PAIRS))
+    abar_t, abar_s = (torch.tensor(at.alpha2) for at in levels(SCHEDULE, PAIRS))
     of_t, of_s = ((a / (1 - a)).sqrt().log() for a in (abar_t, abar_s))
     h = of_s - of_t
     kappa = h[row] / (2 * h[row - 1]) if 0 < row < LAST else torch.tensor(0.0)
