@@ -95,26 +95,30 @@ def test_a_large_state_is_bit_identical() -> None:
 @pytest.mark.parametrize("betas", BETAS)
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("variance", FIXED)
-def test_factors_are_those_of_each_step(betas: Config, zero: bool, variance: str) -> None:
+@pytest.mark.parametrize(
+    "chosen", [{"num_inference_steps": 93}, pytest.param({}, marks=pytest.mark.slow)]
+)
+def test_factors_are_those_of_each_step(
+    betas: Config, zero: bool, variance: str, chosen: Config
+) -> None:
     """Vector instructions round all timesteps at once as the original rounds each alone."""
     config = {**betas, "rescale_betas_zero_snr": zero, "variance_type": variance}
-    for chosen in ({}, {"num_inference_steps": 93}):
-        original, fast = both(config, **chosen)
-        of = fast._chosen() if chosen else None
-        made = fast._made(of)
-        assert made is not None
-        for t in original.timesteps.tolist():
-            row, s = made.table[fast._place(of, t)], int(original.previous_timestep(t))
-            at = original.alphas_cumprod[t]
-            at_prev = original.alphas_cumprod[s] if s >= 0 else original.one
-            beta = 1 - at / at_prev
-            assert_identical(row[4], (at_prev**0.5 * beta) / (1 - at))
-            assert_identical(row[6], (at / at_prev) ** 0.5 * (1 - at_prev) / (1 - at))
-            if t > 0:
-                sigma = original._get_variance(t)
-                assert_identical(row[5], sigma if variance == FIXED[1] else sigma**0.5)
-            else:
-                assert row[5] == 0
+    original, fast = both(config, **chosen)
+    of = fast._chosen() if chosen else None
+    made = fast._made(of)
+    assert made is not None
+    for t in original.timesteps.tolist():
+        row, s = made.table[fast._place(of, t)], int(original.previous_timestep(t))
+        at = original.alphas_cumprod[t]
+        at_prev = original.alphas_cumprod[s] if s >= 0 else original.one
+        beta = 1 - at / at_prev
+        assert_identical(row[4], (at_prev**0.5 * beta) / (1 - at))
+        assert_identical(row[6], (at / at_prev) ** 0.5 * (1 - at_prev) / (1 - at))
+        if t > 0:
+            sigma = original._get_variance(t)
+            assert_identical(row[5], sigma if variance == FIXED[1] else sigma**0.5)
+        else:
+            assert row[5] == 0
 
 
 def test_without_chosen_timesteps_a_step_is_one_level() -> None:

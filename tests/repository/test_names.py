@@ -71,6 +71,16 @@ def test_importing_the_package_imports_no_torch() -> None:
     assert done.stdout == "False\n", done.stderr
 
 
+SCHEDULERS = "fastddim.dropins.diffusers"
+OTHERS = (
+    "FastDDPMScheduler",
+    "FastDPMSolverMultistepScheduler",
+    "FastEulerAncestralDiscreteScheduler",
+    "FastFlowMatchEulerDiscreteScheduler",
+)
+"""These come out of the module of FastDDIMScheduler, and importing diffusers takes two seconds."""
+
+
 @pytest.mark.parametrize(
     "used",
     [
@@ -80,15 +90,12 @@ def test_importing_the_package_imports_no_torch() -> None:
         "fastddim.dropins.diffusers.FastDDIMScheduler",
         "fastddim.dropins.compvis.DDIMSampler",
         "fastddim.dropins.compvis.PLMSSampler",
-        "fastddim.dropins.diffusers.FastDDPMScheduler",
-        "fastddim.dropins.diffusers.FastDPMSolverMultistepScheduler",
-        "fastddim.dropins.diffusers.FastEulerAncestralDiscreteScheduler",
-        "fastddim.dropins.diffusers.FastFlowMatchEulerDiscreteScheduler",
         "fastddim.dropins.guided.ddim_sample_loop",
         "fastddim.dropins.lucidrains.ddim_sample",
         "fastddim.dropins.ermongroup.ddpm_steps",
         "fastddim.generate.shard",
         "fastddim.DDIM().sample",
+        *(pytest.param(f"{SCHEDULERS}.{name}", marks=pytest.mark.slow) for name in OTHERS),
     ],
 )
 def test_names_of_the_readme_need_no_import_of_their_own(used: str) -> None:
