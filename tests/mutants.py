@@ -215,8 +215,8 @@ MUTANTS = [
         "fused",
         "numba's rows with κ = 0 take x for ε",
         STEP,
-        "if call.history and table[at + 7] != 0:",
-        "if call.history:",
+        "extrapolates = call.history != 0 and table[at + 7] != 0",
+        "extrapolates = call.history != 0",
     ),
     Mutant(
         "loop",

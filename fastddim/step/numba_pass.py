@@ -328,10 +328,37 @@ def _predict(count, prediction, x, e, a_t, b_t, x0, eps):
 
 
 @_part
-def _epsilon_step(count, x, e, a_t, b_t, a_s, c2, out):
-    """Writes x_s of an epsilon model in one loop, where x0 is not kept and no noise is added."""
-    for i in range(count):
-        out[i] = a_s * ((x[i] - e[i] * b_t) / a_t) + c2 * e[i]
+def _predict_x0(count, prediction, x, e, a_t, b_t, x0):
+    """Writes the x0 of ``_predict`` alone, for a sum that holds x in the place of ε."""
+    if prediction == 0:
+        for i in range(count):
+            x0[i] = (x[i] - e[i] * b_t) / a_t
+    elif prediction == 1:
+        for i in range(count):
+            x0[i] = a_t * x[i] - b_t * e[i]
+    elif prediction == 3:
+        for i in range(count):
+            x0[i] = x[i] - e[i] * b_t
+    else:
+        for i in range(count):
+            x0[i] = e[i]
+
+
+@_part
+def _plain_step(count, prediction, x, e, a_t, b_t, a_s, c2, out):
+    """Writes x_s in one loop, where x0 is neither kept nor bounded and no noise is added."""
+    if prediction == 0:
+        for i in range(count):
+            out[i] = a_s * ((x[i] - e[i] * b_t) / a_t) + c2 * e[i]
+    elif prediction == 1:
+        for i in range(count):
+            out[i] = a_s * (a_t * x[i] - b_t * e[i]) + c2 * (a_t * e[i] + b_t * x[i])
+    elif prediction == 3:
+        for i in range(count):
+            out[i] = a_s * (x[i] - e[i] * b_t) + c2 * (x[i] + a_t * e[i])
+    else:
+        for i in range(count):
+            out[i] = a_s * e[i] + c2 * ((x[i] - a_t * e[i]) / b_t)
 
 
 @_part
@@ -394,7 +421,7 @@ def _taken(address, thread, total):
 
 @_part
 def _light_steps(address, thread, n, total):
-    """Takes ``_steps`` of an epsilon model where every term is one of the caller's tensors.
+    """Takes ``_steps`` where every term is one of the caller's tensors, or none is kept.
 
     Scratch memory for the terms would cost a small step half its time. ``n`` elements follow one
     another on one row.
@@ -424,7 +451,7 @@ def _light_steps(address, thread, n, total):
                     _clamp(count, x0, np.float32(call.clip))
                 _combine(count, x0, e, x0, 0, False, False, a_s, _ZERO, c2, out)
             else:
-                _epsilon_step(count, x, e, a_t, b_t, a_s, c2, out)
+                _plain_step(count, call.prediction, x, e, a_t, b_t, a_s, c2, out)
             start += count
 
 
@@ -457,11 +484,12 @@ def _steps(address, thread):
 
     kept = call.x0 != 0 or call.threshold != 0 or call.history != 0
     kept_x0 = call.clips or call.rederive or call.posterior or kept
-    plain = call.prediction == 0 and not kept_x0 and call.noise == 0
+    plain = not kept_x0 and call.noise == 0
     made = call.guidance != 0 or call.dtype != 0 or call.noise != 0 or counted
     bounded = call.threshold != 0 or call.rederive or (call.clips and call.x0 == 0)
     bounded = bounded or call.posterior
-    if call.prediction == 0 and not made and not bounded and call.history == 0:
+    light = call.prediction == 0 or call.x0 == 0
+    if light and not made and not bounded and call.history == 0:
         _light_steps(address, thread, n, total)
         return
     x0_own, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
@@ -497,12 +525,18 @@ def _steps(address, thread):
                     _guide(count, e, c, guidance[sample * call.guidance_stride], u_own)
                 e = u_own
             if plain and (c1 == 0 or not counted):
-                _epsilon_step(count, x, e, a_t, b_t, a_s, c2, out)
+                _plain_step(count, call.prediction, x, e, a_t, b_t, a_s, c2, out)
                 start += count
                 continue
-            _predict(count, call.prediction, x, e, a_t, b_t, x0, eps)
-            if call.prediction == 0:
-                eps = e
+            extrapolates = call.history != 0 and table[at + 7] != 0
+            of_x = call.posterior != 0 or extrapolates
+            if of_x:
+                _predict_x0(count, call.prediction, x, e, a_t, b_t, x0)
+                eps = x
+            else:
+                _predict(count, call.prediction, x, e, a_t, b_t, x0, eps)
+                if call.prediction == 0:
+                    eps = e
             if call.clips:
                 _clamp(count, x0, np.float32(call.clip))
             if call.threshold and spread and call.threshold_stride != 0:
@@ -513,12 +547,10 @@ def _steps(address, thread):
                 _clamp(count, x0, s)
                 for i in range(count):
                     x0[i] = x0[i] / s
-            if call.rederive:
+            if call.rederive and not of_x:
                 eps = eps_own
                 for i in range(count):
                     eps[i] = (x[i] - a_t * x0[i]) / b_t
-            if call.posterior:
-                eps = x
             noisy, z, lane = call.noise != 0, _floats(call.noise, start, count), 0
             if counted and c1 != 0:
                 noisy, z, seed = True, z_own, seeds[sample]
@@ -529,9 +561,9 @@ def _steps(address, thread):
                         seed, row, _STEP_STREAM, first, count, channels, n // channels, words,
                         pairs, plane, z_own,
                     )  # fmt: skip
-            if call.history and table[at + 7] != 0:
+            if extrapolates:
                 _extrapolate(count, x0, _floats(call.history, start, count), table[at + 7], d_own)
-                _combine(count, d_own, x, z, lane, noisy, call.noise_first, a_s, c1, c2, out)
+                _combine(count, d_own, eps, z, lane, noisy, call.noise_first, a_s, c1, c2, out)
             else:
                 _combine(count, x0, eps, z, lane, noisy, call.noise_first, a_s, c1, c2, out)
             if call.history and call.x0:

@@ -354,23 +354,26 @@ def _step(
     """
     prediction, noise_first, clip, rederive, posterior = fixed
     a_t, _, b_t, _, a_s, c1, c2, *kappa = factors
-    eps = output
+    eps = x if posterior else output
     if prediction == 0:
         torch.mul(output, b_t, out=term)
         torch.sub(x, term, out=x0).div_(a_t)
     elif prediction == 1:
         torch.mul(output, b_t, out=term)
         torch.mul(x, a_t, out=x0).sub_(term)
-        torch.mul(output, a_t, out=out)
-        eps = torch.mul(x, b_t, out=term).add_(out)
+        if not posterior:
+            torch.mul(output, a_t, out=out)
+            eps = torch.mul(x, b_t, out=term).add_(out)
     elif prediction == 3:
         torch.mul(output, b_t, out=term)
         torch.sub(x, term, out=x0)
-        eps = torch.mul(output, a_t, out=term).add_(x)
+        if not posterior:
+            eps = torch.mul(output, a_t, out=term).add_(x)
     else:
         x0.copy_(output)
-        torch.mul(output, a_t, out=term)
-        eps = torch.sub(x, term, out=term).div_(b_t)
+        if not posterior:
+            torch.mul(output, a_t, out=term)
+            eps = torch.sub(x, term, out=term).div_(b_t)
     if clip is not None:
         x0.clamp_(-clip, clip)
     if threshold is not None:
@@ -378,8 +381,6 @@ def _step(
     if rederive:
         torch.mul(x0, a_t, out=term)
         eps = torch.sub(x, term, out=term).div_(b_t)
-    if posterior:
-        eps = x
     if history is not None:
         x0, eps = _extrapolated(x, x0, eps, history, kappa[0], extrapolated)
     torch.mul(x0, a_s, out=out)
