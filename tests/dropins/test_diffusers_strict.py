@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastddim import DDIM
 from fastddim.dropins.diffusers import (
     FastDDIMInverseScheduler,
     FastDDIMParallelScheduler,
+    FastDDIMScheduler,
 )
 from fastddim.tools.quality import Gaussian
 from tests.dropins.strict_cases import (
@@ -265,3 +268,45 @@ def test_half_precision_keeps_a_float32_state() -> None:
         assert found.dtype == torch.bfloat16
         away.append(float((found - truth).square().mean().sqrt() / truth.square().mean().sqrt()))
     assert away == pytest.approx([0.068, 0.0023], rel=0.05)
+
+
+def test_given_timesteps_are_the_native_samplers() -> None:
+    chosen = [999, 700, 420, 300, 20]
+    for kind in (FastDDIMScheduler, FastDDIMParallelScheduler):
+        scheduler: Any = kind(clip_sample=False, strict=True)
+        for given in (chosen, torch.tensor(chosen)):
+            scheduler.set_timesteps(timesteps=given, device="cpu")
+            assert scheduler.timesteps.tolist() == chosen
+            assert scheduler.num_inference_steps == 5
+            x, _ = start(scheduler)
+            model = exact_model(scheduler, MEAN)
+            schedule = schedule_of(scheduler)
+            ddim = DDIM(schedule=schedule, spacing=chosen)
+            expected = ddim.sample(lambda x, t, model=model: model(x, t[0]), x)
+            torch.testing.assert_close(loop(scheduler, x, model), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_bad_timesteps_are_refused_and_change_nothing() -> None:
+    scheduler = strict(5)
+    before = scheduler.timesteps.clone()
+    bad: list[tuple[Any, tuple[str, ...]]] = [
+        ([999, 999], ("timesteps must strictly fall", "999 before 999")),
+        ([20, 300], ("timesteps must strictly fall", "20 before 300")),
+        ([1000], ("timesteps[0]", "999", "1000")),
+        ([], ("timesteps must be one or more integers", "[]")),
+        ("999", ("timesteps must be one or more integers", "'999'")),
+    ]
+    for given, words in bad:
+        refused(partial(scheduler.set_timesteps, timesteps=given), ValueError, *words)
+    both = partial(scheduler.set_timesteps, 5, timesteps=[999])
+    refused(both, ValueError, "num_inference_steps must be left out", "5")
+    assert torch.equal(scheduler.timesteps, before)
+    loose: Any = FastDDIMParallelScheduler()
+    refused(lambda: loose.set_timesteps(timesteps=[999]), ValueError, "timesteps", "strict=True")
+    upwards: Any = FastDDIMInverseScheduler(strict=True)
+    upwards.set_timesteps(timesteps=[20, 300, 999])
+    refused(
+        lambda: upwards.set_timesteps(timesteps=[300, 20]),
+        ValueError,
+        "timesteps must strictly rise",
+    )

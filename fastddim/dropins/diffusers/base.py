@@ -46,7 +46,11 @@ class Strategy(Protocol):
         ...
 
     def set_timesteps(
-        self, scheduler: Base, num_inference_steps: int, device: str | torch.device | None
+        self,
+        scheduler: Base,
+        num_inference_steps: int | None,
+        device: str | torch.device | None,
+        timesteps: Sequence[int] | Tensor | None,
     ) -> None:
         """Chooses the timesteps."""
         ...

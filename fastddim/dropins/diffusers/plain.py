@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastddim.check import shown
 from fastddim.dropins._shared import Buffers, pack_rows
 from fastddim.dropins._transfer import sent
 from fastddim.dropins.diffusers.base import (
@@ -35,8 +36,17 @@ class Plain:
         return None
 
     def set_timesteps(
-        self, scheduler: Base, num_inference_steps: int, device: str | torch.device | None
+        self,
+        scheduler: Base,
+        num_inference_steps: int | None,
+        device: str | torch.device | None,
+        timesteps: Sequence[int] | Tensor | None,
     ) -> None:
+        if timesteps is not None:
+            raise ValueError(
+                f"timesteps must be left out without strict=True, got {shown(timesteps)}: the "
+                f"original steps from t to t − T // S, whatever the next timestep is"
+            )
         scheduler._parent.set_timesteps(scheduler, num_inference_steps, device)
 
     def step(

@@ -74,10 +74,17 @@ class _Fast(Base):
         return initial_noise(self._seeds, shape, device).to(dtype or torch.float32)
 
     def set_timesteps(
-        self, num_inference_steps: int, device: str | torch.device | None = None
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
     ) -> None:
-        """Chooses timesteps as the original does; ``strict`` chooses exactly S distinct ones."""
-        self._strategy.set_timesteps(self, num_inference_steps, device)
+        """Chooses timesteps as the original does; ``strict`` chooses exactly S distinct ones.
+
+        ``strict`` also takes the timesteps themselves, in the order of the steps, in place of
+        their number: ``pipe(timesteps=[999, 700, 300])``.
+        """
+        self._strategy.set_timesteps(self, num_inference_steps, device, timesteps)
         self._chosen()
         self._own.clear()
 

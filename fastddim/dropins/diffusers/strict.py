@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim.check import kind, whole
+from fastddim.check import kind, shown, whole
 from fastddim.coefficients import make_table, pack
 from fastddim.dropins._shared import C1, Buffers
 from fastddim.dropins._transfer import sent
@@ -58,13 +59,25 @@ class Strict:
         return None if seeds is None else checked_seeds(seeds, len(seeds))
 
     def set_timesteps(
-        self, scheduler: Base, num_inference_steps: int, device: str | torch.device | None
+        self,
+        scheduler: Base,
+        num_inference_steps: int | None,
+        device: str | torch.device | None,
+        timesteps: Sequence[int] | Tensor | None,
     ) -> None:
         T = len(scheduler.alphas_cumprod)
-        steps = whole("num_inference_steps", num_inference_steps, 1, T)
-        scheduler.num_inference_steps = steps
-        levels = _timesteps(scheduler.config, steps, T)
-        ordered = levels if scheduler._upwards else levels[::-1]
+        if timesteps is None:
+            steps = whole("num_inference_steps", num_inference_steps, 1, T)
+            levels = _timesteps(scheduler.config, steps, T)
+            ordered = levels if scheduler._upwards else levels[::-1]
+        else:
+            if num_inference_steps is not None:
+                raise ValueError(
+                    f"num_inference_steps must be left out with timesteps, got "
+                    f"{shown(num_inference_steps)}"
+                )
+            ordered = _given(timesteps, T, scheduler._upwards)
+        scheduler.num_inference_steps = len(ordered)
         scheduler.timesteps = torch.tensor(ordered, device=CPU if device is None else device)
 
     def step(
@@ -354,6 +367,19 @@ def _pairs(scheduler: Base, chosen: Chosen) -> list[Pair]:
     if scheduler._upwards:
         return list(zip([-1, *levels[:-1]], levels, strict=True))
     return list(zip(levels, [*levels[1:], -1], strict=True))
+
+
+def _given(timesteps: Any, T: int, upwards: bool) -> list[int]:
+    """Returns the timesteps of a caller, which must fall, or rise where the loop runs upwards."""
+    values = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        raise ValueError(f"timesteps must be one or more integers, got {shown(timesteps)}")
+    found = [whole(f"timesteps[{i}]", t, 0, T - 1) for i, t in enumerate(values)]
+    for before, after in pairwise(found):
+        if (before >= after) if upwards else (before <= after):
+            order = "rise" if upwards else "fall"
+            raise ValueError(f"timesteps must strictly {order}, got {before} before {after}")
+    return found
 
 
 def _make_finite(levels: Any, config: Any) -> None:
