@@ -247,6 +247,18 @@ def test_stable_diffusion_that_names_another_scheduler(parts: dict[str, Any], ot
     assert_same_picture(pipe, original, "a cat", **given)
 
 
+def test_given_timesteps_of_a_strict_scheduler(parts: dict[str, Any]) -> None:
+    pipe = quiet(StableDiffusionPipeline(**parts, scheduler=DDIMScheduler(**DDIM_STABLE)))
+    strict = FAST(**DDIM_STABLE, strict=True)
+    size = {"height": 16, "width": 16, "generator": gen}
+    by_number = picture(pipe, strict, "a cat", num_inference_steps=4, **size)
+    chosen = strict.timesteps.tolist()
+    assert np.array_equal(picture(pipe, strict, "a cat", timesteps=chosen, **size), by_number)
+    other = picture(pipe, strict, "a cat", timesteps=[999, 400, 30], **size)
+    assert strict.timesteps.tolist() == [999, 400, 30]
+    assert not np.array_equal(other, by_number)
+
+
 def photograph(size: int = 16) -> Tensor:
     return torch.rand(1, 3, size, size, generator=gen(9))
 
