@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastddim.check import finite, shown, whole
+from fastddim.check import finite, whole
 from fastddim.levels import Float64, GaussianPath, Levels, indices, vector
 from fastddim.paths import EDM, Continuous, Cosine, Flow, LevelTable, resolution_shift
 
@@ -171,11 +171,6 @@ class NoiseSchedule(GaussianPath):
             if shift is not None:
                 raise ValueError(f"shift must be left out with tokens, got {shift}")
             shift = resolution_shift(tokens, base_shift, max_shift)
-        elif (base_shift, max_shift) != (0.5, 1.15):
-            raise ValueError(
-                f"base_shift and max_shift must be left out without tokens, got "
-                f"{shown(base_shift)} and {shown(max_shift)}"
-            )
         return Flow(1.0 if shift is None else shift, scale)
 
     @staticmethod
