@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from functools import partial
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,6 +19,7 @@ from fastddim.tools.quality import Gaussian
 from fastddim.variances import CPS, TCD, Fresh, Steps, noise_and_direction
 from tests.refusals import refused
 
+diffusers: Any = importlib.import_module("diffusers")  # without its types
 LINEAR = NoiseSchedule.linear()
 BETAS: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 RULES = [0.0, 0.6, 1.0, Fresh(), CPS(0.3), TCD(0.4)]
