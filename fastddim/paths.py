@@ -73,7 +73,7 @@ class LevelTable(GaussianPath):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name in ("alpha", "sigma", "t"):  # pickle and deepcopy drop the write protection
             state[name].setflags(write=False)
-        self.__dict__.update(state)
+        vars(self).update(state)
 
     def __repr__(self) -> str:
         return f"NoiseSchedule({self.name}, T={len(self)})"

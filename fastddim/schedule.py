@@ -63,7 +63,7 @@ class NoiseSchedule(GaussianPath):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # pickle and deepcopy copy an array without its write protection.
         state["alphas_cumprod"].setflags(write=False)
-        self.__dict__.update(state)
+        vars(self).update(state)
 
     def __len__(self) -> int:
         """Returns T, the number of noise levels."""
