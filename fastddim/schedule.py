@@ -171,6 +171,11 @@ class NoiseSchedule(GaussianPath):
             if shift is not None:
                 raise ValueError(f"shift must be left out with tokens, got {shift}")
             shift = resolution_shift(tokens, base_shift, max_shift)
+        elif (finite("base_shift", base_shift), finite("max_shift", max_shift)) != (0.5, 1.15):
+            raise ValueError(
+                f"base_shift and max_shift must be left out without tokens, got {base_shift:g} and "
+                f"{max_shift:g}"
+            )
         return Flow(1.0 if shift is None else shift, scale)
 
     @staticmethod
