@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastddim.check import finite, shown, whole
-from fastddim.levels import Float64, GaussianPath, Levels, indices, vector
+from fastddim.levels import Float64, GaussianPath, Levels, indices, log_nsr, vector
 
 TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 """The least and the largest σ of a float32 table, which also holds 1/σ."""
@@ -164,6 +164,8 @@ class Continuous(GaussianPath):
         with np.errstate(all="ignore"):
             sigma = self.table()
             differ = sigma[0] >= TINY and (np.diff(sigma) > 0).all()
+            # A tiny σ may leave α² = 1, where spacings by λ have no number.
+            differ = differ and np.isfinite(log_nsr(self.at(sigma[:1]))).all()
         if not differ:
             values = " and ".join(f"{getattr(self, name):g}" for name in names)
             raise ValueError(

@@ -415,6 +415,10 @@ BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
         lambda: NoiseSchedule.continuous_cosine(1e300),
         ("shift must give 1000", "1e+300"),
     ),
+    "small cosine shift": (
+        lambda: NoiseSchedule.continuous_cosine(1e-10),
+        ("shift must give 1000", "1e-10"),
+    ),
     "large rho": (lambda: NoiseSchedule.edm(rho=1e300), ("sigma_min and", "rho", "1e+300")),
     "small rho": (lambda: NoiseSchedule.edm(rho=1e-3), ("sigma_min and", "rho", "0.001")),
     "large sigma_max": (
