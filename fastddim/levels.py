@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from fastddim.check import shown
+
 Float64 = npt.NDArray[np.float64]
 
 
@@ -147,19 +149,33 @@ class GaussianPath(ABC):
         (array(0.75), array(0.25))
 
         Raises:
+            TypeError: t is not made of real numbers.
             ValueError: t is not on the path.
         """
-        times = np.asarray(t.detach().cpu() if hasattr(t, "detach") else t, dtype=np.float64)
+        times = _real(t)
         found = self.at(self._levels_at(times.reshape(-1)))
         return found.alpha.reshape(times.shape), found.sigma.reshape(times.shape)
 
     def noise_scale(self, level: float) -> float:
         """Returns the standard deviation of the noise that a sampler begins with at a level.
 
-        It is 1 where variance is preserved, and σ elsewhere.
+        It is 1 on the path of ᾱ and on the continuous cosine, and σ on the others.
         """
         at = self.at([level])
         return 1.0 if at.preserving else float(at.sigma[0])
+
+
+def _real(t: Any) -> Float64:
+    if hasattr(t, "detach"):
+        t = t.detach().cpu()
+        t = t.numpy() if t.is_complex() else t.double().numpy()  # NumPy has no bfloat16
+    try:
+        array = np.asarray(t)
+    except ValueError:  # a list whose lists differ in length
+        array = np.asarray(None)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"t must hold real numbers only, got {shown(t)}")
+    return array.astype(np.float64)
 
 
 def vector(name: str, values: Any) -> Float64:
@@ -179,6 +195,8 @@ def vector(name: str, values: Any) -> Float64:
         array = array.astype(np.float64)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must hold real numbers only") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an integer above 1e308") from None
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} must have shape (T,) with T ≥ 1, got {array.shape}")
     bad = np.flatnonzero(~np.isfinite(array))
@@ -190,7 +208,7 @@ def vector(name: str, values: Any) -> Float64:
 def indices(levels: npt.ArrayLike, T: int, low: int = -1) -> npt.NDArray[np.int64]:
     """Returns numbers of a table's levels as int64."""
     given = np.asarray(levels, dtype=np.float64)
-    whole_numbers = np.nan_to_num(given, nan=-2, posinf=T, neginf=-2).astype(np.int64)
+    whole_numbers = np.clip(np.nan_to_num(given, nan=-2), -2, T).astype(np.int64)
     wrong = (whole_numbers != given) | (whole_numbers < low) | (whole_numbers >= T)
     if wrong.any():
         raise ValueError(f"t must be a level in [{low}, {T - 1}], got {given[wrong].flat[0]:g}")

@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastddim.check import finite, shown, whole
-from fastddim.levels import Float64, GaussianPath, Levels, indices, vector
+from fastddim.levels import Float64, GaussianPath, Levels, indices, log_nsr, vector
 
+TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""The least and the largest σ of a float32 table, which also holds 1/σ."""
 _NEAR = 1e-6
 """How far α² + σ² or α + σ may be from 1 to count as 1: float32 tables are given too."""
 
@@ -35,7 +37,7 @@ class LevelTable(GaussianPath):
         sigma = vector("sigma", self.sigma)
         T = len(sigma)
         alpha = self.alpha
-        if isinstance(alpha, (int, float)):
+        if isinstance(alpha, (int, float, np.number)):
             alpha = np.full(T, finite("alpha", alpha))
         alpha = vector("alpha", alpha)
         if alpha.shape != sigma.shape:
@@ -43,6 +45,12 @@ class LevelTable(GaussianPath):
         for name, values in (("alpha", alpha), ("sigma", sigma)):
             if (bad := np.flatnonzero(values < 0)).size:
                 raise ValueError(f"{name} must be ≥ 0, got {values[bad[0]]:g} at level {bad[0]}")
+            bad = np.flatnonzero((values > 0) & ((values < TINY) | (values > LARGEST)))
+            if bad.size:
+                raise ValueError(
+                    f"{name} must be 0 or lie in [{TINY:.3g}, {LARGEST:.3g}], which "
+                    f"float32 holds, got {values[bad[0]]:g} at level {bad[0]}"
+                )
         if (bad := np.flatnonzero(sigma == 0)).size:
             both = " with alpha 0" if alpha[bad[0]] == 0 else ""
             raise ValueError(
@@ -59,16 +67,31 @@ class LevelTable(GaussianPath):
         t = vector("t", np.arange(T) if self.t is None else self.t)
         if t.shape != sigma.shape:
             raise ValueError(f"t must have sigma's {T} levels, got {len(t)}")
+        t = self._as_called(t)
         if len(np.unique(t)) < T:
-            raise ValueError("t must differ from level to level, got a number twice")
+            raise ValueError(
+                f"t must differ from level to level as {t.dtype}, which the model is called with, "
+                f"got a number twice"
+            )
         kept: dict[str, npt.NDArray[Any]] = {
-            "alpha": alpha,
+            "alpha": alpha + 0.0,  # −0 equals 0 but has other bytes, which the hash reads
             "sigma": sigma,
-            "t": t.astype(np.int64 if (t == np.rint(t)).all() else np.float32),
+            "t": t,
         }
         for name, array in kept.items():
             array.setflags(write=False)
             object.__setattr__(self, name, array)
+
+    @staticmethod
+    def _as_called(t: Float64) -> npt.NDArray[Any]:
+        """Returns ``t`` as int64, or as float32 where a number is no integer."""
+        dtype = np.int64 if (t == np.rint(t)).all() else np.float32
+        most = 2.0**53 if dtype is np.int64 else LARGEST
+        if (bad := np.flatnonzero(np.abs(t) > most)).size:
+            raise ValueError(
+                f"t must lie in [-{most:g}, {most:g}], got {t[bad[0]]:g} at level {bad[0]}"
+            )
+        return t.astype(dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name in ("alpha", "sigma", "t"):  # pickle and deepcopy drop the write protection
@@ -115,7 +138,9 @@ class LevelTable(GaussianPath):
         return found
 
     def _levels_at(self, times: Float64) -> npt.ArrayLike:
-        known, given = self.t, times.astype(self.t.dtype)
+        known = self.t.astype(np.float64)
+        # A t that was given in float64 is the float32 number that the model is called with.
+        given = times.astype(np.float32).astype(np.float64) if self.t.dtype == np.float32 else times
         order = np.argsort(known)
         found = np.searchsorted(known[order], given).clip(max=len(known) - 1)
         place: npt.NDArray[np.int64] = order[found]
@@ -134,6 +159,19 @@ class Continuous(GaussianPath):
 
     continuous: ClassVar[bool] = True
 
+    def _check_falls(self, *names: str) -> None:
+        """Refuses numbers (of these names) with which levels of the path are equal, or 0."""
+        with np.errstate(all="ignore"):
+            sigma = self.table()
+            differ = sigma[0] >= TINY and (np.diff(sigma) > 0).all()
+            # A tiny σ may leave α² = 1, where spacings by λ have no number.
+            differ = differ and np.isfinite(log_nsr(self.at(sigma[:1]))).all()
+        if not differ:
+            values = " and ".join(f"{getattr(self, name):g}" for name in names)
+            raise ValueError(
+                f"{' and '.join(names)} must give {len(self)} different levels σ > 0, got {values}"
+            )
+
     def __len__(self) -> int:
         """Returns 1000, the number of levels between which spacings by λ interpolate."""
         return 1000
@@ -143,7 +181,9 @@ class Continuous(GaussianPath):
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(repr(self).encode()).hexdigest()
+        # ``name`` rounds its numbers; repr(float) does not.
+        numbers = {key: value for key, value in sorted(vars(self).items()) if key != "name"}
+        return hashlib.sha256(f"{type(self).__name__} {numbers}".encode()).hexdigest()
 
     @property
     @abstractmethod
@@ -189,14 +229,12 @@ class Continuous(GaussianPath):
         _check_clean_end(final_alpha_cumprod)
         sigma = np.array(levels, dtype=np.float64)
         sigma[sigma == -1] = 0.0
-        # A t of float32 that the model was called with may lie just above the end.
-        wrong = ~((sigma >= 0) & (sigma <= self.noisiest * (1 + 1e-6)))
+        wrong = ~((sigma >= 0) & (sigma <= self.noisiest))
         if wrong.any():
             raise ValueError(
                 f"σ must lie on the path, in (0, {self.noisiest:g}], or be −1 for clean data, got "
                 f"{sigma[wrong].flat[0]:g}"
             )
-        sigma = np.minimum(sigma, self.noisiest)
         return Levels(self.alpha2_of(sigma), sigma**2, self.preserving)
 
     def times(self, levels: npt.ArrayLike) -> npt.NDArray[Any]:
@@ -204,8 +242,16 @@ class Continuous(GaussianPath):
         return found.astype(np.float32)
 
     def _levels_at(self, times: Float64) -> npt.ArrayLike:
-        found: Float64 = self.sigma_at(times)
-        return found
+        with np.errstate(all="ignore"):
+            found: Float64 = self.sigma_at(times)
+        # ``at`` takes σ = −1 for clean data, and a t of float32 may lie just above the end.
+        wrong = ~((found >= 0) & (found <= self.noisiest * (1 + 1e-6)))
+        if wrong.any():
+            raise ValueError(
+                f"t must lie on {self}, where σ is at most {self.noisiest:g}, got "
+                f"{times[wrong][0]:g}"
+            )
+        return np.minimum(found, self.noisiest)
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,6 +267,7 @@ class Flow(Continuous):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
         scale = "" if self.scale == 1000 else f", scale={self.scale:g}"
         object.__setattr__(self, "name", f"flow(shift={self.shift:g}{scale})")
+        self._check_falls("shift")
 
     @property
     def predictions(self) -> tuple[str, ...]:
@@ -235,7 +282,8 @@ class Flow(Continuous):
         return 1 / len(self)
 
     def sigma_of(self, u: Float64) -> Float64:
-        return self.shift * u / (1 + (self.shift - 1) * u)
+        # At u = 1 the quotient may miss 1 by a rounding, and α would not be 0.
+        return np.where(u >= 1, 1.0, self.shift * u / (1 + (self.shift - 1) * u))
 
     def time_of(self, sigma: Float64) -> Float64:
         return sigma * self.scale
@@ -264,10 +312,17 @@ class EDM(Continuous):
             raise ValueError(
                 f"sigma_min must be below sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}"
             )
-        if self.time not in ("sigma", "c_noise"):
+        for name in ("sigma_min", "sigma_max"):
+            if not TINY <= (value := getattr(self, name)) <= LARGEST:
+                raise ValueError(
+                    f"{name} must lie in [{TINY:.3g}, {LARGEST:.3g}], which float32 "
+                    f"holds, got {value:g}"
+                )
+        if not (isinstance(self.time, str) and self.time in ("sigma", "c_noise")):
             raise ValueError(f'time must be "sigma" or "c_noise", got {shown(self.time)}')
         numbers = f"{self.sigma_min:g}, {self.sigma_max:g}, rho={self.rho:g}"
         object.__setattr__(self, "name", f"edm({numbers}, time={self.time!r})")
+        self._check_falls("sigma_min", "sigma_max", "rho")
 
     @property
     def predictions(self) -> tuple[str, ...]:
@@ -282,9 +337,10 @@ class EDM(Continuous):
         return 0.0
 
     def sigma_of(self, u: Float64) -> Float64:
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        sigma: Float64 = (low + u * (high - low)) ** self.rho
-        return sigma
+        low, high = np.array([self.sigma_min, self.sigma_max]) ** (1 / self.rho)
+        sigma = (low + u * (high - low)) ** self.rho
+        # The power may miss both ends by a rounding, and a σ above the end is not on the path.
+        return np.where(u >= 1, self.sigma_max, np.where(u <= 0, self.sigma_min, sigma))
 
     def time_of(self, sigma: Float64) -> Float64:
         if self.time == "sigma":
@@ -309,6 +365,7 @@ class Cosine(Continuous):
     def __post_init__(self) -> None:
         object.__setattr__(self, "shift", _positive("shift", self.shift))
         object.__setattr__(self, "name", f"continuous_cosine(shift={self.shift:g})")
+        self._check_falls("shift")
 
     @property
     def predictions(self) -> tuple[str, ...]:
@@ -334,8 +391,11 @@ class Cosine(Continuous):
         return np.arcsin(sigma) * 2 / np.pi
 
     def sigma_at(self, t: Any) -> Any:
+        # The sine has the σ of t at 2 − t again, where no model was called.
         angle = t * (np.pi / 2)
-        return angle.sin() if hasattr(angle, "sin") else np.sin(angle)
+        if hasattr(angle, "sin"):
+            return angle.sin().where((t >= 0) & (t <= 1), np.nan)
+        return np.where((t >= 0) & (t <= 1), np.sin(angle), np.nan)
 
     def alpha2_of(self, sigma: Any) -> Any:
         return 1 - sigma**2
@@ -343,9 +403,16 @@ class Cosine(Continuous):
 
 def resolution_shift(tokens: Any, base_shift: Any, max_shift: Any) -> float:
     """Returns e^μ, with μ linear from ``base_shift`` at 256 tokens to ``max_shift`` at 4096."""
-    count = whole("tokens", tokens, low=1)
+    count = whole("tokens", tokens, low=1, high=10**9)
     low, high = finite("base_shift", base_shift), finite("max_shift", max_shift)
-    return float(np.exp(low + (high - low) * (count - 256) / (4096 - 256)))
+    with np.errstate(over="ignore"):
+        shift = float(np.exp(low + (high - low) * (count - 256) / (4096 - 256)))
+    if not 0 < shift < np.inf:
+        raise ValueError(
+            f"base_shift and max_shift must give {count} tokens a finite shift > 0, got {low:g} "
+            f"and {high:g}"
+        )
+    return shift
 
 
 def _positive(name: str, value: Any) -> float:

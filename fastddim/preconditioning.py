@@ -45,7 +45,7 @@ class Preconditioned(nn.Module):
         self.sigma_data = finite("sigma_data", sigma_data)
         if self.sigma_data <= 0:
             raise ValueError(f"sigma_data must be > 0, got {self.sigma_data:g}")
-        if time not in ("sigma", "c_noise"):
+        if not (isinstance(time, str) and time in ("sigma", "c_noise")):
             raise ValueError(f'time must be "sigma" or "c_noise", got {shown(time)}')
         self.network, self.time = network, time
 

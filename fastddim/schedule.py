@@ -140,8 +140,8 @@ class NoiseSchedule(GaussianPath):
 
         Args:
             alpha, sigma: (T,) each; a number stands for all levels. α/σ must strictly fall.
-            t: what the model is called with at each level, (T,) of distinct numbers; 0 to T−1 by
-                default.
+            t: what the model is called with at each level, (T,) of distinct numbers: int64 where
+                all are integers, and float32 otherwise. 0 to T−1 by default.
             name: the schedule's name in messages and records.
         """
         return LevelTable(alpha, sigma, t, name)
@@ -171,6 +171,11 @@ class NoiseSchedule(GaussianPath):
             if shift is not None:
                 raise ValueError(f"shift must be left out with tokens, got {shift}")
             shift = resolution_shift(tokens, base_shift, max_shift)
+        elif (finite("base_shift", base_shift), finite("max_shift", max_shift)) != (0.5, 1.15):
+            raise ValueError(
+                f"base_shift and max_shift must be left out without tokens, got {base_shift:g} and "
+                f"{max_shift:g}"
+            )
         return Flow(1.0 if shift is None else shift, scale)
 
     @staticmethod

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastddim.check import finite, whole
 from fastddim.levels import Float64, GaussianPath, log_nsr
-from fastddim.paths import Continuous
+from fastddim.paths import TINY, Continuous
 from fastddim.tuned import Tuned
 
 Pair: TypeAlias = tuple[Any, Any]
@@ -100,6 +100,10 @@ def chain(tau: Sequence[float]) -> tuple[Pair, ...]:
     return tuple(zip(reversed(tau), reversed([-1, *tau[:-1]]), strict=True))
 
 
+_MOST = 1_000_000
+"""The most steps on a continuous path, so that a slip of the pen does not fill the memory."""
+
+
 def _on_path(spacing: Any, steps: int | None, path: Continuous) -> tuple[Pair, ...]:
     """Returns the pairs of σ of a continuous path."""
     if isinstance(spacing, Tuned):
@@ -108,9 +112,9 @@ def _on_path(spacing: Any, steps: int | None, path: Continuous) -> tuple[Pair, .
         return _explicit(spacing, lambda name, value, low: _sigma(name, value, low, path))
     if spacing not in SPACINGS:
         raise ValueError(_unknown(spacing))
-    S = whole("steps", steps, low=1)
+    S = whole("steps", steps, low=1, high=_MOST)
     if spacing in ("uniform", "trailing"):
-        return chain(path.sigma_of(path.even(S))[::-1].tolist())
+        return _falling(path.sigma_of(path.even(S))[::-1], path)
     u = np.linspace(0, 1, S) if S > 1 else np.ones(1)
     if spacing == "linspace":
         index = u * (len(path) - 1)
@@ -123,15 +127,26 @@ def _on_path(spacing: Any, steps: int | None, path: Continuous) -> tuple[Pair, .
         )
     index[-1] = len(path) - 1  # The interpolation may miss the end by a rounding.
     low = path.cleanest_u
-    return chain(path.sigma_of(low + (1 - low) * index / (len(path) - 1)).tolist())
+    return _falling(path.sigma_of(low + (1 - low) * index / (len(path) - 1)), path)
+
+
+def _falling(tau: Float64, path: Continuous) -> tuple[Pair, ...]:
+    """Returns the pairs of an increasing τ of σ, or refuses steps between equal levels."""
+    if not (np.diff(tau) > 0).all():
+        raise ValueError(f"steps must be fewer on {path}, where σ repeats, got {len(tau)}")
+    return chain(tau.tolist())
 
 
 def _sigma(name: str, value: Any, low: int, path: Continuous) -> float:
     sigma = finite(name, value)
     if low < 0 and sigma == -1:
         return -1
-    if not 0 < sigma <= path.noisiest:
-        raise ValueError(f"{name} must be σ in (0, {path.noisiest:g}], got {sigma:g}")
+    if not TINY <= sigma <= path.noisiest:
+        clean = " or −1 for clean data" if low < 0 else ""
+        raise ValueError(
+            f"{name} must be σ in (0, {path.noisiest:g}]{clean}, and float32 must hold σ, got "
+            f"{sigma:g}"
+        )
     return sigma
 
 

@@ -2,7 +2,7 @@
 
     x_s = α_s·x0 + c1·z + c2·ε,   c1² + c2² = σ_s²
 
-Every rule here keeps the second line, so that x_s has the level of s. They are, on any path:
+Every rule but ``"hat"`` keeps the second line, so that x_s has the level of s. On any path:
 
 - η, a number: c1 = η·σ_s·√(1 − (α_t·σ_s/(α_s·σ_t))²). 0 is DDIM (Song et al. 2021), and the Euler
   step of a flow. 1 is DDPM with ``variance_type="fixed_small"`` (Ho et al. 2020, section 3.2), and
@@ -13,8 +13,8 @@ Every rule here keeps the second line, so that x_s has the level of s. They are,
 - ``Fresh()``: c1 = σ_s and c2 = 0, multistep consistency sampling (Song et al. 2023, algorithm 1;
   LCM, Luo et al. 2023), and the flow's ``stochastic_sampling`` in diffusers.
 
-With the exact model, η alone draws the data as S grows: the steps of the last three add noise
-that does not tend to 0 with the step, which models distilled for few steps expect.
+With an exact model, only η gives samples of the data as S grows. A step of the last three rules
+adds noise that does not shrink with the step; models distilled for few steps expect that noise.
 
 DDPM's ``"learned_range"`` has a variance for each element, which no table can hold: the drop-in
 for guided-diffusion composes that noise. LCM's boundary factors c_skip and c_out are left out of
@@ -108,9 +108,11 @@ class TCD(Rule):
         if steps.schedule is None:
             raise ValueError("TCD needs the levels between two steps, and these have no schedule")
         to = np.array([s for _, s in steps.pairs], dtype=np.float64)
-        below = np.where(to < 0, to, (1 - self.gamma) * to)
+        below = (1 - self.gamma) * to
         if not steps.schedule.continuous:
-            below = np.floor(below)
+            # In float32, as diffusers does: ⌊0.93·500⌋ is 465 there, and 464 in float64.
+            below = np.floor(np.float32(1 - self.gamma) * to.astype(np.float32))
+        below = np.where(to < 0, to, below)
         middle = steps.schedule.at(below)
         c1 = np.sqrt(np.maximum(added(steps.s, middle), 0.0))
         return c1, steps.s.alpha / middle.alpha * middle.sigma
@@ -141,8 +143,8 @@ def noise_and_direction(steps: Steps, eta: Eta) -> tuple[Float64, Float64]:
         most = largest_eta(t, s, last)
         if eta > most:
             raise ValueError(
-                f"eta must be at most {floor6(most)} for these steps (beyond it 1 − ᾱ_s − c1² "
-                f"is negative), got {eta:g}"
+                f"eta must be at most {floor6(most)} for these steps (beyond it σ_s² − c1² is "
+                f"negative), got {eta:g}"
             )
         variance = eta**2 * variance
         c1 = np.sqrt(variance)

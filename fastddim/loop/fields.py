@@ -60,21 +60,17 @@ def checked_fields(
         raise ValueError(
             f"steps must be left out or {len(pairs)}, the length of spacing, got {steps!r}"
         )
-    noisiest, cleanest = schedule.at([pairs[0][0], pairs[-1][0]]).alpha2
+    final = finite("final_alpha_cumprod", final_alpha_cumprod)
+    noisiest, cleanest = schedule.at([pairs[0][0], pairs[-1][0]], final).alpha2
     if noisiest == 0 and prediction == "epsilon":
         others = " or ".join(name for name in schedule.predictions if name != "epsilon")
-        zero, level = ("α", "σ") if schedule.continuous else ("ᾱ", "t")
+        zero = "ᾱ" if isinstance(schedule, NoiseSchedule) else "α"
+        level = "σ" if schedule.continuous else "t"
         raise ValueError(
             f"prediction must be {others} where {zero} is 0, as it is at {level} = "
             f"{pairs[0][0]:g} of this schedule, got 'epsilon'"
         )
-    final = finite("final_alpha_cumprod", final_alpha_cumprod)
-    if final != 1 and not isinstance(schedule, NoiseSchedule):
-        raise ValueError(
-            f"final_alpha_cumprod must be 1 on {schedule}, whose last step leads to clean data, "
-            f"got {final:g}"
-        )
-    if not cleanest <= final <= 1:
+    if isinstance(schedule, NoiseSchedule) and not cleanest <= final <= 1:
         raise ValueError(
             f"final_alpha_cumprod must lie between {cleanest:.6g}, the level of the last "
             f"step, and 1, got {final:g}"

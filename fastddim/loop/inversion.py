@@ -54,7 +54,7 @@ def reverse_plan(
     a, b, a_s, b_s = at.alpha, at.sigma, at_s.alpha, at_s.sigma
     if ((a == 0) & (b_s == 0))[last:].any():
         raise ValueError(
-            "a loop that runs backwards cannot lead from clean data to ᾱ = 0 in one step, where "
+            "a loop that runs backwards cannot lead from clean data to α = 0 in one step, where "
             "x_T is no function of the data: take more steps"
         )
     # The iteration that keeps ε leaves (b_t·a_s − a_t·b_s)/(b_t·a_s) of its error in y, as ∂x0/∂y

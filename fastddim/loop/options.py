@@ -170,12 +170,13 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
         self_condition,
         passed.get("autocast"),
     )
-    if plan.shift is not None and not np.isfinite(plan.shift).all():
-        level = plan.pairs[int(np.flatnonzero(~np.isfinite(plan.shift))[0])][0]
-        raise ValueError(
-            f"cond_fn cannot be used where ᾱ is 0 and x is noise alone, as at level {level} "
-            f"of this schedule"
-        )
+    if plan.shift is not None:
+        without = [row for row in plan.order if not np.isfinite(plan.shift[row])]
+        if without:
+            raise ValueError(
+                f"cond_fn cannot be used where α is 0 and x is noise alone, as at level "
+                f"{max(plan.pairs[without[0]]):g} of this schedule"
+            )
     warn_of_training(model, 3)
     progress = checked_progress(passed.get("progress", False))
     noise = checked_noise(

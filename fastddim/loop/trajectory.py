@@ -35,14 +35,15 @@ class Step:
         index: the step's row in the table, 0 for the noisiest. ``sample(model, step.x,
             start=step.index + 1)`` continues after the step; after a step of the loop run
             backwards, ``start=step.index`` does.
-        t, s: the levels that the step went from and to; −1 is clean data.
+        t, s: the levels that the step went from and to: numbers of a table's levels, or σ of a
+            continuous path; −1 is clean data.
         x: x_s.
         x0: the x0 predicted from x_t.
     """
 
     index: int
-    t: int
-    s: int
+    t: Any
+    s: Any
     x: Tensor
     x0: Tensor
 

@@ -125,7 +125,8 @@ class _Oracle(nn.Module):
             level = t.long().clamp(0, len(self.roots) - 1)
             roots, known = self.roots[level], level == t
         else:
-            same = t.reshape(-1, 1).to(self.times.dtype) == self.times
+            given = t.float() if self.times.is_floating_point() else t
+            same = given.reshape(-1, 1) == self.times
             roots, known = self.roots[same.int().argmax(1)], same.any(1)
         roots = roots.to(x).where(known.unsqueeze(-1), torch.nan)
         alpha, sigma = roots.view(-1, 2, *[1] * (x.ndim - 1)).unbind(1)
@@ -141,7 +142,9 @@ class _Oracle(nn.Module):
 
     def _at(self, name: str, level: Any) -> tuple[float, float]:
         """Returns α and σ of a level of the path, or of clean data, −1."""
-        if not self.schedule.continuous:
+        if self.schedule.continuous:
+            level = finite(name, level)
+        else:
             level = whole(name, level, low=-1, high=len(self.schedule) - 1)
         found = self.schedule.at([level])
         return float(found.alpha[0]), float(found.sigma[0])

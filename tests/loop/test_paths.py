@@ -161,6 +161,17 @@ def test_a_classifiers_gradient_gives_posterior_samples(name: str) -> None:
     assert (ddim.sample(prior, x, noise=z) - exact).abs().max() > 0.2
 
 
+def test_a_gradient_is_refused_in_rows_that_run_alone() -> None:
+    ddim = made("flow")
+
+    def classifier(x: Tensor, t: Tensor) -> Tensor:
+        return -x
+
+    from_noise = partial(ddim.sample, model, shape=SHAPE, seeds=SEEDS, cond_fn=classifier)
+    refused(from_noise, ValueError, "cond_fn cannot be used where α is 0", "level 1 ")
+    assert ddim.sample(model, randn(*SHAPE), start=1, cond_fn=classifier).isfinite().all()
+
+
 @pytest.mark.parametrize("name", PATHS)
 def test_noised_data_is_alpha_x0_plus_sigma_eps(name: str) -> None:
     ddim = made(name)
