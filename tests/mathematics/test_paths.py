@@ -33,6 +33,11 @@ PATHS: dict[str, tuple[GaussianPath, float, float]] = {
     "cosine": (NoiseSchedule.continuous_cosine(), 0.97, 0.03),
 }
 """Each path, and the σ between which its order of convergence is measured."""
+KINDS = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("shifted flow", "EDM, c_noise") else name
+    for name in PATHS
+]
+"""The paths, of which those whose levels another has too are slow."""
 X = torch.tensor([[1.3, -0.4], [0.2, 2.1], [-1.0, 0.6]])
 MEANS, STDS = torch.tensor([[-0.8, 0.1], [0.6, -0.4]]), [0.2, 0.3]
 
@@ -57,7 +62,7 @@ def steps_of(path: GaussianPath, high: float, low: float, S: int) -> list[tuple[
 
 
 @pytest.mark.parametrize("prediction_at", [0, 1])
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_gaussians_flow_is_met_with_order_1_and_2(name: str, prediction_at: int) -> None:
     path, high, low = PATHS[name]
     prediction: Any = path.predictions[prediction_at]
@@ -76,7 +81,7 @@ def test_a_gaussians_flow_is_met_with_order_1_and_2(name: str, prediction_at: in
     assert math.log(coarse_2 / fine_2) / math.log(8) >= 1.9
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_mixtures_flow_is_met_with_order_1_and_2(name: str) -> None:
     path, high, low = PATHS[name]
     prediction: Any = path.predictions[0]
@@ -96,7 +101,7 @@ def test_a_mixtures_flow_is_met_with_order_1_and_2(name: str) -> None:
         assert math.log(coarse / fine) / math.log(4) >= least, (order, coarse, fine)
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", KINDS)
 def test_mean_and_covariance_are_kept_at_eta_1(name: str) -> None:
     # A Gaussian stays one: x_s = A·x_t + B + c1·z, whose moments follow without sampling.
     path, high, low = PATHS[name]
@@ -122,7 +127,7 @@ def test_mean_and_covariance_are_kept_at_eta_1(name: str) -> None:
     ).sigma2, rtol=1e-5)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*PATHS, "table"])
+@pytest.mark.parametrize("name", [*KINDS, "table"])
 def test_inversion_comes_back_to_the_data(name: str) -> None:
     path = COSINE_TABLE if name == "table" else PATHS[name][0]
     prediction: Any = path.predictions[0]
