@@ -1,4 +1,4 @@
-"""What guided-diffusion computes for DDIM, operation for operation, and models to compare on."""
+"""What guided-diffusion computes, operation for operation, and models to compare on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelVarType(Enum):
 
 class Original:
     """GaussianDiffusion and, with ``kept`` timesteps, SpacedDiffusion of guided-diffusion 22e0df8:
-    what DDIM computes there, operation for operation, float64 tables read as float32."""
+    what DDIM and ``p_sample`` compute there, operation for operation, float64 tables read as float32."""
 
     def __init__(
         self,
@@ -124,6 +124,62 @@ class Original:
         x = torch.randn(*shape, device=device) if noise is None else noise
         for i in range(self.num_timesteps)[::-1]:
             out = self.ddim_sample(model, x, torch.tensor([i] * shape[0], device=device), **kwargs)
+            yield out
+            x = out["sample"]
+
+    def p_sample(
+        self,
+        model: Any,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Any = None,
+        cond_fn: Any = None,
+        model_kwargs: Any = None,
+    ) -> dict[str, Tensor]:
+        """The ancestral step: the posterior's mean, and the variance of ``model_var_type``."""
+        kwargs, beta, abar = model_kwargs or {}, self.betas, self.alphas_cumprod
+        abar_s = np.append(1.0, abar[:-1])
+        small = beta * (1.0 - abar_s) / (1.0 - abar)
+        log_small = np.log(np.append(small[1], small[1:]))
+        x0, kind = model(x, self.seen(t), **kwargs), self.model_var_type
+        if kind.name.startswith("LEARNED"):
+            x0, log_variance = torch.split(x0, x.shape[1], dim=1)
+            if kind is ModelVarType.LEARNED_RANGE:
+                share = (log_variance + 1) / 2
+                log_variance = share * self.at(np.log(beta), t, x)
+                log_variance = log_variance + (1 - share) * self.at(log_small, t, x)
+            variance = torch.exp(log_variance)
+        elif kind is ModelVarType.FIXED_SMALL:
+            variance, log_variance = self.at(small, t, x), self.at(log_small, t, x)
+        else:
+            large = np.append(small[1], beta[1:])
+            variance, log_variance = self.at(large, t, x), self.at(np.log(large), t, x)
+        if self.model_mean_type is ModelMeanType.EPSILON:
+            x0 = (
+                self.at(np.sqrt(1.0 / abar), t, x) * x - self.at(np.sqrt(1.0 / abar - 1), t, x) * x0
+            )
+        if denoised_fn is not None:
+            x0 = denoised_fn(x0)
+        if clip_denoised:
+            x0 = x0.clamp(-1, 1)
+        from_x0 = self.at(beta * np.sqrt(abar_s) / (1.0 - abar), t, x)
+        from_x = self.at((1.0 - abar_s) * np.sqrt(1.0 - beta) / (1.0 - abar), t, x)
+        mean = from_x0 * x0 + from_x * x
+        z = torch.randn_like(x)
+        moving = (t != 0).float().view(-1, *[1] * (x.dim() - 1))
+        if cond_fn is not None:
+            mean = mean.float() + variance * cond_fn(x, self.seen(t), **kwargs).float()
+        sample = mean + moving * torch.exp(0.5 * log_variance) * z
+        return {"sample": sample, "pred_xstart": x0}
+
+    @torch.no_grad()
+    def p_sample_loop_progressive(
+        self, model: Any, shape: Any, noise: Any = None, device: Any = "cpu", **kwargs: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        x = torch.randn(*shape, device=device) if noise is None else noise
+        for i in range(self.num_timesteps)[::-1]:
+            out = self.p_sample(model, x, torch.tensor([i] * shape[0], device=device), **kwargs)
             yield out
             x = out["sample"]
 
