@@ -29,7 +29,8 @@ class ModelVarType(Enum):
 
 class Original:
     """GaussianDiffusion and, with ``kept`` timesteps, SpacedDiffusion of guided-diffusion 22e0df8:
-    what DDIM and ``p_sample`` compute there, operation for operation, float64 tables read as float32."""
+    what DDIM and ``p_sample`` compute there, operation for operation, float64 tables read as
+    float32."""
 
     def __init__(
         self,
@@ -236,19 +237,19 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert mine.isfinite().all()
 
 
-def assert_identical(diffusion: Original, net: Any, x: Tensor, **kwargs: Any) -> None:
+def assert_identical(
+    diffusion: Original, net: Any, x: Tensor, loop: str = "ddim_sample_loop", **kwargs: Any
+) -> None:
     """Compares every state and x0 of the loop, and the generator's state after it."""
-    shape = tuple(x.shape)
+    shape, progressive = tuple(x.shape), f"{loop}_progressive"
     torch.manual_seed(0)
-    ours = list(
-        guided.ddim_sample_loop_progressive(diffusion, net, shape, x, device="cpu", **kwargs)
-    )
+    ours = list(getattr(guided, progressive)(diffusion, net, shape, x, device="cpu", **kwargs))
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    theirs = kept(diffusion.ddim_sample_loop_progressive(net, shape, x, **kwargs))
+    theirs = kept(getattr(diffusion, progressive)(net, shape, x, **kwargs))
     assert_equal(kept(ours), theirs)
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(0)
-    last = guided.ddim_sample_loop(diffusion, net, shape, x, device="cpu", **kwargs)
+    last = getattr(guided, loop)(diffusion, net, shape, x, device="cpu", **kwargs)
     assert torch.equal(last, ours[-1]["sample"])
     assert torch.equal(state, torch.get_rng_state())
