@@ -56,6 +56,12 @@ class Original:
         self.model_mean_type = ModelMeanType[mean]
         self.model_var_type = ModelVarType[var]
         self.rescale_timesteps = rescale
+        abar, abar_s = self.alphas_cumprod, np.append(1.0, self.alphas_cumprod[:-1])
+        self.a, self.b = np.sqrt(1.0 / abar), np.sqrt(1.0 / abar - 1)
+        self.small = betas * (1.0 - abar_s) / (1.0 - abar)
+        self.log_small = np.log(np.append(self.small[1:2], self.small[1:]))
+        self.from_x0 = betas * np.sqrt(abar_s) / (1.0 - abar)
+        self.from_x = (1.0 - abar_s) * np.sqrt(1.0 - betas) / (1.0 - abar)
 
     def at(self, table: Any, t: Tensor, x: Tensor) -> Tensor:
         level = torch.from_numpy(table).to(t.device)[t].float()
@@ -139,34 +145,27 @@ class Original:
         model_kwargs: Any = None,
     ) -> dict[str, Tensor]:
         """The ancestral step: the posterior's mean, and the variance of ``model_var_type``."""
-        kwargs, beta, abar = model_kwargs or {}, self.betas, self.alphas_cumprod
-        abar_s = np.append(1.0, abar[:-1])
-        small = beta * (1.0 - abar_s) / (1.0 - abar)
-        log_small = np.log(np.append(small[1], small[1:]))
-        x0, kind = model(x, self.seen(t), **kwargs), self.model_var_type
+        kwargs, kind = model_kwargs or {}, self.model_var_type
+        x0 = model(x, self.seen(t), **kwargs)
         if kind.name.startswith("LEARNED"):
             x0, log_variance = torch.split(x0, x.shape[1], dim=1)
             if kind is ModelVarType.LEARNED_RANGE:
+                low, high = self.at(self.log_small, t, x), self.at(np.log(self.betas), t, x)
                 share = (log_variance + 1) / 2
-                log_variance = share * self.at(np.log(beta), t, x)
-                log_variance = log_variance + (1 - share) * self.at(log_small, t, x)
+                log_variance = share * high + (1 - share) * low
             variance = torch.exp(log_variance)
         elif kind is ModelVarType.FIXED_SMALL:
-            variance, log_variance = self.at(small, t, x), self.at(log_small, t, x)
+            variance, log_variance = self.at(self.small, t, x), self.at(self.log_small, t, x)
         else:
-            large = np.append(small[1], beta[1:])
+            large = np.append(self.small[1], self.betas[1:])
             variance, log_variance = self.at(large, t, x), self.at(np.log(large), t, x)
         if self.model_mean_type is ModelMeanType.EPSILON:
-            x0 = (
-                self.at(np.sqrt(1.0 / abar), t, x) * x - self.at(np.sqrt(1.0 / abar - 1), t, x) * x0
-            )
+            x0 = self.at(self.a, t, x) * x - self.at(self.b, t, x) * x0
         if denoised_fn is not None:
             x0 = denoised_fn(x0)
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
-        from_x0 = self.at(beta * np.sqrt(abar_s) / (1.0 - abar), t, x)
-        from_x = self.at((1.0 - abar_s) * np.sqrt(1.0 - beta) / (1.0 - abar), t, x)
-        mean = from_x0 * x0 + from_x * x
+        mean = self.at(self.from_x0, t, x) * x0 + self.at(self.from_x, t, x) * x
         z = torch.randn_like(x)
         moving = (t != 0).float().view(-1, *[1] * (x.dim() - 1))
         if cond_fn is not None:

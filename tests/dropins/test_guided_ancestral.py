@@ -109,7 +109,6 @@ def test_ancestral_loops_are_bit_identical_and_draw_alike(
         start(4, 5, 6, 9)[1:3, 1:4, ::2, 2:],
         start(2, 6, 5, 3).transpose(1, 3),
         start(1, 3, 4, 4).expand(3, -1, -1, -1),
-        start(0, 3, 4, 4),
     ],
     ids=lambda x: f"{tuple(x.shape)}{tuple(x.stride())}",
 )
@@ -119,6 +118,21 @@ def test_odd_sizes_and_layouts_are_bit_identical(
     diffusion = Original(linear(), {0, 1, 400, 999}, var=var)
     with fastddim.using(backend):
         same(diffusion, partial(both, variance=var.startswith("LEARNED")), x, cond_fn=cond_fn)
+
+
+@pytest.mark.parametrize("cond_fn", [None, score])
+def test_a_batch_of_none_stays_one(cond_fn: Any) -> None:
+    of, net = guided.Diffusion(1000, "10", learn_sigma=True), partial(both, variance=True)
+    for out in guided.p_sample_loop_progressive(
+        of, net, (0, 3, 4, 4), device="cpu", cond_fn=cond_fn
+    ):
+        assert out["sample"].shape == out["pred_xstart"].shape == (0, 3, 4, 4)
+
+
+def test_a_model_of_the_mean_is_refused_with_a_reason() -> None:
+    of = Original(linear(), FIFTY, mean="PREVIOUS_X")
+    with pytest.raises(ValueError, match=r"got PREVIOUS_X, which .* leaves no x0"):
+        guided.p_sample_loop(of, toy, SHAPE, start(*SHAPE))
 
 
 @pytest.mark.parametrize("denoised_fn", [None, darker])
@@ -228,7 +242,8 @@ def test_the_callers_sample_is_where_the_next_step_starts(cond_fn: Any) -> None:
     of = Original(linear(), set(range(0, 1000, 100)), var="LEARNED_RANGE")
     ours = steered(guided.p_sample_loop_progressive(of, net, SHAPE, x, cond_fn=cond_fn))
     theirs = steered(of.p_sample_loop_progressive(net, SHAPE, x, cond_fn=cond_fn))
-    assert_equal(ours, theirs)
+    assert len(ours) == 20
+    assert all(torch.equal(mine, own) for mine, own in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +275,7 @@ def test_ancestral_samples_of_a_gaussian_have_exact_moments(var: str, v: float |
         s2 = (p * gain + q) ** 2 * s2 + sigma2[i]
     if var != "LEARNED":  # The sampler with 100 steps is close to the data as well.
         assert abs(m - mean) < 0.01
-        assert abs(np.sqrt(s2) - std) < 0.02
+        assert abs(np.sqrt(s2) - std) < 0.03
     exact = Gaussian(mean, std, NoiseSchedule.linear(T))
 
     def net(x: Tensor, t: Tensor) -> Tensor:
@@ -291,7 +306,11 @@ def test_tables_are_made_once_for_a_loop_and_for_single_steps() -> None:
     ("error", "name", "changed"),
     [
         (TypeError, "diffusion", {"diffusion": toy}),
-        (ValueError, "PREVIOUS_X", {"diffusion": Original(linear(), mean="PREVIOUS_X")}),
+        (
+            ValueError,
+            "diffusion.model_mean_type",
+            {"diffusion": Original(linear(), mean="PREVIOUS_X")},
+        ),
         (ValueError, "betas", {"diffusion": Original(linear(20))}),
         (ValueError, "diffusion.betas", {"diffusion": guided.Diffusion(1000, "1")}),
         (TypeError, "model", {"model": None}),

@@ -1,4 +1,4 @@
-"""One ancestral step of guided-diffusion (``p_sample``): its tables, its variance, its two passes."""
+"""One ancestral step of guided-diffusion (``p_sample``): its tables, its variance, its passes."""
 
 from __future__ import annotations
 

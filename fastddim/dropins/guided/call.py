@@ -1,4 +1,4 @@
-"""The part that all steps of guided-diffusion share: checked arguments, and the model's timesteps."""
+"""The part that guided-diffusion's steps share: checked arguments, and the model's timesteps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Condition: TypeAlias = Callable[..., Tensor] | None
 Keywords: TypeAlias = Mapping[str, Any] | None
 Out: TypeAlias = dict[str, Tensor]
 
-_BETWEEN = "which is x_s's mean itself and leaves no x0 to compute it from"
+_NO_X0 = "which is the mean of x_s itself and leaves no x0 to compute it from"
 _VARIANCES = {"FIXED_SMALL": 1, "FIXED_LARGE": 1, "LEARNED": 2, "LEARNED_RANGE": 2}
 """The channels of the output for each channel of x."""
 
@@ -54,7 +54,7 @@ class Call(ABC):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable or None, got {shown(function)}")
         self.mean_type = _one_of(
-            diffusion, "model_mean_type", ("EPSILON", "START_X"), PREVIOUS_X=_BETWEEN
+            diffusion, "model_mean_type", ("EPSILON", "START_X"), PREVIOUS_X=_NO_X0
         )
         self.var_type = _one_of(diffusion, "model_var_type", _VARIANCES)
         self.times_channels = _VARIANCES[self.var_type]
