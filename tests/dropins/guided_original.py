@@ -57,7 +57,8 @@ class Original:
         self.model_var_type = ModelVarType[var]
         self.rescale_timesteps = rescale
         abar, abar_s = self.alphas_cumprod, np.append(1.0, self.alphas_cumprod[:-1])
-        self.a, self.b = np.sqrt(1.0 / abar), np.sqrt(1.0 / abar - 1)
+        with np.errstate(divide="ignore"):
+            self.a, self.b = np.sqrt(1.0 / abar), np.sqrt(1.0 / abar - 1)
         self.small = betas * (1.0 - abar_s) / (1.0 - abar)
         self.log_small = np.log(np.append(self.small[1:2], self.small[1:]))
         self.from_x0 = betas * np.sqrt(abar_s) / (1.0 - abar)

@@ -13,7 +13,7 @@ from fastddim.schedule import guided_diffusions
 
 
 class Diffusion:
-    """Stands for guided-diffusion's ``SpacedDiffusion``, with the attributes that this module reads.
+    """Stands for guided-diffusion's ``SpacedDiffusion``, with the attributes that the steps read.
 
     Args:
         diffusion_steps: T, the number of noise levels the model was trained on.
