@@ -171,7 +171,7 @@ def test_one_step_takes_each_sample_at_its_own_timestep(
     x, t = start(5, 3, 6, 7), torch.tensor([49, 0, 7, 0, 20])
     given = {"x": x, "t": t, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
     torch.manual_seed(0)
-    ours = guided.p_sample(diffusion, net, **given)  # type: ignore[arg-type]
+    ours = guided.p_sample(diffusion, net, **given)
     state = torch.get_rng_state()
     torch.manual_seed(0)
     assert_equal(kept([ours]), kept([diffusion.p_sample(net, **given)]))

@@ -58,18 +58,16 @@ class AncestralStep(Call):
         model_t = self.model_t[t]
         output = self.output_of(x, model_t)
         state, prediction, tables = x.float(), self.prediction, self.tables
-        own = output
-        # A state of two dimensions has its variance cut off here, because the step reads an output
-        # of twice the channels in three or more.
-        if self.times_channels == 2 and (x.dim() == 2 or self.denoised_fn is not None):
-            own = output[:, : x.shape[1]]
+        v: Tensor | None = None
+        if self.times_channels == 2:
+            output, v = output[:, : x.shape[1]], output[:, x.shape[1] :]
         if self.denoised_fn is not None:
-            x0 = own
+            x0 = output
             if prediction == "v":
                 x0, _ = self._stepped(
-                    self.between, tables.only_x0, state, own, rows, prediction, False
+                    self.between, tables.only_x0, state, output, rows, prediction, False
                 )
-            own = checked("denoised_fn", self.denoised_fn(x0), x)
+            output = checked("denoised_fn", self.denoised_fn(x0), x)
             prediction = "sample"
         z: Tensor | None = None
         if row == 0:
@@ -77,17 +75,17 @@ class AncestralStep(Call):
         else:
             z = self.buffers.drawn(x).float()
         log_variance = None
-        if self.times_channels == 2 and (z is not None or self.cond_fn is not None):
-            log_variance = self._log_variance(output[:, x.shape[1] :], t, row)
+        if v is not None and (z is not None or self.cond_fn is not None):
+            log_variance = self._log_variance(v, t, row)
             if z is not None:
                 z = (0.5 * log_variance).exp_().float().mul_(z)
         if self.cond_fn is None:
             x_s, x0_or_none = self._stepped(
-                self.buffers, tables.step, state, own, rows, prediction, want_x0, self.clip, z
+                self.buffers, tables.step, state, output, rows, prediction, want_x0, self.clip, z
             )
         else:
             mean, x0_or_none = self._stepped(
-                self.means, tables.step, state, own, rows, prediction, want_x0, self.clip
+                self.means, tables.step, state, output, rows, prediction, want_x0, self.clip
             )
             score = self.score_of(x, model_t)
             if log_variance is not None:
