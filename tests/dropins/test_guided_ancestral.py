@@ -120,6 +120,12 @@ def test_odd_sizes_and_layouts_are_bit_identical(
         same(diffusion, partial(both, variance=var.startswith("LEARNED")), x, cond_fn=cond_fn)
 
 
+@pytest.mark.parametrize("schedule", [linear, cosine])
+def test_all_of_1000_ancestral_steps_are_bit_identical(schedule: Callable[..., Any]) -> None:
+    diffusion = Original(schedule(), set(range(1000)), var="LEARNED_RANGE")
+    same(diffusion, partial(both, variance=True), start(2, 1, 3, 3))
+
+
 @pytest.mark.parametrize("cond_fn", [None, score])
 def test_a_batch_of_none_stays_one(cond_fn: Any) -> None:
     of, net = guided.Diffusion(1000, "10", learn_sigma=True), partial(both, variance=True)
