@@ -68,10 +68,10 @@ def chosen() -> Iterator[Any]:
     for module in MODULES:
         for name, test in gpu_tests(module).items():
             every = calls(test)
-            first, *others = QUICK.get(name, every[:: max(1, len(every) - 1)]) or [None]
-            if first is not None:
-                yield pytest.param(module, name, first)
-            for given in (*others, *LONG.get(name, [])):
+            quick = QUICK.get(name, every[:: max(1, len(every) - 1)])
+            for given in quick[:1]:
+                yield pytest.param(module, name, given)
+            for given in (*quick[1:], *LONG.get(name, [])):
                 yield pytest.param(module, name, given, marks=pytest.mark.slow)
 
 
