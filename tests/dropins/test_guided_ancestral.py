@@ -366,7 +366,7 @@ def test_on_a_gpu_no_ancestral_step_waits() -> None:
     of = guided.Diffusion(1000, "25", learn_sigma=True)
     x, net = start(3, 3, 17, 9).cuda(), partial(both, variance=True)
     loop = guided.p_sample_loop_progressive(of, net, x.shape, x)
-    next(loop)
+    last = next(loop)["sample"]
     with no_waiting():
         for out in loop:
             last = out["sample"]
