@@ -233,8 +233,8 @@ def __getattr__(name: str) -> Any:
         if (error.name or "").partition(".")[0] != "monai":
             raise
         raise ModuleNotFoundError(
-            f"{error.name} is missing; FastDDIMScheduler needs MONAI 1.4 or later: "
-            f"pip install 'monai>=1.4'",
+            "monai is missing or older than 1.4; FastDDIMScheduler needs it: "
+            "pip install 'monai>=1.4'",
             name=error.name,
         ) from None
     return globals().setdefault(name, fused(DDIMScheduler))
