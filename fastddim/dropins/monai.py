@@ -26,6 +26,9 @@ FastDDIMScheduler: Any
 _INDICES = (torch.int64, torch.int32)
 """The dtypes of timesteps by which the original reads one ᾱ (uint8 would be a mask)."""
 
+_PLAIN: tuple[Any, ...] = (Tensor, torch.nn.Parameter)
+"""The classes of samples and outputs whose results are tensors of class ``Tensor``."""
+
 
 class FusedSteps(Scheduler):
     """The methods of ``FastDDIMScheduler``, a subclass of ``monai``'s ``DDIMScheduler``.
@@ -198,8 +201,9 @@ class FusedSteps(Scheduler):
     def _fits(self, output: Any, sample: Any) -> bool:
         """Tells whether the fused step equals the original's step for these tensors."""
         return (
-            # Results of a subclass, such as MetaTensor, have its class in the original.
-            sample.__class__ is output.__class__ is Tensor
+            # Results of another subclass, such as MetaTensor, have its class in the original.
+            sample.__class__ in _PLAIN
+            and output.__class__ in _PLAIN
             and sample.dtype == torch.float32
             and like(output, sample)
             and sample.dim() > 0
