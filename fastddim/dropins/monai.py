@@ -8,6 +8,7 @@ class imports MONAI (1.4 or later), and raises ``ModuleNotFoundError`` where MON
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any, cast
 
@@ -232,7 +233,7 @@ def __getattr__(name: str) -> Any:
     if name != "FastDDIMScheduler":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from monai.networks.schedulers.ddim import DDIMScheduler
+        module = importlib.import_module("monai.networks.schedulers.ddim")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "monai":
             raise
@@ -241,4 +242,4 @@ def __getattr__(name: str) -> Any:
             "pip install 'monai>=1.4'",
             name=error.name,
         ) from None
-    return globals().setdefault(name, fused(DDIMScheduler))
+    return globals().setdefault(name, fused(module.DDIMScheduler))

@@ -85,7 +85,7 @@ class Described(torch.nn.Module):
         sigma = eta * self._get_variance(timestep, s) ** 0.5
         x = self.level(s) ** 0.5 * x0 + (1 - self.level(s) - sigma**2) ** 0.5 * eps
         if eta > 0:
-            given = {"dtype": model_output.dtype, "device": model_output.device}
+            given: Any = {"dtype": model_output.dtype, "device": model_output.device}
             x = x + sigma * torch.randn(model_output.shape, generator=generator, **given)
         return x, x0
 

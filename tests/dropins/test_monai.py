@@ -247,7 +247,7 @@ def test_other_tensors_and_errors_are_the_originals(original: Any) -> None:
 
 def test_gradients_are_the_originals(original: Any) -> None:
     theirs, ours = both(original, {"clip_sample": False}, 10, fast=False)
-    grads = []
+    grads: list[Any] = []
     for scheduler in (theirs, ours):
         x = randn(*SHAPE).requires_grad_()
         scheduler.step(model(x, 500), 500, x)[0].square().sum().backward()
@@ -342,7 +342,7 @@ def test_a_compiled_step_equals_the_eager_one() -> None:
     ours = monai.fused(Described)()
     ours.set_timesteps(10)
     x = randn(*SHAPE)
-    compiled = torch.compile(ours.step, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(ours.step, backend="eager", fullgraph=True)
     assert_equal(compiled(x, 500, x), ours.step(x, 500, x))
 
 
@@ -360,7 +360,7 @@ def test_without_monai_one_line_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_the_description_has_the_packages_levels() -> None:
     theirs = package()
     for schedule, one, offset in itertools.product(SCHEDULES, (True, False), (0, 1)):
-        config = {"schedule": schedule, "set_alpha_to_one": one, "steps_offset": offset}
+        config: Config = {"schedule": schedule, "set_alpha_to_one": one, "steps_offset": offset}
         a, b = Described(**config), theirs(**config)
         for name in ("betas", "alphas_cumprod", "final_alpha_cumprod", "timesteps"):
             assert torch.equal(getattr(a, name), getattr(b, name))
