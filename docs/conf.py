@@ -22,6 +22,8 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+# Without this name a signature shows the union that it stands for, over several lines.
+autodoc_type_aliases = {"npt.ArrayLike": "npt.ArrayLike"}
 python_maximum_signature_line_length = 80
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

@@ -159,7 +159,7 @@ class GaussianPath(ABC):
     def noise_scale(self, level: float) -> float:
         """Returns the standard deviation of the noise that a sampler begins with at a level.
 
-        It is 1 where variance is preserved, and σ elsewhere.
+        It is 1 on the path of ᾱ and on the continuous cosine, and σ on the others.
         """
         at = self.at([level])
         return 1.0 if at.preserving else float(at.sigma[0])

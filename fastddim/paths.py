@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fastddim.check import finite, shown, whole
-from fastddim.levels import Float64, GaussianPath, Levels, indices, vector
+from fastddim.levels import Float64, GaussianPath, Levels, indices, log_nsr, vector
 
-_SINGLE = np.finfo(np.float32)
+TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""The least and the largest σ of a float32 table, which also holds 1/σ."""
 _NEAR = 1e-6
 """How far α² + σ² or α + σ may be from 1 to count as 1: float32 tables are given too."""
 
@@ -44,17 +45,17 @@ class LevelTable(GaussianPath):
         for name, values in (("alpha", alpha), ("sigma", sigma)):
             if (bad := np.flatnonzero(values < 0)).size:
                 raise ValueError(f"{name} must be ≥ 0, got {values[bad[0]]:g} at level {bad[0]}")
+            bad = np.flatnonzero((values > 0) & ((values < TINY) | (values > LARGEST)))
+            if bad.size:
+                raise ValueError(
+                    f"{name} must be 0 or lie in [{TINY:.3g}, {LARGEST:.3g}], which "
+                    f"float32 holds, got {values[bad[0]]:g} at level {bad[0]}"
+                )
         if (bad := np.flatnonzero(sigma == 0)).size:
             both = " with alpha 0" if alpha[bad[0]] == 0 else ""
             raise ValueError(
                 f"sigma must be > 0, got 0{both} at level {bad[0]}: clean data is the level −1"
             )
-            bad = np.flatnonzero((values > 0) & ((values < _SINGLE.tiny) | (values > _SINGLE.max)))
-            if bad.size:
-                raise ValueError(
-                    f"{name} must be 0 or lie in [{_SINGLE.tiny:.3g}, {_SINGLE.max:.3g}], which "
-                    f"float32 holds, got {values[bad[0]]:g} at level {bad[0]}"
-                )
         rising = np.flatnonzero(alpha[1:] * sigma[:-1] >= alpha[:-1] * sigma[1:])
         if rising.size:
             i = int(rising[0])
@@ -85,7 +86,7 @@ class LevelTable(GaussianPath):
     def _as_called(t: Float64) -> npt.NDArray[Any]:
         """Returns ``t`` as int64, or as float32 where a number is no integer."""
         dtype = np.int64 if (t == np.rint(t)).all() else np.float32
-        most = 2.0**53 if dtype is np.int64 else float(_SINGLE.max)
+        most = 2.0**53 if dtype is np.int64 else LARGEST
         if (bad := np.flatnonzero(np.abs(t) > most)).size:
             raise ValueError(
                 f"t must lie in [-{most:g}, {most:g}], got {t[bad[0]]:g} at level {bad[0]}"
@@ -95,7 +96,7 @@ class LevelTable(GaussianPath):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name in ("alpha", "sigma", "t"):  # pickle and deepcopy drop the write protection
             state[name].setflags(write=False)
-        self.__dict__.update(state)
+        vars(self).update(state)
 
     def __repr__(self) -> str:
         return f"NoiseSchedule({self.name}, T={len(self)})"
@@ -159,13 +160,16 @@ class Continuous(GaussianPath):
     continuous: ClassVar[bool] = True
 
     def _check_falls(self, *names: str) -> None:
-        """Refuses numbers (of these names) with which levels of the path are one float64."""
+        """Refuses numbers (of these names) with which levels of the path are equal, or 0."""
         with np.errstate(all="ignore"):
-            differ = (np.diff(self.table()) > 0).all()
+            sigma = self.table()
+            differ = sigma[0] >= TINY and (np.diff(sigma) > 0).all()
+            # A tiny σ may leave α² = 1, where spacings by λ have no number.
+            differ = differ and np.isfinite(log_nsr(self.at(sigma[:1]))).all()
         if not differ:
             values = " and ".join(f"{getattr(self, name):g}" for name in names)
             raise ValueError(
-                f"{' and '.join(names)} must give {len(self)} different levels σ, got {values}"
+                f"{' and '.join(names)} must give {len(self)} different levels σ > 0, got {values}"
             )
 
     def __len__(self) -> int:
@@ -178,8 +182,8 @@ class Continuous(GaussianPath):
     @property
     def digest(self) -> str:
         # ``name`` rounds its numbers; repr(float) does not.
-        numbers = [repr(getattr(self, f.name)) for f in fields(self) if f.compare]
-        return hashlib.sha256(" ".join([type(self).__name__, *numbers]).encode()).hexdigest()
+        numbers = {key: value for key, value in sorted(vars(self).items()) if key != "name"}
+        return hashlib.sha256(f"{type(self).__name__} {numbers}".encode()).hexdigest()
 
     @property
     @abstractmethod
@@ -309,9 +313,9 @@ class EDM(Continuous):
                 f"sigma_min must be below sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}"
             )
         for name in ("sigma_min", "sigma_max"):
-            if not _SINGLE.tiny <= (value := getattr(self, name)) <= _SINGLE.max:
+            if not TINY <= (value := getattr(self, name)) <= LARGEST:
                 raise ValueError(
-                    f"{name} must lie in [{_SINGLE.tiny:.3g}, {_SINGLE.max:.3g}], which float32 "
+                    f"{name} must lie in [{TINY:.3g}, {LARGEST:.3g}], which float32 "
                     f"holds, got {value:g}"
                 )
         if not (isinstance(self.time, str) and self.time in ("sigma", "c_noise")):

@@ -54,7 +54,7 @@ class Preconditioned(nn.Module):
         sigma, c_noise = (t, t.log() / 4) if self.time == "sigma" else ((4 * t).exp(), t)
         each = sigma.view(-1, *[1] * (x.dim() - 1))
         total = (each**2 + self.sigma_data**2).sqrt()
-        output = self.network((x / total).to(x.dtype), c_noise, **cond)
+        output: Any = self.network((x / total).to(x.dtype), c_noise, **cond)
         if not isinstance(output, Tensor):
             output = output[0] if isinstance(output, tuple) else output.sample
         c_skip, c_out = (self.sigma_data / total) ** 2, each * self.sigma_data / total

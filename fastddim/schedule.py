@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastddim.check import finite, shown, whole
+from fastddim.check import finite, whole
 from fastddim.levels import Float64, GaussianPath, Levels, indices, vector
 from fastddim.paths import EDM, Continuous, Cosine, Flow, LevelTable, resolution_shift
 
@@ -63,7 +63,7 @@ class NoiseSchedule(GaussianPath):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # pickle and deepcopy copy an array without its write protection.
         state["alphas_cumprod"].setflags(write=False)
-        self.__dict__.update(state)
+        vars(self).update(state)
 
     def __len__(self) -> int:
         """Returns T, the number of noise levels."""
@@ -140,8 +140,8 @@ class NoiseSchedule(GaussianPath):
 
         Args:
             alpha, sigma: (T,) each; a number stands for all levels. α/σ must strictly fall.
-            t: what the model is called with at each level, (T,) of distinct numbers; 0 to T−1 by
-                default.
+            t: what the model is called with at each level, (T,) of distinct numbers: int64 where
+                all are integers, and float32 otherwise. 0 to T−1 by default.
             name: the schedule's name in messages and records.
         """
         return LevelTable(alpha, sigma, t, name)
@@ -171,10 +171,10 @@ class NoiseSchedule(GaussianPath):
             if shift is not None:
                 raise ValueError(f"shift must be left out with tokens, got {shift}")
             shift = resolution_shift(tokens, base_shift, max_shift)
-        elif (base_shift, max_shift) != (0.5, 1.15):
+        elif (finite("base_shift", base_shift), finite("max_shift", max_shift)) != (0.5, 1.15):
             raise ValueError(
-                f"base_shift and max_shift must be left out without tokens, got "
-                f"{shown(base_shift)} and {shown(max_shift)}"
+                f"base_shift and max_shift must be left out without tokens, got {base_shift:g} and "
+                f"{max_shift:g}"
             )
         return Flow(1.0 if shift is None else shift, scale)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastddim.check import finite, whole
 from fastddim.levels import Float64, GaussianPath, log_nsr
-from fastddim.paths import Continuous
+from fastddim.paths import TINY, Continuous
 from fastddim.tuned import Tuned
 
 Pair: TypeAlias = tuple[Any, Any]
@@ -141,7 +141,7 @@ def _sigma(name: str, value: Any, low: int, path: Continuous) -> float:
     sigma = finite(name, value)
     if low < 0 and sigma == -1:
         return -1
-    if not np.finfo(np.float32).tiny <= sigma <= path.noisiest:
+    if not TINY <= sigma <= path.noisiest:
         clean = " or −1 for clean data" if low < 0 else ""
         raise ValueError(
             f"{name} must be σ in (0, {path.noisiest:g}]{clean}, and float32 must hold σ, got "

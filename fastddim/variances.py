@@ -13,8 +13,8 @@ Every rule but ``"hat"`` keeps the second line, so that x_s has the level of s. 
 - ``Fresh()``: c1 = σ_s and c2 = 0, multistep consistency sampling (Song et al. 2023, algorithm 1;
   LCM, Luo et al. 2023), and the flow's ``stochastic_sampling`` in diffusers.
 
-With the exact model, η alone draws the data as S grows: the steps of the last three add noise
-that does not tend to 0 with the step, which models distilled for few steps expect.
+With an exact model, only η gives samples of the data as S grows. A step of the last three rules
+adds noise that does not shrink with the step; models distilled for few steps expect that noise.
 
 DDPM's ``"learned_range"`` has a variance for each element, which no table can hold: the drop-in
 for guided-diffusion composes that noise. LCM's boundary factors c_skip and c_out are left out of

@@ -144,7 +144,8 @@ def profile(
         if oracle:
             where, data = usable(machine), measured.oracle(path)
             model, size = measured.oracle(path).to(where), data.means.shape[1:]
-            make = partial(DDIM, schedule=data.schedule, prediction=data.prediction)
+            predicted: Any = data.prediction
+            make = partial(DDIM, schedule=data.schedule, prediction=predicted)
             judge = measured.mixture(data)
         else:
             prepared = prepare(machine, network)

@@ -175,7 +175,7 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
         if without:
             raise ValueError(
                 f"cond_fn cannot be used where α is 0 and x is noise alone, as at level "
-                f"{plan.pairs[without[0]][0]} of this schedule"
+                f"{max(plan.pairs[without[0]]):g} of this schedule"
             )
     warn_of_training(model, 3)
     progress = checked_progress(passed.get("progress", False))

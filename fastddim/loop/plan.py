@@ -162,7 +162,7 @@ def forward_table(schedule: GaussianPath, pairs: Sequence[Pair]) -> Float32:
 def gradient_factors(at: Levels, prediction: Prediction) -> Float32:
     """Returns the factor of cond_fn's gradient at each level, in terms of the model's output.
 
-    ε becomes ε − σ_t·∇ (Dhariwal and Nichol 2021, algorithm 2); v, x0 and u follow from ε.
+    ε becomes ε − σ_t·∇ (Dhariwal and Nichol 2021, algorithm 2); v, x0 and ε − x0 follow from ε.
     """
     alpha, sigma = at.alpha, at.sigma
     # Where α is 0 a factor is infinite, and ``prepare`` refuses a cond_fn.

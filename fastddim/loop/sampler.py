@@ -186,8 +186,8 @@ class DDIM:
             model: called as ``model(x, t, **cond)`` without gradients; t is int64 (batch,), on a
                 continuous path float32. The model returns a tensor of x's shape, or one with twice
                 the channels (the step ignores a learned variance), or a tuple or an object with
-                ``.sample`` that holds the tensor. A network in training mode, where dropout changes
-                the samples, gets a ``SamplingWarning``, once.
+                ``.sample`` that holds the tensor. A network in training mode, where dropout or
+                batch norm changes the samples, gets a ``SamplingWarning``, once.
             x_T: the state to begin with, (batch, ...), float32, bfloat16 or float16; never written.
                 On the path (1, σ) it is σ_max·ε.
             shape: (batch, ...) instead of x_T, to begin with noise of the first level.

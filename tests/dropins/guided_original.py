@@ -1,4 +1,4 @@
-"""What guided-diffusion computes for DDIM, operation for operation, and models to compare on."""
+"""What guided-diffusion computes, operation for operation, and models to compare on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class ModelVarType(Enum):
 
 class Original:
     """GaussianDiffusion and, with ``kept`` timesteps, SpacedDiffusion of guided-diffusion 22e0df8:
-    what DDIM computes there, operation for operation, float64 tables read as float32."""
+    what DDIM and ``p_sample`` compute there, operation for operation, float64 tables read as
+    float32."""
 
     def __init__(
         self,
@@ -55,6 +56,13 @@ class Original:
         self.model_mean_type = ModelMeanType[mean]
         self.model_var_type = ModelVarType[var]
         self.rescale_timesteps = rescale
+        abar, abar_s = self.alphas_cumprod, np.append(1.0, self.alphas_cumprod[:-1])
+        with np.errstate(divide="ignore"):
+            self.a, self.b = np.sqrt(1.0 / abar), np.sqrt(1.0 / abar - 1)
+        self.small = betas * (1.0 - abar_s) / (1.0 - abar)
+        self.log_small = np.log(np.append(self.small[1:2], self.small[1:]))
+        self.from_x0 = betas * np.sqrt(abar_s) / (1.0 - abar)
+        self.from_x = (1.0 - abar_s) * np.sqrt(1.0 - betas) / (1.0 - abar)
 
     def at(self, table: Any, t: Tensor, x: Tensor) -> Tensor:
         level = torch.from_numpy(table).to(t.device)[t].float()
@@ -127,6 +135,55 @@ class Original:
             yield out
             x = out["sample"]
 
+    def p_sample(
+        self,
+        model: Any,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Any = None,
+        cond_fn: Any = None,
+        model_kwargs: Any = None,
+    ) -> dict[str, Tensor]:
+        """The ancestral step: the posterior's mean, and the variance of ``model_var_type``."""
+        kwargs, kind = model_kwargs or {}, self.model_var_type
+        x0 = model(x, self.seen(t), **kwargs)
+        if kind.name.startswith("LEARNED"):
+            x0, log_variance = torch.split(x0, x.shape[1], dim=1)
+            if kind is ModelVarType.LEARNED_RANGE:
+                low, high = self.at(self.log_small, t, x), self.at(np.log(self.betas), t, x)
+                share = (log_variance + 1) / 2
+                log_variance = share * high + (1 - share) * low
+            variance = torch.exp(log_variance)
+        elif kind is ModelVarType.FIXED_SMALL:
+            variance, log_variance = self.at(self.small, t, x), self.at(self.log_small, t, x)
+        else:
+            large = np.append(self.small[1], self.betas[1:])
+            variance, log_variance = self.at(large, t, x), self.at(np.log(large), t, x)
+        if self.model_mean_type is ModelMeanType.EPSILON:
+            x0 = self.at(self.a, t, x) * x - self.at(self.b, t, x) * x0
+        if denoised_fn is not None:
+            x0 = denoised_fn(x0)
+        if clip_denoised:
+            x0 = x0.clamp(-1, 1)
+        mean = self.at(self.from_x0, t, x) * x0 + self.at(self.from_x, t, x) * x
+        z = torch.randn_like(x)
+        moving = (t != 0).float().view(-1, *[1] * (x.dim() - 1))
+        if cond_fn is not None:
+            mean = mean.float() + variance * cond_fn(x, self.seen(t), **kwargs).float()
+        sample = mean + moving * torch.exp(0.5 * log_variance) * z
+        return {"sample": sample, "pred_xstart": x0}
+
+    @torch.no_grad()
+    def p_sample_loop_progressive(
+        self, model: Any, shape: Any, noise: Any = None, device: Any = "cpu", **kwargs: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        x = torch.randn(*shape, device=device) if noise is None else noise
+        for i in range(self.num_timesteps)[::-1]:
+            out = self.p_sample(model, x, torch.tensor([i] * shape[0], device=device), **kwargs)
+            yield out
+            x = out["sample"]
+
 
 def linear(T: int = 1000) -> Any:
     return np.linspace(1000 / T * 0.0001, 1000 / T * 0.02, T, dtype=np.float64)
@@ -180,19 +237,19 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert mine.isfinite().all()
 
 
-def assert_identical(diffusion: Original, net: Any, x: Tensor, **kwargs: Any) -> None:
+def assert_identical(
+    diffusion: Original, net: Any, x: Tensor, loop: str = "ddim_sample_loop", **kwargs: Any
+) -> None:
     """Compares every state and x0 of the loop, and the generator's state after it."""
-    shape = tuple(x.shape)
+    shape, progressive = tuple(x.shape), f"{loop}_progressive"
     torch.manual_seed(0)
-    ours = list(
-        guided.ddim_sample_loop_progressive(diffusion, net, shape, x, device="cpu", **kwargs)
-    )
+    ours = list(getattr(guided, progressive)(diffusion, net, shape, x, device="cpu", **kwargs))
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    theirs = kept(diffusion.ddim_sample_loop_progressive(net, shape, x, **kwargs))
+    theirs = kept(getattr(diffusion, progressive)(net, shape, x, **kwargs))
     assert_equal(kept(ours), theirs)
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(0)
-    last = guided.ddim_sample_loop(diffusion, net, shape, x, device="cpu", **kwargs)
+    last = getattr(guided, loop)(diffusion, net, shape, x, device="cpu", **kwargs)
     assert torch.equal(last, ours[-1]["sample"])
     assert torch.equal(state, torch.get_rng_state())

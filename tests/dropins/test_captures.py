@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -218,8 +219,9 @@ def test_a_loop_of_guided_diffusion_cannot_begin_in_a_capture() -> None:
         x, t = device.put(X), device.put(torch.full((len(X),), 3))
         of = guided.Diffusion(timestep_respacing="10")
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            refused(
-                lambda: guided.ddim_sample(of, lambda x, t: x, x, t),
-                RuntimeError,
-                "sampling cannot begin while a CUDA graph is being captured",
-            )
+            for step in (guided.ddim_sample, guided.p_sample):
+                refused(
+                    partial(step, of, lambda x, t: x, x, t),
+                    RuntimeError,
+                    "sampling cannot begin while a CUDA graph is being captured",
+                )

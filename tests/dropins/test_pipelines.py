@@ -396,7 +396,7 @@ def test_euler_ancestral_in_pipelines(parts: dict[str, Any], prediction: str, ki
     pipe = quiet(made(**parts, scheduler=original))
     given: dict[str, Any] = {"num_inference_steps": 8, "generator": gen}
     given |= {"height": 16, "width": 16} if kind == "text" else {"image": photograph()}
-    fast = FastEulerAncestralDiscreteScheduler.from_config(original.config)
+    fast: Any = FastEulerAncestralDiscreteScheduler.from_config(original.config)
     a, b = (picture(pipe, scheduler, "a cat", **given) for scheduler in (original, fast))
     assert type(pipe.scheduler) is FastEulerAncestralDiscreteScheduler
     assert fast.step_index == original.step_index

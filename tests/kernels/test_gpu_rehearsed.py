@@ -68,9 +68,10 @@ def chosen() -> Iterator[Any]:
     for module in MODULES:
         for name, test in gpu_tests(module).items():
             every = calls(test)
-            for given in QUICK.get(name, every[:: max(1, len(every) - 1)]):
+            quick = QUICK.get(name, every[:: max(1, len(every) - 1)])
+            for given in quick[:1]:
                 yield pytest.param(module, name, given)
-            for given in LONG.get(name, []):
+            for given in (*quick[1:], *LONG.get(name, [])):
                 yield pytest.param(module, name, given, marks=pytest.mark.slow)
 
 

@@ -127,7 +127,7 @@ def test_bad_arguments_are_refused_before_the_model_is_called(
 def test_cond_fn_is_refused_where_alphas_cumprod_is_0() -> None:
     schedule = NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 0.0])
     ddim = DDIM(3, schedule=schedule, prediction="v")
-    refused(lambda: ddim.sample(unused, X, cond_fn=unused), ValueError, "cond_fn", "ᾱ is 0")
+    refused(lambda: ddim.sample(unused, X, cond_fn=unused), ValueError, "cond_fn", "α is 0")
 
 
 @pytest.mark.parametrize("answer", [lambda x: x[:3], lambda x: torch.cat([x, x])])

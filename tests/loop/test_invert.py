@@ -428,6 +428,6 @@ def test_one_step_from_data_to_nothing_is_refused() -> None:
         lambda: ddim.invert(exact(ddim), X0),
         ValueError,
         "a loop that runs backwards",
-        "ᾱ = 0",
+        "α = 0",
         "more steps",
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from functools import partial
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -24,6 +24,7 @@ from tests.paths import randn
 from tests.refusals import refused
 from tests.tape import tapes_for_graphs
 
+diffusers: Any = importlib.import_module("diffusers")  # without its types
 SHAPE, SEEDS = (3, 2, 5, 4), [7, 2**35, 2**63 - 1]
 PATHS: dict[str, tuple[GaussianPath, Any]] = {
     "flow": (NoiseSchedule.flow(3.0), "flow"),
@@ -158,6 +159,17 @@ def test_a_classifiers_gradient_gives_posterior_samples(name: str) -> None:
     exact = ddim.sample(posterior, x, noise=z)
     assert (found - exact).abs().max() < 1e-4
     assert (ddim.sample(prior, x, noise=z) - exact).abs().max() > 0.2
+
+
+def test_a_gradient_is_refused_in_rows_that_run_alone() -> None:
+    ddim = made("flow")
+
+    def classifier(x: Tensor, t: Tensor) -> Tensor:
+        return -x
+
+    from_noise = partial(ddim.sample, model, shape=SHAPE, seeds=SEEDS, cond_fn=classifier)
+    refused(from_noise, ValueError, "cond_fn cannot be used where α is 0", "level 1 ")
+    assert ddim.sample(model, randn(*SHAPE), start=1, cond_fn=classifier).isfinite().all()
 
 
 @pytest.mark.parametrize("name", PATHS)

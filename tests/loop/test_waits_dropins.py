@@ -343,6 +343,38 @@ def test_guided_diffusions_single_steps_never_wait(device: Device, how: str) -> 
     assert_equal(*results)
 
 
+ANCESTRAL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "denoised": {"denoised_fn": lambda x0: 0.9 * x0},
+    "cond_fn": {"cond_fn": lambda x, t: -0.1 * x.float() + 1e-5 * each(t)},
+}
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+@pytest.mark.parametrize("how", ANCESTRAL)
+def test_guided_diffusions_p_sample_never_waits(
+    device: Device, how: str, learn_sigma: bool
+) -> None:
+    diffusion = guided.Diffusion(timestep_respacing="10", learn_sigma=learn_sigma)
+    given, x_T, results = ANCESTRAL[how], drawn(*SHAPE), []
+
+    def of_two(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([net(x, t), 0.3 * x], 1) if learn_sigma else net(x, t)
+
+    for put in (device.put, lambda value: value):
+        asked, x = Model(device, of_two), put(x_T)
+        torch.manual_seed(0)
+        loop = guided.p_sample_loop_progressive(diffusion, asked, SHAPE, x, **given)
+        states = [out["sample"] for out in loop]
+        for i in range(10)[::-1]:
+            t = torch.full((len(x),), i, device=x.device)
+            x = guided.p_sample(diffusion, asked, x, t, **given)["sample"]
+        results.append([*states, x])
+        asked.unhindered(20)
+    for ours, theirs in zip(*results, strict=True):
+        assert_equal(ours, theirs)
+
+
 def test_streams_share_no_tables_that_may_be_unfinished(
     monkeypatch: pytest.MonkeyPatch, device: Device
 ) -> None:

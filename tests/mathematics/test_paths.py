@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import math
 import pickle
 from functools import partial
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,6 +19,7 @@ from fastddim.levels import GaussianPath
 from fastddim.tools.quality import Gaussian, GaussianMixture
 from tests.refusals import refused
 
+diffusers: Any = importlib.import_module("diffusers")  # without its types
 COSINE_TABLE = NoiseSchedule.from_levels(
     np.cos(np.arange(1, 1000) / 1000 * np.pi / 2),
     np.sin(np.arange(1, 1000) / 1000 * np.pi / 2),
@@ -32,6 +33,11 @@ PATHS: dict[str, tuple[GaussianPath, float, float]] = {
     "cosine": (NoiseSchedule.continuous_cosine(), 0.97, 0.03),
 }
 """Each path, and the σ between which its order of convergence is measured."""
+KINDS = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("shifted flow", "EDM, c_noise") else name
+    for name in PATHS
+]
+"""The paths, of which those whose levels another has too are slow."""
 X = torch.tensor([[1.3, -0.4], [0.2, 2.1], [-1.0, 0.6]])
 MEANS, STDS = torch.tensor([[-0.8, 0.1], [0.6, -0.4]]), [0.2, 0.3]
 
@@ -56,7 +62,7 @@ def steps_of(path: GaussianPath, high: float, low: float, S: int) -> list[tuple[
 
 
 @pytest.mark.parametrize("prediction_at", [0, 1])
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_gaussians_flow_is_met_with_order_1_and_2(name: str, prediction_at: int) -> None:
     path, high, low = PATHS[name]
     prediction: Any = path.predictions[prediction_at]
@@ -75,7 +81,7 @@ def test_a_gaussians_flow_is_met_with_order_1_and_2(name: str, prediction_at: in
     assert math.log(coarse_2 / fine_2) / math.log(8) >= 1.9
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_mixtures_flow_is_met_with_order_1_and_2(name: str) -> None:
     path, high, low = PATHS[name]
     prediction: Any = path.predictions[0]
@@ -95,7 +101,7 @@ def test_a_mixtures_flow_is_met_with_order_1_and_2(name: str) -> None:
         assert math.log(coarse / fine) / math.log(4) >= least, (order, coarse, fine)
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", KINDS)
 def test_mean_and_covariance_are_kept_at_eta_1(name: str) -> None:
     # A Gaussian stays one: x_s = A·x_t + B + c1·z, whose moments follow without sampling.
     path, high, low = PATHS[name]
@@ -121,7 +127,7 @@ def test_mean_and_covariance_are_kept_at_eta_1(name: str) -> None:
     ).sigma2, rtol=1e-5)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*PATHS, "table"])
+@pytest.mark.parametrize("name", [*KINDS, "table"])
 def test_inversion_comes_back_to_the_data(name: str) -> None:
     path = COSINE_TABLE if name == "table" else PATHS[name][0]
     prediction: Any = path.predictions[0]
@@ -150,12 +156,11 @@ def test_shifted_sigmas_are_those_of_flow_match_euler() -> None:
 
 
 def test_the_shift_of_a_resolution_is_that_of_flux() -> None:
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
+    flux = importlib.import_module("diffusers.pipelines.flux.pipeline_flux")
     for tokens in (256, 1024, 4096):
         path = NoiseSchedule.flow(tokens=tokens)
         assert path.levels_of(500.0)[1] == 0.5
-        mu = calculate_shift(tokens, max_shift=1.15)
+        mu = flux.calculate_shift(tokens, max_shift=1.15)
         original = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         original.set_timesteps(sigmas=np.linspace(1, 0.1, 10), mu=mu)
         found = [sigma for sigma, _ in make_pairs("uniform", 10, path)]
@@ -246,6 +251,65 @@ def test_named_spacings_take_s_falling_levels(name: str, spacing: Any) -> None:
         ).all()
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(NoiseSchedule.flow(shift) for shift in (0.058, 0.1, 7.3)),
+        *(NoiseSchedule.edm(0.0123, high, rho) for high, rho in ((1.7, 7), (157.3, 3), (80, 1e4))),
+        NoiseSchedule.continuous_cosine(0.3),
+    ],
+    ids=str,
+)
+def test_named_spacings_begin_at_the_exact_end(path: Any) -> None:
+    for spacing in ("uniform", "trailing", "linspace", "mixed", "logsnr", "karras"):
+        for S in (1, 2, 1000):
+            pairs = make_pairs(spacing, S, path)
+            assert pairs[0][0] == path.noisiest
+            assert make_pairs(pairs, None, path) == pairs
+            if S > 1 and spacing == "uniform" and hasattr(path, "sigma_min"):
+                assert pairs[-1][0] == path.sigma_min
+    if path.noisiest == 1:  # A σ a rounding below 1 would have let ε be divided by 1e-15.
+        call = partial(DDIM, 5, schedule=path, prediction="epsilon")
+        refused(call, ValueError, "prediction must be", "α is 0")
+
+
+def test_digests_tell_numbers_that_names_round_alike() -> None:
+    assert NoiseSchedule.flow(1.00000001).name == NoiseSchedule.flow(1.0).name
+    digests = {
+        path.digest
+        for shift in (1.0, 1.00000001)
+        for path in (NoiseSchedule.flow(shift), NoiseSchedule.edm(rho=7 * shift))
+    }
+    assert len(digests) == 4
+
+
+def test_a_model_is_called_with_no_other_t() -> None:
+    half = NoiseSchedule.from_levels(1.0, [0.5, 1.0, 2.0])
+    data = Gaussian(0.3, 0.5, half, "sample")
+    assert data(X[:1], torch.tensor([1.0])).isfinite().all()
+    assert data(X[:1], torch.tensor([0.5])).isnan().all()
+    cosine = Gaussian(0.3, 0.5, NoiseSchedule.continuous_cosine(), "v")
+    assert cosine(X, torch.tensor([1.0, 0.5, 0.0])).isfinite().all()
+    assert cosine(X, torch.tensor([1.5, 2.0, -1.0])).isnan().all()
+
+
+def test_levels_of_takes_tensors_of_any_dtype() -> None:
+    path = NoiseSchedule.flow()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.int64):
+        _, sigma = path.levels_of(torch.tensor([256, 1000], dtype=dtype))
+        np.testing.assert_array_equal(sigma, [0.256, 1.0])
+    for end in (NoiseSchedule.edm(0.01, 157.3), NoiseSchedule.edm(time="c_noise"), path):
+        t = end.times([float(end.noisiest)])
+        assert end.levels_of(t)[1] == pytest.approx(float(end.noisiest), rel=1e-6)
+
+
+def test_levels_may_have_more_signal_than_the_data() -> None:
+    path = NoiseSchedule.from_levels(2.0, [0.1, 1.0, 20.0])
+    data = Gaussian(0.3, 0.5, path, "sample")
+    x = data.flow(0.3 + 0.5 * X.double(), -1, 2).float()
+    assert DDIM(3, schedule=path, prediction="sample").sample(data, x).isfinite().all()
+
+
 def test_even_levels_of_log_snr_are_even() -> None:
     path = NoiseSchedule.edm()
     sigmas = np.array([t for t, _ in make_pairs("logsnr", 9, path)])
@@ -294,7 +358,7 @@ BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
     "ends": (lambda: NoiseSchedule.edm(2.0, 1.0), ("sigma_min", "2", "1")),
     "time": (lambda: NoiseSchedule.edm(time="t"), ("time", "c_noise", "'t'")),
     "cosine shift": (lambda: NoiseSchedule.continuous_cosine(-2), ("shift", "-2")),
-    "off the path": (lambda: NoiseSchedule.flow().levels_of(1200.0), ("σ", "1.2")),
+    "off the path": (lambda: NoiseSchedule.flow().levels_of(1200.0), ("t must lie on", "1200")),
     "no such t": (lambda: COSINE_TABLE.levels_of(0.5004), ("t must be one", "0.5004")),
     "sigma": (lambda: DDIM(schedule=NoiseSchedule.flow(), spacing=[1.5, 0.5]), ("spacing", "1.5")),
     "quad": (lambda: DDIM(5, schedule=NoiseSchedule.edm(), spacing="quad"), ("spacing", "quad")),
@@ -314,6 +378,90 @@ BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
         lambda: DDIM(5, schedule=NoiseSchedule.edm(), prediction="flow"),
         ("prediction must be one of epsilon, sample", "(1 − σ, σ)"),
     ),
+    "t of clean data": (lambda: NoiseSchedule.flow().levels_of(-1000), ("t must lie on", "-1000")),
+    "EDM's t": (lambda: NoiseSchedule.edm().levels_of(-1.0), ("t must lie on", "-1")),
+    "cosine's t": (lambda: NoiseSchedule.continuous_cosine().levels_of(1.5), ("t must", "1.5")),
+    "cosine's -t": (lambda: NoiseSchedule.continuous_cosine().levels_of(-1), ("t must", "-1")),
+    "c_noise": (
+        lambda: NoiseSchedule.edm(time="c_noise").levels_of(1e300),
+        ("t must lie on", "1e+300"),
+    ),
+    "t between": (
+        lambda: NoiseSchedule.from_levels(1.0, [1, 2]).levels_of(0.5),
+        ("t must be one", "0.5"),
+    ),
+    "large t": (
+        lambda: NoiseSchedule.from_levels(1.0, [1, 2], [0, 1e25]),
+        ("t must lie in", "1e+25", "level 1"),
+    ),
+    "large real t": (
+        lambda: NoiseSchedule.from_levels(1.0, [1, 2], [0.5, 1e39]),
+        ("t must lie in", "1e+39", "level 1"),
+    ),
+    "t alike in float32": (
+        lambda: NoiseSchedule.from_levels(1.0, [1, 2], [0.1, 0.1 + 1e-10]),
+        ("t must differ", "float32"),
+    ),
+    "sigma too small": (
+        lambda: NoiseSchedule.from_levels(1.0, [1e-300, 1]),
+        ("sigma must be 0 or lie in", "1e-300", "level 0"),
+    ),
+    "alpha too large": (
+        lambda: NoiseSchedule.from_levels([1e200, 1], [1, 2]),
+        ("alpha must be 0 or lie in", "1e+200", "level 0"),
+    ),
+    "integer too large": (
+        lambda: NoiseSchedule.from_levels(1.0, [1, 10**400]),
+        ("sigma must be finite",),
+    ),
+    "large shift": (lambda: NoiseSchedule.flow(1e300), ("shift must give 1000", "1e+300")),
+    "small shift": (lambda: NoiseSchedule.flow(1e-300), ("shift must give 1000", "1e-300")),
+    "large cosine shift": (
+        lambda: NoiseSchedule.continuous_cosine(1e300),
+        ("shift must give 1000", "1e+300"),
+    ),
+    "small cosine shift": (
+        lambda: NoiseSchedule.continuous_cosine(1e-10),
+        ("shift must give 1000", "1e-10"),
+    ),
+    "large rho": (lambda: NoiseSchedule.edm(rho=1e300), ("sigma_min and", "rho", "1e+300")),
+    "small rho": (lambda: NoiseSchedule.edm(rho=1e-3), ("sigma_min and", "rho", "0.001")),
+    "large sigma_max": (
+        lambda: NoiseSchedule.edm(sigma_max=1e300),
+        ("sigma_max must lie in", "1e+300"),
+    ),
+    "resolution": (
+        lambda: NoiseSchedule.flow(tokens=9, base_shift=1e300),
+        ("base_shift and max_shift must give 9 tokens", "1e+300"),
+    ),
+    "resolution without tokens": (
+        lambda: NoiseSchedule.flow(base_shift=0.6),
+        ("base_shift and max_shift must be left out without tokens", "0.6"),
+    ),
+    "steps": (
+        lambda: DDIM(10**400, schedule=NoiseSchedule.edm(), prediction="sample"),
+        ("steps must be an integer in [1, 1000000]",),
+    ),
+    "more steps than levels": (
+        lambda: make_pairs("uniform", 100_000, NoiseSchedule.flow(1e12)),
+        ("steps must be fewer", "100000"),
+    ),
+    "tiny sigma": (
+        lambda: DDIM(schedule=NoiseSchedule.edm(), prediction="sample", spacing=[1e-300, 1]),
+        ("spacing[0] must be σ", "1e-300"),
+    ),
+    "s of a pair": (
+        lambda: DDIM(schedule=NoiseSchedule.edm(), prediction="sample", spacing=[(1, -0.5)]),
+        ("spacing[0][1] must be σ", "or −1 for clean data", "-0.5"),
+    ),
+    "array of times": (
+        lambda: NoiseSchedule.edm(time=np.zeros(2)),  # type: ignore[arg-type]
+        ("time must be",),
+    ),
+    "array of orders": (
+        lambda: DDIM(5, schedule=NoiseSchedule.edm(), prediction="sample", order=torch.ones(2)),  # type: ignore[arg-type]
+        ("order must be",),
+    ),
     "tuned": (lambda: make_pairs([], 5, NoiseSchedule.edm()), ("spacing", "empty")),
 }
 
@@ -322,3 +470,9 @@ BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
 def test_nonsense_names_the_level(name: str) -> None:
     call, words = BAD[name]
     refused(partial(call), ValueError, *words)
+
+
+@pytest.mark.parametrize("t", ["x", None, True, 1j, {}, [[1], [1, 2]], 10**400, torch.ones(2) * 1j])
+@pytest.mark.parametrize("path", [NoiseSchedule.linear(), *(p for p, _, _ in PATHS.values())])
+def test_a_t_that_is_no_number_is_named(path: GaussianPath, t: Any) -> None:
+    refused(partial(path.levels_of, t), TypeError, "t must hold real numbers only, got ")

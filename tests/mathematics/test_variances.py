@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from functools import partial
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,6 +19,7 @@ from fastddim.tools.quality import Gaussian
 from fastddim.variances import CPS, TCD, Fresh, Steps, noise_and_direction
 from tests.refusals import refused
 
+diffusers: Any = importlib.import_module("diffusers")  # without its types
 LINEAR = NoiseSchedule.linear()
 BETAS: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 RULES = [0.0, 0.6, 1.0, Fresh(), CPS(0.3), TCD(0.4)]
@@ -71,6 +72,31 @@ def test_tcd_is_diffusers_tcd(gamma: float) -> None:
     )
     found = ddim.sample(model, x, noise=list(z))
     torch.testing.assert_close(found, by_scheduler(original, x, z, eta=gamma), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.07, 0.3, 0.48])
+def test_tcd_rounds_the_level_between_as_diffusers(gamma: float) -> None:
+    # (1 − 0.07)·500 is 465 in float32, and a rounding below 465 in float64.
+    original = diffusers.TCDScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
+    )
+    original.set_timesteps(timesteps=[979, 519, 499, 239, 219, 99, 79])
+    spacing = [(979, 500), (500, 225), (225, 90)]
+    original.timesteps = torch.tensor([979, 500, 225, 90])
+    original.num_inference_steps = 4
+    x, z = noises(1)[0], noises(4)
+    drawn, expected = iter(z), x
+    module = __import__(type(original).__module__, fromlist=["randn_tensor"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "randn_tensor", lambda *_, **__: next(drawn))
+        for t in original.timesteps[:3]:
+            expected = original.step(
+                model(expected, t.expand(4)), t, expected, eta=gamma
+            ).prev_sample
+    found = DDIM(eta=TCD(gamma), schedule=LINEAR, spacing=spacing).sample(
+        model, x, noise=list(z[:3])
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_fresh_noise_is_lcm_but_for_its_boundary_factors() -> None:

@@ -187,6 +187,8 @@ def test_the_loops_of_other_systems_refuse_too() -> None:
         lambda x: sampler.sample(10, 2, SHAPE[1:], x_T=x)[0],
         lambda x: guided.ddim_sample_loop(diffusion, net, SHAPE, noise=x),
         lambda x: guided.ddim_sample(diffusion, net, x, torch.tensor([3, 4]))["sample"],
+        lambda x: guided.p_sample_loop(diffusion, net, SHAPE, noise=x),
+        lambda x: guided.p_sample(diffusion, net, x, torch.tensor([3, 4]))["sample"],
     ]
     for loop in loops:
         with pytest.raises(ValueError, match=r"torch.func|requires grad"):

@@ -1,6 +1,7 @@
-"""The DDIM methods of openai's guided-diffusion and improved-diffusion, as functions.
+"""The sampling methods of openai's guided-diffusion and improved-diffusion, as functions.
 
     sample_fn = partial(guided.ddim_sample_loop, diffusion)  # was diffusion.ddim_sample_loop
+    sample_fn = partial(guided.p_sample_loop, diffusion)  # was diffusion.p_sample_loop
 
 Each function takes the diffusion object (the user's own, or a ``Diffusion``) and then the method's
 own arguments. It returns the method's result, bit-identical in float32 on the same device.
@@ -15,3 +16,6 @@ from fastddim.dropins.guided.loops import ddim_sample_loop as ddim_sample_loop
 from fastddim.dropins.guided.loops import (
     ddim_sample_loop_progressive as ddim_sample_loop_progressive,
 )
+from fastddim.dropins.guided.loops import p_sample as p_sample
+from fastddim.dropins.guided.loops import p_sample_loop as p_sample_loop
+from fastddim.dropins.guided.loops import p_sample_loop_progressive as p_sample_loop_progressive

@@ -13,7 +13,7 @@ from fastddim.schedule import guided_diffusions
 
 
 class Diffusion:
-    """Stands for guided-diffusion's ``SpacedDiffusion``, with the attributes that DDIM reads.
+    """Stands for guided-diffusion's ``SpacedDiffusion``, with the attributes that the steps read.
 
     Args:
         diffusion_steps: T, the number of noise levels the model was trained on.
@@ -24,6 +24,8 @@ class Diffusion:
         learn_sigma: whether the model returns a variance too, as additional channels.
         predict_xstart: whether the model returns x0 instead of ε.
         rescale_timesteps: whether the model is called with t·1000/T, float32, instead of t, int64.
+        sigma_small: whether the variance of ``p_sample`` is β̃_t instead of β_t, if the model learns
+            none.
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what is allowed.
@@ -37,6 +39,7 @@ class Diffusion:
         learn_sigma: bool = False,
         predict_xstart: bool = False,
         rescale_timesteps: bool = False,
+        sigma_small: bool = False,
     ) -> None:
         T = whole("diffusion_steps", diffusion_steps, low=21 if noise_schedule == "linear" else 1)
         if noise_schedule not in ("linear", "cosine"):
@@ -53,7 +56,8 @@ class Diffusion:
         self.betas: Float64 = 1 - kept / np.append(1.0, kept[:-1])
         self.alphas_cumprod: Float64 = np.cumprod(1 - self.betas, dtype=np.float64)
         self.model_mean_type = "START_X" if predict_xstart else "EPSILON"
-        self.model_var_type = "LEARNED_RANGE" if learn_sigma else "FIXED_LARGE"
+        fixed = "FIXED_SMALL" if sigma_small else "FIXED_LARGE"
+        self.model_var_type = "LEARNED_RANGE" if learn_sigma else fixed
         self.rescale_timesteps = rescale_timesteps
 
 

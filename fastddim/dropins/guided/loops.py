@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastddim.check import finite, kind, shown, whole
-from fastddim.dropins.guided.step import Condition, Denoised, Keywords, Out, Step
+from fastddim.dropins.guided.ancestral import AncestralStep
+from fastddim.dropins.guided.call import Call, Condition, Denoised, Keywords, Out
+from fastddim.dropins.guided.step import Step
 from fastddim.step.arguments import OUTPUTS, check_untransformed
 
 
@@ -101,22 +104,10 @@ def ddim_sample_loop(
     eta: float = 0.0,
 ) -> Tensor:
     """Returns the last ``"sample"`` of ``ddim_sample_loop_progressive`` of the same arguments."""
-    steps = _loop(
-        diffusion,
-        model,
-        shape,
-        noise,
-        clip_denoised,
-        denoised_fn,
-        cond_fn,
-        model_kwargs,
-        device,
-        progress,
-        eta,
-        want_x0=False,
+    step = partial(
+        Step, diffusion, model, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta=eta
     )
-    (final,) = deque(steps, maxlen=1)
-    return final["sample"]
+    return _last(_loop(step, model, shape, noise, device, progress, want_x0=False))
 
 
 def ddim_sample_loop_progressive(
@@ -147,36 +138,108 @@ def ddim_sample_loop_progressive(
     Other arguments and what is raised are those of ``ddim_sample``; all arguments are checked
     at the call, before the first result is taken.
     """
-    return _loop(
-        diffusion,
-        model,
-        shape,
-        noise,
-        clip_denoised,
-        denoised_fn,
-        cond_fn,
-        model_kwargs,
-        device,
-        progress,
-        eta,
-        want_x0=True,
+    step = partial(
+        Step, diffusion, model, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta=eta
     )
+    return _loop(step, model, shape, noise, device, progress, want_x0=True)
 
 
-def _loop(
+def p_sample(
+    diffusion: Any,
+    model: Callable[..., Tensor],
+    x: Tensor,
+    t: Tensor,
+    clip_denoised: bool = True,
+    denoised_fn: Denoised = None,
+    cond_fn: Condition = None,
+    model_kwargs: Keywords = None,
+) -> Out:
+    """Takes one ancestral step of DDPM, from the diffusion's timestep t to the timestep before it.
+
+        x0  = √(1/ᾱ_t)·x_t − √(1/ᾱ_t − 1)·ε(x_t, t), then denoised_fn(x0), clamped to [−1, 1]
+        x_s = p·x0 + q·x_t + Σ·cond_fn(x_t, t) + √Σ·z,
+        p   = √ᾱ_s·β_t/(1−ᾱ_t),   q = √(1−β_t)·(1−ᾱ_s)/(1−ᾱ_t)
+
+    Ho et al. 2020, eq. 7; the shift of the mean is that of Dhariwal and Nichol 2021, algorithm 1.
+    The variance Σ is β_t (FIXED_LARGE), β̃_t = β_t·(1−ᾱ_s)/(1−ᾱ_t) (FIXED_SMALL), exp(v)
+    (LEARNED) or exp(f·log β_t + (1−f)·log β̃_t) with f = (v + 1)/2 (LEARNED_RANGE; Nichol and
+    Dhariwal 2021, eq. 15), where v is the second half of the output's channels. At t = 0 noise is
+    drawn and not added.
+
+    Args:
+        diffusion: the function reads ``betas``, ``model_mean_type`` (EPSILON or START_X),
+            ``model_var_type`` and, if they exist, ``timestep_map``, ``original_num_steps`` and
+            ``rescale_timesteps``.
+
+    Other arguments and the result are those of ``ddim_sample``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value and what is allowed.
+    """
+    step = AncestralStep(
+        diffusion, model, clip_denoised, denoised_fn, cond_fn, model_kwargs, _device_of(x)
+    )
+    return step(x, _timesteps(t, x, step.count))
+
+
+def p_sample_loop(
     diffusion: Any,
     model: Callable[..., Tensor],
     shape: Sequence[int],
+    noise: Tensor | None = None,
+    clip_denoised: bool = True,
+    denoised_fn: Denoised = None,
+    cond_fn: Condition = None,
+    model_kwargs: Keywords = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Returns the last ``"sample"`` of ``p_sample_loop_progressive`` of the same arguments."""
+    step = partial(
+        AncestralStep, diffusion, model, clip_denoised, denoised_fn, cond_fn, model_kwargs
+    )
+    return _last(_loop(step, model, shape, noise, device, progress, want_x0=False))
+
+
+def p_sample_loop_progressive(
+    diffusion: Any,
+    model: Callable[..., Tensor],
+    shape: Sequence[int],
+    noise: Tensor | None = None,
+    clip_denoised: bool = True,
+    denoised_fn: Denoised = None,
+    cond_fn: Condition = None,
+    model_kwargs: Keywords = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Iterator[Out]:
+    """Yields the result of each ``p_sample``, from the last timestep down to 0.
+
+    Arguments, what is raised and the yielded dictionaries are as in
+    ``ddim_sample_loop_progressive``.
+
+    Example::
+
+        diffusion = guided.Diffusion(1000, "250", learn_sigma=True)
+        for out in guided.p_sample_loop_progressive(diffusion, model, (4, 3, 64, 64)):
+            show(out["pred_xstart"])
+    """
+    step = partial(
+        AncestralStep, diffusion, model, clip_denoised, denoised_fn, cond_fn, model_kwargs
+    )
+    return _loop(step, model, shape, noise, device, progress, want_x0=True)
+
+
+def _loop(
+    made: Callable[..., Call],
+    model: Callable[..., Tensor],
+    shape: Sequence[int],
     noise: Tensor | None,
-    clip_denoised: bool,
-    denoised_fn: Denoised,
-    cond_fn: Condition,
-    model_kwargs: Keywords,
     device: torch.device | str | None,
     progress: bool,
-    eta: float,
     want_x0: bool,
 ) -> Iterator[Out]:
+    """Returns the steps' results; ``made(device=device)`` checks and makes the step."""
     if not isinstance(shape, (tuple, list)) or len(shape) < 2:
         raise TypeError(f"shape must be a tuple or list (batch, channels, ...), got {shown(shape)}")
     batch, *_ = (whole(f"shape[{i}]", n, low=0) for i, n in enumerate(shape))
@@ -185,19 +248,24 @@ def _loop(
         if len(noise) != batch:
             raise ValueError(f"noise must have the batch of shape, {batch}, got {len(noise)}")
     device = _device(model, noise, device)
-    step = Step(diffusion, model, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, eta)
+    step = made(device=device)
     bar = _bar() if progress else iter
 
     def steps() -> Iterator[Out]:
         x = torch.randn(*shape, device=device) if noise is None else noise
         for i in bar(range(step.count)[::-1]):
             t = torch.full((batch,), i, device=device)
-            out = step(x, t, step.rows[i], want_x0)
+            out = step(x, t, i, want_x0)
             yield out
             x = out["sample"]
             _check_state("sample", x)
 
     return steps()
+
+
+def _last(steps: Iterator[Out]) -> Tensor:
+    (final,) = deque(steps, maxlen=1)
+    return final["sample"]
 
 
 def _check_state(name: str, x: Tensor) -> None:
