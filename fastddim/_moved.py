@@ -18,6 +18,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "buffers": ("step.buffers",),
     "checkpoints": ("models.checkpoints",),
     "devices": ("loop.devices",),
+    "dropins.diffusers.tables": ("dropins._tables",),
     "embedded.distance": ("tools.distance", "training.distance"),
     "embedded.evaluate": ("training.evaluate",),
     "embedded.train": ("training.model",),

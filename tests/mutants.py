@@ -332,6 +332,20 @@ MUTANTS = [
     ),
     Mutant(
         "dropins",
+        "MONAI's step clamps to ±c with every lower bound",
+        DROPINS,
+        "return float(high) if high > 0 and low == -high else None",
+        "return float(high) if high > 0 else None",
+    ),
+    Mutant(
+        "dropins",
+        "MONAI's step from t < T // S goes to ᾱ_0",
+        DROPINS,
+        "torch.where(s >= 0, abar[s.clamp(0, T - 1)], sent(end, abar.device))",
+        "torch.where(s >= -T, abar[s.clamp(0, T - 1)], sent(end, abar.device))",
+    ),
+    Mutant(
+        "dropins",
         "skipped normals leave out the rest of a block",
         DROPINS,
         "            left -= BLOCK\n        block[:left].normal_()",

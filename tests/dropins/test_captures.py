@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddim.dropins import guided
+from fastddim.dropins import guided, monai
 from tests.apart import apart
+from tests.dropins.monai_original import Described
 from tests.loops import drawn
-from tests.pretend import CUDA, Device
+from tests.pretend import CUDA, Device, There
 from tests.refusals import refused
 from tests.rehearsal import faked
 
@@ -71,6 +72,27 @@ def test_a_ddpm_step_in_a_capture_is_the_step() -> None:
         first, g = scheduler.timesteps[0], torch.Generator().manual_seed(1)
         refused(lambda: scheduler.step(0.3 * x, first, x, generator=g), RuntimeError, *said)
     want = scheduler.step(0.3 * x, t, x).prev_sample
+    for steps in range(11, 31):
+        scheduler.set_timesteps(steps, device=CUDA)
+        scheduler.step(0.3 * x, scheduler.timesteps[3], x)
+    found.fill_(float("nan"))
+    taken.replay()
+    assert torch.equal(found, want)
+
+
+@pytest.mark.gpu
+@apart
+def test_a_monai_step_in_a_capture_is_the_step() -> None:
+    scheduler: Any = monai.fused(Described)()
+    scheduler.set_timesteps(10, device=CUDA)
+    x, t = X.cuda(), scheduler.timesteps[3]
+    on_another_stream(lambda: scheduler.step(0.3 * x, t, x))
+    taken = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(taken):
+        found = scheduler.step(0.3 * x, t, x)[0]
+        said = ("a CUDA graph cannot capture a copy from the CPU to cuda:0",)
+        refused(lambda: scheduler.reversed_step(0.3 * x, t, x), RuntimeError, *said)
+    want = scheduler.step(0.3 * x, t, x)[0]
     for steps in range(11, 31):
         scheduler.set_timesteps(steps, device=CUDA)
         scheduler.step(0.3 * x, scheduler.timesteps[3], x)
@@ -175,6 +197,7 @@ def test_tables_made_in_a_capture_are_its_own() -> None:
         (test_a_schedulers_step_in_a_capture_is_the_step, {"strict": False}),
         (test_a_schedulers_step_in_a_capture_is_the_step, {"strict": True}),
         (test_a_ddpm_step_in_a_capture_is_the_step, {}),
+        (test_a_monai_step_in_a_capture_is_the_step, {}),
         (test_a_schedulers_first_step_in_a_capture_is_refused, {"strict": False}),
         (test_a_schedulers_first_step_in_a_capture_is_refused, {"strict": True}),
         (test_tables_made_in_a_capture_are_its_own, {}),
@@ -186,6 +209,7 @@ def test_captures_of_steps_on_a_fake_gpu(
     monkeypatch: pytest.MonkeyPatch, test: Callable[..., None], strict: dict[str, bool]
 ) -> None:
     monkeypatch.setattr(Tensor, "cuda", lambda tensor: tensor.to(CUDA))
+    monkeypatch.setattr(monai, "_PLAIN", (Tensor, There))
     with faked(), Device():
         inspect.unwrap(test)(**strict)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddim.dropins import compvis, ermongroup, guided
+from fastddim.dropins import compvis, ermongroup, guided, monai
 from fastddim.dropins.diffusers import (
     FastDDIMInverseScheduler,
     FastDDIMParallelScheduler,
@@ -23,9 +23,10 @@ from fastddim.dropins.diffusers import (
 )
 from fastddim.dropins.guided.step import Step
 from tests import diffusion
+from tests.dropins.monai_original import Described
 from tests.loop.waits_cases import SHAPE, Model, assert_equal, each, net
 from tests.loops import drawn
-from tests.pretend import CUDA, Device, Generator
+from tests.pretend import CUDA, Device, Generator, There
 
 KINDS: dict[str, Any] = {
     "plain": FastDDIMScheduler,
@@ -132,6 +133,38 @@ def test_no_ddpm_step_waits_for_its_own_timesteps(
             x = ours.step(0.3 * x, t, x, generator=g).prev_sample
         assert len(waits) == (told in ("a copy", "int32"))
         y = theirs.step(0.3 * y, number, y, generator=h).prev_sample
+        assert_equal(x, y)
+
+
+@pytest.mark.parametrize("config", [{}, {"prediction_type": "sample", "clip_sample": False}])
+@pytest.mark.parametrize("told", TOLD)
+@pytest.mark.parametrize("moved", [False, True])
+def test_no_monai_step_waits_for_its_own_timesteps(
+    device: Device, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], told: str, moved: bool
+) -> None:
+    """Of any other tensor on the device, the host must read whether s ≥ 0, as the original."""
+    monkeypatch.setattr(monai, "_PLAIN", (Tensor, There))
+    ours, theirs = (monai.fused(Described)(**config) for _ in range(2))
+    ours.set_timesteps(4, device=CUDA)
+    theirs.set_timesteps(4)
+    g, h = Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    y = drawn(2, *SHAPE[1:])
+    x = device.put(y)
+    if moved:  # as ``add_noise`` moves it
+        ours.alphas_cumprod = device.put(ours.alphas_cumprod)
+    told_timesteps = TOLD[told](ours.timesteps)
+    for t, number in zip(told_timesteps, theirs.timesteps.tolist(), strict=True):
+        with device.watch() as waits:
+            x, x0 = ours.step(0.3 * x, t, x, 1.0, g)
+        assert len(waits) == (told in ("a copy", "int32"))
+        y, y0 = theirs.step(0.3 * y, number, y, 1.0, h)
+        assert_equal(x, y)
+        assert_equal(x0, y0)
+    for t, number in zip(told_timesteps[:0:-1], theirs.timesteps.tolist()[:0:-1], strict=True):
+        with device.watch() as waits:
+            x, _ = ours.reversed_step(0.3 * x, t, x)
+        assert len(waits) == (told in ("a copy", "int32"))
+        y, _ = theirs.reversed_step(0.3 * y, number, y)
         assert_equal(x, y)
 
 

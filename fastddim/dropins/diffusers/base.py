@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
@@ -11,21 +10,15 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastddim.check import kind
-from fastddim.coefficients import Prediction
-from fastddim.dropins._shared import Buffers, Own
-from fastddim.dropins._transfer import sent_pinned
-from fastddim.dropins.diffusers.tables import (
+from fastddim.dropins._scheduler import NAMES, Scheduler, levels_fit, like
+from fastddim.dropins._shared import Buffers
+from fastddim.dropins._tables import (
     CPU,
-    Cache,
-    Chosen,
-    Source,
     Tables,
     version,
 )
+from fastddim.dropins._transfer import sent_pinned
 from fastddim.step.arguments import transformed
-
-NAMES: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
@@ -94,7 +87,7 @@ class Strategy(Protocol):
         ...
 
 
-class Base:
+class Base(Scheduler):
     """Holds the attributes and helpers that a strategy uses. Names without _ are diffusers'.
 
     Many threads may step one scheduler, and many trajectories may take turns: the state that a
@@ -108,40 +101,19 @@ class Base:
         def config(self) -> Any: ...
 
     betas: Tensor
-    alphas_cumprod: Tensor
-    timesteps: Tensor
     num_inference_steps: int | None
 
     _parent: Any
     """The class of diffusers that the scheduler replaces."""
     _upwards = False
     """True for the inverse scheduler, which steps from data to noise."""
-    _ends = "final_alpha_cumprod"
-    """The attribute that ``_end`` reads."""
     _as_parent = True
     """False if a subclass overrides a method of the original's step, which then runs itself."""
     _seeds: Tensor | None = None
-    _read: Chosen | None = None
-    _tables: Cache | None = None
     _moved: tuple[Tensor, int, Tensor] | None = None
     """``add_noise`` moves ``alphas_cumprod`` to a device. Here are the moved tensor, its version,
     and the tensor before."""
-    _own_memory: Own | None = None
-
-    @property
-    def _own(self) -> Own:
-        found = self._own_memory
-        # setdefault gives two threads the same object, even if both get here at once.
-        return self.__dict__.setdefault("_own_memory", Own()) if found is None else found
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves out tables and buffers, so that copies and pickles make their own."""
-        own = ("_tables", "_own_memory", "_read", "_moved")
-        return {name: value for name, value in self.__dict__.items() if name not in own}
-
-    def _end(self) -> Any:
-        """Returns ᾱ at the end of the last step, or at the start of the first inverse step."""
-        return getattr(self, self._ends)
+    _unsaved = (*Scheduler._unsaved, "_moved")
 
     def _abar(self) -> Tensor:
         """Returns ``alphas_cumprod``, or the tensor before ``add_noise`` moved it to a device."""
@@ -155,47 +127,6 @@ class Base:
         abar = self.alphas_cumprod
         if abar is not source and (self._moved is None or self._moved[0] is not abar):
             self._moved = abar, version(abar), source
-
-    def _chosen(self) -> Chosen:
-        """Returns the chosen timesteps as numbers, read again only if they have changed."""
-        read, timesteps = self._read, self.timesteps
-        if read is not None and read.source.unchanged(timesteps):
-            return read
-        if not isinstance(timesteps, Tensor) or timesteps.dim() != 1:
-            got = tuple(timesteps.shape) if isinstance(timesteps, Tensor) else kind(timesteps)
-            raise TypeError(f"timesteps must be a tensor of one dimension, got {got}")
-        source, levels = Source(timesteps), [int(t) for t in timesteps.tolist()]
-        times = Counter(levels)
-        place = {t: i for i, t in enumerate(levels) if times[t] == 1}
-        read = self._read = Chosen(source, levels, place)
-        return read
-
-    def _row(self, timestep: Any) -> int | Tensor | None:
-        """Returns the timestep as a number if the host knows it, else as a tensor.
-
-        Pipelines take timesteps from ``self.timesteps``. The host recognises such an element by its
-        address, without waiting for the device. None stands for a value that is no timestep.
-        """
-        if isinstance(timestep, Tensor):
-            if timestep.dim() or timestep.is_floating_point() or timestep.dtype == torch.bool:
-                return None
-            if timestep.is_cpu:
-                return int(timestep)
-            read = self._read
-            if read is not None and read.source.unchanged(read.source.tensor):
-                position = read.position(timestep)
-                if position is not None:
-                    return read.levels[position]
-            return timestep
-        try:
-            return None if isinstance(timestep, bool) else operator.index(timestep)
-        except TypeError:
-            return None
-
-    @property
-    def _cache(self) -> Cache:
-        found = self._tables
-        return self.__dict__.setdefault("_tables", Cache()) if found is None else found
 
     def _drawn(self, like: Tensor, generator: Any) -> Tensor:
         """Draws float32 normals as the original does, on a CPU always into the same memory."""
@@ -300,15 +231,6 @@ def fits(scheduler: Base, output: Any, sample: Any) -> bool:
     )
 
 
-def levels_fit(scheduler: Base) -> bool:
-    """Tells whether the original computes the factors in float32.
-
-    It computes in float64 with a Python number, and in the tensors' dtype if that is another.
-    """
-    abar, end = scheduler.alphas_cumprod, scheduler._end()
-    return isinstance(end, Tensor) and end.dtype == abar.dtype == torch.float32 and not end.dim()
-
-
 def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: float) -> bool:
     """Tells whether the fused step equals ``batch_step_no_noise`` of the original."""
     return (
@@ -325,16 +247,6 @@ def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: f
 def has_grad(tensor: Tensor) -> bool:
     """Tells whether autograd would record operations on ``tensor``."""
     return tensor.requires_grad and torch.is_grad_enabled()
-
-
-def like(tensor: Any, sample: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Tells whether ``tensor`` has sample's shape and device, and ``dtype`` or sample's dtype."""
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.shape == sample.shape
-        and tensor.dtype == (dtype or sample.dtype)
-        and tensor.device == sample.device
-    )
 
 
 def _are_the_cpus(generator: Any) -> bool:

@@ -9,17 +9,11 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
 from torch import Tensor
 
+from fastddim.dropins._scheduler import NAMES, levels_fit, like
 from fastddim.dropins._shared import pack_rows
+from fastddim.dropins._tables import CPU, Chosen, Made
 from fastddim.dropins._transfer import sent
-from fastddim.dropins.diffusers.base import (
-    NAMES,
-    Base,
-    Generators,
-    levels_fit,
-    like,
-    output_of,
-)
-from fastddim.dropins.diffusers.tables import CPU, Chosen, Made
+from fastddim.dropins.diffusers.base import Base, Generators, output_of
 from fastddim.step.arguments import transformed
 
 _OF_THE_STEP = ("_get_variance", "_threshold_sample", "previous_timestep")

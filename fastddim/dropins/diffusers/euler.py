@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastddim.coefficients import COLUMNS
-from fastddim.dropins.diffusers.base import Base, like
-from fastddim.dropins.diffusers.tables import CPU, Chosen, Made, Source
+from fastddim.dropins._scheduler import like
+from fastddim.dropins._tables import CPU, Chosen, Made, Source
+from fastddim.dropins.diffusers.base import Base
 from fastddim.step.arguments import transformed
 
 A_S = COLUMNS.index("sqrt_abar_s")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fastddim.coefficients import COLUMNS
 from fastddim.dropins._shared import pack_rows
+from fastddim.dropins._tables import CPU
 from fastddim.dropins.diffusers.base import Generators, has_grad, output_of
 from fastddim.dropins.diffusers.euler import Euler
-from fastddim.dropins.diffusers.tables import CPU
 
 B_T = COLUMNS.index("sqrt_1m_abar_t")
 """The column of the factor of ε in x_t."""

@@ -14,9 +14,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastddim.check import shown
-from fastddim.dropins.diffusers.base import NAMES, Base, Generators, has_grad, like, output_of
+from fastddim.dropins._scheduler import NAMES, like
+from fastddim.dropins._tables import Made
+from fastddim.dropins.diffusers.base import Base, Generators, has_grad, output_of
 from fastddim.dropins.diffusers.multistep_table import make_rows
-from fastddim.dropins.diffusers.tables import Made
 from fastddim.step.arguments import OUTPUTS, transformed
 
 ETA = {"dpmsolver++": 0.0, "sde-dpmsolver++": 1.0}

@@ -9,18 +9,11 @@ import torch
 from torch import Tensor
 
 from fastddim.check import shown
+from fastddim.dropins._scheduler import levels_fit, like
 from fastddim.dropins._shared import Buffers, pack_rows
+from fastddim.dropins._tables import Made, Tables
 from fastddim.dropins._transfer import sent
-from fastddim.dropins.diffusers.base import (
-    Base,
-    Generators,
-    batch_fits,
-    fits,
-    has_grad,
-    levels_fit,
-    like,
-)
-from fastddim.dropins.diffusers.tables import Made, Tables
+from fastddim.dropins.diffusers.base import Base, Generators, batch_fits, fits, has_grad
 from fastddim.step.arguments import transformed
 
 

@@ -12,17 +12,11 @@ from torch import Tensor
 
 from fastddim.check import kind, shown, whole
 from fastddim.coefficients import make_table, pack
+from fastddim.dropins._scheduler import NAMES, like
 from fastddim.dropins._shared import C1, Buffers
+from fastddim.dropins._tables import CPU, Chosen, Made, Tables
 from fastddim.dropins._transfer import sent
-from fastddim.dropins.diffusers.base import (
-    NAMES,
-    Base,
-    Generators,
-    batch_fits,
-    has_grad,
-    like,
-)
-from fastddim.dropins.diffusers.tables import CPU, Chosen, Made, Tables
+from fastddim.dropins.diffusers.base import Base, Generators, batch_fits, has_grad
 from fastddim.levels import Levels
 from fastddim.loop.options import checked_seeds
 from fastddim.schedule import NoiseSchedule
