@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from fastddim.dropins import ermongroup as ermongroup
     from fastddim.dropins import guided as guided
     from fastddim.dropins import lucidrains as lucidrains
+    from fastddim.dropins import policies as policies
 
-__all__ = ("compvis", "diffusers", "ermongroup", "guided", "lucidrains")
+__all__ = ("compvis", "diffusers", "ermongroup", "guided", "lucidrains", "policies")
 
 
 def __getattr__(name: str) -> Any:
