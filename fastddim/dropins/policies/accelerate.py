@@ -31,9 +31,17 @@ class _Kind(NamedTuple):
     """Further names, which it uses in some versions."""
 
 
-_EACH = (
-    "torch randn shape noise_scheduler set_timesteps num_inference_steps timesteps step prev_sample"
-)
+_EACH = {
+    "torch",
+    "randn",
+    "shape",
+    "noise_scheduler",
+    "set_timesteps",
+    "num_inference_steps",
+    "timesteps",
+    "step",
+    "prev_sample",
+}
 _KINDS = (
     _Kind(
         "LeRobot",
@@ -42,17 +50,24 @@ _KINDS = (
             ("batch_size", "global_cond", "generator"),
             ("batch_size", "global_cond", "generator", "noise"),
         ),
-        frozenset(f"{_EACH} unet full long config horizon".split()),
+        frozenset(_EACH | {"unet", "full", "long", "config", "horizon"}),
         frozenset(
-            "dtype device get_device_from_parameters get_dtype_from_parameters action_feature "
-            "_action_dim output_shapes".split()
+            [
+                "dtype",
+                "device",
+                "get_device_from_parameters",
+                "get_dtype_from_parameters",
+                "action_feature",
+                "_action_dim",
+                "output_shapes",
+            ]
         ),
     ),
     _Kind(
         "diffusion_policy",
         DiffusionPolicy,
         (("condition_data", "condition_mask", "local_cond", "global_cond", "generator", "kwargs"),),
-        frozenset(f"{_EACH} model dtype device".split()),
+        frozenset(_EACH | {"model", "dtype", "device"}),
         frozenset(),
     ),
 )
@@ -149,8 +164,7 @@ def _kind_of(policy: Any) -> _Kind:
                 )
             if missing := found.used - names:
                 raise ValueError(
-                    f"{name} must be {found.system}'s loop, which uses "
-                    f"{', '.join(sorted(missing))}"
+                    f"{name} must be {found.system}'s loop, which uses {', '.join(sorted(missing))}"
                 )
             return found
     allowed = " or ".join(f"({', '.join(each)})" for k in _KINDS for each in k.arguments)
@@ -166,9 +180,7 @@ def _check_parts(policy: Any, found: _Kind) -> None:
         )
     steps = getattr(policy, "num_inference_steps", None)
     if type(steps) is not int or steps < 1:
-        raise ValueError(
-            f"policy.num_inference_steps must be an integer ≥ 1, got {shown(steps)}"
-        )
+        raise ValueError(f"policy.num_inference_steps must be an integer ≥ 1, got {shown(steps)}")
     if found.loop is LeRobot:
         try:
             size_of(policy.config)
@@ -193,9 +205,7 @@ def _fast(scheduler: Any) -> Any:
             f"got {config.prediction_type!r}"
         )
     if str(config.get("variance_type", "")).startswith("learned"):
-        raise ValueError(
-            f"{name} must have a fixed variance_type, got {config.variance_type!r}"
-        )
+        raise ValueError(f"{name} must have a fixed variance_type, got {config.variance_type!r}")
     if config.clip_sample and not config.clip_sample_range > 0:
         raise ValueError(
             f"{name} must have a clip_sample_range > 0, got {config.clip_sample_range!r}"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastddim.dropins.policies.steps import Known, Steps
-from fastddim.loop.graph import Memory, capture, lasting
 from fastddim.loop.graph import WHOLE as WHOLE
+from fastddim.loop.graph import Memory, capture, lasting
 from fastddim.loop.held import weights_of
 
 

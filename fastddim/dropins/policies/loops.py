@@ -21,7 +21,7 @@ _MOST = 16
 
 
 class _Kept(NamedTuple):
-    """What a policy keeps for calls alike: the steps, the network, and the graph if there is one."""
+    """The steps, the network and the graph, if there is one, of calls with alike arguments."""
 
     steps: Steps
     model: Any
@@ -128,7 +128,10 @@ class Loop:
             # The former graph's memory can then serve the next.
             self._kept.pop(key, None)
             graph = Captured(steps, model, x(), cond, known)
-            graph = graph if graph.captured() else None
+            if not graph.captured():
+                # The network may have written to the timesteps.
+                graph, steps = None, steps_of(self.scheduler, chosen, options, device, batch)
+                assert steps is not None
         if len(self._kept) >= _MOST:
             self._kept.clear()
         kept = self._kept[key] = _Kept(steps, model, graph)
@@ -144,7 +147,7 @@ class Loop:
         options: dict[str, Any],
     ) -> Tensor:
         """Returns the last state of the loop from ``x``."""
-        if kept.graph is not None and (generator is None or generator.device == x.device):
+        if kept.graph is not None and (generator is None or generator.device.type == x.device.type):
             return kept.graph(x, cond, known, generator)
         scheduler, chosen = self.scheduler, kept.steps.chosen
         if known is not None and x.is_cpu and not known.mask.any():
@@ -188,6 +191,7 @@ class LeRobot(Loop):
         """Returns the result of the fused loop, or None if the own method must run."""
         if not self._fits():
             return None
+        size: tuple[int, ...]
         if x is None:
             first = next(self.policy.parameters(), None)
             if first is None or first.dtype != torch.float32 or first.__class__ is Tensor:
@@ -258,14 +262,10 @@ class DiffusionPolicy(Loop):
             return None
         cond = {"local_cond": local, "global_cond": glob}
         known = Known(data, mask.reshape(*mask.shape, *(1,) * (data.dim() - mask.dim())))
-        kept = self._kept_for(
-            lambda: data, data.shape, data.device, cond, known, options, None
-        )
+        kept = self._kept_for(lambda: data, data.shape, data.device, cond, known, options, None)
         if kept is None:
             return None
-        x = torch.randn(
-            size=data.shape, dtype=data.dtype, device=data.device, generator=generator
-        )
+        x = torch.randn(size=data.shape, dtype=data.dtype, device=data.device, generator=generator)
         return self._run(kept, x, cond, known, generator, kwargs)
 
     def _options(self, kwargs: dict[str, Any]) -> Options | None:

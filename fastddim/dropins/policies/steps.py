@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastddim.dropins._shared import Own
+from fastddim.dropins._shared import Launches, Own
 from fastddim.dropins._transfer import sent
 from fastddim.dropins.diffusers import FastDDIMScheduler, FastDDPMScheduler
+from fastddim.dropins.diffusers.base import NAMES
 from fastddim.dropins.diffusers.plain import tables_of
 from fastddim.dropins.diffusers.tables import Chosen, Source, Tables
 from fastddim.loop.graph import lasting
@@ -69,6 +70,11 @@ class Steps:
         self._levels = Source(scheduler.alphas_cumprod), Source(scheduler._end())
         self._is_ddpm = isinstance(scheduler, FastDDPMScheduler)
         self._rederive, self._own = options.rederive, Own()
+        config = scheduler.config
+        clip = config.clip_sample_range if config.clip_sample else None
+        given = NAMES[config.prediction_type], clip, options.rederive, self._is_ddpm
+        # A threshold is one more pass before each step.
+        self._launches = None if config.thresholding else Launches(tables.table, *given)
         with lasting():
             whole = sent(chosen.source.tensor, device).long()
             if batch is not None:
@@ -101,6 +107,8 @@ class Steps:
     ) -> Tensor:
         """Returns the state after the last step from ``x``, which ``known`` is written into."""
         scheduler, own, tables = self.scheduler, self._own, self._tables
+        # For a large state on a CPU the buffers of earlier steps save more than a kept launch.
+        launches = None if x.is_cpu and x.numel() >= FRESH else self._launches
         for i, ((row, noisy), t) in enumerate(zip(self.rows, self.times, strict=True)):
             if known is not None:
                 known.into(x)
@@ -113,6 +121,10 @@ class Steps:
             ):
                 x = unfit(i, output, x)
                 continue
+            z = noise(i, x) if noisy else None
+            if launches is not None:
+                x = launches.stepped(x, output, row, z)
+                continue
             x, _ = scheduler._stepped(
                 own,
                 tables,
@@ -121,7 +133,7 @@ class Steps:
                 row,
                 rederive=self._rederive,
                 want_x0=False,
-                noise=noise(i, x) if noisy else None,
+                noise=z,
                 posterior=self._is_ddpm,
             )
         if known is not None:
