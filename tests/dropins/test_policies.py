@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import pytest
@@ -247,3 +248,34 @@ def test_levels_of_the_schedulers_own_are_kept() -> None:
     plain = DiffusionModel(scheduler_of("ddim"), 10).eval()
     results = [lerobot(1)(each, 0, torch.Generator().manual_seed(0)) for each in (plain, fast)]
     assert not torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM"])
+def test_the_model_of_lerobot_itself_is_bit_identical(way: Any, name: str) -> None:
+    module = "lerobot.policies.diffusion.modeling_diffusion"
+    lerobots: Any = pytest.importorskip(module, exc_type=ImportError)
+    config = SimpleNamespace(
+        robot_state_feature=SimpleNamespace(shape=(OBSERVED,)),
+        action_feature=SimpleNamespace(shape=(ACTIONS,)),
+        image_features=None,
+        env_state_feature=None,
+        n_obs_steps=1,
+        horizon=HORIZON,
+        down_dims=(16, 32),
+        kernel_size=5,
+        n_groups=8,
+        diffusion_step_embed_dim=32,
+        use_film_scale_modulation=True,
+        compile_model=False,
+        noise_scheduler_type=name,
+        num_train_timesteps=100,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="squaredcos_cap_v2",
+        clip_sample=True,
+        clip_sample_range=1.0,
+        prediction_type="epsilon",
+        num_inference_steps=10,
+    )
+    check_ticks(lerobots.DiffusionModel(config).eval(), lerobot(2))
+    assert way is None or len(way) == 1

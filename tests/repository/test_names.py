@@ -86,6 +86,7 @@ def test_importing_the_package_imports_no_torch() -> None:
         "fastddim.dropins.diffusers.FastFlowMatchEulerDiscreteScheduler",
         "fastddim.dropins.guided.ddim_sample_loop",
         "fastddim.dropins.lucidrains.ddim_sample",
+        "fastddim.dropins.policies.accelerate",
         "fastddim.dropins.ermongroup.ddpm_steps",
         "fastddim.generate.shard",
         "fastddim.DDIM().sample",
@@ -117,6 +118,7 @@ def test_there_are_examples() -> None:
         ("safetensors", "from fastddim import embedded; embedded.load()"),
         ("diffusers", "import fastddim.dropins.diffusers"),
         ("diffusers", "import fastddim; fastddim.dropins.diffusers"),
+        ("diffusers", "import fastddim; fastddim.dropins.policies"),
     ],
 )
 def test_without_an_extra_one_line_says_which(missing: str, code: str) -> None:

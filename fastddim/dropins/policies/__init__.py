@@ -9,7 +9,7 @@ observation, by DDPM or DDIM.
 from __future__ import annotations
 
 try:
-    from fastddim.dropins.policies.accelerate import accelerate, restore
+    from fastddim.dropins.policies.replace import accelerate, restore
 except ModuleNotFoundError as error:
     from fastddim.extras import explained
 

@@ -45,8 +45,8 @@ class Captured:
             self._known = None if known is None else Known(*(part.clone() for part in known))
         self._model = model
 
-    def captured(self) -> bool:
-        """Captures the graph. Returns False where a graph would not repeat the network.
+    def try_capture(self) -> bool:
+        """Captures the graph; returns False where a graph would not repeat the network.
 
         Such a network draws random numbers, writes to the timesteps, or returns other dtypes or
         shapes than the state's.
@@ -56,7 +56,7 @@ class Captured:
         """
         # Do not capture self: the cycle would delay freeing the graph's memory.
         steps, model, x_T, cond = self._steps, self._model, self._x_T, self._cond
-        known, normals = self._known, iter_of(self._normals, self._steps.rows)
+        known, normals = self._known, _by_step(self._normals, self._steps.rows)
 
         def body() -> Tensor:
             return steps.run(model, x_T, cond, known, lambda i, x: normals[i], _unfit)
@@ -111,7 +111,7 @@ def has_graphs(device: torch.device) -> bool:
     return Memory.on(device) is not None
 
 
-def iter_of(normals: list[Tensor], rows: list[tuple[int, bool]]) -> dict[int, Tensor]:
+def _by_step(normals: list[Tensor], rows: list[tuple[int, bool]]) -> dict[int, Tensor]:
     """Returns the normals by the number of their step."""
     noisy = [i for i, (_, noisy) in enumerate(rows) if noisy]
     return dict(zip(noisy, normals, strict=True))

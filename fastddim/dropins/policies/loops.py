@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastddim.dropins.diffusers import FastDDPMScheduler
 from fastddim.dropins.diffusers.tables import Chosen
-from fastddim.dropins.policies.captured import WHOLE, Captured, has_graphs
+from fastddim.dropins.policies.captured import Captured, has_graphs
 from fastddim.dropins.policies.steps import Known, Options, Steps, steps_of
 from fastddim.loop.devices import check_not_capturing
+from fastddim.loop.graph import WHOLE
 from fastddim.step.arguments import transformed
 
 _MOST = 16
@@ -128,7 +129,7 @@ class Loop:
             # The former graph's memory can then serve the next.
             self._kept.pop(key, None)
             graph = Captured(steps, model, x(), cond, known)
-            if not graph.captured():
+            if not graph.try_capture():
                 # The network may have written to the timesteps.
                 graph, steps = None, steps_of(self.scheduler, chosen, options, device, batch)
                 assert steps is not None
