@@ -133,7 +133,7 @@ def _restore(state: Tensor, device: torch.device) -> None:
         torch.set_rng_state(state)
 
 
-def _places(model: nn.Module) -> list[tuple[dict[str, Any], str, int]]:
+def _places(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
     """Returns where each part and each weight of a network is."""
     return [
         (held, name, _mark(value))
@@ -143,6 +143,6 @@ def _places(model: nn.Module) -> list[tuple[dict[str, Any], str, int]]:
     ]
 
 
-def _mark(value: Any) -> int:
-    """Returns a weight's address, or the identity of a module."""
-    return value.data_ptr() if isinstance(value, Tensor) else id(value)
+def _mark(value: Any) -> Any:
+    """Returns a weight's address, or the module itself, because a later module may get its id."""
+    return value.data_ptr() if isinstance(value, Tensor) else value

@@ -109,6 +109,20 @@ class Loop:
             if value is not None and (value.__class__ is not Tensor or value.device != device):
                 return None
         check_not_capturing(device)
+        with self._turn:
+            return self._found(x, size, device, cond, known, options, batch)
+
+    def _found(
+        self,
+        x: Any,
+        size: Any,
+        device: torch.device,
+        cond: dict[str, Any],
+        known: Known | None,
+        options: Options,
+        batch: int | None,
+    ) -> _Kept | None:
+        """Returns the kept steps and graph, made anew where something behind them has changed."""
         model = getattr(self.policy, self.network)
         chosen = self._chosen()
         alike = [v if v is None else (v.shape, v.dtype) for v in (*cond.values(), *(known or ()))]
@@ -149,7 +163,8 @@ class Loop:
     ) -> Tensor:
         """Returns the last state of the loop from ``x``."""
         if kept.graph is not None and (generator is None or generator.device.type == x.device.type):
-            return kept.graph(x, cond, known, generator)
+            with self._turn:  # A graph has one memory for its inputs.
+                return kept.graph(x, cond, known, generator)
         scheduler, chosen = self.scheduler, kept.steps.chosen
         if known is not None and x.is_cpu and not known.mask.any():
             known = None
@@ -180,8 +195,7 @@ class LeRobot(Loop):
         noise: Tensor | None = None,
     ) -> Tensor:
         """Returns actions (batch_size, horizon, actions), from ``noise`` or from drawn noise."""
-        with self._turn:
-            found = self._sampled(batch_size, global_cond, generator, noise)
+        found = self._sampled(batch_size, global_cond, generator, noise)
         if found is None:
             given = {} if noise is None else {"noise": noise}
             own: Tensor = self.own(batch_size, global_cond, generator, **given)
@@ -237,8 +251,7 @@ class DiffusionPolicy(Loop):
         ``kwargs`` are arguments of ``scheduler.step``, such as ``eta``.
         """
         given = condition_data, condition_mask, local_cond, global_cond, generator
-        with self._turn:
-            found = self._sampled(*given, kwargs)
+        found = self._sampled(*given, kwargs)
         if found is None:
             own: Tensor = self.own(*given, **kwargs)
             return own
