@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from fastddim.dropins import guided as guided
     from fastddim.dropins import lucidrains as lucidrains
     from fastddim.dropins import monai as monai
+    from fastddim.dropins import policies as policies
 
-__all__ = ("compvis", "diffusers", "ermongroup", "guided", "lucidrains", "monai")
+__all__ = ("compvis", "diffusers", "ermongroup", "guided", "lucidrains", "monai", "policies")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastddim.coefficients import COLUMNS, PREDICTIONS, Prediction
 from fastddim.step.backends import Fixed, Launch, backend, chosen
-from fastddim.step.bound import nothing, step_of, watched
+from fastddim.step.bound import by_op, nothing, step_of, watched
 from fastddim.step.buffers import FRESH, Spare, fitting, memory
 from fastddim.step.checked import ddim_step
 from fastddim.step.on_torch import BLOCK
@@ -136,7 +136,9 @@ class Buffers:
         history: Tensor | None = None,
         checked: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns (x_s, x0) as ``fastddim.ddim_step`` does. Drop-ins call the step only here.
+        """Returns (x_s, x0) as ``fastddim.ddim_step`` does.
+
+        Drop-ins call the step only here and in ``Launches``.
 
         ``table`` and the keywords down to ``want_x0`` stay the same in a run; the others change
         from step to step. ``checked`` skips the checks. It promises that all arguments have the
@@ -246,6 +248,42 @@ class Buffers:
         if plain:
             self._latest = like, table, launch
         return launch
+
+
+class Launches:
+    """Takes the steps of loops of small states, and keeps a launch for each layout.
+
+    The table and the options are those of ``Buffers.stepped``. Every tensor is float32 on the
+    table's device; ``x`` and ``noise`` are plain tensors. Threads may share the launches.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        prediction: Prediction,
+        clip: float | None,
+        rederive: bool,
+        posterior: bool,
+    ) -> None:
+        self._table = table
+        self._fixed = Fixed(PREDICTIONS.index(prediction), False, clip, rederive, posterior)
+        self._kept: dict[Any, Launch] = {}
+
+    def stepped(self, x: Tensor, output: Tensor, row: int, noise: Tensor | None) -> Tensor:
+        """Returns x_s in new memory."""
+        x_s = torch.empty_like(x)
+        given = x, output, self._table, row, None, noise, None, None, x_s, None, None, None
+        if watched() or output.is_neg() or output._is_zerotensor():
+            by_op(self._fixed, *given)
+            return x_s
+        strides = x.stride(), output.stride(), None if noise is None else noise.stride()
+        like = chosen(), x.shape, strides
+        launch = self._kept.get(like)
+        if launch is None:
+            step = step_of(backend(x.device), self._fixed, x.device)
+            launch = self._kept[like] = step.launch(*given)
+        launch(*given)
+        return x_s
 
 
 class Own(Buffers, threading.local):

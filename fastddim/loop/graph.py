@@ -79,7 +79,7 @@ class Captured:
     ) -> None:
         self._size, self._plan, self._turn, self._runs_in = size, plan, threading.Lock(), 0
         cond, uncond = options.get("cond"), options.get("uncond")
-        with _lasting():
+        with lasting():
             self._x_T = torch.zeros(size, dtype=torch.float32, device=device)
             # Copy the conditions, because calls overwrite them, and the caller's must not change.
             self._cond = _copied(cond)
@@ -241,7 +241,7 @@ class Captured:
         # Do not capture self: the cycle would delay freeing the graph's memory.
         run, x_T, batch = self._run, self._x_T, self._size[0]
         rows, device = run.rows, x_T.device
-        with _lasting():
+        with lasting():
             n = torch.zeros(1, dtype=torch.int64, device=device)
             index = torch.tensor([row.number for row in rows], dtype=torch.int32, device=device)
             level = torch.tensor(self._plan.times[[row.number for row in rows]], device=device)
@@ -395,7 +395,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> No
 
 
 @contextmanager
-def _lasting() -> Iterator[None]:
+def lasting() -> Iterator[None]:
     """Makes tensors that later calls can write; only inference mode can write its own tensors."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -92,6 +92,7 @@ OTHERS = (
         "fastddim.dropins.compvis.PLMSSampler",
         "fastddim.dropins.guided.ddim_sample_loop",
         "fastddim.dropins.lucidrains.ddim_sample",
+        "fastddim.dropins.policies.accelerate",
         "fastddim.dropins.ermongroup.ddpm_steps",
         "fastddim.generate.shard",
         "fastddim.DDIM().sample",
@@ -124,6 +125,7 @@ def test_there_are_examples() -> None:
         ("safetensors", "from fastddim import embedded; embedded.load()"),
         ("diffusers", "import fastddim.dropins.diffusers"),
         ("diffusers", "import fastddim; fastddim.dropins.diffusers"),
+        ("diffusers", "import fastddim; fastddim.dropins.policies"),
     ],
 )
 def test_without_an_extra_one_line_says_which(missing: str, code: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastddim.dropins._scheduler import NAMES, levels_fit, like
 from fastddim.dropins._shared import pack_rows
-from fastddim.dropins._tables import CPU, Chosen, Made
+from fastddim.dropins._tables import CPU, Chosen, Made, Tables
 from fastddim.dropins._transfer import sent
 from fastddim.dropins.diffusers.base import Base, Generators, output_of
 from fastddim.step.arguments import transformed
@@ -152,15 +152,9 @@ class FastDDPMScheduler(Base, DDPMScheduler):
         row = self._place(chosen, t)
         if row is None:
             return None
-        config = self.config
-        kinds = self.variance_type, config.variance_type
-        given = "ddpm", sample.device, self.alphas_cumprod, self.one, (chosen, kinds)
-        tables = self._cache.found(*given)
+        tables = self._tables_of(chosen, sample.device)
         if tables is None:
-            made = self._made(chosen)
-            if made is None:
-                return None
-            tables = self._cache.keep(*given, made)
+            return None
         own = self._own
         z = self._drawn(output, generator) if t > 0 else None
         x_s, x0 = self._stepped(own, tables, sample, output, row, noise=z, posterior=True)
@@ -168,6 +162,16 @@ class FastDDPMScheduler(Base, DDPMScheduler):
             own.clear()
         assert x0 is not None
         return x_s, x0
+
+    def _tables_of(self, chosen: Chosen | None, device: torch.device) -> Tables | None:
+        """Returns the tables on ``device``, or None if the original's factors are not float32."""
+        kinds = self.variance_type, self.config.variance_type
+        given = "ddpm", device, self.alphas_cumprod, self.one, (chosen, kinds)
+        tables = self._cache.found(*given)
+        if tables is None:
+            made = self._made(chosen)
+            tables = None if made is None else self._cache.keep(*given, made)
+        return tables
 
     def _place(self, chosen: Chosen | None, t: int) -> int | None:
         """Returns the row of timestep t, or None if the original refuses t."""

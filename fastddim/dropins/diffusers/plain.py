@@ -64,7 +64,7 @@ class Plain:
         tables = (
             _upward_tables(scheduler, sample.device)
             if scheduler._upwards
-            else _tables(scheduler, float(eta), sample.device, scheduler._end())
+            else tables_of(scheduler, float(eta), sample.device, scheduler._end())
         )
         if tables is None:
             return None
@@ -96,7 +96,7 @@ class Plain:
         if not batch_fits(scheduler, output, timesteps, sample, eta):
             return None
         # The original ends a batch at ᾱ = 1, whatever the value of ``final_alpha_cumprod``.
-        tables = _tables(scheduler, 0.0, sample.device, 1.0)
+        tables = tables_of(scheduler, 0.0, sample.device, 1.0)
         if tables is None:
             return None
         rows = (timesteps + len(scheduler.alphas_cumprod)).to(torch.int32)
@@ -119,7 +119,7 @@ class Plain:
         return cast(Tensor, scheduler._parent._batch_get_variance(scheduler, t, prev_t))
 
 
-def _tables(
+def tables_of(
     scheduler: Base, eta: float, device: torch.device, final: Tensor | float
 ) -> Tables | None:
     """Returns the original's step from each timestep, by its own float32 operations.
