@@ -150,7 +150,7 @@ def test_arguments_of_the_step_are_obeyed(way: Any, kwargs: dict[str, Any]) -> N
     fast = check_ticks(policy, masked(2, **kwargs))
     plain = UnetPolicy(policy.noise_scheduler, 10, network=policy.model)
     found = [
-        masked(2, **k)(p, 0, torch.Generator().manual_seed(0))
+        masked(2, True, **k)(p, 0, torch.Generator().manual_seed(0))
         for p, k in ((fast, kwargs), (plain, {"eta": 0.25}))
     ]
     assert not torch.equal(*found)  # The argument makes a difference.
