@@ -86,9 +86,10 @@ def step(
     out: Tensor,
     x0: Tensor | None,
     next_input: Tensor | None = None,
+    posterior: bool = False,
 ) -> None:
     """Takes one step by this backend, bound anew: no checks and no caches."""
-    fixed = backends.Fixed(prediction, noise_first, clip, rederive)
+    fixed = backends.Fixed(prediction, noise_first, clip, rederive, posterior)
     Bound(backend, fixed)(
         x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input
     )

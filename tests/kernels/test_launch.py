@@ -125,6 +125,8 @@ CASES: dict[str, dict[str, Any]] = {
         "rederive": True,
         "prediction": 2,
     },
+    "noise, flow": {"noise": aligned(*SHAPE), "prediction": 3},
+    "posterior": {"noise": aligned(*SHAPE), "posterior": True, "noise_first": False, "clip": 1.0},
     "order 2, seeds": {
         "table": SECOND,
         "history": aligned(*SHAPE),
@@ -141,7 +143,7 @@ CASES: dict[str, dict[str, Any]] = {
         "next_input": aligned(4, *SHAPE[1:], dtype=torch.float16),
     },
 }
-FIXED = ("prediction", "noise_first", "clip", "rederive")
+FIXED = ("prediction", "noise_first", "clip", "rederive", "posterior")
 ORDER = (
     *("x", "output", "table", "row", "seeds", "noise", "guidance", "threshold"),
     *("out", "x0", "next_input", "history"),

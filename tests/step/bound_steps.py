@@ -39,6 +39,7 @@ def by_reference(
     clip: float | None = None,
     rederive: bool = False,
     noise_first: bool = True,
+    posterior: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The step in eager float32, from what a bound step is called with."""
     batch, each = len(x), (-1, *[1] * (x.dim() - 1))
@@ -63,6 +64,7 @@ def by_reference(
         of_samples(guidance),
         of_samples(threshold),
         rederive,
+        posterior=posterior,
     )
 
 

@@ -36,9 +36,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 EVERY: list[dict[str, Any]] = [
-    {"prediction": prediction, "clip": clip, "rederive": rederive, "noise_first": noise_first}
-    for prediction, clip, rederive, noise_first in itertools.product(
-        PREDICTIONS, (None, 0.8), (False, True), (True, False)
+    {"prediction": prediction, "clip": clip, "noise_first": noise_first, **sum_of}
+    for prediction, clip, sum_of, noise_first in itertools.product(
+        PREDICTIONS,
+        (None, 0.8),
+        ({"rederive": False}, {"rederive": True}, {"posterior": True}),
+        (True, False),
     )
 ]
 

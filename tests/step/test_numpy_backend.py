@@ -59,17 +59,17 @@ def test_numpy_steps_equal_the_reference(prediction: str, layout: torch.memory_f
     columns = (-1, 1, 1, 1)
     either: list[Tensor | int] = [7, each]
     with using("numpy"):
-        for rows, noise, bounds, rederive, noise_first, dtype in itertools.product(
+        for rows, noise, bounds, sum_of, noise_first, dtype in itertools.product(
             either,
             (None, z),
             ("none", "clip", "threshold"),
-            (False, True),
+            ({"rederive": False}, {"rederive": True}, {"posterior": True}),
             (False, True),
             (torch.float32, torch.bfloat16),
         ):
-            options: dict[str, Any] = {"rederive": rederive, "noise_first": noise_first}
+            options: dict[str, Any] = sum_of | {"noise_first": noise_first}
             options |= {"noise": noise, "prediction": prediction}
-            eager: dict[str, Any] = {"rederive": rederive, "noise_first": noise_first}
+            eager: dict[str, Any] = sum_of | {"noise_first": noise_first}
             if bounds == "clip":
                 options["clip"] = eager["clip"] = 0.7
             elif bounds == "threshold":

@@ -189,6 +189,8 @@ def test_blocks_cross_samples_and_samples_cross_blocks(
     assert_same_step(x, output, rows, clip=1.0)
     assert_same_step(x, output, rows, noise=z)
     assert_same_step(x, output, rows, torch.arange(shape[0]) + 2**32 - 2, prediction="v")
+    assert_same_step(x, output, rows, noise=z, prediction="flow")
+    assert_same_step(x, output, rows, noise=z, posterior=True, noise_first=False)
 
 
 OWN_FACTORS = [(3000, 2), (4096, 8), (70, 63), (70, 64), (5, BLOCK + 3), (3, 2 * PART + 1)]

@@ -28,6 +28,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 BOUNDS = ["none", "clip", "threshold"]
+SUMS: list[dict[str, Any]] = [{}, {"rederive": True}, {"posterior": True}]
 
 
 def drawn(x: Tensor, seeds: Tensor, rows: Tensor) -> Tensor:
@@ -49,6 +50,7 @@ def assert_same_step(
     noise_first: bool = True,
     clip: float | None = None,
     rederive: bool = False,
+    posterior: bool = False,
 ) -> None:
     """The pass equals the reference, with x0 and without, and writes to nothing it was given."""
     given = [
@@ -67,12 +69,14 @@ def assert_same_step(
         None if guidance is None else guidance.reshape(each),
         None if threshold is None else threshold.reshape(each),
         rederive,
+        posterior=posterior,
     )
     flags = (prediction, noise_first, clip, rederive)
     for want_x0 in (True, False):
         out, x0 = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
         into = x0 if want_x0 else None
-        step(x, output, TABLE, rows, seeds, noise, guidance, threshold, *flags, out, into)
+        given_to = (x, output, TABLE, rows, seeds, noise, guidance, threshold, *flags, out, into)
+        step(*given_to, posterior=posterior)
         torch.testing.assert_close(out, expected[0], rtol=0, atol=0, equal_nan=True)
         if want_x0:
             torch.testing.assert_close(x0, expected[1], rtol=0, atol=0, equal_nan=True)
@@ -97,14 +101,14 @@ def weights(batch: int, shared: bool) -> Tensor:
 # --- The step ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction", range(3))
+@pytest.mark.parametrize("prediction", range(4))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_variant_equals_the_reference(prediction: int, dtype: torch.dtype) -> None:
     x, z, outputs = randn(3, 5, 41), randn(3, 5, 41, seed=1), randn(6, 5, 41, seed=2).to(dtype)
     seeds = torch.tensor([0, 2**32 + 5, 2**63 - 1])
-    flags = itertools.product((False, True), repeat=5)
-    variants = itertools.product(("none", "tensor", "counter"), BOUNDS, flags)
-    for kind, bounded, (guided, rederive, noise_first, one_row, together) in variants:
+    flags = itertools.product((False, True), repeat=4)
+    variants = itertools.product(("none", "tensor", "counter"), BOUNDS, SUMS, flags)
+    for kind, bounded, sum_of, (guided, noise_first, one_row, together) in variants:
         row: int | list[int] = 7 if together else [3, LAST, 20]
         assert_same_step(
             x,
@@ -115,15 +119,15 @@ def test_every_variant_equals_the_reference(prediction: int, dtype: torch.dtype)
             weights(3, one_row) if guided else None,
             prediction=prediction,
             noise_first=noise_first,
-            rederive=rederive,
+            **sum_of,
             **bound(bounded, 3, one_row),
         )
 
 
-@pytest.mark.parametrize("prediction", range(3))
+@pytest.mark.parametrize("prediction", range(4))
 def test_a_hundred_thousand_elements_are_not_contracted(prediction: int) -> None:
     x, output, z = (3 * randn(1, 100_003, seed=i) for i in range(3))
-    for bounded, noise_first, rederive in itertools.product(BOUNDS, (False, True), (False, True)):
+    for bounded, noise_first, sum_of in itertools.product(BOUNDS, (False, True), SUMS):
         assert_same_step(
             x,
             torch.cat([output, z]),
@@ -133,7 +137,7 @@ def test_a_hundred_thousand_elements_are_not_contracted(prediction: int) -> None
             torch.tensor([1.7]),
             prediction=prediction,
             noise_first=noise_first,
-            rederive=rederive,
+            **sum_of,
             **bound(bounded, 1, True),
         )
 
@@ -146,7 +150,7 @@ NASTY = torch.tensor(
 )
 
 
-@pytest.mark.parametrize("prediction", range(3))
+@pytest.mark.parametrize("prediction", range(4))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_infinity_denormals_and_zeros_come_out_as_eagers(
     prediction: int, dtype: torch.dtype
@@ -156,8 +160,8 @@ def test_nan_infinity_denormals_and_zeros_come_out_as_eagers(
         t.flatten()[None].repeat(1, 2) for t in torch.meshgrid(NASTY, NASTY, indexing="ij")
     )
     output = output.to(dtype)
-    for row, bounded, rederive in itertools.product((0, 20, LAST), BOUNDS, (False, True)):
-        options: dict[str, Any] = {"prediction": prediction, "rederive": rederive}
+    for row, bounded, sum_of in itertools.product((0, 20, LAST), BOUNDS, SUMS):
+        options: dict[str, Any] = {"prediction": prediction, **sum_of}
         options |= bound(bounded, 1, False)
         assert_same_step(x, output, rows_of(1, row), **options)
         assert_same_step(x, output, rows_of(1, row), None, x.flip(-1), **options)
@@ -331,8 +335,8 @@ def test_any_shape_layout_dtype_and_flags_equal_the_reference(data: st.DataObjec
         torch.tensor(seeds, dtype=torch.int64) if kind == "counter" else None,
         tensor(2, batch) if kind == "tensor" else None,
         weights(batch, shared) if guided else None,
-        prediction=data.draw(st.integers(0, 2), label="prediction"),
+        prediction=data.draw(st.integers(0, 3), label="prediction"),
         noise_first=data.draw(st.booleans(), label="noise_first"),
-        rederive=data.draw(st.booleans(), label="rederive"),
+        **data.draw(st.sampled_from(SUMS), label="sum"),
         **bound(data.draw(st.sampled_from(BOUNDS), label="bound"), batch, shared),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ def op_arguments(
     threshold: bool = False,
     next_dtype: torch.dtype | None = None,
     next_inputs: int = 1,
+    posterior: bool = False,
 ) -> tuple[Any, ...]:
     x, output, z = (randn(*shape, seed=i) for i in range(3))
     if guided:
@@ -63,6 +65,7 @@ def op_arguments(
         None
         if next_dtype is None
         else torch.cat([torch.zeros_like(x)] * next_inputs).to(next_dtype),
+        *((None, None, True) if posterior else ()),
     )
 
 
@@ -71,6 +74,8 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "counter noise": op_arguments(noise="counter"),
     "tensor noise, v, clip": op_arguments(noise="tensor", prediction=1, clip=1.0),
     "bfloat16, sample, no x0": op_arguments(dtype=torch.bfloat16, prediction=2, want_x0=False),
+    "flow": op_arguments(noise="tensor", prediction=3),
+    "posterior": op_arguments(noise="tensor", prediction=1, clip=1.0, posterior=True),
     "channels_last": op_arguments(noise="counter", layout=torch.channels_last),
     "guidance, next input": op_arguments(guided=True, next_dtype=torch.bfloat16),
     "threshold": op_arguments(threshold=True),
@@ -113,8 +118,10 @@ def test_versions_are_bumped_for_written_tensors_alone(backend: str) -> None:
     assert out._version > 0
 
 
-def step(x: Tensor, output: Tensor, row: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor | None]:
-    return fastddim.ddim_step(x, output, TABLE, row, seeds, clip=1.0)
+def step(
+    x: Tensor, output: Tensor, row: Tensor, seeds: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    return fastddim.ddim_step(x, output, TABLE, row, seeds, clip=1.0, **options)
 
 
 def noisy_loop(net: torch.nn.Module, x: Tensor, seeds: Tensor) -> Tensor:
@@ -130,12 +137,17 @@ def _fresh_compiler() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_a_compiled_step_equals_the_eager_one() -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"prediction": "flow"}, {"posterior": True, "noise_first": False}]
+)
+def test_a_compiled_step_equals_the_eager_one(options: dict[str, Any]) -> None:
     x, output, seeds = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1), torch.tensor([1, 2**40])
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(partial(step, **options), fullgraph=True, backend="aot_eager")
     for row in (rows(3, 40), rows(49, 0)):
-        found, expected = compiled(x, output, row, seeds), step(x, output, row, seeds)
+        found = compiled(x, output, row, seeds)
+        expected = step(x, output, row, seeds, **options)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert not options or not torch.equal(found[0], step(x, output, row, seeds)[0])
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -278,6 +290,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"prediction": "eps"},
         ValueError,
         "prediction must be one of epsilon, v, sample, flow, got 'eps'",
+    ),
+    "posterior and rederive": (
+        {"posterior": True, "rederive": True},
+        ValueError,
+        "rederive must be False with posterior, whose sum holds no ε, got True",
     ),
     "clip zero": ({"clip": 0.0}, ValueError, "clip must be > 0, got 0"),
     "clip negative": ({"clip": -1.0}, ValueError, "clip must be > 0, got -1"),
