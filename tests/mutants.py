@@ -247,11 +247,7 @@ MUTANTS = [
         "written = x_in is not None and len(x_in)",
     ),
     Mutant(
-        "loop",
-        "a negative output is read as it lies",
-        LOOP,
-        "            or output.is_neg()\n",
-        "",
+        "loop", "a negative output is read as it lies", LOOP, "            or output.is_neg()\n", ""
     ),
     Mutant(
         "loop",
@@ -390,8 +386,8 @@ MUTANTS = [
         "dropins",
         "a batch of diffusers' ends at the scheduler's ᾱ",
         DROPINS,
-        "_tables(scheduler, 0.0, sample.device, 1.0)",
-        "_tables(scheduler, 0.0, sample.device, scheduler._end())",
+        "tables_of(scheduler, 0.0, sample.device, 1.0)",
+        "tables_of(scheduler, 0.0, sample.device, scheduler._end())",
     ),
     Mutant(
         "dropins",
