@@ -92,11 +92,11 @@ OTHERS = (
         "fastddim.dropins.compvis.PLMSSampler",
         "fastddim.dropins.guided.ddim_sample_loop",
         "fastddim.dropins.lucidrains.ddim_sample",
-        "fastddim.dropins.policies.accelerate",
         "fastddim.dropins.ermongroup.ddpm_steps",
         "fastddim.generate.shard",
         "fastddim.DDIM().sample",
         *(pytest.param(f"{SCHEDULERS}.{name}", marks=pytest.mark.slow) for name in OTHERS),
+        pytest.param("fastddim.dropins.policies.accelerate", marks=pytest.mark.slow),
     ],
 )
 def test_names_of_the_readme_need_no_import_of_their_own(used: str) -> None:

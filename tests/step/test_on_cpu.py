@@ -24,6 +24,7 @@ from fastddim.coefficients import PREDICTIONS
 from fastddim.step import on_torch, reference
 from fastddim.step.on_torch import BLOCK, PART, _blocks, _scratch
 from fastddim.step.philox import STEP_STREAM
+from tests.cases import some
 from tests.paths import CPU, normal_, use
 from tests.tolerances import NORMAL_ATOL
 
@@ -199,7 +200,7 @@ BOUNDS: list[dict[str, Any]] = [{}, {"threshold": ()}, {"threshold": (), "rederi
 
 @pytest.mark.parametrize("shape", OWN_FACTORS)
 @pytest.mark.parametrize("together", [True, False], ids=["one block", "blocks"])
-@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("equal", some([False, True], 2))
 def test_samples_with_factors_of_their_own_equal_the_reference(
     shape: tuple[int, int], together: bool, equal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,7 @@ print(os.waitpid(pid, 0)[1])
     assert run(first.format(name="torch"), numba=False) == "0"
 
 
+@pytest.mark.slow  # the threads of two processes wait for each other on two cores
 def test_threads_flush_denormals_as_their_caller_does() -> None:
     denormal = """
 if not torch.set_flush_denormal(True):
