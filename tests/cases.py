@@ -10,8 +10,8 @@ import pytest
 
 def some(cases: Iterable[Any], every: int) -> list[Any]:
     """Marks all cases slow but each ``every``-th, the first included."""
-    slow = {"marks": pytest.mark.slow}
-    return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), **(slow if i % every else {}))
-        for i, case in enumerate(cases)
-    ]
+    found = []
+    for i, case in enumerate(cases):
+        values = case if isinstance(case, tuple) else (case,)
+        found.append(pytest.param(*values, marks=[pytest.mark.slow] if i % every else []))
+    return found
