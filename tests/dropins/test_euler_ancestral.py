@@ -43,8 +43,8 @@ def test_whole_loops_have_the_originals_bits() -> None:
 
 
 @pytest.mark.slow
-def test_all_loops_have_the_originals_bits() -> None:
-    for config, times in EULERS:
+def test_more_loops_have_the_originals_bits() -> None:
+    for config, times in EULERS[1::5]:
         assert_same_loops("euler", config, times)
 
 

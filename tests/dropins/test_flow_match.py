@@ -44,8 +44,8 @@ def test_whole_loops_have_the_originals_bits() -> None:
 
 
 @pytest.mark.slow
-def test_all_loops_have_the_originals_bits() -> None:
-    for config, times in FLOWS:
+def test_more_loops_have_the_originals_bits() -> None:
+    for config, times in FLOWS[1::7]:
         assert_same_loops("flow", config, times)
 
 

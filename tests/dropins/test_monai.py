@@ -125,7 +125,7 @@ def test_loops_are_bit_identical(original: Any, start: int) -> None:
 
 @pytest.mark.slow
 def test_more_loops_are_bit_identical(original: Any) -> None:
-    assert_grid(original, GRID)
+    assert_grid(original, GRID[1::5])
 
 
 @pytest.mark.parametrize("backend", CPU)
