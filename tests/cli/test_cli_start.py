@@ -53,9 +53,14 @@ def test_a_picture_knows_what_it_was_made_from() -> None:
     ("command", "rest", "rows", "columns"),
     [
         ("sample", ["--seeds", "0-3"], 2, 2),
-        ("interpolate", ["--seeds", "0-3", "--columns", "3"], 2, 3),
-        ("sequence", ["--seeds", "0-1"], 2, 2),
-        ("reconstruct", ["--seeds", "0-1", "--out", "reconstruct.png"], 2, 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("interpolate", ["--seeds", "0-3", "--columns", "3"], 2, 3),
+                ("sequence", ["--seeds", "0-1"], 2, 2),
+                ("reconstruct", ["--seeds", "0-1", "--out", "reconstruct.png"], 2, 2),
+            )
+        ),
     ],
 )
 def test_labels_stand_beside_the_images(

@@ -98,6 +98,7 @@ def test_a_recipe_names_the_tuned_timesteps(tau: str, capfd: pytest.CaptureFixtu
     assert main([*generate, "--order", "2"]) == 0  # the same recipe again
 
 
+@pytest.mark.slow
 def test_another_order_and_other_weights_give_one_line() -> None:
     Tuned(timesteps=((999, 20),), order=2, T=1000, model="ab" * 32).write("tau.json")
     arguments = ("sample", "--seeds", "0", *QUICK, "--steps", "2", "--spacing", "tau.json")

@@ -69,10 +69,15 @@ def test_a_test_in_a_child_passes_in_another_process(tmp_path: Path) -> None:
     ("name", "given", "said"),
     [
         ("raising", {}, ["ValueError: this is why", "test_apart.py", "in raising"]),
-        ("asserting", {"x": 3}, ["AssertionError: four was asked for"]),
+        pytest.param(
+            "asserting",
+            {"x": 3},
+            ["AssertionError: four was asked for"],
+            marks=pytest.mark.slow,
+        ),
         ("warning", {}, ["UserWarning: an error in a test"]),
         ("aborting", {}, ["the process of aborting died", "-6", "the last words"]),
-        ("leaving", {}, ["the process of leaving died", "0"]),
+        pytest.param("leaving", {}, ["the process of leaving died", "0"], marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_in_a_child_is_one_failure(

@@ -73,6 +73,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 SCHEDULERS = "fastddim.dropins.diffusers"
 OTHERS = (
+    "FastDDIMScheduler",
     "FastDDPMScheduler",
     "FastDPMSolverMultistepScheduler",
     "FastEulerAncestralDiscreteScheduler",
@@ -87,7 +88,6 @@ OTHERS = (
         "fastddim.embedded.load",
         "fastddim.profile.cells",
         "fastddim.checkpoints.load",
-        "fastddim.dropins.diffusers.FastDDIMScheduler",
         "fastddim.dropins.compvis.DDIMSampler",
         "fastddim.dropins.compvis.PLMSSampler",
         "fastddim.dropins.guided.ddim_sample_loop",

@@ -23,6 +23,7 @@ from fastddim.step.op import initial_noise
 from fastddim.tools.folder import Folder
 from fastddim.tools.quality import Gaussian
 from tests import paths
+from tests.cases import some
 from tests.paths import forget, has_numba, here, instead, randn
 from tests.processes import ran
 from tests.refusals import refused
@@ -234,12 +235,13 @@ print(*found, *backends.available("cpu"))
 """
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", some(["torch", "triton"], 2))
 def test_the_environment_names_the_backend_of_a_process(name: str) -> None:
     given = {"FASTDDIM_BACKEND": name, "TRITON_INTERPRET": "1"}
     assert run(LOOK, **given) == (0, " ".join([name, "triton", *BEST]))
 
 
+@pytest.mark.slow
 def test_an_empty_variable_names_none() -> None:
     given = {"FASTDDIM_BACKEND": "", "TRITON_INTERPRET": "1"}
     assert run(LOOK, **given) == (0, " ".join([BEST[0], "triton", *BEST]))

@@ -62,7 +62,7 @@ def named(options: dict[str, Any]) -> str:
 # What changes between calls of one step.
 
 
-@pytest.mark.parametrize("options", some(EVERY, 3), ids=named)
+@pytest.mark.parametrize("options", some(EVERY, 6), ids=named)
 def test_one_step_for_every_kind_of_call(options: dict[str, Any]) -> None:
     """Shapes, layouts, dtypes and what there is change from call to call, and back again."""
     step = fastddim.bind(TABLE, **options)
@@ -92,7 +92,7 @@ def test_one_step_for_every_kind_of_call(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", some(EVERY[::5], 3), ids=lambda o: " ".join(map(str, o.values()))
+    "options", some(EVERY[::5], 5), ids=lambda o: " ".join(map(str, o.values()))
 )
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(data=st.data())

@@ -96,6 +96,7 @@ def test_a_fake_step_leaves_no_guidance_behind() -> None:
     assert printed == "True"
 
 
+@pytest.mark.slow
 def test_fake_and_real_samples_leave_nothing_to_each_other() -> None:
     """A table that a mode has made is not kept for steps outside of it."""
     printed = last_of(

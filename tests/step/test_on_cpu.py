@@ -198,7 +198,7 @@ OWN_FACTORS = [(3000, 2), (4096, 8), (70, 63), (70, 64), (5, BLOCK + 3), (3, 2 *
 BOUNDS: list[dict[str, Any]] = [{}, {"threshold": ()}, {"threshold": (), "rederive": True}]
 
 
-@pytest.mark.parametrize("shape", OWN_FACTORS)
+@pytest.mark.parametrize("shape", some([(shape,) for shape in OWN_FACTORS], 2))
 @pytest.mark.parametrize("together", [True, False], ids=["one block", "blocks"])
 @pytest.mark.parametrize("equal", some([False, True], 2))
 def test_samples_with_factors_of_their_own_equal_the_reference(
@@ -352,7 +352,7 @@ def assert_agree(found: Tensor, expected: Tensor, path: str, counter_noise: bool
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("n", [36, 37])
+@pytest.mark.parametrize("n", some([37, 36], 2))
 def test_the_kernel_and_the_cpu_agree_on_everything(prediction: str, n: int, path: str) -> None:
     x, output, z = (randn(2, n, seed=i) for i in range(3))
     rows, seeds = torch.tensor([2, 30], dtype=torch.int32), torch.tensor([7, 2**32 + 7])
@@ -369,7 +369,7 @@ def test_the_kernel_and_the_cpu_agree_on_everything(prediction: str, n: int, pat
         assert torch.equal(x0, found_x0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", some(LAYOUTS, 2))
 def test_the_op_hands_any_layout_to_the_kernel_as_to_the_cpu(layout: str, path: str) -> None:
     x = LAYOUTS[layout](randn(2, 3, 4, 5))
     output, z = randn(2, 3, 4, 5, seed=1), channels_last(randn(2, 3, 4, 5, seed=2))

@@ -13,6 +13,7 @@ from torch import Tensor
 import fastddim
 from fastddim.step import backends
 from fastddim.step.philox import INITIAL_STREAM
+from tests.cases import some
 from tests.processes import ran_anew
 
 numba = pytest.importorskip("numba", reason="the fused pass needs the cpu extra: numba")
@@ -183,7 +184,7 @@ print(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-@pytest.mark.parametrize("before", ["", "step(out)"])
+@pytest.mark.parametrize("before", some(["step(out)", ""], 2))
 def test_a_forked_child_does_it_alone(before: str) -> None:
     assert shared_by(FORKED.format(before=before)) == "0"
 

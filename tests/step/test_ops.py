@@ -16,6 +16,7 @@ import fastddim
 from fastddim import DDIM
 from fastddim.step import on_triton
 from fastddim.step.op import initial_noise
+from tests.cases import some
 from tests.paths import ALL, use
 
 TABLE = torch.tensor(DDIM(steps=50, eta=1.0).table)
@@ -92,7 +93,7 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("sample", some(reversed(SAMPLES), 3))
 def test_the_step_passes_opcheck(sample: str) -> None:
     torch.library.opcheck(torch.ops.fastddim.ddim_step.default, SAMPLES[sample])
 

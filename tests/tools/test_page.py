@@ -154,6 +154,7 @@ def shown(text: str) -> list[np.ndarray[Any, Any]]:
     return [np.array(Image.open(io.BytesIO(base64.b64decode(each)))) for each in found]
 
 
+@pytest.mark.slow
 def test_images_of_earlier_cells_are_still_there() -> None:
     assert main([*TINY, "--eta", "0"]) == 0
     before = shown(Path("profile", "profile.html").read_text())

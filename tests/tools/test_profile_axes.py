@@ -16,6 +16,7 @@ from fastddim.__main__ import main
 from fastddim.tools import curves, draw
 from fastddim.tools.table import Cell
 from fastddim.tuned import schedule_id
+from tests.cases import some
 from tests.refusals import refused
 
 TINY = ("--device", "cpu", "--seeds", "0-2", "--batch-size", "2")
@@ -191,7 +192,7 @@ def test_a_column_that_does_not_vary_is_in_the_heading(capfd: pytest.CaptureFixt
     ]
 
 
-@pytest.mark.parametrize("spacing", ["uniform", "quad"])
+@pytest.mark.parametrize("spacing", some(["quad", "uniform"], 2))
 def test_a_folder_of_an_earlier_version_continues(spacing: str) -> None:
     rest = ("--steps", "1,2", "--eta", "0")
     assert main([*ORACLE, *rest, "--spacing", spacing]) == 0
