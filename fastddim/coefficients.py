@@ -62,6 +62,9 @@ COLUMNS = (
 )
 """The table's columns, in the order in which the kernel reads them."""
 COLUMNS_2 = (*COLUMNS, "kappa")  # κ, the weight of the x0 of the step before
+# √ᾱ_t and √(1−ᾱ_t) where they multiply: eager PyTorch may round a factor to the dtype of a half
+# precision state there, and not where the factor divides.
+COLUMNS_ROUNDED = (*COLUMNS, "times_sqrt_abar_t", "times_sqrt_1m_abar_t")
 """The columns of a table of order 2: see ``make_table``."""
 ORDERS = (1, 2)
 

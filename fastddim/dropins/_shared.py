@@ -31,6 +31,37 @@ def pack_rows(a_t: Tensor, b_t: Tensor, a_s: Tensor, c1: Tensor, c2: Tensor) -> 
     return torch.stack([a_t, 1 / a_t, b_t, 1 / b_t, a_s, c1, c2], dim=1)
 
 
+def as_eager(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns the table of states of this dtype, by which steps round as PyTorch rounds there.
+
+    ``table`` is float32 (steps, 7) on the device of the system's factors, which are tensors without
+    dimensions: they stand before a tensor that they multiply, and after a tensor that they divide.
+    For a state on a CPU, PyTorch rounds such a factor to the state's dtype where it stands first.
+    For a state on a GPU it rounds every factor that is on the GPU, and none that is on the CPU.
+
+    Returns:
+        Float32 (steps, 9) with the columns ``COLUMNS_ROUNDED``, on the table's device, or
+        ``table`` itself for float32.
+    """
+    if dtype == torch.float32:
+        return table
+    times = table.to(dtype).float() if table.device.type == device.type else table
+    a_t, _, b_t = (table if device.type == "cpu" else times)[:, :3].unbind(1)
+    divisors = torch.stack([a_t, 1 / a_t, b_t, 1 / b_t], dim=1)
+    return torch.cat([divisors, times[:, 4:], times[:, 0:3:2]], dim=1)
+
+
+def rounds(x: Tensor, clip: float | None) -> bool:
+    """Tells whether a step from a half precision x rounds as PyTorch does, x0 clamped to ±clip."""
+    dtype = x.dtype
+    return (
+        (dtype == torch.bfloat16 or dtype == torch.float16)
+        and x.device.type in backend(x.device).rounds
+        # PyTorch refuses a bound that x's dtype does not hold.
+        and (clip is None or clip <= torch.finfo(dtype).max)
+    )
+
+
 def checked_factors(
     factors: Callable[[float], tuple[Tensor, Tensor]], eta: float, steps: str
 ) -> tuple[Tensor, Tensor]:
@@ -142,7 +173,7 @@ class Buffers:
 
         ``table`` and the keywords down to ``want_x0`` stay the same in a run; the others change
         from step to step. ``checked`` skips the checks. It promises that all arguments have the
-        shapes and types that the op takes, and that tensors among ``rows``, ``guidance`` and
+        shapes and types that the op takes, x float32 or one that ``rounds``, and that tensors among ``rows``, ``guidance`` and
         ``threshold`` have one value per sample.
         """
         # For a small state, allocating costs less than looking for an unreferenced tensor.
@@ -157,7 +188,8 @@ class Buffers:
                 x, output, table, rows, seeds, noise, guidance, threshold, x_s, x0, next_input,
                 history,
             )  # fmt: skip
-            options = prediction, noise_first, clip, rederive, posterior
+            rounding = None if x.dtype is torch.float32 else x.dtype
+            options = prediction, noise_first, clip, rederive, posterior, rounding
             self._launch(options, *given)(*given)
         else:
             ddim_step(
@@ -238,9 +270,11 @@ class Buffers:
             before, of, launch = self._latest
             if like == before and of is table:
                 return launch
-        prediction, noise_first, clip, rederive, posterior = options
+        prediction, noise_first, clip, rederive, posterior, rounding = options
         # Pipelines leave ``rederive`` at None.
-        fixed = Fixed(PREDICTIONS.index(prediction), noise_first, clip, bool(rederive), posterior)
+        fixed = Fixed(
+            PREDICTIONS.index(prediction), noise_first, clip, bool(rederive), posterior, rounding
+        )
         step = step_of(backend(x.device), fixed, x.device)
         launch = step.launch(
             x, output, table, rows, seeds, noise, guidance, threshold, x_s, x0, next_input, history

@@ -29,6 +29,8 @@ class Fixed(NamedTuple):
         clip: x0 is clamped to ±clip; None leaves x0 as it is.
         rederive: whether ε is computed again from the clamped x0.
         posterior: whether the sum takes x_t in the place of ε.
+        rounding: the state's dtype, bfloat16 or float16, to which the result of each operation is
+            rounded, as eager PyTorch does; None keeps a float32 state and float32 results.
     """
 
     prediction: int = 0
@@ -36,10 +38,15 @@ class Fixed(NamedTuple):
     clip: float | None = None
     rederive: bool = False
     posterior: bool = False
+    rounding: torch.dtype | None = None
 
 
 class StepArgs(NamedTuple):
     """The arguments of one step, checked, in the order in which a launch takes them.
+
+    With ``Fixed.rounding`` the tensors x, output, noise, out and x0 have that dtype in place of
+    float32, the table has the columns ``COLUMNS_ROUNDED``, and there are no seeds, guidance, next
+    input or history.
 
     Attributes:
         x: x_t, float32 (batch, ...).
@@ -99,6 +106,7 @@ class Backend:
         reads: ``reads(x, output)`` returns whether a launch reads an output whose samples lie in
             another order than x's. Otherwise the output is copied first.
         in_order: whether a launch with seeds needs x to be contiguous or channels last.
+        rounds: the kinds of device on which ``bind`` takes ``Fixed.rounding``.
     """
 
     name: str
@@ -106,6 +114,7 @@ class Backend:
     normal_: Callable[[Tensor, Tensor, Tensor, int], None]
     reads: Callable[[Tensor, Tensor], bool] = reads_as_it_lies
     in_order: bool = False
+    rounds: tuple[str, ...] = ()
 
 
 class Entry(NamedTuple):

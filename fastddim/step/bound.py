@@ -181,10 +181,12 @@ def by_op(
 ) -> None:
     """Launches by the op, which torch.compile, dispatch modes, subclasses and the profiler see."""
     rows, number = (row, None) if isinstance(row, Tensor) else (None, row)
-    *options, posterior = fixed
+    *options, posterior, rounding = fixed
     inputs = x, output, table, rows, seeds, noise, guidance, threshold
     results = out, x0, next_input
-    torch.ops.fastddim.ddim_step.default(*inputs, *options, *results, number, history, posterior)
+    torch.ops.fastddim.ddim_step.default(
+        *inputs, *options, *results, number, history, posterior, rounding
+    )
 
 
 def by_op_again(name: str | None, fixed: Fixed, *arguments: Any) -> None:

@@ -14,12 +14,14 @@ cached function alone, and would run the old code after a change in another file
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
@@ -308,40 +310,108 @@ def _repeat(values, stride, n, start, count, into):
 
 
 @_part
-def _predict(count, prediction, x, e, a_t, b_t, x0, eps):
-    """Writes x0 and ε; of an epsilon model, whose output is ε, x0 alone."""
-    if prediction == 0:
-        for i in range(count):
-            x0[i] = (x[i] - e[i] * b_t) / a_t
-    elif prediction == 1:
-        for i in range(count):
-            x0[i] = a_t * x[i] - b_t * e[i]
-            eps[i] = a_t * e[i] + b_t * x[i]
-    elif prediction == 3:
-        for i in range(count):
-            x0[i] = x[i] - e[i] * b_t
-            eps[i] = x[i] + a_t * e[i]
-    else:
-        for i in range(count):
-            x0[i] = e[i]
-            eps[i] = (x[i] - a_t * e[i]) / b_t
+def _unrounded(v):
+    return v
 
 
 @_part
-def _predict_x0(count, prediction, x, e, a_t, b_t, x0):
-    """Writes the x0 of ``_predict`` alone, for a sum that holds x in the place of ε."""
-    if prediction == 0:
+def _to_bfloat16(v):
+    """Returns v rounded to bfloat16, to nearest even, as a float32."""
+    bits = np.float32(v).view(np.uint32)
+    even = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    near = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + even)
+    near = np.uint32(near & np.uint32(0xFFFF0000)).view(np.float32)
+    return near if v == v else v  # the sum could carry a NaN into the sign
+
+
+@_part
+def _to_float16(v):
+    """Returns v rounded to float16, to nearest even, as a float32."""
+    bits = np.float32(v).view(np.uint32)
+    even = np.uint32(np.uint32(bits >> np.uint32(13)) & np.uint32(1))
+    near = np.uint32(np.uint32(bits + np.uint32(0xFFF)) + even)
+    near = np.uint32(near & np.uint32(0xFFFFE000)).view(np.float32)
+    size = abs(v)
+    # Float16's subnormals are multiples of 2⁻²⁴, as are the float32 numbers in [½, 1).
+    near = np.float32(np.float32(v + _MAGIC) - _MAGIC) if size < _SMALLEST_NORMAL else near
+    infinite = _INFINITY if v > 0 else -_INFINITY
+    near = infinite if size >= _OVERFLOW else near
+    return near if v == v else v
+
+
+_MAGIC, _SMALLEST_NORMAL = np.float32(0.75), np.float32(2.0**-14)
+_OVERFLOW, _INFINITY = np.float32(65520.0), np.float32(np.inf)
+
+
+def _terms(rounded):
+    """Returns the terms of the equation, each of whose operations goes through ``rounded``."""
+
+    @_part
+    def predict(count, prediction, x, e, a_t, b_t, times_a, times_b, x0, eps):
+        """Writes x0 and ε; of an epsilon model, whose output is ε, x0 alone."""
+        if prediction == 0:
+            for i in range(count):
+                x0[i] = rounded(rounded(x[i] - rounded(e[i] * times_b)) / a_t)
+        elif prediction == 1:
+            for i in range(count):
+                x0[i] = rounded(rounded(times_a * x[i]) - rounded(times_b * e[i]))
+                eps[i] = rounded(rounded(times_a * e[i]) + rounded(times_b * x[i]))
+        elif prediction == 3:
+            for i in range(count):
+                x0[i] = rounded(x[i] - rounded(e[i] * times_b))
+                eps[i] = rounded(x[i] + rounded(times_a * e[i]))
+        else:
+            for i in range(count):
+                x0[i] = e[i]
+                eps[i] = rounded(rounded(x[i] - rounded(times_a * e[i])) / b_t)
+
+    @_part
+    def predict_x0(count, prediction, x, e, a_t, times_a, times_b, x0):
+        """Writes the x0 of ``predict`` alone, for a sum that holds x in the place of ε."""
+        if prediction == 0:
+            for i in range(count):
+                x0[i] = rounded(rounded(x[i] - rounded(e[i] * times_b)) / a_t)
+        elif prediction == 1:
+            for i in range(count):
+                x0[i] = rounded(rounded(times_a * x[i]) - rounded(times_b * e[i]))
+        elif prediction == 3:
+            for i in range(count):
+                x0[i] = rounded(x[i] - rounded(e[i] * times_b))
+        else:
+            for i in range(count):
+                x0[i] = e[i]
+
+    @_part
+    def divide_by(count, s, x0):
+        """Divides x0 by a threshold."""
         for i in range(count):
-            x0[i] = (x[i] - e[i] * b_t) / a_t
-    elif prediction == 1:
+            x0[i] = rounded(x0[i] / s)
+
+    @_part
+    def rederive(count, x, x0, b_t, times_a, eps):
+        """Writes ε of the bounded x0."""
         for i in range(count):
-            x0[i] = a_t * x[i] - b_t * e[i]
-    elif prediction == 3:
-        for i in range(count):
-            x0[i] = x[i] - e[i] * b_t
-    else:
-        for i in range(count):
-            x0[i] = e[i]
+            eps[i] = rounded(rounded(x[i] - rounded(times_a * x0[i])) / b_t)
+
+    @_part
+    def combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out):
+        """Writes x_s = √ᾱ_s·x0 + c1·z + c2·ε, with the noise before the direction or after it."""
+        if not noisy:
+            for i in range(count):
+                out[i] = rounded(rounded(a_s * x0[i]) + rounded(c2 * eps[i]))
+        elif noise_first:
+            for i in range(count):
+                x_s = rounded(rounded(a_s * x0[i]) + rounded(c1 * z[i + lane]))
+                out[i] = rounded(x_s + rounded(c2 * eps[i]))
+        else:
+            for i in range(count):
+                x_s = rounded(rounded(a_s * x0[i]) + rounded(c2 * eps[i]))
+                out[i] = rounded(x_s + rounded(c1 * z[i + lane]))
+
+    return predict, predict_x0, divide_by, rederive, combine
+
+
+_predict, _predict_x0, _divide_by, _rederive, _combine = _terms(_unrounded)
 
 
 @_part
@@ -377,20 +447,6 @@ def _bound_each(count, x0, s):
         value, bound = x0[i], s[i]
         value = -bound if value < -bound else value
         x0[i] = (bound if value > bound else value) / bound
-
-
-@_part
-def _combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out):
-    """Writes x_s = √ᾱ_s·x0 + c1·z + c2·ε, with the noise before the direction or after it."""
-    if not noisy:
-        for i in range(count):
-            out[i] = a_s * x0[i] + c2 * eps[i]
-    elif noise_first:
-        for i in range(count):
-            out[i] = a_s * x0[i] + c1 * z[i + lane] + c2 * eps[i]
-    else:
-        for i in range(count):
-            out[i] = a_s * x0[i] + c2 * eps[i] + c1 * z[i + lane]
 
 
 @_part
@@ -446,7 +502,7 @@ def _light_steps(address, thread, n, total):
             e = _floats(call.output, sample * call.output_stride + first, count)
             if call.x0:
                 x0 = _floats(call.x0, start, count)
-                _predict(count, 0, x, e, a_t, b_t, x0, e)
+                _predict(count, 0, x, e, a_t, b_t, a_t, b_t, x0, e)
                 if call.clips:
                     _clamp(count, x0, np.float32(call.clip))
                 _combine(count, x0, e, x0, 0, False, False, a_s, _ZERO, c2, out)
@@ -531,10 +587,10 @@ def _steps(address, thread):
             extrapolates = call.history != 0 and table[at + 7] != 0
             of_x = call.posterior != 0 or extrapolates
             if of_x:
-                _predict_x0(count, call.prediction, x, e, a_t, b_t, x0)
+                _predict_x0(count, call.prediction, x, e, a_t, a_t, b_t, x0)
                 eps = x
             else:
-                _predict(count, call.prediction, x, e, a_t, b_t, x0, eps)
+                _predict(count, call.prediction, x, e, a_t, b_t, a_t, b_t, x0, eps)
                 if call.prediction == 0:
                     eps = e
             if call.clips:
@@ -545,12 +601,10 @@ def _steps(address, thread):
             elif call.threshold:
                 s = threshold[sample * call.threshold_stride]
                 _clamp(count, x0, s)
-                for i in range(count):
-                    x0[i] = x0[i] / s
+                _divide_by(count, s, x0)
             if call.rederive and not of_x:
                 eps = eps_own
-                for i in range(count):
-                    eps[i] = (x[i] - a_t * x0[i]) / b_t
+                _rederive(count, x, x0, b_t, a_t, eps)
             noisy, z, lane = call.noise != 0, _floats(call.noise, start, count), 0
             if counted and c1 != 0:
                 noisy, z, seed = True, z_own, seeds[sample]
@@ -599,9 +653,108 @@ def _fill(address, thread):
             start += count
 
 
-@_c_function
-def take_part(address):
-    """Takes one thread's part of the call at this address, all of it if the thread is alone.
+# --- A step that rounds -----------------------------------------------------------------------
+
+
+@_part
+def _narrow(address, dtype, start, count, values):
+    """Writes a chunk of rounded numbers, which a 16-bit type holds, to memory of that type."""
+    half = carray(_uint16(address + 2 * start), (count,))
+    if dtype == 1:
+        for i in range(count):
+            bits = np.float32(values[i]).view(np.uint32)
+            half[i] = np.uint16(np.uint32(bits >> np.uint32(16)))
+            half[i] = half[i] if values[i] == values[i] else np.uint16(0x7FC0)
+    else:
+        for i in range(count):
+            bits = np.float32(values[i]).view(np.uint32)
+            magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+            # See ``_widened``.
+            word = np.uint32(np.uint32(magnitude - np.uint32(112 << 23)) >> np.uint32(13))
+            tiny = np.uint32(np.int32(np.float32(abs(values[i]) * np.float32(2.0**24))))
+            word = tiny if magnitude < np.uint32(113 << 23) else word
+            word = np.uint32(0x7C00) if magnitude >= np.uint32(0x7F800000) else word
+            word = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else word
+            sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
+            half[i] = np.uint16(np.uint32(word | sign))
+
+
+def _rounding_steps(rounded):
+    """Returns ``_steps`` of bfloat16 or float16 tensors, which rounds after each operation."""
+    predict, predict_x0, divide_by, rederive, combine = _terms(rounded)
+
+    @_part
+    def steps(address, thread):
+        call = carray(_call(address), (1,))[0]
+        batch, n, steps = call.batch, call.n, call.steps
+        rows = carray(_int32(call.rows), (batch,))
+        table = carray(_float32(call.table), (call.columns * steps,))
+        threshold = carray(_float32(call.threshold), (batch,))
+        for sample in range(batch if call.row_stride else 1):
+            row = rows[sample * call.row_stride]
+            if row < 0 or row >= steps:
+                call.outcome = REFUSED
+                return
+        total = batch * n
+        if call.row_stride == 0 and call.output_stride == n and call.threshold_stride == 0:
+            n = total
+        x_own, e_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+        x0, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+        z_own = np.empty(CHUNK if call.noise else 1, np.float32)
+        while True:
+            start, stop = _taken(address, thread, total)
+            if start >= stop:
+                return
+            while start < stop:
+                sample = start // n
+                first = start - sample * n
+                count = min(min(CHUNK, n - first), stop - start)
+                at = call.columns * rows[sample * call.row_stride]
+                a_t, b_t, a_s = table[at], table[at + 2], table[at + 4]
+                c1, c2 = table[at + 5], table[at + 6]
+                times_a, times_b = table[at + 7], table[at + 8]
+                x = _widened(call.x, call.dtype, start, count, x_own)
+                where = sample * call.output_stride + first
+                e = _widened(call.output, call.dtype, where, count, e_own)
+                if call.posterior:
+                    predict_x0(count, call.prediction, x, e, a_t, times_a, times_b, x0)
+                    eps = x
+                else:
+                    eps = e if call.prediction == 0 else eps_own
+                    predict(
+                        count, call.prediction, x, e, a_t, b_t, times_a, times_b, x0, eps
+                    )
+                if call.clips:
+                    _clamp(count, x0, np.float32(call.clip))
+                if call.threshold:
+                    s = threshold[sample * call.threshold_stride]
+                    _clamp(count, x0, s)
+                    divide_by(count, s, x0)
+                if call.rederive and not call.posterior:
+                    eps = eps_own
+                    rederive(count, x, x0, b_t, times_a, eps)
+                if call.x0:
+                    _narrow(call.x0, call.dtype, start, count, x0)
+                z = z_own
+                if call.noise:
+                    z = _widened(call.noise, call.dtype, start, count, z_own)
+                noisy = call.noise != 0
+                combine(count, x0, eps, z, 0, noisy, call.noise_first, a_s, c1, c2, x0)
+                _narrow(call.out, call.dtype, start, count, x0)
+                start += count
+
+    return steps
+
+
+_bfloat16_steps, _float16_steps = _rounding_steps(_to_bfloat16), _rounding_steps(_to_float16)
+
+
+# --- The compiled functions -------------------------------------------------------------------
+
+
+@_part
+def _entered(address):
+    """Returns this thread's number and the address of its modes, and sets the caller's modes.
 
     PyTorch's threads keep the rounding mode and the flushing of denormals that were set when they
     were made. Here they have their caller's, or a result would depend on which thread took a task.
@@ -613,12 +766,51 @@ def take_part(address):
         own = address + SIZE + OWN * thread + OWN_MODES
         _call_with(call.fegetenv, own)
         _call_with(call.fesetenv, address + MODES)
-    if call.fills:
-        _fill(address, thread)
-    else:
-        _steps(address, thread)
+    return thread, own
+
+
+@_part
+def _left(address, own):
+    """Restores this thread's modes, and returns the outcome."""
+    call = carray(_call(address), (1,))[0]
     if call.outcome == UNDONE:  # not reached where memory ran out
         call.outcome = DONE
     if call.threads > 1:
         _call_with(call.fesetenv, own)
     return call.outcome
+
+
+@_c_function
+def take_part(address):
+    """Takes one thread's part of the call at this address, all of it if the thread is alone."""
+    thread, own = _entered(address)
+    if carray(_call(address), (1,))[0].fills:
+        _fill(address, thread)
+    else:
+        _steps(address, thread)
+    return _left(address, own)
+
+
+def _take_bfloat16_part(address):
+    thread, own = _entered(address)
+    _bfloat16_steps(address, thread)
+    return _left(address, own)
+
+
+def _take_float16_part(address):
+    thread, own = _entered(address)
+    _float16_steps(address, thread)
+    return _left(address, own)
+
+
+@functools.cache
+def part_of(rounding: Any) -> Any:
+    """Returns ``take_part`` of a step that rounds to this dtype, or ``take_part`` itself for None.
+
+    The functions that round are compiled by their first step, because few processes need them.
+    """
+    if rounding is None:
+        return take_part
+    return _c_function(
+        _take_bfloat16_part if rounding is torch.bfloat16 else _take_float16_part
+    )

@@ -32,6 +32,7 @@ from fastddim.step.numba_pass import (
     SIZE,
     TASK,
     UNDONE,
+    part_of,
     take_part,
 )
 from fastddim.step.philox import STEP_STREAM
@@ -40,7 +41,7 @@ SMALL = 64
 """Below this many elements a sample on a row of its own costs less in PyTorch's operations, which
 take many samples at once. Here each costs 70 ns."""
 SHARED, NOISY_SHARED = 32 * TASK, 4 * TASK
-"""The least elements of a pass that threads share, without counter noise and with it. Such a pass
+"""The least elements of a pass that threads share, without and with counter noise or rounding. Such a pass
 takes tenths of a millisecond, many times what starting the threads and waiting for them costs."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +52,6 @@ _OUTCOME, _FIRST_BOUND = (
 _bring = struct.Struct(f"={len(BROUGHT)}q").pack_into
 _bind = struct.Struct(f"={len(BOUND) + 1 + len(FUNCTIONS)}qd").pack_into
 _int64_at = struct.Struct("=q").unpack_from
-_call_alone = take_part.ctypes
 
 
 class Team:
@@ -92,8 +92,11 @@ class Calls:
     A record leaves ``_spare`` while its call runs, so that no other thread takes it.
     """
 
-    def __init__(self, bound: tuple[int, ...], clip: float | None, many: bool) -> None:
+    def __init__(
+        self, bound: tuple[int, ...], clip: float | None, many: bool, part: Any = take_part
+    ) -> None:
         self._bound, self._clip, self._many = bound, clip, many
+        self._part, self._alone = part, part.ctypes
         self._spare: list[tuple[Any, int]] = []
 
     def __call__(self, *brought: int) -> int:
@@ -101,7 +104,7 @@ class Calls:
         if self._many and team and not forked() and torch.get_num_threads() > 1:
             call = self._new(torch.get_num_threads(), team.functions)
             _bring(call, 0, *brought, UNDONE, 0)
-            team.run(take_part, call, torch.get_num_threads())
+            team.run(self._part, call, torch.get_num_threads())
             return int(_int64_at(call, _OUTCOME)[0])
         try:
             own = self._spare.pop()
@@ -109,7 +112,7 @@ class Calls:
             call = self._new(1, _NO_FUNCTIONS)
             own = call, ctypes.addressof(call)
         _bring(own[0], 0, *brought, UNDONE, 0)
-        outcome = _call_alone(own[1])
+        outcome = self._alone(own[1])
         self._spare.append(own)
         return outcome  # type: ignore[no-any-return]
 
@@ -170,7 +173,12 @@ def bind(fixed: Fixed, first: StepArgs) -> Launch:
         fixed.clip is not None,
         False,
     )
-    run = Calls(bound, fixed.clip, total >= (NOISY_SHARED if seeds is not None else SHARED))
+    clip, heavy = fixed.clip, seeds is not None
+    if fixed.rounding is not None:
+        heavy = True
+        clip = None if clip is None else torch.tensor(clip, dtype=fixed.rounding, device="cpu").item()
+    part = part_of(fixed.rounding)
+    run = Calls(bound, clip, total >= (NOISY_SHARED if heavy else SHARED), part)
     rows = _counting(steps)
 
     def launch(
@@ -274,4 +282,4 @@ def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:
         raise MemoryError("there is no memory for the scratch chunks of the counter noise")
 
 
-BACKEND = Backend("numba", bind, normal_)
+BACKEND = Backend("numba", bind, normal_, rounds=("cpu",))

@@ -41,7 +41,7 @@ def bind(fixed: Fixed, first: StepArgs) -> Launch:
 
 def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
     """Returns the launch on a CPU, which takes a batch that fits one block as a whole."""
-    total, batch = x.numel(), len(x)
+    total, batch, dtype = x.numel(), len(x), x.dtype
     light = fixed.prediction == 0 and fixed.clip is None
     light = light and not fixed.rederive and not fixed.posterior
     """Such a step needs no memory for x0 where the caller does not want it."""
@@ -75,15 +75,15 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
             if _own.terms[0] is not launch:
                 _own.terms = launch, *_terms(x)
             _, term, scaled, x0_own, guided, extrapolated = _own.terms
-            if output.dtype is not torch.float32:
-                output = output.float()
+            if output.dtype is not dtype:
+                output = output.to(dtype)
             if guidance is not None:
                 uncond, cond = output[:batch], output[batch:]
                 w = guidance.view(each) if guidance.stride(0) else guidance[0]
                 output = torch.sub(cond, uncond, out=guided).mul_(w).add_(uncond)
             if light and noise is None and threshold is None and x0 is None and history is None:
-                a_t, _, b_t, _, a_s, _, c2 = factors
-                torch.mul(output, b_t, out=term)
+                a_t, _, b_t, _, a_s, _, c2, *more = factors
+                torch.mul(output, more[1] if more else b_t, out=term)
                 torch.sub(x, term, out=out).div_(a_t).mul_(a_s)
                 out.add_(torch.mul(output, c2, out=term))
             else:
@@ -93,7 +93,7 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
                     output,
                     factors,
                     noise,
-                    None if threshold is None else scaled.copy_(threshold.view(each)),
+                    _spread(threshold, each, scaled),
                     out,
                     x0_own if x0 is None or history is not None else x0,
                     term,
@@ -111,7 +111,7 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
 
 def _terms(x: Tensor) -> list[Tensor]:
     """Returns memory for the five terms of a step, laid out as x."""
-    count, scratch = x.numel(), _scratch(5 * x.numel())
+    count, scratch = x.numel(), _scratch(5 * x.numel()).view(x.dtype)
     return [scratch.as_strided(x.shape, x.stride(), k * count) for k in range(5)]
 
 
@@ -144,7 +144,7 @@ def _in_blocks(
     apart = guidance is not None or by_sample(row, guidance, threshold) or _apart(output, x)
     whole = apart or seeds is not None
     room = min(_together(), x.numel())
-    scratch = _scratch(6 * room)
+    scratch = _scratch(6 * room).view(x.dtype)
     stride = output.stride(0) if whole and output.shape[0] > 1 else n
     for sample, samples, first, count in _blocks(batch, n, whole):
         start, group = sample * n + first, slice(sample, sample + samples)
@@ -155,7 +155,7 @@ def _in_blocks(
         term = scaled = own(0)
         if noise is not None or seeds is not None:
             scaled = own(1)
-        e = _block(output, sample * stride + first, samples, count, stride).float()
+        e = _block(output, sample * stride + first, samples, count, stride).to(x.dtype)
         if guidance is not None:
             of_cond = (batch + sample) * stride + first
             cond = _block(output, of_cond, samples, count, stride).float()
@@ -182,7 +182,7 @@ def _in_blocks(
             e,
             tuple(f[group] for f in factors) if factors[0].dim() else factors,
             z,
-            None if threshold is None else own(3).copy_(threshold[group, None]),
+            None if threshold is None else _spread(threshold[group], (-1, 1), own(3)),
             _block(out, start, samples, count, n),
             predicted,
             term,
@@ -352,37 +352,40 @@ def _step(
 
     It never uses add_(alpha=): a fused multiply-add rounds once where the reference rounds twice.
     """
-    prediction, noise_first, clip, rederive, posterior = fixed
-    a_t, _, b_t, _, a_s, c1, c2, *kappa = factors
+    prediction, noise_first, clip, rederive, posterior, rounding = fixed
+    a_t, _, b_t, _, a_s, c1, c2, *more = factors
+    times_a, times_b = (a_t, b_t) if rounding is None else more
     eps = x if posterior else output
     if prediction == 0:
-        torch.mul(output, b_t, out=term)
+        torch.mul(output, times_b, out=term)
         torch.sub(x, term, out=x0).div_(a_t)
     elif prediction == 1:
-        torch.mul(output, b_t, out=term)
-        torch.mul(x, a_t, out=x0).sub_(term)
+        torch.mul(output, times_b, out=term)
+        torch.mul(x, times_a, out=x0).sub_(term)
         if not posterior:
-            torch.mul(output, a_t, out=out)
-            eps = torch.mul(x, b_t, out=term).add_(out)
+            torch.mul(output, times_a, out=out)
+            eps = torch.mul(x, times_b, out=term).add_(out)
     elif prediction == 3:
-        torch.mul(output, b_t, out=term)
+        torch.mul(output, times_b, out=term)
         torch.sub(x, term, out=x0)
         if not posterior:
-            eps = torch.mul(output, a_t, out=term).add_(x)
+            eps = torch.mul(output, times_a, out=term).add_(x)
     else:
         x0.copy_(output)
         if not posterior:
-            torch.mul(output, a_t, out=term)
+            torch.mul(output, times_a, out=term)
             eps = torch.sub(x, term, out=term).div_(b_t)
     if clip is not None:
         x0.clamp_(-clip, clip)
-    if threshold is not None:
+    if threshold is not None and rounding is None:
         x0.clamp_(-threshold, threshold).div_(threshold)
+    elif threshold is not None:  # PyTorch bounds in float32, and rounds the quotient alone
+        x0.copy_(x0.float().clamp_(-threshold, threshold).div_(threshold))
     if rederive:
-        torch.mul(x0, a_t, out=term)
+        torch.mul(x0, times_a, out=term)
         eps = torch.sub(x, term, out=term).div_(b_t)
     if history is not None:
-        x0, eps = _extrapolated(x, x0, eps, history, kappa[0], extrapolated)
+        x0, eps = _extrapolated(x, x0, eps, history, more[0], extrapolated)
     torch.mul(x0, a_s, out=out)
     direction = torch.mul(eps, c2, out=term)
     if z is None:
@@ -393,6 +396,17 @@ def _step(
         out.add_(scaled).add_(direction)
     else:
         out.add_(direction).add_(scaled)
+
+
+def _spread(threshold: Tensor | None, shape: tuple[int, ...], into: Tensor) -> Tensor | None:
+    """Returns each sample's threshold for its elements, in ``into`` unless that has half precision.
+
+    An operation with a column is slower, and a half precision tensor would round the thresholds.
+    """
+    if threshold is None:
+        return None
+    column = threshold.view(shape)
+    return into.copy_(column) if into.dtype is torch.float32 else column
 
 
 def _extrapolated(
@@ -480,4 +494,4 @@ def _block(tensor: Tensor, first: int, samples: int, count: int, stride: int) ->
     return tensor.as_strided((samples, count), (stride, 1), tensor.storage_offset() + first)
 
 
-BACKEND = Backend("torch", bind, normal_)
+BACKEND = Backend("torch", bind, normal_, rounds=("cpu",))

@@ -46,4 +46,5 @@ BACKEND = Backend(
         and fastddim_kernels.pixel_spacing(output) is not None
     ),
     in_order=True,
+    rounds=("cuda", "cpu"),
 )

@@ -46,11 +46,12 @@ def _ddim_step(
     row: int | None = None,
     history: Tensor | None = None,
     posterior: bool = False,
+    rounding: torch.dtype | None = None,
 ) -> None:
     """Takes the step. All samples are on ``row`` where ``rows`` is None."""
     on = rows if row is None else row
     assert on is not None
-    fixed = Fixed(prediction, noise_first, clip, rederive, posterior)
+    fixed = Fixed(prediction, noise_first, clip, rederive, posterior, rounding)
     inputs = x, output, table, on, seeds, noise, guidance, threshold
     arguments = *inputs, out, x0, next_input, history
     step = step_of(backend("cpu" if x.is_cpu else x.device), fixed, x.device)
@@ -79,7 +80,7 @@ _library.define(
     "ddim_step(Tensor x, Tensor output, Tensor table, Tensor? rows, Tensor? seeds, Tensor? noise, "
     "Tensor? guidance, Tensor? threshold, int prediction, bool noise_first, float? clip, "
     "bool rederive, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? next_input, "
-    "SymInt? row=None, Tensor? history=None, bool posterior=False) -> ()",
+    "SymInt? row=None, Tensor? history=None, bool posterior=False, ScalarType? rounding=None) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(

@@ -38,27 +38,32 @@ def ddim_step(
     ``history`` is x0′, the x0 of the step before: D = x0 + κ·(x0 − x0′) and x_t then take the
     places of x0 and ε in the sum where κ, the eighth column of the row, is not 0 (``make_table``).
     ``posterior`` puts x_t in the place of ε in any row.
+
+    In half precision PyTorch computes each operation in float32 and rounds its result. A factor
+    of no dimensions on a CPU is not rounded, because it stands after the tensor that it
+    multiplies. A row of ``COLUMNS_ROUNDED`` has √ᾱ_t and √(1−ᾱ_t) a second time, for products.
     """
     a_t, _, b_t, _, a_s, c1, c2 = row[..., :7].unbind(-1)
+    times_a, times_b = row[..., 7:].unbind(-1) if row.shape[-1] == 9 else (a_t, b_t)
     if output.dim() > 2 and output.shape[1] == 2 * x.shape[1]:
         output = output[:, : x.shape[1]]
     if guidance is not None:
         uncond, cond = output.chunk(2)
         output = uncond + guidance * (cond - uncond)
     if prediction == "epsilon":
-        x0, eps = (x - output * b_t) / a_t, output
+        x0, eps = (x - output * times_b) / a_t, output
     elif prediction == "v":
-        x0, eps = a_t * x - b_t * output, a_t * output + b_t * x
+        x0, eps = x * times_a - output * times_b, output * times_a + x * times_b
     elif prediction == "flow":
-        x0, eps = x - output * b_t, x + a_t * output
+        x0, eps = x - output * times_b, x + output * times_a
     else:
-        x0, eps = output, (x - a_t * output) / b_t
+        x0, eps = output, (x - output * times_a) / b_t
     if clip is not None:
         x0 = x0.clamp(-clip, clip)
     if threshold is not None:
-        x0 = x0.clamp(-threshold, threshold) / threshold
+        x0 = (x0.clamp(-threshold, threshold) / threshold).to(x0.dtype)
     if rederive:
-        eps = (x - a_t * x0) / b_t
+        eps = (x - x0 * times_a) / b_t
     if posterior:
         eps = x
     combined = x0
@@ -66,12 +71,12 @@ def ddim_step(
         kappa = row[..., 7]
         combined = torch.where(kappa == 0, x0, x0 + kappa * (x0 - history))
         eps = torch.where(kappa == 0, eps, x)
-    x_s = a_s * combined
+    x_s = combined * a_s
     if z is not None and noise_first:
-        x_s = x_s + c1 * z
-    x_s = x_s + c2 * eps
+        x_s = x_s + z * c1
+    x_s = x_s + eps * c2
     if z is not None and not noise_first:
-        x_s = x_s + c1 * z
+        x_s = x_s + z * c1
     return x_s, x0
 
 

@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastddim.dropins._scheduler import NAMES, Scheduler, levels_fit, like
-from fastddim.dropins._shared import Buffers
+from fastddim.dropins._shared import Buffers, rounds
 from fastddim.dropins._tables import (
     CPU,
     Tables,
@@ -129,16 +129,16 @@ class Base(Scheduler):
             self._moved = abar, version(abar), source
 
     def _drawn(self, like: Tensor, generator: Any) -> Tensor:
-        """Draws float32 normals as the original does, on a CPU always into the same memory."""
+        """Draws normals as the original does, on a CPU always into the same memory."""
         if like.device != CPU and _are_the_cpus(generator):
-            drawn = randn_tensor(like.shape, generator=generator, device=CPU, dtype=torch.float32)
+            drawn = randn_tensor(like.shape, generator=generator, device=CPU, dtype=like.dtype)
             return sent_pinned(drawn, like.device)
         for_cpu = generator is None or getattr(generator, "device", None) == CPU
         if not for_cpu or like.device != CPU or not like.is_contiguous():
             return cast(
                 Tensor,
                 randn_tensor(
-                    like.shape, generator=generator, device=like.device, dtype=torch.float32
+                    like.shape, generator=generator, device=like.device, dtype=like.dtype
                 ),
             )
         return self._own.drawn(like, generator)
@@ -146,7 +146,7 @@ class Base(Scheduler):
     def _quantile(self, x0: Tensor) -> Tensor:
         """Returns the s of dynamic thresholding for each sample."""
         config = self.config
-        s = torch.quantile(x0.flatten(1).abs(), config.dynamic_thresholding_ratio, dim=1)
+        s = torch.quantile(x0.flatten(1).float().abs(), config.dynamic_thresholding_ratio, dim=1)
         return s.clamp(min=1, max=config.sample_max_value)
 
     def _stepped(
@@ -213,11 +213,14 @@ def fits(scheduler: Base, output: Any, sample: Any) -> bool:
     return (
         scheduler.num_inference_steps is not None
         and isinstance(sample, Tensor)
-        and sample.dtype == torch.float32
         and like(output, sample)
         and sample.dim() > 1
         and config.prediction_type in NAMES
         and (not config.clip_sample or config.clip_sample_range > 0)
+        and (
+            sample.dtype == torch.float32
+            or rounds(sample, config.clip_sample_range if config.clip_sample else None)
+        )
         and scheduler._as_parent
         and not (
             torch.is_grad_enabled()
@@ -239,6 +242,7 @@ def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: f
         and isinstance(timesteps, Tensor)
         and timesteps.shape == sample.shape[:1]
         and not timesteps.is_floating_point()
+        and sample.dtype == torch.float32
         and fits(scheduler, output, sample)
         and levels_fit(scheduler)
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastddim.check import shown
 from fastddim.dropins._scheduler import levels_fit, like
-from fastddim.dropins._shared import Buffers, pack_rows
+from fastddim.dropins._shared import Buffers, as_eager, pack_rows
 from fastddim.dropins._tables import Made, Tables
 from fastddim.dropins._transfer import sent
 from fastddim.dropins.diffusers.base import Base, Generators, batch_fits, fits, has_grad
@@ -62,9 +62,9 @@ class Plain:
         if z is not None and (generator is not None or not like(z, sample) or has_grad(z)):
             return None
         tables = (
-            _upward_tables(scheduler, sample.device)
+            _upward_tables(scheduler, sample.device, sample.dtype)
             if scheduler._upwards
-            else tables_of(scheduler, float(eta), sample.device, scheduler._end())
+            else tables_of(scheduler, float(eta), sample.device, scheduler._end(), sample.dtype)
         )
         if tables is None:
             return None
@@ -120,17 +120,21 @@ class Plain:
 
 
 def tables_of(
-    scheduler: Base, eta: float, device: torch.device, final: Tensor | float
+    scheduler: Base,
+    eta: float,
+    device: torch.device,
+    final: Tensor | float,
+    dtype: torch.dtype = torch.float32,
 ) -> Tables | None:
     """Returns the original's step from each timestep, by its own float32 operations.
 
     A negative timestep counts from the end, as an index does in the original. The operations run
-    on the device where the original's would. Returns None if the original's are not float32.
+    on the device where the original's would. ``dtype`` is the samples'. Returns None if the original's are not float32.
     """
     abar, steps = scheduler.alphas_cumprod, scheduler.num_inference_steps
     T = scheduler.config.num_train_timesteps
     # ``final`` is a number for a batch and a tensor for all other steps: never mix their tables.
-    given = (eta, final.__class__), device, abar, final, (steps, T)
+    given = (eta, final.__class__, dtype), device, abar, final, (steps, T)
     found = scheduler._cache.found(*given)
     if found is not None or not levels_fit(scheduler):
         return found
@@ -141,15 +145,17 @@ def tables_of(
     variance = ((1 - at_prev) / (1 - at)) * (1 - at / at_prev)
     sigma = eta * variance**0.5
     direction = (1 - at_prev - sigma**2) ** 0.5
-    made = Made(pack_rows(at**0.5, (1 - at) ** 0.5, at_prev**0.5, sigma, direction))
-    return scheduler._cache.keep(*given, made)
+    table = pack_rows(at**0.5, (1 - at) ** 0.5, at_prev**0.5, sigma, direction)
+    return scheduler._cache.keep(*given, Made(as_eager(table, device, dtype)))
 
 
-def _upward_tables(scheduler: Base, device: torch.device) -> Tables | None:
+def _upward_tables(
+    scheduler: Base, device: torch.device, dtype: torch.dtype
+) -> Tables | None:
     """Returns the original's step to each timestep, by its own float32 operations."""
     abar, initial = scheduler.alphas_cumprod, scheduler._end()
     steps, T = scheduler.num_inference_steps, scheduler.config.num_train_timesteps
-    given = "inverse", device, abar, initial, (steps, T)
+    given = ("inverse", dtype), device, abar, initial, (steps, T)
     found = scheduler._cache.found(*given)
     if found is not None or not levels_fit(scheduler):
         return found
@@ -159,5 +165,5 @@ def _upward_tables(scheduler: Base, device: torch.device) -> Tables | None:
     abar_t = torch.where(at >= 0, abar[at.clamp(0, len(abar) - 1)], first)
     abar_s = abar[to]
     a, none = abar_t**0.5, torch.zeros_like(abar_t)
-    made = Made(pack_rows(a, (1 - abar_t) ** 0.5, abar_s**0.5, none, (1 - abar_s) ** 0.5))
-    return scheduler._cache.keep(*given, made)
+    table = pack_rows(a, (1 - abar_t) ** 0.5, abar_s**0.5, none, (1 - abar_s) ** 0.5)
+    return scheduler._cache.keep(*given, Made(as_eager(table, device, dtype)))

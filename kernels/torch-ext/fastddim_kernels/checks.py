@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 COLUMNS = 7
-"""The columns of the coefficient table; a table of order 2 has one more, κ."""
+"""The columns of the coefficient table; order 2 has one more, κ, and rounding has two more."""
 _is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,15 +18,17 @@ def check_state(
     noise: Tensor | None,
     next_input: Tensor | None,
     history: Tensor | None,
+    dtype: torch.dtype,
 ) -> None:
     """Raises ``ValueError`` where a tensor does not lie as the kernel takes x and the results."""
-    if x.dim() < 1 or x.dtype != torch.float32 or not _is_dense(x):
-        raise ValueError(f"x must be dense float32 of shape (batch, ...), got {describe(x)}")
-    _check_like("out", out, x, torch.float32)
+    if x.dim() < 1 or x.dtype != dtype or not _is_dense(x):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"x must be dense {name} of shape (batch, ...), got {describe(x)}")
+    _check_like("out", out, x, dtype)
     if x0 is not None:
-        _check_like("x0", x0, x, torch.float32)
+        _check_like("x0", x0, x, dtype)
     if noise is not None:
-        _check_like("noise", noise, x, torch.float32)
+        _check_like("noise", noise, x, dtype)
     if history is not None:
         _check_like("history", history, x, torch.float32)
     if next_input is not None:
@@ -49,9 +51,10 @@ def check_coefficients(
     guidance: Tensor | None,
     threshold: Tensor | None,
     history: Tensor | None,
+    rounding: torch.dtype | None,
 ) -> None:
     """Raises ``ValueError`` where the table or a value of a sample is not what the kernel takes."""
-    columns = COLUMNS if history is None else COLUMNS + 1
+    columns = COLUMNS + (history is not None) + 2 * (rounding is not None)
     if table.dim() != 2 or table.shape[1] != columns or not table.is_contiguous():
         raise ValueError(f"table must be contiguous (steps, {columns}), got {describe(table)}")
     if table.dtype != torch.float32 or table.device != x.device:
@@ -66,6 +69,26 @@ def check_coefficients(
         check_vector("guidance", guidance, torch.float32, x)
     if threshold is not None:
         check_vector("threshold", threshold, torch.float32, x)
+
+
+def check_rounding(
+    rounding: torch.dtype,
+    output: Tensor,
+    seeds: Tensor | None,
+    guidance: Tensor | None,
+    next_input: Tensor | None,
+    history: Tensor | None,
+) -> None:
+    """Raises ``ValueError`` where a step that rounds gets an argument that it does not take."""
+    if rounding not in (torch.bfloat16, torch.float16) or output.dtype != rounding:
+        raise ValueError(
+            f"rounding must be bfloat16 or float16, the dtype of output, got {rounding} with "
+            f"{describe(output)}"
+        )
+    given = {"seeds": seeds, "guidance": guidance, "next_input": next_input, "history": history}
+    for name, tensor in given.items():
+        if tensor is not None:
+            raise ValueError(f"{name} must be None with rounding, got {describe(tensor)}")
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype) -> None:

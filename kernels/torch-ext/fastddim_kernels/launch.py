@@ -17,6 +17,7 @@ from torch import Tensor
 from . import geometry
 from .checks import (
     check_coefficients,
+    check_rounding,
     check_seeds,
     check_state,
     check_vector,
@@ -45,6 +46,7 @@ def ddim_step(
     clip: float | None = None,
     rederive: bool = False,
     posterior: bool = False,
+    rounding: torch.dtype | None = None,
 ) -> None:
     """Writes x_s to ``out`` and, where given, the predicted x0 and the next model input.
 
@@ -75,6 +77,10 @@ def ddim_step(
         clip: x0 is clamped to ±clip.
         rederive: whether ε is computed again from the clamped x0.
         posterior: whether x_t takes the place of ε in x_s, whose factors the table then holds.
+        rounding: bfloat16 or float16, the dtype of x, output, noise, out and x0 in place of
+            float32. The result of each operation is rounded to it, as eager PyTorch does, and the
+            table has two columns more: √ᾱ_t and √(1−ᾱ_t) where they multiply. There are no seeds,
+            guidance, next_input or history.
 
     With seeds, a threshold, or rows or guidance that differ between samples, the batch must be x's
     outermost dimension in memory. With seeds x must be contiguous or channels last.
@@ -84,7 +90,7 @@ def ddim_step(
     """
     grid, scalars, options = _choices(
         x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input, history,
-        prediction, noise_first, clip, rederive, posterior,
+        prediction, noise_first, clip, rederive, posterior, rounding,
     )  # fmt: skip
     if x.numel() == 0:
         return
@@ -116,6 +122,7 @@ def bind(
     clip: float | None = None,
     rederive: bool = False,
     posterior: bool = False,
+    rounding: torch.dtype | None = None,
 ) -> BoundStep:
     """Returns ``ddim_step`` for many steps, checked and compiled once.
 
@@ -127,7 +134,7 @@ def bind(
     """
     grid, scalars, options = _choices(
         x, output, table, rows, seeds, noise, guidance, threshold, out, x0, next_input, history,
-        prediction, noise_first, clip, rederive, posterior,
+        prediction, noise_first, clip, rederive, posterior, rounding,
     )  # fmt: skip
     step = BoundStep(x, table, grid, scalars, options)
     first = x, output, noise, out, x0, next_input, history
@@ -274,13 +281,18 @@ def _choices(
     clip: float | None,
     rederive: bool,
     posterior: bool,
+    rounding: torch.dtype | None = None,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
     """Checks the arguments, and returns (grid, scalars, options) of their launch.
 
     ``scalars`` follow the kernel's pointers by position, and ``options`` go by name.
     """
-    check_state(x, out, x0, noise, next_input, history)
-    check_coefficients(x, table, rows, seeds, guidance, threshold, history)
+    check_state(x, out, x0, noise, next_input, history, rounding or torch.float32)
+    check_coefficients(x, table, rows, seeds, guidance, threshold, history, rounding)
+    if rounding is not None:
+        check_rounding(rounding, output, seeds, guidance, next_input, history)
+        # PyTorch's clamp rounds its bounds.
+        clip = None if clip is None else torch.tensor(clip, dtype=rounding, device="cpu").item()
     if seeds is not None and noise is not None:
         raise ValueError("noise comes from seeds or from a tensor, got both")
     if clip is not None and threshold is not None:

@@ -54,72 +54,6 @@ def guide(output, cond, w):
 
 
 @triton.jit
-def predict_x0(x, output, a_t, rcp_a_t, b_t, PREDICTION: tl.constexpr, PORTABLE: tl.constexpr):
-    """Returns x0 by the model's output; a_t = α_t, b_t = σ_t."""
-    if PREDICTION == EPSILON:
-        return divide(x - output * b_t, a_t, rcp_a_t, False, PORTABLE)
-    if PREDICTION == V:
-        return a_t * x - b_t * output
-    if PREDICTION == FLOW:
-        return x - output * b_t
-    return output
-
-
-@triton.jit
-def bound_x0(x0, clip, threshold, rcp_threshold, PORTABLE: tl.constexpr):
-    """Returns x0 clamped to ±clip, or to ±s and divided by s; NaN stays NaN, as in torch.clamp."""
-    if clip is not None:
-        x0 = tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
-    if threshold is not None:
-        x0 = tl.clamp(x0, -threshold, threshold, propagate_nan=tl.PropagateNan.ALL)
-        # With an infinite s the residual would be NaN, so the largest float32 stands for s there.
-        c = threshold if PORTABLE else tl.minimum(threshold, 3.4028234663852886e38)
-        x0 = divide(x0, c, rcp_threshold, True, PORTABLE)
-    return x0
-
-
-@triton.jit
-def predict_eps(
-    x, output, x0, bounded_x0, a_t, b_t, rcp_b_t,
-    PREDICTION: tl.constexpr, REDERIVE: tl.constexpr, POSTERIOR: tl.constexpr,
-    PORTABLE: tl.constexpr,
-):  # fmt: skip
-    """Returns ε by the model's output, or by the bounded x0 with ``REDERIVE``.
-
-    With ``POSTERIOR`` it returns x_t, which takes the place of ε in the sum.
-    """
-    if POSTERIOR:
-        return x
-    if REDERIVE:
-        return divide(x - a_t * bounded_x0, b_t, rcp_b_t, False, PORTABLE)
-    if PREDICTION == EPSILON:
-        return output
-    if PREDICTION == V:
-        return a_t * output + b_t * x
-    if PREDICTION == FLOW:
-        return x + a_t * output
-    return divide(x - a_t * x0, b_t, rcp_b_t, False, PORTABLE)
-
-
-@triton.jit
-def combine(x0, eps, z, a_s, c1, c2, NOISE: tl.constexpr, NOISE_FIRST: tl.constexpr):
-    """Returns x_s = √ᾱ_s·x0 + c1·z + c2·ε, summed in the order of the original loop."""
-    if not NOISE:
-        return a_s * x0 + c2 * eps
-    if NOISE_FIRST:
-        return a_s * x0 + c1 * z + c2 * eps
-    return a_s * x0 + c2 * eps + c1 * z
-
-
-@triton.jit
-def extrapolate(x, x0, eps, x0_before, kappa):
-    """D = x0 + κ·(x0 − x0′), and x, of which a row with κ ≠ 0 holds the factors; else x0 and ε."""
-    first = kappa == 0.0
-    d = x0 + kappa * (x0 - x0_before)
-    return tl.where(first, x0, d), tl.where(first, eps, x)
-
-
-@triton.jit
 def rounded(x, dtype: tl.constexpr, PORTABLE: tl.constexpr):
     """Returns x in ``dtype``, rounded to nearest even; the interpreter truncates to bfloat16."""
     if PORTABLE and dtype == tl.bfloat16:
@@ -131,6 +65,97 @@ def rounded(x, dtype: tl.constexpr, PORTABLE: tl.constexpr):
 
 
 @triton.jit
+def eager(x, STATE: tl.constexpr, PORTABLE: tl.constexpr):
+    """Returns x rounded to the state's dtype, as eager PyTorch rounds the result of an operation.
+
+    A float32 state stays as it is.
+    """
+    return x if STATE == tl.float32 else rounded(x, STATE, PORTABLE).to(tl.float32)
+
+
+@triton.jit
+def predict_x0(
+    x, output, a_t, rcp_a_t, times_a, times_b,
+    PREDICTION: tl.constexpr, STATE: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """Returns x0 by the model's output; a_t = α_t, and times_a and times_b are α_t and σ_t."""
+    if PREDICTION == V:
+        first = eager(times_a * x, STATE, PORTABLE)
+        return eager(first - eager(times_b * output, STATE, PORTABLE), STATE, PORTABLE)
+    if PREDICTION == SAMPLE:
+        return output
+    x0 = eager(x - eager(output * times_b, STATE, PORTABLE), STATE, PORTABLE)
+    if PREDICTION == FLOW:
+        return x0
+    return eager(divide(x0, a_t, rcp_a_t, False, PORTABLE), STATE, PORTABLE)
+
+
+@triton.jit
+def bound_x0(
+    x0, clip, threshold, rcp_threshold, STATE: tl.constexpr, PORTABLE: tl.constexpr
+):
+    """Returns x0 clamped to ±clip, or to ±s and divided by s; NaN stays NaN, as in torch.clamp."""
+    if clip is not None:
+        x0 = tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
+    if threshold is not None:
+        x0 = tl.clamp(x0, -threshold, threshold, propagate_nan=tl.PropagateNan.ALL)
+        # With an infinite s the residual would be NaN, so the largest float32 stands for s there.
+        c = threshold if PORTABLE else tl.minimum(threshold, 3.4028234663852886e38)
+        x0 = eager(divide(x0, c, rcp_threshold, True, PORTABLE), STATE, PORTABLE)
+    return x0
+
+
+@triton.jit
+def predict_eps(
+    x, output, x0, bounded_x0, b_t, rcp_b_t, times_a, times_b,
+    PREDICTION: tl.constexpr, REDERIVE: tl.constexpr, POSTERIOR: tl.constexpr,
+    STATE: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """Returns ε by the model's output, or by the bounded x0 with ``REDERIVE``.
+
+    With ``POSTERIOR`` it returns x_t, which takes the place of ε in the sum.
+    """
+    if POSTERIOR:
+        return x
+    if PREDICTION == EPSILON and not REDERIVE:
+        return output
+    of = bounded_x0 if REDERIVE else x0 if PREDICTION == SAMPLE else output
+    term = eager(times_a * of, STATE, PORTABLE)
+    if PREDICTION == V and not REDERIVE:
+        return eager(term + eager(times_b * x, STATE, PORTABLE), STATE, PORTABLE)
+    if PREDICTION == FLOW and not REDERIVE:
+        return eager(x + term, STATE, PORTABLE)
+    direction = eager(x - term, STATE, PORTABLE)
+    return eager(divide(direction, b_t, rcp_b_t, False, PORTABLE), STATE, PORTABLE)
+
+
+@triton.jit
+def combine(
+    x0, eps, z, a_s, c1, c2,
+    NOISE: tl.constexpr, NOISE_FIRST: tl.constexpr, STATE: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """Returns x_s = √ᾱ_s·x0 + c1·z + c2·ε, summed in the order of the original loop.
+
+    The store rounds the last sum.
+    """
+    x_s = eager(a_s * x0, STATE, PORTABLE)
+    if NOISE and NOISE_FIRST:
+        x_s = eager(x_s + eager(c1 * z, STATE, PORTABLE), STATE, PORTABLE)
+    x_s = x_s + eager(c2 * eps, STATE, PORTABLE)
+    if NOISE and not NOISE_FIRST:
+        x_s = eager(x_s, STATE, PORTABLE) + eager(c1 * z, STATE, PORTABLE)
+    return x_s
+
+
+@triton.jit
+def extrapolate(x, x0, eps, x0_before, kappa):
+    """D = x0 + κ·(x0 − x0′), and x, of which a row with κ ≠ 0 holds the factors; else x0 and ε."""
+    first = kappa == 0.0
+    d = x0 + kappa * (x0 - x0_before)
+    return tl.where(first, x0, d), tl.where(first, eps, x)
+
+
+@triton.jit
 def finish(
     x, output, z, x0_before, access, factors, kappa, bounds, written,
     PREDICTION: tl.constexpr, NOISE: tl.constexpr, NOISE_FIRST: tl.constexpr,
@@ -138,23 +163,27 @@ def finish(
 ):  # fmt: skip
     """Takes the step of one access: x0, its bounds, ε, x_s, and the stores."""
     begin, offsets, mask = access
-    a_t, rcp_a_t, b_t, rcp_b_t, a_s, c1, c2 = factors
+    a_t, rcp_a_t, b_t, rcp_b_t, a_s, c1, c2, times_a, times_b = factors
     clip, threshold, rcp_threshold = bounds
     out_ptr, x0_ptr, next_ptr, next_again_ptr = written
+    STATE: tl.constexpr = out_ptr.dtype.element_ty
 
-    predicted = predict_x0(x, output, a_t, rcp_a_t, b_t, PREDICTION, PORTABLE)
-    x0 = bound_x0(predicted, clip, threshold, rcp_threshold, PORTABLE)
-    eps = predict_eps(
-        x, output, predicted, x0, a_t, b_t, rcp_b_t, PREDICTION, REDERIVE, POSTERIOR, PORTABLE
+    predicted = predict_x0(
+        x, output, a_t, rcp_a_t, times_a, times_b, PREDICTION, STATE, PORTABLE
     )
+    x0 = bound_x0(predicted, clip, threshold, rcp_threshold, STATE, PORTABLE)
+    eps = predict_eps(
+        x, output, predicted, x0, b_t, rcp_b_t, times_a, times_b,
+        PREDICTION, REDERIVE, POSTERIOR, STATE, PORTABLE,
+    )  # fmt: skip
     d = x0
     if kappa is not None:
         d, eps = extrapolate(x, x0, eps, x0_before, kappa)
-    x_s = combine(d, eps, z, a_s, c1, c2, NOISE, NOISE_FIRST)
+    x_s = combine(d, eps, z, a_s, c1, c2, NOISE, NOISE_FIRST, STATE, PORTABLE)
 
-    tl.store(out_ptr + begin + offsets, x_s, mask=mask)
+    tl.store(out_ptr + begin + offsets, rounded(x_s, STATE, PORTABLE), mask=mask)
     if x0_ptr is not None:
-        tl.store(x0_ptr + begin + offsets, x0, mask=mask)
+        tl.store(x0_ptr + begin + offsets, rounded(x0, STATE, PORTABLE), mask=mask)
     if next_ptr is not None:
         model_input = rounded(x_s, next_ptr.dtype.element_ty, PORTABLE)
         tl.store(next_ptr + begin + offsets, model_input, mask=mask)
@@ -326,12 +355,18 @@ def ddim_step_kernel(
                     factors = factors + (tl.load(table_ptr + row.to(tl.int64) * COLUMNS + column),)
                 if history_ptr is not None:
                     kappa = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 7)
+                if COLUMNS == 9:
+                    times_a = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 7)
+                    times_b = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 8)
+                    factors = factors + (times_a, times_b)
+                else:
+                    factors = factors + (factors[0], factors[2])
             if key is not None and LAYOUT != TILE:
                 z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
             for i in tl.static_range(len(here)):
                 finish(
-                    x[i], guide(output[i].to(tl.float32), cond[i].to(tl.float32), w),
-                    z[i] if len(z) > 0 else 0.0, before[i], here[i], factors, kappa,
+                    x[i].to(tl.float32), guide(output[i].to(tl.float32), cond[i].to(tl.float32), w),
+                    z[i].to(tl.float32) if len(z) > 0 else 0.0, before[i], here[i], factors, kappa,
                     (clip, threshold, rcp_threshold), written,
                     PREDICTION, noise_ptr is not None or seeds_ptr is not None, NOISE_FIRST,
                     REDERIVE, POSTERIOR, PORTABLE,
