@@ -173,8 +173,9 @@ class Buffers:
 
         ``table`` and the keywords down to ``want_x0`` stay the same in a run; the others change
         from step to step. ``checked`` skips the checks. It promises that all arguments have the
-        shapes and types that the op takes, x float32 or one that ``rounds``, and that tensors among ``rows``, ``guidance`` and
-        ``threshold`` have one value per sample.
+        shapes and types that the op takes, and that tensors among ``rows``, ``guidance`` and
+        ``threshold`` have one value per sample. A checked step from a half precision x, of which
+        ``rounds`` is true, rounds after each operation.
         """
         # For a small state, allocating costs less than looking for an unreferenced tensor.
         large = x.numel() >= FRESH and x.is_cpu

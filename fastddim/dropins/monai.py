@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastddim.dropins._scheduler import NAMES, Scheduler, levels_fit, like
-from fastddim.dropins._shared import pack_rows
+from fastddim.dropins._shared import as_eager, pack_rows, rounds
 from fastddim.dropins._tables import Made, Tables
 from fastddim.dropins._transfer import sent
 from fastddim.step.arguments import transformed
@@ -123,13 +123,13 @@ class FusedSteps(Scheduler):
         t, c, stride = self._row(timestep), self._bound(), self._stride()
         if t is None or c is None or stride is None or eta.__class__ not in (float, int):
             return None
-        if not self._fits(output, sample):
+        if not self._fits(output, sample, c):
             return None
         t, T = int(t), len(self.alphas_cumprod)
         s = t + stride if up else t - stride
         if not -T <= t < T or s >= T:
             return None
-        tables = self._tables_of(float(eta), sample.device, stride, up)
+        tables = self._tables_of(float(eta), sample.device, stride, up, sample.dtype)
         if tables is None:
             return None
         own, z = self._own, None
@@ -174,14 +174,21 @@ class FusedSteps(Scheduler):
         fits = isinstance(steps, int) and isinstance(levels, int) and steps > 0 and levels > 0
         return levels // steps if fits and steps else None
 
-    def _tables_of(self, eta: float, device: torch.device, stride: int, up: bool) -> Tables | None:
+    def _tables_of(
+        self,
+        eta: float,
+        device: torch.device,
+        stride: int,
+        up: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tables | None:
         """Returns the original's step from each timestep, by its own float32 operations.
 
         A negative timestep counts from the end, as an index does in the original. The operations
         run where the original's would. Returns None if the original's factors are not float32.
         """
         abar, end = self.alphas_cumprod, self._end()
-        given = (eta, up), device, abar, end, stride
+        given = (eta, up, dtype), device, abar, end, stride
         found = self._cache.found(*given)
         if found is not None or not levels_fit(self):
             return found
@@ -196,17 +203,19 @@ class FusedSteps(Scheduler):
             variance = ((1 - at_s) / (1 - at)) * (1 - at / at_s)
             sigma = eta * variance**0.5
             direction = (1 - at_s - sigma**2) ** 0.5
-        made = Made(pack_rows(at**0.5, (1 - at) ** 0.5, at_s**0.5, sigma, direction))
-        return self._cache.keep(*given, made)
+        table = pack_rows(at**0.5, (1 - at) ** 0.5, at_s**0.5, sigma, direction)
+        return self._cache.keep(*given, Made(as_eager(table, device, dtype)))
 
-    def _fits(self, output: Any, sample: Any) -> bool:
+    def _fits(self, output: Any, sample: Any, clip: float) -> bool:
         """Tells whether the fused step equals the original's step for these tensors."""
         return (
             # Results of another subclass, such as MetaTensor, have its class in the original.
             sample.__class__ in _PLAIN
             and output.__class__ in _PLAIN
-            and sample.dtype == torch.float32
             and like(output, sample)
+            and (
+                sample.dtype == torch.float32 or rounds(sample, None if clip == math.inf else clip)
+            )
             and sample.dim() > 0
             and self._as_original
             and str.__str__(self.prediction_type) in NAMES

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import functools
 import math
+import platform
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 import torch
@@ -270,16 +272,7 @@ def _widened(address, dtype, start, count, into):
             into[i] = np.uint32(np.uint32(half[i]) << np.uint32(16)).view(np.float32)
     else:
         for i in range(count):
-            bits = np.uint32(half[i])
-            magnitude = np.uint32(bits & np.uint32(0x7FFF))
-            # The exponent's bias is 15, and float32's is 127. A denormal is a multiple of 2⁻²⁴.
-            # Infinity and NaN get the largest exponent of float32.
-            word = np.uint32(np.uint32(magnitude << np.uint32(13)) + np.uint32(112 << 23))
-            word = np.uint32(word | np.uint32(0x7F800000)) if magnitude >= 0x7C00 else word
-            tiny = np.float32(np.float32(magnitude) * np.float32(2.0**-24)).view(np.uint32)
-            word = tiny if magnitude < 0x400 else word
-            sign = np.uint32((bits & np.uint32(0x8000)) << np.uint32(16))
-            into[i] = np.uint32(word | sign).view(np.float32)
+            into[i] = _extended(half[i])
     return into
 
 
@@ -316,31 +309,86 @@ def _unrounded(v):
 
 @_part
 def _to_bfloat16(v):
-    """Returns v rounded to bfloat16, to nearest even, as a float32."""
+    """Returns v rounded to bfloat16, to nearest even, as a float32.
+
+    The sum could turn a NaN with bits in its lower half into a zero. No NaN here has any: it comes
+    from bfloat16, or from an operation without a result.
+    """
     bits = np.float32(v).view(np.uint32)
     even = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
     near = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + even)
-    near = np.uint32(near & np.uint32(0xFFFF0000)).view(np.float32)
-    return near if v == v else v  # the sum could carry a NaN into the sign
+    return np.uint32(near & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+@intrinsic
+def _converted(typing_context: Any, v: Any) -> Any:
+    """Returns the bits of a float32 in float16, by the processor's instruction."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def _converted_back(typing_context: Any, bits: Any) -> Any:
+    """Returns the float32 of a float16's bits, by the processor's instruction."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@_part
+def _float16_bits(v):
+    """Returns the bits of v in float16, rounded to nearest even, without conversions."""
+    bits = np.float32(v).view(np.uint32)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    # The exponent's bias is 15, and float32's is 127.
+    even = np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(1))
+    word = np.uint32(np.uint32(magnitude + np.uint32(0xFFF)) + even)
+    word = np.uint32(np.uint32(word - np.uint32(112 << 23)) >> np.uint32(13))
+    # A subnormal is a multiple of 2⁻²⁴, as are the float32 numbers in [½, 1): their lowest bits
+    # count the multiples.
+    tiny = np.float32(abs(np.float32(v)) + np.float32(0.5)).view(np.uint32)
+    word = np.uint32(tiny - np.uint32(126 << 23)) if magnitude < np.uint32(113 << 23) else word
+    word = np.uint32(0x7C00) if magnitude >= _OVERFLOW else word
+    word = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else word
+    sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
+    return np.uint16(np.uint32(word | sign))
+
+
+_OVERFLOW = np.uint32(np.float32(65520.0).view(np.uint32))  # rounds to infinity in float16
+
+
+@_part
+def _float16_value(half):
+    """Returns the float32 of a float16's bits, without conversions."""
+    bits = np.uint32(half)
+    magnitude = np.uint32(bits & np.uint32(0x7FFF))
+    # A denormal is a multiple of 2⁻²⁴. Infinity and NaN get the largest exponent of float32.
+    word = np.uint32(np.uint32(magnitude << np.uint32(13)) + np.uint32(112 << 23))
+    word = np.uint32(word | np.uint32(0x7F800000)) if magnitude >= 0x7C00 else word
+    tiny = np.float32(np.float32(magnitude) * np.float32(2.0**-24)).view(np.uint32)
+    word = tiny if magnitude < 0x400 else word
+    sign = np.uint32((bits & np.uint32(0x8000)) << np.uint32(16))
+    return np.uint32(word | sign).view(np.float32)
+
+
+_converts = numba.config.CPU_NAME is None and (
+    platform.machine() in ("aarch64", "arm64")
+    or bool(dict(llvmlite.binding.get_host_cpu_features()).get("f16c"))
+)
+# Without the instructions LLVM would call functions that are not there.
+_narrowed, _extended = (
+    (_converted, _converted_back) if _converts else (_float16_bits, _float16_value)
+)
 
 
 @_part
 def _to_float16(v):
-    """Returns v rounded to float16, to nearest even, as a float32."""
-    bits = np.float32(v).view(np.uint32)
-    even = np.uint32(np.uint32(bits >> np.uint32(13)) & np.uint32(1))
-    near = np.uint32(np.uint32(bits + np.uint32(0xFFF)) + even)
-    near = np.uint32(near & np.uint32(0xFFFFE000)).view(np.float32)
-    size = abs(v)
-    # Float16's subnormals are multiples of 2⁻²⁴, as are the float32 numbers in [½, 1).
-    near = np.float32(np.float32(v + _MAGIC) - _MAGIC) if size < _SMALLEST_NORMAL else near
-    infinite = _INFINITY if v > 0 else -_INFINITY
-    near = infinite if size >= _OVERFLOW else near
-    return near if v == v else v
-
-
-_MAGIC, _SMALLEST_NORMAL = np.float32(0.75), np.float32(2.0**-14)
-_OVERFLOW, _INFINITY = np.float32(65520.0), np.float32(np.inf)
+    return _extended(_narrowed(v))
 
 
 def _terms(rounded):
@@ -658,25 +706,15 @@ def _fill(address, thread):
 
 @_part
 def _narrow(address, dtype, start, count, values):
-    """Writes a chunk of rounded numbers, which a 16-bit type holds, to memory of that type."""
+    """Writes a chunk of numbers that have been rounded to a 16-bit type in that type."""
     half = carray(_uint16(address + 2 * start), (count,))
     if dtype == 1:
         for i in range(count):
             bits = np.float32(values[i]).view(np.uint32)
             half[i] = np.uint16(np.uint32(bits >> np.uint32(16)))
-            half[i] = half[i] if values[i] == values[i] else np.uint16(0x7FC0)
     else:
         for i in range(count):
-            bits = np.float32(values[i]).view(np.uint32)
-            magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-            # See ``_widened``.
-            word = np.uint32(np.uint32(magnitude - np.uint32(112 << 23)) >> np.uint32(13))
-            tiny = np.uint32(np.int32(np.float32(abs(values[i]) * np.float32(2.0**24))))
-            word = tiny if magnitude < np.uint32(113 << 23) else word
-            word = np.uint32(0x7C00) if magnitude >= np.uint32(0x7F800000) else word
-            word = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else word
-            sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
-            half[i] = np.uint16(np.uint32(word | sign))
+            half[i] = _narrowed(values[i])
 
 
 def _rounding_steps(rounded):
@@ -701,6 +739,7 @@ def _rounding_steps(rounded):
         x_own, e_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
         x0, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
         z_own = np.empty(CHUNK if call.noise else 1, np.float32)
+        out = np.empty(CHUNK, np.float32)  # LLVM vectorises no loop that writes where it reads.
         while True:
             start, stop = _taken(address, thread, total)
             if start >= stop:
@@ -721,9 +760,7 @@ def _rounding_steps(rounded):
                     eps = x
                 else:
                     eps = e if call.prediction == 0 else eps_own
-                    predict(
-                        count, call.prediction, x, e, a_t, b_t, times_a, times_b, x0, eps
-                    )
+                    predict(count, call.prediction, x, e, a_t, b_t, times_a, times_b, x0, eps)
                 if call.clips:
                     _clamp(count, x0, np.float32(call.clip))
                 if call.threshold:
@@ -739,8 +776,8 @@ def _rounding_steps(rounded):
                 if call.noise:
                     z = _widened(call.noise, call.dtype, start, count, z_own)
                 noisy = call.noise != 0
-                combine(count, x0, eps, z, 0, noisy, call.noise_first, a_s, c1, c2, x0)
-                _narrow(call.out, call.dtype, start, count, x0)
+                combine(count, x0, eps, z, 0, noisy, call.noise_first, a_s, c1, c2, out)
+                _narrow(call.out, call.dtype, start, count, out)
                 start += count
 
     return steps
@@ -811,6 +848,4 @@ def part_of(rounding: Any) -> Any:
     """
     if rounding is None:
         return take_part
-    return _c_function(
-        _take_bfloat16_part if rounding is torch.bfloat16 else _take_float16_part
-    )
+    return _c_function(_take_bfloat16_part if rounding is torch.bfloat16 else _take_float16_part)

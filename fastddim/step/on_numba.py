@@ -41,8 +41,9 @@ SMALL = 64
 """Below this many elements a sample on a row of its own costs less in PyTorch's operations, which
 take many samples at once. Here each costs 70 ns."""
 SHARED, NOISY_SHARED = 32 * TASK, 4 * TASK
-"""The least elements of a pass that threads share, without and with counter noise or rounding. Such a pass
-takes tenths of a millisecond, many times what starting the threads and waiting for them costs."""
+"""The least elements of a pass that threads share, without and with counter noise or rounding.
+Such a pass takes tenths of a millisecond, many times the cost of starting the threads and waiting
+for them."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OUTCOME, _FIRST_BOUND = (
@@ -176,7 +177,9 @@ def bind(fixed: Fixed, first: StepArgs) -> Launch:
     clip, heavy = fixed.clip, seeds is not None
     if fixed.rounding is not None:
         heavy = True
-        clip = None if clip is None else torch.tensor(clip, dtype=fixed.rounding, device="cpu").item()
+        clip = (
+            None if clip is None else torch.tensor(clip, dtype=fixed.rounding, device="cpu").item()
+        )
     part = part_of(fixed.rounding)
     run = Calls(bound, clip, total >= (NOISY_SHARED if heavy else SHARED), part)
     rows = _counting(steps)

@@ -80,7 +80,8 @@ _library.define(
     "ddim_step(Tensor x, Tensor output, Tensor table, Tensor? rows, Tensor? seeds, Tensor? noise, "
     "Tensor? guidance, Tensor? threshold, int prediction, bool noise_first, float? clip, "
     "bool rederive, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? next_input, "
-    "SymInt? row=None, Tensor? history=None, bool posterior=False, ScalarType? rounding=None) -> ()",
+    "SymInt? row=None, Tensor? history=None, bool posterior=False, "
+    "ScalarType? rounding=None) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(

@@ -137,9 +137,7 @@ class Base(Scheduler):
         if not for_cpu or like.device != CPU or not like.is_contiguous():
             return cast(
                 Tensor,
-                randn_tensor(
-                    like.shape, generator=generator, device=like.device, dtype=like.dtype
-                ),
+                randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype),
             )
         return self._own.drawn(like, generator)
 

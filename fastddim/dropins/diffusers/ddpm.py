@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOut
 from torch import Tensor
 
 from fastddim.dropins._scheduler import NAMES, levels_fit, like
-from fastddim.dropins._shared import pack_rows
+from fastddim.dropins._shared import as_eager, pack_rows, rounds
 from fastddim.dropins._tables import CPU, Chosen, Made, Tables
 from fastddim.dropins._transfer import sent
 from fastddim.dropins.diffusers.base import Base, Generators, output_of
@@ -152,7 +152,7 @@ class FastDDPMScheduler(Base, DDPMScheduler):
         row = self._place(chosen, t)
         if row is None:
             return None
-        tables = self._tables_of(chosen, sample.device)
+        tables = self._tables_of(chosen, sample.device, sample.dtype)
         if tables is None:
             return None
         own = self._own
@@ -163,14 +163,17 @@ class FastDDPMScheduler(Base, DDPMScheduler):
         assert x0 is not None
         return x_s, x0
 
-    def _tables_of(self, chosen: Chosen | None, device: torch.device) -> Tables | None:
+    def _tables_of(
+        self, chosen: Chosen | None, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tables | None:
         """Returns the tables on ``device``, or None if the original's factors are not float32."""
         kinds = self.variance_type, self.config.variance_type
-        given = "ddpm", device, self.alphas_cumprod, self.one, (chosen, kinds)
+        given = ("ddpm", dtype), device, self.alphas_cumprod, self.one, (chosen, kinds)
         tables = self._cache.found(*given)
         if tables is None:
             made = self._made(chosen)
-            tables = None if made is None else self._cache.keep(*given, made)
+            if made is not None:
+                tables = self._cache.keep(*given, Made(as_eager(made.table, device, dtype)))
         return tables
 
     def _place(self, chosen: Chosen | None, t: int) -> int | None:
@@ -225,12 +228,15 @@ class FastDDPMScheduler(Base, DDPMScheduler):
         config = self.config
         return (
             isinstance(sample, Tensor)
-            and sample.dtype == torch.float32
             and like(output, sample)
             # The original's thresholding needs a third dimension.
             and sample.dim() > (2 if config.thresholding else 1)
             and config.prediction_type in NAMES
             and (not config.clip_sample or config.clip_sample_range > 0)
+            and (
+                sample.dtype == torch.float32
+                or rounds(sample, config.clip_sample_range if config.clip_sample else None)
+            )
             and self.variance_type not in _LEARNED
             and config.variance_type not in _LEARNED
             and self._as_parent

@@ -129,7 +129,8 @@ def tables_of(
     """Returns the original's step from each timestep, by its own float32 operations.
 
     A negative timestep counts from the end, as an index does in the original. The operations run
-    on the device where the original's would. ``dtype`` is the samples'. Returns None if the original's are not float32.
+    on the device where the original's would, and ``as_eager`` makes the table of samples of
+    ``dtype``. Returns None if the original's operations are not float32.
     """
     abar, steps = scheduler.alphas_cumprod, scheduler.num_inference_steps
     T = scheduler.config.num_train_timesteps
@@ -149,9 +150,7 @@ def tables_of(
     return scheduler._cache.keep(*given, Made(as_eager(table, device, dtype)))
 
 
-def _upward_tables(
-    scheduler: Base, device: torch.device, dtype: torch.dtype
-) -> Tables | None:
+def _upward_tables(scheduler: Base, device: torch.device, dtype: torch.dtype) -> Tables | None:
     """Returns the original's step to each timestep, by its own float32 operations."""
     abar, initial = scheduler.alphas_cumprod, scheduler._end()
     steps, T = scheduler.num_inference_steps, scheduler.config.num_train_timesteps

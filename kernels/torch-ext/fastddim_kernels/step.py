@@ -65,12 +65,12 @@ def rounded(x, dtype: tl.constexpr, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def eager(x, STATE: tl.constexpr, PORTABLE: tl.constexpr):
+def eager(x, dtype: tl.constexpr, PORTABLE: tl.constexpr):
     """Returns x rounded to the state's dtype, as eager PyTorch rounds the result of an operation.
 
     A float32 state stays as it is.
     """
-    return x if STATE == tl.float32 else rounded(x, STATE, PORTABLE).to(tl.float32)
+    return x if dtype == tl.float32 else rounded(x, dtype, PORTABLE).to(tl.float32)
 
 
 @triton.jit
@@ -91,9 +91,7 @@ def predict_x0(
 
 
 @triton.jit
-def bound_x0(
-    x0, clip, threshold, rcp_threshold, STATE: tl.constexpr, PORTABLE: tl.constexpr
-):
+def bound_x0(x0, clip, threshold, rcp_threshold, STATE: tl.constexpr, PORTABLE: tl.constexpr):
     """Returns x0 clamped to ±clip, or to ±s and divided by s; NaN stays NaN, as in torch.clamp."""
     if clip is not None:
         x0 = tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
@@ -168,9 +166,7 @@ def finish(
     out_ptr, x0_ptr, next_ptr, next_again_ptr = written
     STATE: tl.constexpr = out_ptr.dtype.element_ty
 
-    predicted = predict_x0(
-        x, output, a_t, rcp_a_t, times_a, times_b, PREDICTION, STATE, PORTABLE
-    )
+    predicted = predict_x0(x, output, a_t, rcp_a_t, times_a, times_b, PREDICTION, STATE, PORTABLE)
     x0 = bound_x0(predicted, clip, threshold, rcp_threshold, STATE, PORTABLE)
     eps = predict_eps(
         x, output, predicted, x0, b_t, rcp_b_t, times_a, times_b,
