@@ -34,13 +34,14 @@ import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.variants import VARIANTS, launch_arguments
+from benchmarks.variants import ROUNDED, VARIANTS, launch_arguments
 from fastddim_kernels import geometry, launch
 from fastddim_kernels.layout import block_channels, layout_of
 
 BIN = Path(nvidia.__file__).parent / "bin"
 NORMAL = "normal"
-NAMES = (*VARIANTS, NORMAL)
+STEPS = VARIANTS | ROUNDED
+NAMES = (*STEPS, NORMAL)
 BATCH = 512
 """Batch of a large launch: 2²³ elements of four channels of 64², so the largest blocks are used."""
 SLOTS_PER_BYTE = {"80": 11.0, "90": 7.75, "100": 5.2}
@@ -123,13 +124,13 @@ def compiled(name: str, arch: str) -> Compiler:
             seeds = torch.empty(BATCH, dtype=torch.int64, device="meta")
             launch.normal_(x, seeds, seeds[:1].int().expand(BATCH), 1)
         else:
-            launch.ddim_step(**launch_arguments(VARIANTS[name], BATCH, "meta"))
+            launch.ddim_step(**launch_arguments(STEPS[name], BATCH, "meta"))
     return compiler
 
 
 def row_of(name: str, arch: str, facts: dict[str, int], sass: Counter[str], elements: int) -> Row:
     """A table row; ``sass`` counts a thread's instructions for its ``elements`` elements."""
-    v = VARIANTS.get(name)
+    v = STEPS.get(name)
     per_element = round(sass.total() / elements, 2)
     moved = v.bytes_per_element if v else 4
     slots = SLOTS_PER_BYTE.get(arch)
@@ -258,18 +259,23 @@ def table(rows: list[Row]) -> str:
 
 
 def spans(rows: list[Row]) -> str:
-    """Least and greatest instructions of a step by architecture, without and with counter noise."""
+    """Least and greatest instructions of a step by architecture and by its kind."""
     lines = []
     for arch in dict.fromkeys(row["arch"] for row in rows if row["arch"] in SLOTS_PER_BYTE):
-        for noisy, noise in ((False, "without counter noise"), (True, "with counter noise")):
-            named = [n for n, v in VARIANTS.items() if (v.noise == "philox") == noisy]
+        philox = [n for n, v in VARIANTS.items() if v.noise == "philox"]
+        kinds = {
+            "without counter noise": [n for n in VARIANTS if n not in philox],
+            "with counter noise": philox,
+            "of a state in half precision": list(ROUNDED),
+        }
+        for kind, named in kinds.items():
             some = [row for row in rows if row["arch"] == arch and row["variant"] in named]
             if some:
                 counts, share = (
                     [row[key] for row in some] for key in ("sass_per_element", "budget_share")
                 )
                 lines.append(
-                    f"- sm_{arch} {noise}: {min(counts)} to {max(counts)} instructions an element, "
+                    f"- sm_{arch} {kind}: {min(counts)} to {max(counts)} instructions an element, "
                     f"{min(share):.0%} to {max(share):.0%} of the budget"
                 )
     return "\n".join(lines)

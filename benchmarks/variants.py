@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class Variant:
         next_inputs: how many copies of x_s are written for the model's next call, in its dtype.
         rows_differ: True if each sample has its own table row.
         order: 2 if the step reads the x0 of the step before.
+        rounds: True if the state has ``dtype`` too, to which the result of each operation is
+            rounded.
     """
 
     prediction: str = "epsilon"
@@ -54,12 +56,14 @@ class Variant:
     next_inputs: int = 0
     rows_differ: bool = False
     order: int = 1
+    rounds: bool = False
 
     @property
     def bytes_per_element(self) -> int:
         """Bytes read and written per element, without the coefficients."""
         output = self.dtype.itemsize * (2 if self.guidance else 1)
-        state = 4 * (2 + self.want_x0 + (self.noise == "tensor") + (self.order == 2))
+        of_state = self.dtype.itemsize if self.rounds else 4
+        state = of_state * (2 + self.want_x0 + (self.noise == "tensor") + (self.order == 2))
         return state + output + self.dtype.itemsize * self.next_inputs
 
 
@@ -115,6 +119,21 @@ VARIANTS = {
     ),
     "v bf16 order 2 next": Variant("v", dtype=BF16, want_x0=True, next_inputs=1, order=2),
 }
+
+ROUNDED = {
+    f"{name} {dtype} rounded": replace(v, dtype=of, rounds=True, noise_first=False)
+    for dtype, of in (("bf16", BF16), ("fp16", FP16))
+    for name, v in {
+        "epsilon": Variant(),
+        "epsilon x0 clip": Variant(want_x0=True, clip=1.0),
+        "epsilon tensor": Variant(noise="tensor"),
+        "epsilon clip rederive": Variant(clip=1.0, rederive=True),
+        "epsilon threshold": Variant(threshold=True, want_x0=True),
+        "epsilon tensor posterior clip": Variant(noise="tensor", posterior=True, clip=1.0),
+        "v": Variant("v"),
+    }.items()
+}
+"""The variants of a state in half precision, which ``fastddim.ddim_step`` does not take."""
 
 
 def step_arguments(
@@ -172,6 +191,12 @@ def launch_arguments(v: Variant, batch: int, device: str = "cpu", **options: Any
     x = found["x"]
     found["output"] = found["output"][:, : x.shape[1]]
     found["prediction"] = PREDICTIONS.index(v.prediction)
+    if v.rounds:
+        x = found["x"] = x.to(v.dtype)
+        table = found["table"]
+        found |= {"rounding": v.dtype, "table": torch.cat([table, table[:, 0:3:2]], dim=1)}
+        if v.noise == "tensor":
+            found["noise"] = found["noise"].to(v.dtype)
     found["out"] = torch.empty_like(x)
     found["x0"] = torch.empty_like(x) if found.pop("want_x0") else None
     return found
