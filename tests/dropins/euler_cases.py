@@ -156,7 +156,9 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, check_stride=True)
 
 
-def assert_same_loops(kind: str, config: Config, times: Config) -> None:
+def assert_same_loops(
+    kind: str, config: Config, times: Config, dtype: torch.dtype = torch.float32
+) -> None:
     """Whole loops have the same bits, timesteps, σ, places, and generators."""
     found = []
     for cls in PAIRS[kind]:
@@ -164,7 +166,7 @@ def assert_same_loops(kind: str, config: Config, times: Config) -> None:
         if cls is PAIRS[kind][0]:
             never_the_originals(scheduler)
         scheduler.set_timesteps(**times)
-        kept = loop(scheduler, start(scheduler), g)
+        kept = loop(scheduler, start(scheduler).to(dtype), g)
         assert scheduler.step_index == len(scheduler.timesteps)
         found.append([*kept, g.get_state(), scheduler.timesteps, scheduler.sigmas])
     assert_same(*found)

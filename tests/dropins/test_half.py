@@ -12,6 +12,9 @@ from benchmarks.counts import NAMES, Tally
 from fastddim.dropins import monai
 from tests import numpy_backend
 from tests.dropins import ddpm_cases, monai_original
+from tests.dropins.euler_cases import FLOWS
+from tests.dropins.euler_cases import PAIRS as FLOWS_OF
+from tests.dropins.euler_cases import assert_same_loops as assert_same_flows
 from tests.dropins.scheduler_cases import (
     BOUNDS,
     GRID,
@@ -66,8 +69,11 @@ def test_every_configuration_is_bit_identical(part: int, dtype: torch.dtype) -> 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(
     ("name", "every"),
-    [*((name, 211) for name in here(*CPU)), ("triton", 509)]
-    + [pytest.param("triton", 61, marks=pytest.mark.slow)],
+    [
+        *((name, 211) for name in here(*CPU)),
+        ("triton", 509),
+        pytest.param("triton", 61, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("dtype", HALVES)
 def test_each_backend_is_bit_identical(name: str, every: int, dtype: torch.dtype) -> None:
@@ -171,13 +177,13 @@ def test_a_backend_that_does_not_round_leaves_the_originals(dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("which", [*PAIRS, "ddpm"])
-@pytest.mark.parametrize("generator", [False, True])
+@pytest.mark.parametrize(
+    ("which", "generator"),
+    [*((which, False) for which in PAIRS), ("plain", True), ("parallel", True), ("ddpm", True)],
+)
 def test_a_step_is_one_operation_and_two_with_noise(
     which: str, generator: bool, dtype: torch.dtype
 ) -> None:
-    if (which, generator) in (("inverse", True), ("ddpm", False)):
-        pytest.skip("this scheduler has no such step")
     scheduler: Any = ddpm_cases.FAST() if which == "ddpm" else PAIRS[which][1]()
     scheduler.set_timesteps(5)
     x = randn(2, 3, 16, 16).to(dtype)
@@ -228,6 +234,39 @@ def test_monais_loops_are_bit_identical(
         assert_identical(a, b)
 
 
+QUIET = [case for case in FLOWS if not case[0]["stochastic_sampling"]]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_flow_matching_loops_are_bit_identical(dtype: torch.dtype) -> None:
+    for config, times in QUIET[::37]:
+        assert_same_flows("flow", config, times, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALVES)
+def test_more_flow_matching_loops_are_bit_identical(dtype: torch.dtype) -> None:
+    for config, times in QUIET[1::7]:
+        assert_same_flows("flow", config, times, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_sum_of_a_gpu_is_flow_matchings_too(dtype: torch.dtype) -> None:
+    """On a GPU the fused step takes the place of a CPU's two operations."""
+    _, theirs = (cls() for cls in FLOWS_OF["flow"])
+    ours = FLOWS_OF["flow"][0]()
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    x, u = randn(*SHAPE).to(dtype), randn(*SHAPE, seed=1).to(dtype)
+    table = ours._table_on(x.device, dtype)
+    for i, t in enumerate(theirs.timesteps):
+        expected = theirs.step(u, t, x).prev_sample
+        x_s, _ = ours._own.stepped(
+            table, x, u, i, prediction="sample", posterior=True, want_x0=False, checked=True
+        )
+        assert_identical(x_s, expected)
+
+
 # --- On a GPU ---------------------------------------------------------------------------------
 
 
@@ -264,7 +303,5 @@ def test_half_steps_on_a_gpu(config: Config, moved: bool, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_loops_on_a_gpu_are_close(dtype: torch.dtype) -> None:
     x = randn(2, 3, 32, 32).cuda().to(dtype)
-    states = []
-    for scheduler in fused({}, 50):
-        states.append(loop(scheduler, x)[-2].float())
-    assert float((states[0] - states[1]).abs().max()) <= 8 * torch.finfo(dtype).eps
+    a, b = (loop(scheduler, x)[-2].float() for scheduler in fused({}, 50))
+    assert float((a - b).abs().max()) <= 8 * torch.finfo(dtype).eps

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastddim.coefficients import COLUMNS
 from fastddim.dropins._scheduler import like
+from fastddim.dropins._shared import as_eager, rounds
 from fastddim.dropins._tables import CPU, Chosen, Made, Source
 from fastddim.dropins.diffusers.base import Base
 from fastddim.step.arguments import transformed
@@ -66,15 +67,18 @@ class Euler(Base):
                 return
         self._parent._init_step_index(self, timestep)
 
-    def _found(self, output: Any, timestep: Any, sample: Any) -> tuple[Tensor, int, int] | None:
+    def _found(
+        self, output: Any, timestep: Any, sample: Any, halves: bool = False
+    ) -> tuple[Tensor, int, int] | None:
         """Returns the table, the step's place and the number of steps.
 
-        Returns None if the original's step must run.
+        Returns None if the original's step must run. ``halves`` tells that the original rounds the
+        result of each operation on a half precision sample.
         """
         if (
             torch.compiler.is_compiling()
             or not isinstance(sample, Tensor)
-            or sample.dtype != torch.float32
+            or not (sample.dtype == torch.float32 or (halves and rounds(sample, None)))
             or not like(output, sample)
             or sample.dim() < 2
             or transformed()
@@ -82,7 +86,7 @@ class Euler(Base):
             or not _is_float(timestep)
         ):
             return None
-        table = self._table_on(sample.device)
+        table = self._table_on(sample.device, sample.dtype)
         if table is None:
             return None
         if self._step_index is None:
@@ -93,18 +97,19 @@ class Euler(Base):
             return None
         return table, place, steps
 
-    def _table_on(self, device: torch.device) -> Tensor | None:
+    def _table_on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """Returns the table, or None if the original does not compute the factors in float32."""
         sigmas = self.sigmas
         if not isinstance(sigmas, Tensor) or sigmas.requires_grad:
             return None
-        given = "euler", device, sigmas, None, None
+        given = ("euler", dtype), device, sigmas, None, None
         found = self._cache.found(*given)
         if found is None:
             on_device = sigmas.device in (CPU, device)
             if sigmas.dtype != torch.float32 or sigmas.dim() != 1 or not on_device:
                 return None
-            found = self._cache.keep(*given, Made(self._rows(sigmas.detach())))
+            made = Made(as_eager(self._rows(sigmas.detach()), device, dtype))
+            found = self._cache.keep(*given, made)
         return found.table
 
     def _column(self, table: Tensor, column: int) -> tuple[Tensor, ...]:

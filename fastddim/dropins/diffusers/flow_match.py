@@ -30,7 +30,7 @@ class FastFlowMatchEulerDiscreteScheduler(Euler, FlowMatchEulerDiscreteScheduler
     The first is Euler's step along the path x = (1 − σ)·x0 + σ·ε, and u = ε − x0 is the model's
     output. The class takes the original's configuration and arguments, and has its attributes. In
     float32 its results equal the original's, bit for bit on a CPU, and it draws the same normals
-    from the generators. The original's own step runs for other dtypes, for ``per_token_timesteps``,
+    from the generators. The original's own step runs for ``per_token_timesteps``,
     for samples and outputs of different shapes, under autograd and in ``torch.compile``. As in the
     original, the step ignores ``s_churn``, ``s_tmin``, ``s_tmax`` and ``s_noise``.
     """
@@ -74,7 +74,9 @@ class FastFlowMatchEulerDiscreteScheduler(Euler, FlowMatchEulerDiscreteScheduler
         """Returns (prev_sample,), as the original's ``step`` does."""
         found = None
         if per_token_timesteps is None:
-            found = self._found(model_output, timestep, sample)
+            # The original's stochastic step keeps a float32 x0 and draws float32 noise.
+            halves = not self.config.stochastic_sampling
+            found = self._found(model_output, timestep, sample, halves)
         if found is None:
             return self._parent.step(
                 self, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator,
