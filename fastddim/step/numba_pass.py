@@ -524,6 +524,19 @@ def _taken(address, thread, total):
 
 
 @_part
+def _on_rows(address):
+    """Returns whether all rows are in the table; otherwise the outcome is REFUSED."""
+    call = carray(_call(address), (1,))[0]
+    rows = carray(_int32(call.rows), (call.batch,))
+    for sample in range(call.batch if call.row_stride else 1):
+        row = rows[sample * call.row_stride]
+        if row < 0 or row >= call.steps:
+            call.outcome = REFUSED
+            return False
+    return True
+
+
+@_part
 def _light_steps(address, thread, n, total):
     """Takes ``_steps`` where every term is one of the caller's tensors, or none is kept.
 
@@ -569,11 +582,8 @@ def _steps(address, thread):
     seeds = carray(_int64(call.seeds), (batch,))
     guidance = carray(_float32(call.guidance), (batch,))
     threshold = carray(_float32(call.threshold), (batch,))
-    for sample in range(batch if call.row_stride else 1):
-        row = rows[sample * call.row_stride]
-        if row < 0 or row >= steps:
-            call.outcome = REFUSED
-            return
+    if not _on_rows(address):
+        return
     total = batch * n
     conditional = call.output + batch * call.output_stride * (4 if call.dtype == 0 else 2)
     counted = call.seeds != 0 and (call.row_stride != 0 or table[call.columns * rows[0] + 5] != 0)
@@ -728,11 +738,8 @@ def _rounding_steps(rounded):
         rows = carray(_int32(call.rows), (batch,))
         table = carray(_float32(call.table), (call.columns * steps,))
         threshold = carray(_float32(call.threshold), (batch,))
-        for sample in range(batch if call.row_stride else 1):
-            row = rows[sample * call.row_stride]
-            if row < 0 or row >= steps:
-                call.outcome = REFUSED
-                return
+        if not _on_rows(address):
+            return
         total = batch * n
         if call.row_stride == 0 and call.output_stride == n and call.threshold_stride == 0:
             n = total

@@ -111,7 +111,7 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
 
 def _terms(x: Tensor) -> list[Tensor]:
     """Returns memory for the five terms of a step, laid out as x."""
-    count, scratch = x.numel(), _scratch(5 * x.numel()).view(x.dtype)
+    count, scratch = x.numel(), _scratch(5 * x.numel(), x.dtype)
     return [scratch.as_strided(x.shape, x.stride(), k * count) for k in range(5)]
 
 
@@ -144,7 +144,7 @@ def _in_blocks(
     apart = guidance is not None or by_sample(row, guidance, threshold) or _apart(output, x)
     whole = apart or seeds is not None
     room = min(_together(), x.numel())
-    scratch = _scratch(6 * room).view(x.dtype)
+    scratch = _scratch(6 * room, x.dtype)
     stride = output.stride(0) if whole and output.shape[0] > 1 else n
     for sample, samples, first, count in _blocks(batch, n, whole):
         start, group = sample * n + first, slice(sample, sample + samples)
@@ -441,16 +441,18 @@ class _Own(threading.local):
 _own = _Own()
 
 
-def _scratch(count: int) -> Tensor:
+def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     """Returns memory for ``count`` elements or more, which this thread keeps for its next step.
 
     Fresh memory, with a page fault for each 4 KiB, costs more than the operations that write it.
     """
     room = _own.room
-    if room is None or len(room) < count:
+    if room is None or len(room) < count or dtype is not torch.float32:
         # Steps outside inference mode cannot write to a tensor that was made inside it.
         with torch.inference_mode(False):
-            room = _own.room = torch.empty(count, dtype=torch.float32, device="cpu")
+            if room is None or len(room) < count:
+                room = _own.room = torch.empty(count, dtype=torch.float32, device="cpu")
+            return room if dtype is torch.float32 else room.view(dtype)
     return room
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,7 +243,8 @@ def test_a_step_without_memory_for_its_chunks_says_so(monkeypatch: pytest.Monkey
     class Undone:
         def __call__(self, address: int) -> None: ...
 
-    monkeypatch.setattr(on_numba, "_call_alone", Undone())
+    undone = SimpleNamespace(ctypes=Undone())
+    monkeypatch.setattr(on_numba, "part_of", lambda rounding: undone)
     x = randn(2, 3)
     with pytest.raises(MemoryError, match="no memory"):
         step(x, x, TABLE, rows_of(2, 4), None, None, None, None, 0, True, None, False, x, None)
