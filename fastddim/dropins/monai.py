@@ -41,12 +41,13 @@ class FusedSteps(Scheduler):
         reversed_step:  x_s = √ᾱ_s·x0 + √(1 − ᾱ_s)·ε,              s = t + k
 
     (Song et al. 2021, eq. 12 and 16), each in one pass over memory. The original's own float32
-    operations make the factors, once for each ``set_timesteps`` and η. In float32 the results equal
-    the original's, bit for bit on a CPU, and the generators end in the same states.
+    operations make the factors, once for each ``set_timesteps`` and η. In float32, bfloat16 and
+    float16 the results equal the original's, bit for bit on a CPU, and the generators end in the
+    same states.
 
     The original's own step runs for clip bounds other than ±c, such as (0, 1), because the fused
-    step clamps to ±c; for other dtypes than float32; for subclasses of ``Tensor`` such as
-    MetaTensor; for samples and outputs of different shapes; under autograd and in
+    step clamps to ±c; for float64; for subclasses of ``Tensor`` such as
+    MetaTensor; for samples and outputs of different dtypes or shapes; under autograd and in
     ``torch.compile``.
 
     Example::

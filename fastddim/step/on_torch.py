@@ -441,7 +441,7 @@ class _Own(threading.local):
 _own = _Own()
 
 
-def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+def _scratch(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Returns memory for ``count`` elements or more, which this thread keeps for its next step.
 
     Fresh memory, with a page fault for each 4 KiB, costs more than the operations that write it.

@@ -29,12 +29,13 @@ class FastDDPMScheduler(Base, DDPMScheduler):
         x_s = p·x0 + q·x_t + c1·z,   p = √ᾱ_s·β/(1−ᾱ_t),   q = √(1−β)·(1−ᾱ_s)/(1−ᾱ_t)
 
     with β = 1 − ᾱ_t/ᾱ_s, and c1 as ``variance_type`` says (Ho et al. 2020, eq. 7). The original's
-    own float32 operations make the factors, once for each ``set_timesteps``. In float32 the results
-    equal the original's, bit for bit on a CPU, and the generators end in the same states.
+    own float32 operations make the factors, once for each ``set_timesteps``. In float32,
+    bfloat16 and float16 the results equal the original's, bit for bit on a CPU, and the generators
+    end in the same states.
 
     The original's own step runs where a ``variance_type`` is learned, because the fused step has
-    one c1 for all elements of a sample; for other dtypes than float32; for samples and outputs of
-    different shapes; under autograd and in ``torch.compile``.
+    one c1 for all elements of a sample; for float64; for samples and outputs of different dtypes or
+    shapes; under autograd and in ``torch.compile``.
 
     Example::
 

@@ -29,10 +29,10 @@ class FastFlowMatchEulerDiscreteScheduler(Euler, FlowMatchEulerDiscreteScheduler
 
     The first is Euler's step along the path x = (1 − σ)·x0 + σ·ε, and u = ε − x0 is the model's
     output. The class takes the original's configuration and arguments, and has its attributes. In
-    float32 its results equal the original's, bit for bit on a CPU, and it draws the same normals
-    from the generators. The original's own step runs for ``per_token_timesteps``,
-    for samples and outputs of different shapes, under autograd and in ``torch.compile``. As in the
-    original, the step ignores ``s_churn``, ``s_tmin``, ``s_tmax`` and ``s_noise``.
+    float32, bfloat16 and float16 its results equal the original's, bit for bit on a CPU, and it
+    draws the same normals from the generators. The original's own step runs for float64, for
+    ``stochastic_sampling`` in half precision, for ``per_token_timesteps``, for samples and outputs
+    of different dtypes or shapes, under autograd and in ``torch.compile``. As in the original, the step ignores ``s_churn``, ``s_tmin``, ``s_tmax`` and ``s_noise``.
     """
 
     _parent = FlowMatchEulerDiscreteScheduler

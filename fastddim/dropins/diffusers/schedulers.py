@@ -223,10 +223,11 @@ class _FastForwards(_Fast):
 class FastDDIMScheduler(_FastForwards, DDIMScheduler):
     """``diffusers.DDIMScheduler`` with a step that is one pass over memory.
 
-    The class takes the original's configuration and arguments, and has its attributes. In float32
-    its results equal the original's, bit for bit on a CPU, and it draws the same normals from the
-    generators. The original's own step runs for other dtypes, for samples and outputs of different
-    shapes, and under autograd.
+    The class takes the original's configuration and arguments, and has its attributes. In float32,
+    bfloat16 and float16 its results equal the original's, bit for bit on a CPU, and it draws the
+    same normals from the generators. In half precision the step rounds after each operation, as
+    eager PyTorch does. The original's own step runs for float64, for samples and outputs of
+    different dtypes or shapes, and under autograd.
 
     Args:
         strict: whether the steps follow the papers; kept in the saved configuration. Each strict
