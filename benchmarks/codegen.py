@@ -24,7 +24,11 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
@@ -222,6 +226,16 @@ def compile_to(out: Path, name: str, arch: str) -> tuple[Row, dict[str, Any]]:
     return row_of(name, arch, facts, counts, elements), details
 
 
+def compile_all(out: Path, cells: list[tuple[str, str]]) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Compiles all cells, in as many processes as the machine has cores, and yields in order."""
+    workers = min(os.cpu_count() or 1, len(cells) // 4)
+    if workers < 2:  # To start a process takes as long as to compile three variants.
+        yield from (compile_to(out, *cell) for cell in cells)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield from pool.map(compile_to, repeat(out), *zip(*cells, strict=True))
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Writes the file atomically: after a failure the old content is still there."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -322,11 +336,11 @@ def main() -> None:
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         refuse(f"--out must be a directory to write to, got {str(out)!r}: {error.strerror}")
+    cells = [(name, arch) for arch in archs for name in names]
     rows, details = [], {}
-    for arch in archs:
-        for name in names:
-            row, details[file_name(name, arch)] = compile_to(out, name, arch)
-            rows.append(row)
+    for (name, arch), (row, of) in zip(cells, compile_all(out, cells), strict=True):
+        rows.append(row)
+        details[file_name(name, arch)] = of
     write_json(out / "details.json", details)
     write_json(out / "codegen.json", rows)
     print(f"triton {triton.__version__}\n\n{table(rows)}\n\n{spans(rows)}".rstrip())
