@@ -414,10 +414,10 @@ MUTANTS = [
     ),
     Mutant(
         "fused",
-        "float16 overflows at 65536",
+        "a number too large for float16 wraps around",
         STEP,
-        "np.float32(65520.0)",
-        "np.float32(65536.0)",
+        "if magnitude >= _OVERFLOW",
+        "if magnitude > _OVERFLOW",
     ),
     Mutant(
         "fused",

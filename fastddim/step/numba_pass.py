@@ -359,7 +359,7 @@ def _float16_bits(v):
     return np.uint16(np.uint32(word | sign))
 
 
-_OVERFLOW = np.uint32(np.float32(65520.0).view(np.uint32))  # rounds to infinity in float16
+_OVERFLOW = np.uint32(143 << 23)  # 65536. Smaller numbers carry into infinity's bits from 65520 on.
 
 
 @_part

@@ -380,4 +380,4 @@ def test_amd_compiles_without_scratch_or_spills(tmp_path: Path) -> None:
         assert c.turned or not starting(c.sass, "ds_"), c.name
         assert c.row["budget_share"] is None, c.name
         if not c.scalar:
-            assert c.row["store_widths"]["128"] >= 1, c.name
+            assert c.row["store_widths"]["64" if c.v.rounds else "128"] >= 1, c.name
