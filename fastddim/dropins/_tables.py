@@ -76,6 +76,11 @@ class Made(NamedTuple):
     to_eps: Tensor | None = None
 
 
+def with_nan(rows: Tensor) -> Tensor:
+    """Returns a table's rows and an additional row of NaN."""
+    return torch.cat([rows, rows.new_full((1, rows.shape[1]), torch.nan)])
+
+
 class Cache:
     """Keeps tables until a tensor or a setting behind them changes.
 

@@ -246,6 +246,18 @@ def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: f
     )
 
 
+def of_each(timestep: Any, sample: Any) -> bool:
+    """Tells whether ``timestep`` holds a timestep for each sample of the batch."""
+    return (
+        isinstance(timestep, Tensor)
+        and isinstance(sample, Tensor)
+        and timestep.dim() == 1
+        and timestep.shape == sample.shape[:1]
+        and timestep.dtype != torch.bool
+        and not (timestep.is_floating_point() or timestep.is_complex())
+    )
+
+
 def has_grad(tensor: Tensor) -> bool:
     """Tells whether autograd would record operations on ``tensor``."""
     return tensor.requires_grad and torch.is_grad_enabled()

@@ -11,9 +11,16 @@ from torch import Tensor
 from fastddim.check import shown
 from fastddim.dropins._scheduler import levels_fit, like
 from fastddim.dropins._shared import Buffers, as_eager, pack_rows
-from fastddim.dropins._tables import Made, Tables
+from fastddim.dropins._tables import Made, Tables, with_nan
 from fastddim.dropins._transfer import sent
-from fastddim.dropins.diffusers.base import Base, Generators, batch_fits, fits, has_grad
+from fastddim.dropins.diffusers.base import (
+    Base,
+    Generators,
+    batch_fits,
+    fits,
+    has_grad,
+    of_each,
+)
 from fastddim.step.arguments import transformed
 
 
@@ -56,6 +63,8 @@ class Plain:
         if torch.compiler.is_compiling() or transformed():
             return None
         row = scheduler._row(timestep)
+        if row is None and of_each(timestep, sample):
+            row = timestep
         if row is None or not isinstance(eta, (int, float)) or not fits(scheduler, output, sample):
             return None
         z = noise if eta > 0 else None
@@ -69,11 +78,13 @@ class Plain:
         if tables is None:
             return None
         count = scheduler.alphas_cumprod.shape[0]
-        rows: Tensor | int = row + count
-        if isinstance(rows, Tensor):
-            rows = rows.to(torch.int32).expand(sample.shape[0])
-        elif not 0 <= rows < 2 * count:
-            return None
+        rows: Tensor | int
+        if isinstance(row, Tensor):
+            rows = _rows_at(row, count, sample.device).expand(sample.shape[0])
+        else:
+            rows = row + count
+            if not 0 <= rows < 2 * count:
+                return None
         if eta > 0 and z is None:
             z = scheduler._drawn(output, generator)
         own = scheduler._own
@@ -99,8 +110,7 @@ class Plain:
         tables = tables_of(scheduler, 0.0, sample.device, 1.0)
         if tables is None:
             return None
-        rows = (timesteps + len(scheduler.alphas_cumprod)).to(torch.int32)
-        rows = sent(rows, sample.device)
+        rows = _rows_at(timesteps, len(scheduler.alphas_cumprod), sample.device)
         x_s, _ = scheduler._stepped(
             Buffers(), tables, sample, output, rows, rederive=rederive, want_x0=False
         )
@@ -117,6 +127,24 @@ class Plain:
 
     def variances(self, scheduler: Base, t: Tensor, prev_t: Tensor) -> Tensor:
         return cast(Tensor, scheduler._parent._batch_get_variance(scheduler, t, prev_t))
+
+
+def _rows_at(timesteps: Tensor, count: int, device: torch.device) -> Tensor:
+    """Returns the table's rows of these timesteps, from −count to count − 1, on ``device``.
+
+    On a GPU a check is a host sync. Any other number has the last row there, which is NaN, because
+    a row out of range would read memory that is not the table's.
+    """
+    rows = timesteps.long() + count
+    if not rows.is_cpu:
+        return (rows.clamp(-1, 2 * count) % (2 * count + 1)).to(torch.int32)
+    if rows.numel():
+        least, most = (int(row) - count for row in torch.aminmax(rows))
+        if least < -count or most >= count:
+            raise ValueError(
+                f"timesteps must lie in [{-count}, {count - 1}], got {least} to {most}"
+            )
+    return sent(rows.to(torch.int32), device)
 
 
 def tables_of(
@@ -147,7 +175,7 @@ def tables_of(
     sigma = eta * variance**0.5
     direction = (1 - at_prev - sigma**2) ** 0.5
     table = pack_rows(at**0.5, (1 - at) ** 0.5, at_prev**0.5, sigma, direction)
-    return scheduler._cache.keep(*given, Made(as_eager(table, device, dtype)))
+    return scheduler._cache.keep(*given, Made(with_nan(as_eager(table, device, dtype))))
 
 
 def _upward_tables(scheduler: Base, device: torch.device, dtype: torch.dtype) -> Tables | None:
@@ -165,4 +193,4 @@ def _upward_tables(scheduler: Base, device: torch.device, dtype: torch.dtype) ->
     abar_s = abar[to]
     a, none = abar_t**0.5, torch.zeros_like(abar_t)
     table = pack_rows(a, (1 - abar_t) ** 0.5, abar_s**0.5, none, (1 - abar_s) ** 0.5)
-    return scheduler._cache.keep(*given, Made(as_eager(table, device, dtype)))
+    return scheduler._cache.keep(*given, Made(with_nan(as_eager(table, device, dtype))))

@@ -194,7 +194,11 @@ class _FastForwards(_Fast):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Returns (prev_sample, pred_original_sample), as the original's ``step`` does."""
+        """Returns (prev_sample, pred_original_sample), as the original's ``step`` does.
+
+        ``timestep`` may also hold a timestep for each sample, integers of shape (batch,): each
+        sample then takes its own step. The original fails there.
+        """
         found = self._strategy.step(
             self,
             model_output,

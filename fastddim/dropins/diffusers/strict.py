@@ -14,9 +14,9 @@ from fastddim.check import kind, shown, whole
 from fastddim.coefficients import make_table, pack
 from fastddim.dropins._scheduler import NAMES, like
 from fastddim.dropins._shared import C1, Buffers
-from fastddim.dropins._tables import CPU, Chosen, Made, Tables
+from fastddim.dropins._tables import CPU, Chosen, Made, Tables, with_nan
 from fastddim.dropins._transfer import sent
-from fastddim.dropins.diffusers.base import Base, Generators, batch_fits, has_grad
+from fastddim.dropins.diffusers.base import Base, Generators, batch_fits, has_grad, of_each
 from fastddim.levels import Levels
 from fastddim.loop.options import checked_seeds
 from fastddim.schedule import NoiseSchedule
@@ -164,7 +164,7 @@ def tables_of(
         return found
     schedule, end = _levels(scheduler)
     pairs = _pairs(scheduler, chosen)
-    table = _with_nan(make_table(schedule, pairs, eta, end))
+    table = with_nan(torch.from_numpy(make_table(schedule, pairs, eta, end)))
     row_of = torch.full((len(schedule) + 1,), len(pairs), dtype=torch.int32, device=CPU)
     for t, place in chosen.place.items():
         row_of[t] = place
@@ -173,7 +173,7 @@ def tables_of(
         # The model is called with the timestep where the step ends, and its output belongs to it.
         abar_s = schedule.alphas_cumprod[chosen.levels]
         zeros, ones = np.zeros_like(abar_s), np.ones_like(abar_s)
-        to_eps = _with_nan(pack(Levels.of_abar(abar_s), zeros, zeros, ones))
+        to_eps = with_nan(torch.from_numpy(pack(Levels.of_abar(abar_s), zeros, zeros, ones)))
     return scheduler._cache.keep(*given, Made(table, row_of, to_eps))
 
 
@@ -192,11 +192,16 @@ def _stepped(
     _check_step(scheduler, output, sample, eta, noise, seeds)
     chosen = scheduler._chosen()
     tables = tables_of(scheduler, float(eta), sample.device, chosen)
-    place = _place(scheduler, timestep, chosen)
+    place: int | Tensor
+    if of_each(timestep, sample):
+        place = _checked_each(timestep, chosen)
+    else:
+        place = _place(scheduler, timestep, chosen)
     # PyTorch turns an index of no dimensions into a number, a host sync: give it one dimension.
     rows = place
     if isinstance(place, Tensor):
-        rows = tables.rows_at(place.view(1)).expand(len(sample))
+        t = sent(place.view(-1), sample.device)
+        rows = tables.rows_at(t).expand(len(sample))
     half = None if sample.dtype == torch.float32 else torch.empty_like(sample)
     x = sample if half is None else _SHADOWS.state_of(sample)
     if eta and noise is None and seeds is None:
@@ -324,6 +329,18 @@ def _place(scheduler: Base, timestep: Any, chosen: Chosen) -> int | Tensor:
     return position
 
 
+def _checked_each(timesteps: Tensor, chosen: Chosen) -> Tensor:
+    """Returns a batch's timesteps; where the host knows them, refuses those that name no step."""
+    if timesteps.is_cpu:
+        for t in timesteps.tolist():
+            if t not in chosen.place:
+                raise ValueError(
+                    f"timestep must hold values that set_timesteps has chosen, and once each, "
+                    f"got {t}, which is there {chosen.levels.count(t)} times"
+                )
+    return timesteps
+
+
 def _levels(scheduler: Base) -> tuple[NoiseSchedule, float]:
     """Returns ᾱ as a float64 schedule, and ᾱ at the end of the last step.
 
@@ -380,12 +397,6 @@ def _make_finite(levels: Any, config: Any) -> None:
     """Replaces an ε model's ᾱ_T in place if it is 0; see ``NEARLY_ZERO``."""
     if config.prediction_type == "epsilon" and len(levels) > 1 and levels[-1] <= 0:
         levels[-1] = min(NEARLY_ZERO, float(levels[-2]) / 2)
-
-
-def _with_nan(table: Any) -> Tensor:
-    """Returns the table with an additional row of NaN."""
-    rows = torch.from_numpy(table)
-    return torch.cat([rows, rows.new_full((1, rows.shape[1]), torch.nan)])
 
 
 def _timesteps(config: Any, steps: int, T: int) -> list[int]:
