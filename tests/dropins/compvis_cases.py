@@ -31,22 +31,45 @@ def eager(
     quantize: bool = False,
     corrector: Any = None,
     repeat: bool = False,
+    scales: list[float] | None = None,
+    threshold: float | None = None,
+    rescale: float = 0.0,
+    separate: bool = False,
+    skipped: int = 0,
+    **more: Any,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """(xs, x0s, the generator's state) of the original's operations on the sampler's own table."""
+    """(xs, x0s, the generator's state) of the original's operations on the sampler's own table.
+
+    The arguments from ``scales`` on are those of the descendants: w of each step; the root mean
+    square above which x0 is scaled down; φ of the rescaled guidance; whether guidance calls the
+    model twice; the number of the noisiest steps to leave out; further arguments of the model.
+    """
     model = sampler.model
     states: list[Tensor] = []
     x0s: list[Tensor] = []
     prediction = {"eps": "epsilon", "v": "v"}[model.parameterization]
-    for index in reversed(range(len(sampler.ddim_timesteps))):
+    count = len(sampler.ddim_timesteps) - skipped
+    for index in reversed(range(count)):
         t = torch.full((len(x),), int(sampler.ddim_timesteps[index]))
         row = sampler._made().table[index]
+        if scales is not None:
+            scale = scales[count - 1 - index]
         if uc is None or scale == 1:
-            out = model.apply_model(x, t, c)
+            out = model.apply_model(x, t, c, **more)
         else:
-            u, out = model.apply_model(
-                torch.cat([x, x]), torch.cat([t, t]), torch.cat([uc, c])
-            ).chunk(2)
+            if separate:
+                out = model.apply_model(x, t, c, **more)
+                u = model.apply_model(x, t, uc, **more)
+            else:
+                u, out = model.apply_model(
+                    torch.cat([x, x]), torch.cat([t, t]), torch.cat([uc, c]), **more
+                ).chunk(2)
+            given = out
             out = u + scale * (out - u)
+            if rescale > 0:
+                dims = tuple(range(1, x.dim()))
+                spread, own = given.std(dims, keepdim=True), out.std(dims, keepdim=True)
+                out = rescale * (out * (spread / own)) + (1 - rescale) * out
         if corrector is not None:
             out = corrector.modify_score(model, out, x, t, c, strength=0.5)
         x = (
@@ -54,8 +77,16 @@ def eager(
         )  # the original's factors are float32 tensors of x's rank, so its products are float32
         _, x0 = reference.ddim_step(x, out, row, None, prediction)
         eps = row[0] * out + row[2] * x if prediction == "v" else out
+        if getattr(model, "use_dynamic_rescale", False):
+            levels = [int(sampler.ddim_timesteps[max(i, 0)]) for i in (index - 1, index)]
+            after, before = (torch.full((1,), float(model.scale_arr[t])) for t in levels)
+            x0 = x0 * (after / before)
         if quantize:
             x0 = model.first_stage_model.quantize(x0)[0]
+        if threshold is not None:
+            root = torch.stack([torch.sqrt(torch.mean(one * one)) for one in x0.flatten(1)])
+            root = root.clamp(min=threshold)
+            x0 = x0 * (threshold / root).reshape(-1, *[1] * (x.dim() - 1))
         z = torch.randn((1, *x.shape[1:])).repeat(len(x), 1, 1, 1) if repeat else None
         noise = row[5] * (torch.randn(x.shape) if z is None else z) * temperature
         if dropout > 0:

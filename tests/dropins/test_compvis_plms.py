@@ -200,13 +200,17 @@ def test_nothing_that_is_held_is_written() -> None:
 def test_signatures_are_the_originals() -> None:
     step = list(inspect.signature(PLMSSampler.p_sample_plms).parameters)
     assert step[-2:] == ["old_eps", "t_next"]
-    assert step[:-2] == list(inspect.signature(DDIMSampler.p_sample_ddim).parameters)
+    ddim = list(inspect.signature(DDIMSampler.p_sample_ddim).parameters)
+    assert ddim[len(step) - 2 :] == ["dynamic_threshold", "guidance_rescale", "more"]
+    assert step[:-2] == ddim[: len(step) - 2]
     for ours, theirs in (("plms_sampling", "ddim_sampling"), ("sample", "sample")):
         names = [
             list(inspect.signature(getattr(cls, name)).parameters)
             for cls, name in ((PLMSSampler, ours), (DDIMSampler, theirs))
         ]
-        assert names[0] == names[1]
+        assert names[0][-1] == "ignored" or ours == "plms_sampling"
+        own = [name for name in names[0] if name != "ignored"]
+        assert own == names[1][: len(own)]
 
 
 BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [

@@ -16,6 +16,7 @@ from fastddim.check import finite, kind, whole
 from fastddim.coefficients import Prediction
 from fastddim.dropins._shared import Own, passed_over
 from fastddim.dropins.compvis.checks import check_mask, check_output, check_state
+from fastddim.dropins.compvis.forks import BUFFERS, original_sigmas
 from fastddim.dropins.compvis.schedule import Schedule, make_schedule
 from fastddim.loop.model import stack
 from fastddim.step.arguments import OUTPUTS, check_untransformed
@@ -23,6 +24,8 @@ from fastddim.step.arguments import OUTPUTS, check_untransformed
 PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v"}
 
 Kept: TypeAlias = dict[str, list[Tensor]]
+
+_NONE: Mapping[str, Any] = {}
 
 
 class OwnMemory(Own):
@@ -39,6 +42,9 @@ class Sampler:
 
     _predictions = PREDICTIONS
     """The parameterizations of models that the sampler takes."""
+
+    _stacked = True
+    """Whether guidance calls the model once, on both conditions stacked."""
 
     ddim_timesteps: npt.NDArray[np.int64]
 
@@ -61,6 +67,16 @@ class Sampler:
         """Leaves out the buffers, so that a copy of the sampler makes its own."""
         return self.__dict__ | {"_own_memory": None}
 
+    def __getattr__(self, name: str) -> Any:
+        """Returns a table of the model that the original's sampler copies, made when it is read."""
+        schedule = self.__dict__.get("_schedule")
+        if schedule is not None:
+            if name in BUFFERS:
+                return BUFFERS[name](self.model)
+            if name == "ddim_sigmas_for_original_num_steps":
+                return original_sigmas(self.model, schedule.eta)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
     @property
     def _own(self) -> OwnMemory:
         if self._own_memory is None:
@@ -78,20 +94,22 @@ class Sampler:
         """Chooses the timesteps of ``p_sample_ddim``, ``stochastic_encode`` and ``decode``.
 
             uniform: range(0, T, T // S) + 1        quad: int(linspace(0, √(0.8·T), S)²) + 1
+            uniform_trailing: round(T − i·T/S) − 1
 
-        These are the original's timesteps: each is one too high, and some S give more than S of
-        them (S = 400 of T = 1000 gives 500). The last step goes to ᾱ_0, and adds noise if η > 0.
+        These are the originals' timesteps: each of the first two is one too high, and some S give
+        more than S of them (S = 400 of T = 1000 gives 500). ``uniform_trailing``, of DynamiCrafter,
+        starts at T − 1. The last step goes to ᾱ_0, and adds noise if η > 0.
 
         Args:
             ddim_num_steps: S, in [1, T].
-            ddim_discretize: ``"uniform"`` or ``"quad"``.
+            ddim_discretize: ``"uniform"``, ``"uniform_trailing"`` or ``"quad"``.
             ddim_eta: η ≥ 0.
             verbose: ignored, because nothing is printed.
 
         Raises:
-            TypeError, ValueError: naming the argument, the value and what is allowed. If the
-                timesteps exceed T − 1, the message names the nearest S that work; if the original
-                would give NaN for this η, it names the largest η that works.
+            TypeError, ValueError: naming the argument, the value and what is allowed. If a
+                timestep lies outside [0, T − 1], the message names the nearest S that work; if the
+                original would give NaN for this η, it names the largest η that works.
         """
         check_untransformed("make_schedule")
         T, eta = self.ddpm_num_timesteps, finite("ddim_eta", ddim_eta)
@@ -103,6 +121,9 @@ class Sampler:
         self.ddim_alphas, self.ddim_alphas_prev = made.alphas, made.alphas_prev
         self.ddim_sigmas = made.sigmas
         self.ddim_sqrt_one_minus_alphas = made.sqrt_one_minus
+        if made.scale is not None:
+            self.ddim_scale_arr = made.scale
+            self.ddim_scale_arr_prev = torch.cat([made.scale[:1], made.scale[:-1]])
 
     def _loop(
         self,
@@ -115,6 +136,9 @@ class Sampler:
         img_callback: Callable[[Tensor, int], object] | None,
         log_every_t: int,
         step: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+        t_start: int | None = None,
+        precision: int | None = None,
+        clean_cond: bool = False,
     ) -> tuple[Tensor, Kept]:
         """Takes ``step(x, t, index)`` from x_T on, as the original's loops do."""
         schedule = self._made()
@@ -128,16 +152,16 @@ class Sampler:
             raise ValueError(f"x_T must have shape {tuple(shape)}, got {tuple(x.shape)}")
         if mask is not None:
             check_mask(mask, x0, x)
-        steps = schedule.steps
-        if timesteps is not None:
-            share = min(whole("timesteps", timesteps, low=1) / len(steps), 1)
-            steps = steps[: int(share * len(steps)) - 1]
+        steps = taken(schedule, timesteps, t_start)
+        if precision == 16:
+            x = x.half()
         kept = {"x_inter": [x], "pred_x0": [x]}
         with self._running(schedule):
             for i, index in enumerate(reversed(range(len(steps)))):
                 t = torch.full((len(x),), int(steps[index]), device=x.device)
                 if mask is not None:
-                    x = self.model.q_sample(x0, t) * mask + (1.0 - mask) * x
+                    known: Any = x0 if clean_cond else self.model.q_sample(x0, t)
+                    x = known * mask + (1.0 - mask) * x
                 x, pred_x0 = step(x, t, index)
                 if callback is not None:
                     callback(i)
@@ -149,15 +173,30 @@ class Sampler:
         return x, kept
 
     def _called(
-        self, x: Tensor, t: Tensor, c: Any, scale: float, unconditional: Any
+        self,
+        x: Tensor,
+        t: Tensor,
+        c: Any,
+        scale: float,
+        unconditional: Any,
+        more: Mapping[str, Any] = _NONE,
     ) -> tuple[Tensor, float | None]:
-        """Returns the model's output, and w where it holds the outputs of both conditions."""
+        """Returns the model's output, and w where it holds the outputs of both conditions.
+
+        ``more`` holds further keywords of ``apply_model``.
+        """
         w: float | None = finite("unconditional_guidance_scale", scale)
         check_state("x", x)
         if unconditional is None or w == 1:
-            return self.model.apply_model(x, t, c), None
+            return self.model.apply_model(x, t, c, **more), None
+        if not self._stacked:
+            output = self.model.apply_model(x, t, c, **more)
+            without = self.model.apply_model(x, t, unconditional, **more)
+            for each in (output, without):
+                check_output(each, x, False)
+            return torch.cat([without, output]), w
         both = stack("unconditional_conditioning", unconditional, c, len(x))
-        return self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), both), w
+        return self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), both, **more), w
 
     def _corrected(
         self,
@@ -230,6 +269,15 @@ def checked_size(
 
 _making = threading.Lock()
 """Held while a sampler makes its buffers, so that two threads do not make them twice."""
+
+
+def taken(schedule: Schedule, timesteps: int | None, t_start: int | None) -> npt.NDArray[np.int64]:
+    """Returns the timesteps of a loop: the lowest of the schedule, without those that it skips."""
+    steps = schedule.steps
+    if timesteps is not None:
+        share = min(whole("timesteps", timesteps, low=1) / len(steps), 1)
+        steps = steps[: int(share * len(steps)) - 1]
+    return steps if t_start is None else steps[: whole("t_start", t_start, low=-len(steps))]
 
 
 def _randn(shape: tuple[int, ...], device: torch.device) -> Tensor:

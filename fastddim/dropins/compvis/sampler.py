@@ -8,14 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim.check import kind, whole
-from fastddim.dropins._shared import C1, Buffers
-from fastddim.dropins.compvis.base import Kept, Sampler, checked_size, drawn
+from fastddim.check import whole
+from fastddim.dropins._shared import C1
+from fastddim.dropins.compvis.base import Kept, checked_size, drawn, taken
 from fastddim.dropins.compvis.checks import check_output, check_state
-from fastddim.dropins.compvis.schedule import forward_table
+from fastddim.dropins.compvis.encoding import Encoder
+from fastddim.dropins.compvis.forks import (
+    check_changes,
+    checked_scales,
+    handed,
+    rescaled,
+    thresholded,
+)
 
 
-class DDIMSampler(Sampler):
+class DDIMSampler(Encoder):
     """Samples as CompVis' ``DDIMSampler`` does: bit-identical in float32 on the same device.
 
     The generator ends in the same state. The sampler runs on the model's device. It prints
@@ -31,12 +38,26 @@ class DDIMSampler(Sampler):
             ``sqrt_alphas_cumprod`` and ``sqrt_one_minus_alphas_cumprod``.
         schedule: kept as an attribute and never read, as in the original.
         device: ignored; Stability AI's version has this argument.
+        stacked: whether guidance calls the model once, on both conditions stacked, as in CompVis',
+            Stability AI's and Zero123's samplers. False calls it twice, with the condition first,
+            as in ControlNet's and DynamiCrafter's.
 
     Attributes:
         ddim_timesteps, ddim_alphas, ddim_alphas_prev, ddim_sigmas, ddim_sqrt_one_minus_alphas:
             the values that the original's ``make_schedule`` leaves. Assigning to them changes no
-            step.
+            step. Its copies of the model's tables (``sqrt_alphas_cumprod``, ...) can be read too.
+        ddim_scale_arr, ddim_scale_arr_prev: the scale of x0 where a step begins and ends, if
+            ``model.use_dynamic_rescale`` is true: each x0 is then multiplied by their quotient.
     """
+
+    def __init__(
+        self, model: Any, schedule: str = "linear", device: Any = None, stacked: bool = True
+    ) -> None:
+        super().__init__(model, schedule, device)
+        if not isinstance(stacked, bool):
+            raise TypeError(f"stacked must be True or False, got {stacked!r}")
+        self._stacked = stacked
+        self._known: set[str] = set()
 
     @torch.no_grad()
     def sample(
@@ -61,12 +82,19 @@ class DDIMSampler(Sampler):
         log_every_t: int = 100,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
-        **ignored: Any,
+        dynamic_threshold: float | None = None,
+        ucg_schedule: Sequence[float] | None = None,
+        timestep_spacing: str = "uniform",
+        guidance_rescale: float = 0.0,
+        t_start: int | None = None,
+        precision: int | None = None,
+        clean_cond: bool = False,
+        **more: Any,
     ) -> tuple[Tensor, Kept]:
         """Samples from x_T to data, by ``make_schedule`` and ``ddim_sampling``.
 
         Args:
-            S: the number of DDIM steps, which are always uniform.
+            S: the number of DDIM steps.
             batch_size, shape: the samples have the shape ``(batch_size, *shape)``.
             conditioning: the c of ``apply_model``: a tensor, or lists and mappings of tensors.
             callback: ``callback(i)`` is called after step i.
@@ -87,7 +115,20 @@ class DDIMSampler(Sampler):
             unconditional_guidance_scale: w in u + w·(c − u), if there is an
                 ``unconditional_conditioning``, which has the same form as ``conditioning``. The
                 model is then called once on both conditions, the unconditional one first.
-            ignored: ``quantize_denoised``, which CompVis' own scripts pass; any other is refused.
+            dynamic_threshold: v; each x0 becomes x0·v/max(v, rms(x0)), as in Zero123.
+            ucg_schedule: w of each step, from noise to data, in the place of
+                ``unconditional_guidance_scale``, as in Stability AI's version and ControlNet.
+            timestep_spacing: the ``ddim_discretize`` of ``make_schedule``, as in DynamiCrafter.
+            guidance_rescale: φ; the guided output g becomes φ·g·std(c)/std(g) + (1 − φ)·g, as in
+                DynamiCrafter (Lin et al. 2024, section 3.4).
+            t_start: the loop takes the timesteps ``[:t_start]`` of the rising list. Zero123's
+                ``sample`` always leaves out the noisiest, which is −1 here.
+            precision: 16 rounds x_T to float16, as in DynamiCrafter.
+            clean_cond: whether ``x0`` itself, without noise, replaces the state under the mask.
+            more: handed to ``apply_model`` if it takes them, as in DynamiCrafter (``fs``), with a
+                ``SamplingWarning``, once for each name. ``quantize_denoised``, ``uc_type``,
+                ``schedule_verbose`` and ``conditional_guidance_scale_temporal`` have no effect, as
+                in the originals.
 
         Returns:
             (samples, {"x_inter": states, "pred_x0": predicted x0}); both lists begin with x_T.
@@ -95,8 +136,9 @@ class DDIMSampler(Sampler):
         Raises:
             TypeError, ValueError: naming the argument, the value and what is allowed.
         """
-        size = checked_size(batch_size, shape, normals_sequence, ignored)
-        self.make_schedule(S, ddim_eta=eta, verbose=verbose)
+        size = checked_size(batch_size, shape, normals_sequence, {})
+        more = handed(self.model, more, self._known)
+        self.make_schedule(S, timestep_spacing, eta, verbose)
         with self._running(self._own.made):
             return self.ddim_sampling(
                 conditioning,
@@ -114,6 +156,13 @@ class DDIMSampler(Sampler):
                 corrector_kwargs=corrector_kwargs,
                 unconditional_guidance_scale=unconditional_guidance_scale,
                 unconditional_conditioning=unconditional_conditioning,
+                dynamic_threshold=dynamic_threshold,
+                ucg_schedule=ucg_schedule,
+                guidance_rescale=guidance_rescale,
+                t_start=t_start,
+                precision=precision,
+                clean_cond=clean_cond,
+                **more,
             )
 
     @torch.no_grad()
@@ -136,6 +185,14 @@ class DDIMSampler(Sampler):
         corrector_kwargs: Mapping[str, Any] | None = None,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
+        dynamic_threshold: float | None = None,
+        ucg_schedule: Sequence[float] | None = None,
+        guidance_rescale: float = 0.0,
+        t_start: int | None = None,
+        precision: int | None = None,
+        clean_cond: bool = False,
+        verbose: bool = True,
+        **more: Any,
     ) -> tuple[Tensor, Kept]:
         """Samples as ``sample`` does, on the schedule that ``make_schedule`` chose.
 
@@ -157,14 +214,34 @@ class DDIMSampler(Sampler):
             "corrector_kwargs": corrector_kwargs,
             "unconditional_guidance_scale": unconditional_guidance_scale,
             "unconditional_conditioning": unconditional_conditioning,
+            "dynamic_threshold": dynamic_threshold,
+            "guidance_rescale": guidance_rescale,
+            **handed(self.model, more, self._known),
         }
         self._checked_step(temperature, noise_dropout, score_corrector, ddim_use_original_steps)
+        check_changes(dynamic_threshold, guidance_rescale)
+        scales = None
+        if ucg_schedule is not None:
+            scales = checked_scales(ucg_schedule, len(taken(self._made(), timesteps, t_start)))
 
         def step(x: Tensor, t: Tensor, index: int) -> tuple[Tensor, Tensor]:
+            if scales is not None:
+                options["unconditional_guidance_scale"] = scales[-1 - index]
             return self.p_sample_ddim(x, cond, t, index, **options)
 
         return self._loop(
-            shape, x_T, timesteps, mask, x0, callback, img_callback, log_every_t, step
+            shape,
+            x_T,
+            timesteps,
+            mask,
+            x0,
+            callback,
+            img_callback,
+            log_every_t,
+            step,
+            t_start=t_start,
+            precision=precision,
+            clean_cond=clean_cond,
         )
 
     @torch.no_grad()
@@ -183,6 +260,9 @@ class DDIMSampler(Sampler):
         corrector_kwargs: Mapping[str, Any] | None = None,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
+        dynamic_threshold: float | None = None,
+        guidance_rescale: float = 0.0,
+        **more: Any,
     ) -> tuple[Tensor, Tensor]:
         """Returns (x_s, x0) of the step ``index`` of the schedule; index 0 is the last step.
 
@@ -202,8 +282,16 @@ class DDIMSampler(Sampler):
         schedule = self._made()
         table = schedule.table
         self._checked_step(temperature, noise_dropout, score_corrector, use_original_steps)
+        if dynamic_threshold is not None or guidance_rescale:
+            check_changes(dynamic_threshold, guidance_rescale)
         row = schedule.rows[whole("index", index, low=0, high=len(table) - 1)]
-        output, w = self._called(x, t, c, unconditional_guidance_scale, unconditional_conditioning)
+        scale, without = unconditional_guidance_scale, unconditional_conditioning
+        if more:
+            more = handed(self.model, more, self._known)
+        output, w = self._called(x, t, c, scale, without, more)
+        if guidance_rescale and w is not None:
+            check_output(output, x, True)
+            output, w = rescaled(output, w, guidance_rescale), None
         if score_corrector is not None:
             output = self._corrected(score_corrector, corrector_kwargs, x, output, w, t, c)
             w = None
@@ -213,15 +301,21 @@ class DDIMSampler(Sampler):
         eta, between = schedule.eta, own.between.stepped
         prediction = self._prediction
         scaled = noise_dropout > 0 or (eta > 0 and temperature != 1)
-        if not scaled and not quantize_denoised:
+        factor = schedule.x0_factor
+        changed = quantize_denoised or factor is not None or dynamic_threshold is not None
+        if not scaled and not changed:
             z = drawn(x, repeat_noise, eta > 0)
             x_s, x0 = own.stepped(table, x, output, row, prediction=prediction, noise=z, guidance=w)
             assert x0 is not None
         else:
             eps, x0 = between(schedule.to_halves, x, output, row, prediction=prediction, guidance=w)
             assert x0 is not None
+            if factor is not None:
+                x0 = x0.mul_(factor[index])
             if quantize_denoised:
                 x0, *_ = self.model.first_stage_model.quantize(x0)
+            if dynamic_threshold is not None:
+                x0 = thresholded(x0, dynamic_threshold)
             z = drawn(x, repeat_noise, eta > 0 or scaled)
             if z is not None:
                 z.mul_(table[index, C1]).mul_(temperature)
@@ -230,48 +324,6 @@ class DDIMSampler(Sampler):
             check_output(eps, x0, False)
             x_s, _ = own.stepped(schedule.from_halves, x0, eps, row, noise=z, want_x0=False)
         return x_s, x0
-
-    @torch.no_grad()
-    def stochastic_encode(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        use_original_steps: bool = False,
-        noise: Tensor | None = None,
-    ) -> Tensor:
-        """Returns x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε, from which ``decode`` can start.
-
-        Args:
-            x0: clean data, (batch, ...), float32, bfloat16 or float16.
-            t: an index into the chosen timesteps for each sample, integers of shape (batch,).
-            use_original_steps: t holds the model's own timesteps instead of indices.
-            noise: ε, of x0's shape; drawn if not given.
-
-        Raises:
-            TypeError, ValueError: naming the argument, the value and what is allowed.
-        """
-        schedule = self._made()
-        check_state("x0", x0)
-        if use_original_steps:
-            table = forward_table(self.model.alphas_cumprod, x0.device)
-        else:
-            table = schedule.forward
-        if not isinstance(t, Tensor) or t.shape != x0.shape[:1] or t.is_floating_point():
-            got = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else kind(t)
-            raise ValueError(f"t must be integers of shape ({len(x0)},), an index each, got {got}")
-        if not bool(((t >= 0) & (t < len(table))).all()):
-            raise ValueError(
-                f"t must lie in [0, {len(table) - 1}], got {int(t.min())} to {int(t.max())}"
-            )
-        eps = torch.randn_like(x0) if noise is None else check_state("noise", noise)
-        if eps.shape != x0.shape:
-            raise ValueError(
-                f"noise must have x0's shape, {tuple(x0.shape)}, got {tuple(eps.shape)}"
-            )
-        # Adding noise to clean data is the step's own equation with ε = noise.
-        rows = t.to(torch.int32)
-        x_t, _ = Buffers().stepped(table, x0.float(), eps.float(), rows, want_x0=False)
-        return x_t
 
     @torch.no_grad()
     def decode(

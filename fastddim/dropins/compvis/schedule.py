@@ -30,6 +30,10 @@ class Schedule(NamedTuple):
     """The second half: from (x0, ε) to x_s, with noise that σ has already multiplied."""
     forward: Tensor
     """The steps from clean data to x_t: √ᾱ_t·x0 + √(1−ᾱ_t)·ε."""
+    scale: Tensor | None
+    """The scale of x0 at each of ``steps``, float32, if the model rescales x0 (DynamiCrafter)."""
+    x0_factor: Tensor | None
+    """The factor of x0 in each step: the scale at its end by the scale at its start."""
     alphas: Tensor
     """This field and the following ones become attributes of the sampler. No step reads them."""
     alphas_prev: npt.NDArray[Any]
@@ -80,6 +84,11 @@ def make_schedule(
         levels = torch.from_numpy(steps).to(device)
         a_t = float32(model.sqrt_alphas_cumprod)[levels]
         b_t = float32(model.sqrt_one_minus_alphas_cumprod)[levels]
+    scale = x0_factor = None
+    if getattr(model, "use_dynamic_rescale", False):
+        scale = model.scale_arr.detach()[torch.from_numpy(steps).to(model.scale_arr.device)]
+        scale = scale.float().to(device)
+        x0_factor = torch.cat([scale[:1], scale[:-1]]) / scale
     return Schedule(
         steps=steps,
         eta=eta,
@@ -88,6 +97,8 @@ def make_schedule(
         to_halves=pack_rows(a_t, b_t, zero, zero, one),
         from_halves=pack_rows(one, zero, a_s, one, c2),
         forward=forward,
+        scale=scale,
+        x0_factor=x0_factor,
         alphas=alphas.to(device),
         alphas_prev=alphas_prev,
         sigmas=eta * sigmas,
@@ -103,23 +114,44 @@ def forward_table(alphas_cumprod: Tensor, device: torch.device) -> Tensor:
     return pack_rows(one, zero, a, zero, b).to(device, torch.float32)
 
 
+def encoding_table(alphas_next: Tensor, alphas: Tensor, device: torch.device) -> Tensor:
+    """Returns the steps of DDIM's inversion, from ᾱ of ``alphas`` to ᾱ of ``alphas_next``.
+
+    x_next = √(ᾱ_next/ᾱ)·x + √ᾱ_next·(√(1/ᾱ_next − 1) − √(1/ᾱ − 1))·ε
+    """
+    a = (alphas_next / alphas).sqrt()
+    b = alphas_next.sqrt() * ((1 / alphas_next - 1).sqrt() - (1 / alphas - 1).sqrt())
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    return pack_rows(one, zero, a, zero, b).to(device)
+
+
 def _timesteps(S: int, discretize: str, T: int) -> npt.NDArray[np.int64]:
     """Returns the original's timesteps, or refuses an S for which one of them is T."""
 
     def chosen(S: int) -> npt.NDArray[np.int64]:
         if discretize == "uniform":
             return np.arange(0, T, T // S) + 1
+        if discretize == "uniform_trailing":
+            return np.round(np.arange(T, 0, -(T / S)))[::-1].astype(np.int64) - 1
         return (np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(np.int64) + 1
 
     S = whole("S (ddim_num_steps)", S, low=1, high=T)
-    if discretize not in ("uniform", "quad"):
-        raise ValueError(f'ddim_discretize must be "uniform" or "quad", got {shown(discretize)}')
+    if discretize not in ("uniform", "uniform_trailing", "quad"):
+        raise ValueError(
+            f'ddim_discretize must be "uniform", "uniform_trailing" or "quad", '
+            f"got {shown(discretize)}"
+        )
+
+    def fits(steps: npt.NDArray[np.int64]) -> bool:
+        return bool(steps[0] >= 0 and steps[-1] < T)
+
     steps = chosen(S)
-    if steps[-1] < T:
+    if fits(steps):
         return steps
-    works = [n for n in range(1, T + 1) if chosen(n)[-1] < T]
+    works = [n for n in range(1, T + 1) if fits(chosen(n))]
     near = [*[n for n in works if n < S][-1:], *[n for n in works if n > S][:1]]
     raise ValueError(
-        f"S (ddim_num_steps) must have timesteps up to {T - 1}, got {S}, which has {steps[-1]} "
+        f"S (ddim_num_steps) must have timesteps up to {T - 1}, got {S}, which has "
+        f"{steps[0] if steps[0] < 0 else steps[-1]} "
         f"among them: near it {' and '.join(map(str, near)) or 'nothing'} will do"
     )
