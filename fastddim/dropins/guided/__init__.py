@@ -11,6 +11,10 @@ from __future__ import annotations
 
 from fastddim.dropins.guided.diffusion import Diffusion as Diffusion
 from fastddim.dropins.guided.loops import ddim_reverse_sample as ddim_reverse_sample
+from fastddim.dropins.guided.loops import ddim_reverse_sample_loop as ddim_reverse_sample_loop
+from fastddim.dropins.guided.loops import (
+    ddim_reverse_sample_loop_progressive as ddim_reverse_sample_loop_progressive,
+)
 from fastddim.dropins.guided.loops import ddim_sample as ddim_sample
 from fastddim.dropins.guided.loops import ddim_sample_loop as ddim_sample_loop
 from fastddim.dropins.guided.loops import (

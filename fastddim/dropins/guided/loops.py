@@ -13,8 +13,11 @@ from torch import Tensor
 from fastddim.check import finite, kind, shown, whole
 from fastddim.dropins.guided.ancestral import AncestralStep
 from fastddim.dropins.guided.call import Call, Condition, Denoised, Keywords, Out
+from fastddim.dropins.guided.start import Start
 from fastddim.dropins.guided.step import Step
 from fastddim.step.arguments import OUTPUTS, check_untransformed
+
+_DEFAULT = Start()
 
 
 def ddim_sample(
@@ -90,6 +93,51 @@ def ddim_reverse_sample(
     return step(x, _timesteps(t, x, step.count))
 
 
+def ddim_reverse_sample_loop(
+    diffusion: Any,
+    model: Callable[..., Tensor],
+    image: Tensor,
+    clip_denoised: bool = True,
+    denoised_fn: Denoised = None,
+    cond_fn: Condition = None,
+    model_kwargs: Keywords = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    eta: float = 0.0,
+) -> Tensor:
+    """Returns the last ``"sample"`` of ``ddim_reverse_sample_loop_progressive``."""
+    given = image, clip_denoised, denoised_fn, model_kwargs, device, progress, eta
+    return _last(_reversed(diffusion, model, *given, want_x0=False))
+
+
+def ddim_reverse_sample_loop_progressive(
+    diffusion: Any,
+    model: Callable[..., Tensor],
+    image: Tensor,
+    clip_denoised: bool = True,
+    denoised_fn: Denoised = None,
+    cond_fn: Condition = None,
+    model_kwargs: Keywords = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    eta: float = 0.0,
+) -> Iterator[Out]:
+    """Yields the result of each ``ddim_reverse_sample``, from timestep 0 up to the last.
+
+    Openai's code has no such loop; names and arguments are those of DDIB (Su et al. 2023). ᾱ is 0
+    where the last step ends.
+
+    Args:
+        image: data, (batch, channels, ...): float32, bfloat16 or float16.
+        cond_fn: ignored, as in DDIB.
+
+    Other arguments and what is raised are those of ``ddim_reverse_sample``; the yielded
+    dictionaries are as in ``ddim_sample_loop_progressive``.
+    """
+    given = image, clip_denoised, denoised_fn, model_kwargs, device, progress, eta
+    return _reversed(diffusion, model, *given, want_x0=True)
+
+
 def ddim_sample_loop(
     diffusion: Any,
     model: Callable[..., Tensor],
@@ -102,12 +150,17 @@ def ddim_sample_loop(
     device: torch.device | str | None = None,
     progress: bool = False,
     eta: float = 0.0,
+    skip_timesteps: int = 0,
+    init_image: Tensor | None = None,
+    randomize_class: bool = False,
+    cond_fn_with_grad: bool = False,
 ) -> Tensor:
     """Returns the last ``"sample"`` of ``ddim_sample_loop_progressive`` of the same arguments."""
+    start = Start(skip_timesteps, init_image, randomize_class, cond_fn_with_grad)
     step = partial(
         Step, diffusion, model, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta=eta
     )
-    return _last(_loop(step, model, shape, noise, device, progress, want_x0=False))
+    return _last(_loop(step, model, shape, noise, device, progress, want_x0=False, start=start))
 
 
 def ddim_sample_loop_progressive(
@@ -122,6 +175,10 @@ def ddim_sample_loop_progressive(
     device: torch.device | str | None = None,
     progress: bool = False,
     eta: float = 0.0,
+    skip_timesteps: int = 0,
+    init_image: Tensor | None = None,
+    randomize_class: bool = False,
+    cond_fn_with_grad: bool = False,
 ) -> Iterator[Out]:
     """Yields the result of each ``ddim_sample``, from the last timestep down to 0.
 
@@ -134,14 +191,22 @@ def ddim_sample_loop_progressive(
         noise: x_T; by default drawn from the device's global generator.
         device: by default the device of ``noise`` or, without it, of the model's parameters.
         progress: whether tqdm shows a progress bar.
+        skip_timesteps: how many of the noisiest timesteps the loop leaves out, as in crowsonkb's
+            fork, which Disco Diffusion uses.
+        init_image: the loop starts from x_t = √ᾱ_t·init_image + √(1−ᾱ_t)·noise at its first
+            timestep t; 0 if not given and timesteps are skipped. It has the shape of x_T.
+        randomize_class: whether ``model_kwargs["y"]`` is drawn again before each step, from
+            ``range(model.num_classes)``.
+        cond_fn_with_grad: must be False, because no step carries gradients of the model.
 
     Other arguments and what is raised are those of ``ddim_sample``; all arguments are checked
     at the call, before the first result is taken.
     """
+    start = Start(skip_timesteps, init_image, randomize_class, cond_fn_with_grad)
     step = partial(
         Step, diffusion, model, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta=eta
     )
-    return _loop(step, model, shape, noise, device, progress, want_x0=True)
+    return _loop(step, model, shape, noise, device, progress, want_x0=True, start=start)
 
 
 def p_sample(
@@ -193,12 +258,17 @@ def p_sample_loop(
     model_kwargs: Keywords = None,
     device: torch.device | str | None = None,
     progress: bool = False,
+    skip_timesteps: int = 0,
+    init_image: Tensor | None = None,
+    randomize_class: bool = False,
+    cond_fn_with_grad: bool = False,
 ) -> Tensor:
     """Returns the last ``"sample"`` of ``p_sample_loop_progressive`` of the same arguments."""
+    start = Start(skip_timesteps, init_image, randomize_class, cond_fn_with_grad)
     step = partial(
         AncestralStep, diffusion, model, clip_denoised, denoised_fn, cond_fn, model_kwargs
     )
-    return _last(_loop(step, model, shape, noise, device, progress, want_x0=False))
+    return _last(_loop(step, model, shape, noise, device, progress, want_x0=False, start=start))
 
 
 def p_sample_loop_progressive(
@@ -212,6 +282,10 @@ def p_sample_loop_progressive(
     model_kwargs: Keywords = None,
     device: torch.device | str | None = None,
     progress: bool = False,
+    skip_timesteps: int = 0,
+    init_image: Tensor | None = None,
+    randomize_class: bool = False,
+    cond_fn_with_grad: bool = False,
 ) -> Iterator[Out]:
     """Yields the result of each ``p_sample``, from the last timestep down to 0.
 
@@ -224,10 +298,30 @@ def p_sample_loop_progressive(
         for out in guided.p_sample_loop_progressive(diffusion, model, (4, 3, 64, 64)):
             show(out["pred_xstart"])
     """
+    start = Start(skip_timesteps, init_image, randomize_class, cond_fn_with_grad)
     step = partial(
         AncestralStep, diffusion, model, clip_denoised, denoised_fn, cond_fn, model_kwargs
     )
-    return _loop(step, model, shape, noise, device, progress, want_x0=True)
+    return _loop(step, model, shape, noise, device, progress, want_x0=True, start=start)
+
+
+def _reversed(
+    diffusion: Any,
+    model: Callable[..., Tensor],
+    image: Tensor,
+    clip_denoised: bool,
+    denoised_fn: Denoised,
+    model_kwargs: Keywords,
+    device: torch.device | str | None,
+    progress: bool,
+    eta: float,
+    want_x0: bool,
+) -> Iterator[Out]:
+    if finite("eta", eta) != 0:
+        raise ValueError(f"eta must be 0 for a step towards noise, got {eta:g}")
+    _check_state("image", image)
+    step = partial(Step, diffusion, model, clip_denoised, denoised_fn, None, model_kwargs, eta=None)
+    return _loop(step, model, tuple(image.shape), image, device, progress, want_x0, upwards=True)
 
 
 def _loop(
@@ -238,6 +332,8 @@ def _loop(
     device: torch.device | str | None,
     progress: bool,
     want_x0: bool,
+    start: Start = _DEFAULT,
+    upwards: bool = False,
 ) -> Iterator[Out]:
     """Returns the steps' results; ``made(device=device)`` checks and makes the step."""
     if not isinstance(shape, (tuple, list)) or len(shape) < 2:
@@ -249,12 +345,15 @@ def _loop(
             raise ValueError(f"noise must have the batch of shape, {batch}, got {len(noise)}")
     device = _device(model, noise, device)
     step = made(device=device)
+    start.check(model, step, shape if noise is None else noise.shape, device)
     bar = _bar() if progress else iter
 
     def steps() -> Iterator[Out]:
         x = torch.randn(*shape, device=device) if noise is None else noise
-        for i in bar(range(step.count)[::-1]):
+        x = start.state(step, x)
+        for i in bar(range(step.count - start.skip_timesteps)[:: 1 if upwards else -1]):
             t = torch.full((batch,), i, device=device)
+            start.changed(model, step)
             out = step(x, t, i, want_x0)
             yield out
             x = out["sample"]

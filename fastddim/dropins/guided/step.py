@@ -57,6 +57,8 @@ class Step(Call):
         self.scale, self.shift, *rest = tables(abar, self.eta, device, stream_of(device))
         self.table, self.only_x0, self.only_eps = rest
         self.scaled: Tensor | None = None
+        self.returns_first_x0 = hasattr(diffusion, "condition_score_with_grad")
+        """Whether ``"pred_xstart"`` is the x0 before ``cond_fn``, as in crowsonkb's fork."""
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, row: int | None = None, want_x0: bool = True) -> Out:
@@ -71,6 +73,7 @@ class Step(Call):
             scaled = self.scaled = torch.empty_like(x, dtype=torch.float32)
         torch.mul(x, self.scale[t].view(each), out=scaled)
         between = self.between.stepped
+        first_x0: Tensor | None = None
         if self.denoised_fn is not None:
             x0 = output
             if prediction == "epsilon":
@@ -78,7 +81,7 @@ class Step(Call):
             output = checked("denoised_fn", self.denoised_fn(x0), x)
             prediction = "sample"
         if self.cond_fn is not None:
-            output, _ = between(
+            output, first_x0 = between(
                 self.only_eps,
                 scaled,
                 output,
@@ -86,7 +89,7 @@ class Step(Call):
                 prediction=prediction,
                 clip=clip,
                 rederive=True,
-                want_x0=False,
+                want_x0=want_x0 and self.returns_first_x0,
             )
             output -= self.shift[t].view(each) * self.score_of(x, model_t)
             prediction, clip = "epsilon", None
@@ -102,6 +105,7 @@ class Step(Call):
             noise=self._noise(x),
         )
         out = {"sample": x_s}
+        x0_or_none = x0_or_none if first_x0 is None else first_x0
         if x0_or_none is not None:
             out["pred_xstart"] = x0_or_none
         return out
