@@ -1,4 +1,4 @@
-"""diffusers' DDIM, DDPM, DPM-Solver++ and Euler schedulers: same calls, fewer passes over memory.
+"""diffusers' schedulers (DDIM, DDPM, CogVideoX, DPM-Solver++, Euler): same calls, fewer passes.
 
     pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config)
 
@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
 
     raise explained(error) from None
 
+from fastddim.dropins.diffusers.cogvideox import FastCogVideoXDDIMScheduler
 from fastddim.dropins.diffusers.ddpm import FastDDPMScheduler
 from fastddim.dropins.diffusers.euler_ancestral import FastEulerAncestralDiscreteScheduler
 from fastddim.dropins.diffusers.flow_match import FastFlowMatchEulerDiscreteScheduler
@@ -27,6 +28,7 @@ from fastddim.dropins.diffusers.schedulers import (
 )
 
 __all__ = (
+    "FastCogVideoXDDIMScheduler",
     "FastDDIMInverseScheduler",
     "FastDDIMParallelScheduler",
     "FastDDIMScheduler",
@@ -42,6 +44,7 @@ for _class in (
     FastDDIMParallelScheduler,
     FastDDIMInverseScheduler,
     FastDDPMScheduler,
+    FastCogVideoXDDIMScheduler,
     FastDPMSolverMultistepScheduler,
     FastEulerAncestralDiscreteScheduler,
     FastFlowMatchEulerDiscreteScheduler,

@@ -80,7 +80,7 @@ class Plain:
         count = scheduler.alphas_cumprod.shape[0]
         rows: Tensor | int
         if isinstance(row, Tensor):
-            rows = _rows_at(row, count, sample.device).expand(sample.shape[0])
+            rows = rows_at(row, count, sample.device).expand(sample.shape[0])
         else:
             rows = row + count
             if not 0 <= rows < 2 * count:
@@ -110,7 +110,7 @@ class Plain:
         tables = tables_of(scheduler, 0.0, sample.device, 1.0)
         if tables is None:
             return None
-        rows = _rows_at(timesteps, len(scheduler.alphas_cumprod), sample.device)
+        rows = rows_at(timesteps, len(scheduler.alphas_cumprod), sample.device)
         x_s, _ = scheduler._stepped(
             Buffers(), tables, sample, output, rows, rederive=rederive, want_x0=False
         )
@@ -129,7 +129,7 @@ class Plain:
         return cast(Tensor, scheduler._parent._batch_get_variance(scheduler, t, prev_t))
 
 
-def _rows_at(timesteps: Tensor, count: int, device: torch.device) -> Tensor:
+def rows_at(timesteps: Tensor, count: int, device: torch.device) -> Tensor:
     """Returns the table's rows of these timesteps, from −count to count − 1, on ``device``.
 
     On a GPU a check is a host sync. Any other number has the last row there, which is NaN, because
