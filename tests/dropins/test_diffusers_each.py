@@ -40,17 +40,18 @@ def alone(scheduler: Any, output: Tensor, t: list[int], x: Tensor, **given: Any)
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("config", GRID[::97], ids=str)
 @pytest.mark.parametrize("which", ["plain", "parallel"])
-def test_each_sample_takes_its_own_step(config: Config, which: str) -> None:
+def test_each_sample_takes_its_own_step(config: Config, which: str, dtype: torch.dtype) -> None:
     original, fast = both(config, 20, which)
-    x, output = randn(*SHAPE), randn(*SHAPE, seed=1)
+    x, output = randn(*SHAPE).to(dtype), randn(*SHAPE, seed=1).to(dtype)
     for levels in (LEVELS, [-1, 3, -900, 20, 950, 1]):
         t = torch.tensor(levels)
         for given in (
             {},
             {"use_clipped_model_output": True},
-            {"eta": 0.7, "variance_noise": randn(*SHAPE, seed=2)},
+            {"eta": 0.7, "variance_noise": randn(*SHAPE, seed=2).to(dtype)},
         ):
             theirs = alone(original, output, levels, x, **given)
             ours = fast.step(output, t.int(), x, **given, return_dict=False)
@@ -87,9 +88,10 @@ def test_the_original_fails_with_more_timesteps_than_one() -> None:
     with pytest.raises(RuntimeError, match="ambiguous"):
         original.step(output, torch.tensor(LEVELS), x)
     one = torch.tensor([500])
-    for batch in (1, 6):
-        theirs, ours = (s.step(output[:batch], one, x[:batch]) for s in (original, fast))
-        assert_identical(theirs.prev_sample, ours.prev_sample)
+    for batch, dtype in ((1, torch.float32), (6, torch.float32), (1, torch.float16)):
+        given = output[:batch].to(dtype), one, x[:batch].to(dtype)
+        theirs, ours = (s.step(*given).prev_sample for s in (original, fast))
+        assert_identical(theirs, ours)
     for t in (1000, -1001):
         wrong = torch.tensor([t, 0, 0, 0, 0, 0])
         call = partial(fast.step, output, wrong, x)

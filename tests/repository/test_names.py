@@ -73,6 +73,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 SCHEDULERS = "fastddim.dropins.diffusers"
 OTHERS = (
+    "FastCogVideoXDDIMScheduler",
     "FastDDIMScheduler",
     "FastDDPMScheduler",
     "FastDPMSolverMultistepScheduler",

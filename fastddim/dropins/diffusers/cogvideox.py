@@ -129,7 +129,7 @@ class FastCogVideoXDDIMScheduler(Base, CogVideoXDDIMScheduler):
         if torch.compiler.is_compiling() or transformed():
             return None
         t = self._row(timestep)
-        if t is None or not fits(self, output, sample):
+        if t is None or not fits(self, output, sample) or sample.dtype != torch.float32:
             return None
         tables = self._tables_of(sample.device)
         if tables is None:

@@ -63,7 +63,7 @@ class Plain:
         if torch.compiler.is_compiling() or transformed():
             return None
         row = scheduler._row(timestep)
-        if row is None and of_each(timestep, sample):
+        if row is None and of_each(timestep, sample) and len(sample) > 1:
             row = timestep
         if row is None or not isinstance(eta, (int, float)) or not fits(scheduler, output, sample):
             return None
