@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -99,6 +104,115 @@ class Described(torch.nn.Module):
         return samples
 
 
+def flat(cls: type[Described]) -> type[Described]:
+    """The class with the methods below its loop as its own, as the package's classes have them."""
+    for name in ("model_predictions", "predict_noise_from_start", *STARTS):
+        setattr(cls, name, getattr(cls, name))
+    return cls
+
+
+STARTS = ("predict_start_from_noise", "predict_start_from_v")
+
+
+class DescribedAgain(Described):
+    """The loop of the package's other classes, whose ε stays the output of a pred_noise model."""
+
+    def predictions(self, output: Tensor, x: Tensor, t: Tensor, clip: bool) -> list[Tensor]:
+        starts = {
+            "pred_noise": self.predict_start_from_noise,
+            "pred_x0": lambda x, t, output: output,
+            "pred_v": self.predict_start_from_v,
+        }
+        x0 = starts[self.objective](x, t, output)
+        x0 = x0.clamp(-1.0, 1.0) if clip else x0
+        of_noise = self.objective == "pred_noise"
+        return [output if of_noise else self.predict_noise_from_start(x, t, x0), x0]
+
+    def states(self, shape: Any, called: Callable[..., Any], clip: bool = True) -> list[Tensor]:
+        """x_T and the state after each step; the last is the samples before ``unnormalize``."""
+        abar: Any = self.alphas_cumprod
+        tau = torch.linspace(-1, self.num_timesteps - 1, self.sampling_timesteps + 1).int().tolist()
+        x, x0 = torch.randn(shape, device=abar.device), None
+        states, self.drawn = [x], x
+        for t, s in zip(tau[:0:-1], tau[-2::-1], strict=True):
+            seen = torch.full((len(x),), t, device=x.device)
+            output = called(x, seen, x0 if self.self_condition else None)
+            eps, x0 = self.predictions(output, x, seen, clip)
+            if s < 0:
+                x = x0
+            else:
+                a, a_s = abar[t], abar[s]
+                sigma = self.ddim_sampling_eta * ((1 - a / a_s) * (1 - a_s) / (1 - a)).sqrt()
+                c = (1 - a_s - sigma**2).sqrt()
+                self.drawn = torch.randn_like(x)
+                x = x0 * a_s.sqrt() + c * eps + sigma * self.drawn
+            states.append(x)
+        return states
+
+
+@flat
+class Described1D(DescribedAgain):
+    """What GaussianDiffusion1D of 2.3.4 computes: the noise it returns is the last that it drew."""
+
+    def __init__(self, model: Any, *, seq_length: int, **given: Any) -> None:
+        super().__init__(model, image_size=seq_length, **given)
+        self.register_buffer("betas", torch.zeros(1))
+
+    @torch.no_grad()
+    def ddim_sample(
+        self,
+        shape: Any,
+        clip_denoised: bool = True,
+        model_forward_kwargs: Any = None,
+        return_noise: bool = False,
+    ) -> Any:
+        def called(x: Tensor, t: Tensor, x0: Tensor | None) -> Any:
+            more = {} if x0 is None else {"x_self_cond": x0}
+            return self.model(x, t, **{**(model_forward_kwargs or {}), **more})
+
+        states = self.states(shape, called, clip_denoised)
+        samples = self.unnormalize(states[-1])
+        return (samples, self.drawn) if return_noise else samples
+
+
+@flat
+class DescribedClasses(DescribedAgain):
+    """What 2.3.4's GaussianDiffusion for classifier-free guidance computes in ``ddim_sample``."""
+
+    @torch.no_grad()
+    def ddim_sample(  # type: ignore[override]
+        self,
+        classes: Tensor,
+        shape: Any,
+        cond_scale: float = 6.0,
+        rescaled_phi: float = 0.7,
+        clip_denoised: bool = True,
+    ) -> Tensor:
+        def called(x: Tensor, t: Tensor, x0: Tensor | None) -> Any:
+            guided: Any = self.model.forward_with_cond_scale
+            return guided(x, t, classes, cond_scale=cond_scale, rescaled_phi=rescaled_phi)[0]
+
+        return (self.states(shape, called, clip_denoised)[-1] + 1) * 0.5
+
+
+@flat
+class DescribedGuided(DescribedAgain):
+    """What GaussianDiffusion of 2.3.4's ``guided_diffusion`` computes in ``ddim_sample``."""
+
+    @torch.no_grad()
+    def ddim_sample(
+        self,
+        shape: Any,
+        return_all_timesteps: bool = False,
+        cond_fn: Any = None,
+        guidance_kwargs: Any = None,
+    ) -> Tensor:
+        states = self.states(shape, self.model)
+        every = torch.stack([states[0], *states[:-1]], 1)
+        found: Tensor = self.unnormalize(every if return_all_timesteps else states[-1])
+        return found
+
+
 ONE_MINUS = ("one_minus_alphas_cumprod",)
 
 
@@ -120,3 +234,18 @@ class Net(torch.nn.Module):
         if before is not None:
             output = output - 0.2 * before
         return output if self.then is None else self.then(output, x, before)
+
+
+def package(module: str = "denoising_diffusion_pytorch", name: str = "GaussianDiffusion") -> Any:
+    """A class of the package; what it imports and sampling does not use may be missing."""
+    if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
+        pytest.skip("denoising-diffusion-pytorch is not installed")
+    unused = ("torchvision", "ema_pytorch", "accelerate", "pytorch_fid")
+    missing = [name for name in unused if importlib.util.find_spec(name) is None]
+    sys.modules.update({name: MagicMock() for name in missing})
+    try:
+        found = importlib.import_module(f"denoising_diffusion_pytorch.{module}")
+    finally:
+        for absent in missing:
+            del sys.modules[absent]
+    return getattr(found, name)

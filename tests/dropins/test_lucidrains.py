@@ -8,42 +8,23 @@ which allows one version of PyTorch only. What sampling does not use of its impo
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import re
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastddim.dropins import lucidrains
-from tests.dropins.lucidrains_original import Described, Net
+from tests.dropins.lucidrains_original import Described, Net, package
 from tests.refusals import refused
 
 SHAPE = (3, 3, 8, 8)
 OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
-
-
-def package() -> Any:
-    """The package's class; what it imports and sampling does not use may be missing."""
-    if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
-        pytest.skip("denoising-diffusion-pytorch is not installed")
-    unused = ("torchvision", "ema_pytorch", "accelerate", "pytorch_fid")
-    missing = [name for name in unused if importlib.util.find_spec(name) is None]
-    sys.modules.update({name: MagicMock() for name in missing})
-    try:
-        module = importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
-    finally:
-        for name in missing:
-            del sys.modules[name]
-    return module.GaussianDiffusion
 
 
 @pytest.fixture(params=["described", "package"])
