@@ -263,7 +263,8 @@ def test_guidance_of_a_half_precision_model_is_float32(dtype: torch.dtype) -> No
         torch.cat([X, X]), torch.cat([t, t]), torch.cat([UC, C])
     ).chunk(2)
     row = sampler._made().table[10]
-    own, _ = reference.ddim_step(X, u + theirs["scale"] * (c - u), row)
+    guided = u + theirs["scale"] * (c - u)
+    own, _ = reference.ddim_step(X, guided.float(), row)  # the products are float32
     oracle, _ = reference.ddim_step(
         X.double(), torch.cat([u, c]).double(), row.double(), guidance=torch.tensor(7.5)
     )
