@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastddim.check import kind
 from fastddim.coefficients import Prediction
+from fastddim.dropins._compiled import Compiled, Kind
 from fastddim.dropins._shared import Own
-from fastddim.dropins._tables import Cache, Chosen, Source
+from fastddim.dropins._tables import Cache, Chosen, Source, Tables
 
 NAMES: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
@@ -28,11 +29,16 @@ class Scheduler:
 
     _ends = "final_alpha_cumprod"
     """The attribute that ``_end`` reads."""
-    _unsaved: tuple[str, ...] = ("_tables", "_own_memory", "_read")
+    _unsaved: tuple[str, ...] = ("_tables", "_own_memory", "_read", "_compiled")
     """The attributes that copies and pickles make again."""
     _read: Chosen | None = None
     _tables: Cache | None = None
     _own_memory: Own | None = None
+    _stateless = False
+    """True once a step inside torch.compile has found its place by its timestep alone, and left
+    ``step_index`` behind."""
+    _compiled: Compiled | None = None
+    """The tables of steps inside torch.compile, once such a step was traced."""
 
     @property
     def _own(self) -> Own:
@@ -43,6 +49,19 @@ class Scheduler:
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out tables and buffers, so that copies and pickles make their own."""
         return {name: value for name, value in self.__dict__.items() if name not in self._unsaved}
+
+    def _renew_compiled(self) -> None:
+        """Makes the tables of compiled steps again, after a change of the timesteps."""
+        if self._compiled is not None:
+            self._compiled.renew(self)
+
+    def _behind_tables(self) -> tuple[Any, ...]:
+        """Returns the attributes from which the tables of compiled steps are made."""
+        raise NotImplementedError
+
+    def _tables_for(self, kind: Kind, device: torch.device, dtype: torch.dtype) -> Tables | None:
+        """Returns the tables of compiled steps, or None if the original's step must run."""
+        raise NotImplementedError
 
     def _end(self) -> Any:
         """Returns ᾱ at the end of the last step, or at the start of the first inverse step."""

@@ -10,6 +10,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fastddim.dropins._compiled import Kind, Maths
 from fastddim.dropins._scheduler import NAMES, Scheduler, levels_fit, like
 from fastddim.dropins._shared import Buffers, rounds
 from fastddim.dropins._tables import (
@@ -60,6 +61,12 @@ class Strategy(Protocol):
         noise: Tensor | None,
     ) -> tuple[Tensor, Tensor] | None:
         """Returns (x_s, x0), or None if the scheduler must call the original's step."""
+        ...
+
+    def tables(
+        self, scheduler: Base, kind: Kind, device: torch.device, dtype: torch.dtype
+    ) -> Tables | None:
+        """Returns the tables of all steps with this η, or of ``batch_step`` for BATCH, or None."""
         ...
 
     def batch_step(
@@ -130,6 +137,8 @@ class Base(Scheduler):
 
     def _drawn(self, like: Tensor, generator: Any) -> Tensor:
         """Draws normals as the original does, on a CPU always into the same memory."""
+        if torch.compiler.is_compiling():  # The scheduler's memory is no input of a graph.
+            return torch.randn(like.shape, device=like.device, dtype=like.dtype)
         if like.device != CPU and _are_the_cpus(generator):
             drawn = randn_tensor(like.shape, generator=generator, device=CPU, dtype=like.dtype)
             return sent_pinned(drawn, like.device)
@@ -149,7 +158,7 @@ class Base(Scheduler):
 
     def _stepped(
         self,
-        buffers: Buffers,
+        buffers: Buffers | Maths,
         tables: Tables,
         x: Tensor,
         output: Tensor,
@@ -205,8 +214,14 @@ def output_of(made_as: Any, **fields: Tensor) -> Any:
     return result
 
 
+TRACED = torch.float32, torch.bfloat16, torch.float16, torch.float64
+"""The dtypes of steps inside torch.compile, which are operations on tensors as the original's."""
+BATCH = "batch"
+"""The kind of tables that ``batch_step`` takes."""
+
+
 def fits(scheduler: Base, output: Any, sample: Any) -> bool:
-    """Tells whether the fused step equals the original's step for these tensors."""
+    """Tells whether our step equals the original's step for these tensors."""
     config = scheduler.config
     return (
         scheduler.num_inference_steps is not None
@@ -215,10 +230,7 @@ def fits(scheduler: Base, output: Any, sample: Any) -> bool:
         and sample.dim() > 1
         and config.prediction_type in NAMES
         and (not config.clip_sample or config.clip_sample_range > 0)
-        and (
-            sample.dtype == torch.float32
-            or rounds(sample, config.clip_sample_range if config.clip_sample else None)
-        )
+        and rounds_alike(sample, config)
         and scheduler._as_parent
         and not (
             torch.is_grad_enabled()
@@ -232,10 +244,19 @@ def fits(scheduler: Base, output: Any, sample: Any) -> bool:
     )
 
 
+def rounds_alike(sample: Tensor, config: Any) -> bool:
+    """Tells whether our step from ``sample`` rounds where the original's does."""
+    if sample.dtype == torch.float32:
+        return True
+    if torch.compiler.is_compiling():
+        return sample.dtype in TRACED
+    return rounds(sample, config.clip_sample_range if config.clip_sample else None)
+
+
 def batch_fits(scheduler: Base, output: Any, timesteps: Any, sample: Any, eta: float) -> bool:
     """Tells whether the fused step equals ``batch_step_no_noise`` of the original."""
     return (
-        not (torch.compiler.is_compiling() or transformed())
+        (torch.compiler.is_compiling() or not transformed())
         and eta == 0
         and isinstance(timesteps, Tensor)
         and timesteps.shape == sample.shape[:1]

@@ -9,11 +9,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
 from torch import Tensor
 
+from fastddim.dropins._compiled import MATHS, Kind, compiled_tables, rows_of, with_nan
 from fastddim.dropins._scheduler import NAMES, levels_fit, like
-from fastddim.dropins._shared import as_eager, pack_rows, rounds
+from fastddim.dropins._shared import as_eager, pack_rows
 from fastddim.dropins._tables import CPU, Chosen, Made, Tables
 from fastddim.dropins._transfer import sent
-from fastddim.dropins.diffusers.base import Base, Generators, output_of
+from fastddim.dropins.diffusers.base import Base, Generators, output_of, rounds_alike
 from fastddim.step.arguments import transformed
 
 _OF_THE_STEP = ("_get_variance", "_threshold_sample", "previous_timestep")
@@ -117,6 +118,7 @@ class FastDDPMScheduler(Base, DDPMScheduler):
         self._parent.set_timesteps(self, num_inference_steps, device, timesteps)
         self._chosen()
         self._own.clear()
+        self._renew_compiled()
 
     def step(
         self,
@@ -143,7 +145,9 @@ class FastDDPMScheduler(Base, DDPMScheduler):
         self, output: Tensor, timestep: Any, sample: Tensor, generator: Generators
     ) -> tuple[Tensor, Tensor] | None:
         """Returns (x_s, x0), or None if the original's own step must run."""
-        if torch.compiler.is_compiling() or transformed():
+        if torch.compiler.is_compiling():
+            return self._traced(output, timestep, sample, generator)
+        if transformed():
             return None
         chosen = self._chosen() if self.custom_timesteps or self.num_inference_steps else None
         t = self._row(timestep)
@@ -163,6 +167,44 @@ class FastDDPMScheduler(Base, DDPMScheduler):
             own.clear()
         assert x0 is not None
         return x_s, x0
+
+    def _traced(
+        self, output: Tensor, timestep: Any, sample: Tensor, generator: Generators
+    ) -> tuple[Tensor, Tensor] | None:
+        """Takes the step as torch.compile traces it, with noise of factor 0 in the last step."""
+        rows = rows_of(timestep, sample.device)
+        if rows is None or generator is not None or not self._fits(output, sample):
+            return None
+        tables = compiled_tables(self, 0.0, sample)
+        if tables is None:
+            return None
+        x_s, x0 = self._stepped(
+            MATHS,
+            tables,
+            sample,
+            output,
+            tables.rows_at(rows),
+            noise=self._drawn(output, None),
+            posterior=True,
+        )
+        assert x0 is not None
+        return x_s, x0
+
+    def _behind_tables(self) -> tuple[Any, ...]:
+        return self.alphas_cumprod, self.one, self.timesteps
+
+    def _tables_for(self, kind: Kind, device: torch.device, dtype: torch.dtype) -> Tables | None:
+        chosen = self._chosen() if self.custom_timesteps or self.num_inference_steps else None
+        tables = self._tables_of(chosen, device, dtype)
+        if tables is None:
+            return None
+        T = len(self.alphas_cumprod)
+        row_of = torch.full((T + 1,), len(tables.table), dtype=torch.int32, device=CPU)
+        for t in range(T) if chosen is None else chosen.levels:
+            place = self._place(chosen, t)
+            if place is not None and t >= 0:
+                row_of[t] = place
+        return Tables(with_nan(tables.table), row_of.to(device), None)
 
     def _tables_of(
         self, chosen: Chosen | None, device: torch.device, dtype: torch.dtype = torch.float32
@@ -234,10 +276,7 @@ class FastDDPMScheduler(Base, DDPMScheduler):
             and sample.dim() > (2 if config.thresholding else 1)
             and config.prediction_type in NAMES
             and (not config.clip_sample or config.clip_sample_range > 0)
-            and (
-                sample.dtype == torch.float32
-                or rounds(sample, config.clip_sample_range if config.clip_sample else None)
-            )
+            and rounds_alike(sample, config)
             and self.variance_type not in _LEARNED
             and config.variance_type not in _LEARNED
             and self._as_parent

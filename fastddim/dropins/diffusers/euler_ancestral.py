@@ -66,8 +66,16 @@ class FastEulerAncestralDiscreteScheduler(Euler, EulerAncestralDiscreteScheduler
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """Returns x_t/√(σ_t² + 1), as the original does."""
         table = None
+        if torch.compiler.is_compiling():
+            found = None
+            if sample.dtype == torch.float32 and not has_grad(sample):
+                found = self._traced(timestep, sample)
+            if found is not None:
+                self.is_scale_input_called = True
+                traced, at, steps = found
+                return sample / traced.index_select(0, at + steps)[0, B_T]
         # Autograd cannot keep a divisor that was made in inference mode.
-        if not (torch.compiler.is_compiling() or has_grad(sample)):
+        elif not has_grad(sample):
             # A GPU multiplies by the reciprocal of a CPU's number, as the original does.
             table = self._table_on(CPU)
         if table is not None:
@@ -91,11 +99,11 @@ class FastEulerAncestralDiscreteScheduler(Euler, EulerAncestralDiscreteScheduler
         """Returns (prev_sample, pred_original_sample), as the original's ``step`` does."""
         prediction, found = self.config.prediction_type, None
         if self.is_scale_input_called and prediction in ("epsilon", "v_prediction"):
-            found = self._found(model_output, timestep, sample)
+            found = self._found(model_output, timestep, sample, generator)
         if found is None:
             return self._parent.step(self, model_output, timestep, sample, generator, return_dict)
         table, place, steps = found
-        own = self._own
+        own = self._taker
         if prediction == "epsilon":
             ahead, x0 = own.stepped(
                 table, sample, model_output, place, rederive=True, noise=sample, checked=True

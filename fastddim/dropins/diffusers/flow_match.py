@@ -77,7 +77,7 @@ class FastFlowMatchEulerDiscreteScheduler(Euler, FlowMatchEulerDiscreteScheduler
         if per_token_timesteps is None:
             # The original's stochastic step keeps a float32 x0 and draws float32 noise.
             halves = not self.config.stochastic_sampling
-            found = self._found(model_output, timestep, sample, halves)
+            found = self._found(model_output, timestep, sample, generator, halves)
         if found is None:
             return self._parent.step(
                 self, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator,
@@ -85,7 +85,7 @@ class FastFlowMatchEulerDiscreteScheduler(Euler, FlowMatchEulerDiscreteScheduler
             )  # fmt: skip
         table, place, steps = found
         if self.config.stochastic_sampling:
-            own = self._own
+            own = self._taker
             noise = self._drawn(sample, generator) if _TAKES_GENERATOR else own.drawn(sample)
             x_s, _ = own.stepped(
                 table,

@@ -14,8 +14,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastddim.check import shown
+from fastddim.dropins._compiled import MATHS, Kind, Maths, compiled_tables, places_of, with_nan
 from fastddim.dropins._scheduler import NAMES, like
-from fastddim.dropins._tables import Made
+from fastddim.dropins._tables import Made, Tables
 from fastddim.dropins.diffusers.base import Base, Generators, has_grad, output_of
 from fastddim.dropins.diffusers.multistep_table import make_rows
 from fastddim.step.arguments import OUTPUTS, transformed
@@ -166,9 +167,14 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
         self._parent.set_timesteps(self, num_inference_steps, device, mu, timesteps)
         self._chosen()
         self._own.clear()
+        self._stateless = False
+        self._renew_compiled()
 
     def _init_step_index(self, timestep: Any) -> None:
         """Finds the first step's place as the original does, without waiting for the device."""
+        if self._stateless:  # The index where the loop began is that of another step.
+            self._step_index = self._chosen().levels.index(int(timestep))
+            return
         if self._begin_index is None:
             chosen = self._chosen()
             # The place of an element of ``timesteps`` itself is known even where its value repeats.
@@ -191,10 +197,15 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
         return_dict: bool = True,
     ) -> Any:
         """Returns (prev_sample,), as the original's ``step`` does."""
-        if not self._fits(model_output, sample, variance_noise):
+        fits = self._fits(model_output, sample, variance_noise)
+        if torch.compiler.is_compiling():
+            fits = fits and generator is None and self._compiled_table(sample) is not None
+        if not fits:
             return self._parent.step(
                 self, model_output, timestep, sample, generator, variance_noise, return_dict
             )
+        if torch.compiler.is_compiling():
+            return self._traced(timestep, model_output, sample, variance_noise, return_dict)
         if self._step_index is None:
             self._init_step_index(timestep)
         i, S = self._step_index, len(self.sigmas) - 1
@@ -227,18 +238,66 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
         found = x_s if half is None else half
         return output_of(SchedulerOutput, prev_sample=found) if return_dict else (found,)
 
+    def _traced(
+        self,
+        timestep: Any,
+        output: Tensor,
+        sample: Tensor,
+        noise: Tensor | None,
+        return_dict: bool,
+    ) -> Any:
+        """Takes the step as torch.compile traces it, with a place that is that of the timestep."""
+        table = self._compiled_table(sample)
+        assert table is not None
+        x = sample.float()
+        eta, order = self._eta_and_order()
+        place, steps = places_of(timestep, self.timesteps, table, order)
+        if eta:
+            noise = self._drawn(x, None) if noise is None else noise.to(torch.float32)
+        history, rows = x, place
+        if order == 2:
+            latest = self.model_outputs[-1]
+            if latest is not None and self.lower_order_nums >= 1:
+                history = latest.to(torch.float32)
+                seconds = steps - 1 if self._ends_first() else steps
+                rows = torch.where(place < seconds, place + steps, place)
+            self.model_outputs[0] = latest
+        x_s, x0, _ = self._taken(table, x, output.float(), rows, noise if eta else None, history, x)
+        self.model_outputs[-1] = x0
+        self.lower_order_nums = min(self.lower_order_nums + 1, order)
+        self._stateless, self._step_index = True, None
+        if self.config.prediction_type == "sample":
+            x_s = x_s.to(output.dtype)
+        else:
+            x_s = x_s.to(torch.promote_types(sample.dtype, output.dtype))
+        return output_of(SchedulerOutput, prev_sample=x_s) if return_dict else (x_s,)
+
+    def _compiled_table(self, sample: Tensor) -> Tensor | None:
+        tables = compiled_tables(self, self._eta_and_order()[0], sample)
+        return None if tables is None else tables.table
+
+    def _behind_tables(self) -> tuple[Any, ...]:
+        return self.sigmas, self.timesteps
+
+    def _tables_for(self, kind: Kind, device: torch.device, dtype: torch.dtype) -> Tables | None:
+        levels = self._chosen().levels
+        if len({*levels}) < len(levels) or len(self.sigmas) != len(levels) + 1:
+            return None
+        eta, order = self._eta_and_order()
+        return Tables(with_nan(self._rows_on(device, eta, order)), None, None)
+
     def _taken(
         self,
         table: Tensor,
         x: Tensor,
         output: Tensor,
-        row: int,
+        row: Any,
         noise: Tensor | None,
         history: Tensor,
         sample: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns (x_s, x0), and x_s in the dtype of the original's result if that is a half."""
-        config, own = self.config, self._own
+        config, own = self.config, MATHS if torch.compiler.is_compiling() else self._own
         prediction = NAMES[config.prediction_type]
         # The original's result has the dtype of its x0, which a "sample" model returns itself.
         kept = output.dtype
@@ -247,7 +306,8 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
         half = None if kept == torch.float32 else torch.empty_like(sample, dtype=kept)
         threshold = None
         if config.thresholding:
-            _, x0 = own.between.stepped(
+            between = own if isinstance(own, Maths) else own.between
+            _, x0 = between.stepped(
                 table, x, output, row, prediction=prediction, history=history, checked=True
             )
             assert x0 is not None
@@ -270,14 +330,15 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
 
     def _is_first_order(self, i: int) -> bool:
         """Tells whether the original takes step i with order 1."""
-        config, steps = self.config, len(self.timesteps)
-        return self.lower_order_nums < 1 or (
-            i == steps - 1
-            and (
-                config.euler_at_final
-                or (config.lower_order_final and steps < 15)
-                or config.final_sigmas_type == "zero"
-            )
+        return self.lower_order_nums < 1 or (i == len(self.timesteps) - 1 and self._ends_first())
+
+    def _ends_first(self) -> bool:
+        """Tells whether the original takes the last step with order 1."""
+        config = self.config
+        return bool(
+            config.euler_at_final
+            or (config.lower_order_final and len(self.timesteps) < 15)
+            or config.final_sigmas_type == "zero"
         )
 
     def _eta_and_order(self) -> tuple[float, int]:
@@ -297,15 +358,14 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
     def _fits(self, output: Any, sample: Any, noise: Any) -> bool:
         """Tells whether the fused step can take these tensors in place of the original's step."""
         return (
-            not torch.compiler.is_compiling()
-            and self.num_inference_steps is not None
+            self.num_inference_steps is not None
             and isinstance(sample, Tensor)
             and isinstance(output, Tensor)
             and sample.dtype in OUTPUTS
             and output.dtype in OUTPUTS
             and sample.dim() > 1
             and self._as_parent
-            and not transformed()
+            and (torch.compiler.is_compiling() or not transformed())
             and not (has_grad(sample) or has_grad(self.sigmas))
             and all(_lies_as(sample, t) for t in (output, noise, *self.model_outputs))
         )

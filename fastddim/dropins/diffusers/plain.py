@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from fastddim.check import shown
+from fastddim.dropins._compiled import Kind
 from fastddim.dropins._scheduler import levels_fit, like
 from fastddim.dropins._shared import Buffers, as_eager, pack_rows
 from fastddim.dropins._tables import Made, Tables, with_nan
 from fastddim.dropins._transfer import sent
+from fastddim.dropins.diffusers import compiled
 from fastddim.dropins.diffusers.base import (
+    BATCH,
     Base,
     Generators,
     batch_fits,
@@ -60,7 +63,12 @@ class Plain:
         generator: Generators,
         noise: Tensor | None,
     ) -> tuple[Tensor, Tensor] | None:
-        if torch.compiler.is_compiling() or transformed():
+        if torch.compiler.is_compiling():
+            if fits(scheduler, output, sample) and (generator is None or not eta > 0):
+                args = scheduler, output, timestep, sample, eta, rederive, noise
+                return compiled.plain_step(*args)
+            return None
+        if transformed():
             return None
         row = scheduler._row(timestep)
         if row is None and of_each(timestep, sample) and len(sample) > 1:
@@ -70,11 +78,7 @@ class Plain:
         z = noise if eta > 0 else None
         if z is not None and (generator is not None or not like(z, sample) or has_grad(z)):
             return None
-        tables = (
-            _upward_tables(scheduler, sample.device, sample.dtype)
-            if scheduler._upwards
-            else tables_of(scheduler, float(eta), sample.device, scheduler._end(), sample.dtype)
-        )
+        tables = self.tables(scheduler, float(eta), sample.device, sample.dtype)
         if tables is None:
             return None
         count = scheduler.alphas_cumprod.shape[0]
@@ -95,6 +99,16 @@ class Plain:
         assert x0 is not None
         return x_s, x0
 
+    def tables(
+        self, scheduler: Base, kind: Kind, device: torch.device, dtype: torch.dtype
+    ) -> Tables | None:
+        if scheduler._upwards:
+            return _upward_tables(scheduler, device, dtype)
+        if kind == BATCH:
+            # The original ends a batch at ᾱ = 1, whatever the value of ``final_alpha_cumprod``.
+            return tables_of(scheduler, 0.0, device, 1.0)
+        return tables_of(scheduler, float(kind), device, scheduler._end(), dtype)
+
     def batch_step(
         self,
         scheduler: Base,
@@ -106,8 +120,9 @@ class Plain:
     ) -> Tensor | None:
         if not batch_fits(scheduler, output, timesteps, sample, eta):
             return None
-        # The original ends a batch at ᾱ = 1, whatever the value of ``final_alpha_cumprod``.
-        tables = tables_of(scheduler, 0.0, sample.device, 1.0)
+        if torch.compiler.is_compiling():
+            return compiled.batch_step(scheduler, output, timesteps, sample, rederive)
+        tables = self.tables(scheduler, BATCH, sample.device, sample.dtype)
         if tables is None:
             return None
         rows = rows_at(timesteps, len(scheduler.alphas_cumprod), sample.device)

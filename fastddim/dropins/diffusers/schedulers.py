@@ -20,6 +20,8 @@ from diffusers.schedulers.scheduling_ddim_parallel import (
 )
 from torch import Tensor
 
+from fastddim.dropins._compiled import Kind
+from fastddim.dropins._tables import Tables
 from fastddim.dropins.diffusers.base import Base, Generators, Strategy, output_of
 from fastddim.dropins.diffusers.plain import Plain
 from fastddim.dropins.diffusers.strict import Strict
@@ -87,6 +89,13 @@ class _Fast(Base):
         self._strategy.set_timesteps(self, num_inference_steps, device, timesteps)
         self._chosen()
         self._own.clear()
+        self._renew_compiled()
+
+    def _behind_tables(self) -> tuple[Any, ...]:
+        return self.alphas_cumprod, self._end(), self.timesteps
+
+    def _tables_for(self, kind: Kind, device: torch.device, dtype: torch.dtype) -> Tables | None:
+        return self._strategy.tables(self, kind, device, dtype)
 
     def _output(self, found: tuple[Tensor, Tensor], return_dict: bool) -> Any:
         if not return_dict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from fastddim.check import kind, shown, whole
 from fastddim.coefficients import make_table, pack
+from fastddim.dropins._compiled import Kind
 from fastddim.dropins._scheduler import NAMES, like
 from fastddim.dropins._shared import C1, Buffers
 from fastddim.dropins._tables import CPU, Chosen, Made, Tables, with_nan
 from fastddim.dropins._transfer import sent
-from fastddim.dropins.diffusers.base import Base, Generators, batch_fits, has_grad, of_each
+from fastddim.dropins.diffusers import compiled
+from fastddim.dropins.diffusers.base import BATCH, Base, Generators, batch_fits, has_grad, of_each
 from fastddim.levels import Levels
 from fastddim.loop.options import checked_seeds
 from fastddim.schedule import NoiseSchedule
@@ -88,9 +90,22 @@ class Strict:
         """Returns (x_s, x0) in sample's dtype; the state stays float32 from step to step."""
         if eta > 0 and noise is not None and generator is not None:
             raise ValueError("noise has one source, got generator and variance_noise")
-        taken: Callable[..., tuple[Tensor, Tensor]]
-        taken = _untraced if torch.compiler.is_compiling() else _stepped
-        return taken(scheduler, output, timestep, sample, eta, rederive, generator, noise)
+        given = scheduler, output, timestep, sample, eta, rederive, generator, noise
+        if not torch.compiler.is_compiling():
+            return _stepped(*given)
+        # The float32 state of a half precision sample is found by the identity of the tensor.
+        found = None
+        if sample.dtype == torch.float32 and generator is None:
+            seeds = None if scheduler._upwards else scheduler._seeds
+            _check_step(scheduler, output, sample, eta, noise, seeds)
+            args = scheduler, output, timestep, sample, eta, rederive, noise
+            found = compiled.strict_step(*args)
+        return cast(tuple[Tensor, Tensor], _untraced(*given)) if found is None else found
+
+    def tables(
+        self, scheduler: Base, kind: Kind, device: torch.device, dtype: torch.dtype
+    ) -> Tables:
+        return tables_of(scheduler, 0.0 if kind == BATCH else float(kind), device)
 
     def batch_step(
         self,
@@ -104,9 +119,13 @@ class Strict:
         if not batch_fits(scheduler, output, timesteps, sample, eta):
             raise ValueError(
                 "batch_step_no_noise needs float32 samples of model_output's shape, a timestep "
-                "for each of them and eta = 0, outside of torch.func, forward-mode "
-                "differentiation and torch.compile"
+                "for each of them and eta = 0, outside of torch.func and forward-mode "
+                "differentiation"
             )
+        if torch.compiler.is_compiling():
+            found = compiled.batch_step(scheduler, output, timesteps, sample, rederive)
+            assert found is not None
+            return found
         tables = tables_of(scheduler, 0.0, sample.device)
         rows = tables.rows_at(sent(timesteps, sample.device))
         x_s, _ = scheduler._stepped(
