@@ -13,11 +13,13 @@ from torch import Tensor
 from fastddim.check import finite, whole
 from fastddim.dropins._shared import Buffers, checked_factors, pack_rows, passed_over
 from fastddim.step import reference
+from fastddim.untraced import untraced
 
 Step: TypeAlias = tuple[Tensor, Tensor | None]
 """(x_s, x0)"""
 
 
+@untraced
 def generalized_steps(
     x: Tensor,
     seq: Sequence[int],
@@ -64,6 +66,7 @@ def generalized_steps(
     return _loop(x, tau, model, step, draw, keep)
 
 
+@untraced
 def ddpm_steps(
     x: Tensor,
     seq: Sequence[int],

@@ -21,6 +21,7 @@ from fastddim.check import finite, kind, shown, whole
 from fastddim.coefficients import Prediction
 from fastddim.dropins._shared import Buffers, checked_factors, pack_rows, passed_over
 from fastddim.step.arguments import OUTPUTS, check_untransformed
+from fastddim.untraced import untraced
 
 PREDICTIONS: dict[str, Prediction] = {
     "pred_noise": "epsilon",
@@ -47,6 +48,7 @@ BUFFERS = ("alphas_cumprod", *ROOTS, "sqrt_recip_alphas_cumprod", "sqrt_recipm1_
 
 
 @torch.inference_mode()
+@untraced
 def ddim_sample(diffusion: Any, shape: Sequence[int], return_all_timesteps: bool = False) -> Tensor:
     """Samples as the method of the user's own GaussianDiffusion does, with the same arguments.
 

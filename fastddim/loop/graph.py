@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -29,9 +29,11 @@ from fastddim.loop.options import (
     checked_state,
     prepare,
 )
+from fastddim.loop.own_graphs import own_graphs_off
 from fastddim.loop.plan import Plan, Row
 from fastddim.step.layout import input_like
 from fastddim.step.op import initial_noise
+from fastddim.untraced import untraced
 
 Replay: TypeAlias = Callable[[], Tensor]
 
@@ -89,11 +91,16 @@ class Captured:
         assert self._run.noise.seeds is not None
         self._seeds = self._run.noise.seeds
         whole = len(self._run.rows) <= WHOLE
-        replay = self._whole() if whole else self._stepwise()
+        off: AbstractContextManager[None] = nullcontext()
+        if Memory.on(device) is not None:  # On other devices a call runs the model as it is.
+            off = own_graphs_off(self._run.predictor, "model", "cond_fn")
+        with off:
+            replay = self._whole() if whole else self._stepwise()
         # Read the weights after the capture, because the first model call makes lazy ones.
         weights = weights_of(self._run.predictor.model, self._run.predictor.cond_fn)
         self._replay = partial(_replayed, replay, weights)
 
+    @untraced
     def __call__(
         self,
         *,

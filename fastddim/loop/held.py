@@ -19,12 +19,12 @@ def weights_of(*functions: Any) -> list[Tensor]:
     """
     return [
         tensor.detach()
-        for module in _modules(functions)
+        for module in modules_of(*functions)
         for tensor in (*module.parameters(), *module.buffers())
     ]
 
 
-def _modules(functions: tuple[Any, ...]) -> list[nn.Module]:
+def modules_of(*functions: Any) -> list[nn.Module]:
     """Returns the modules that a function is, is bound to, wraps, closes over or names."""
     found: list[nn.Module] = []
     seen: set[int] = set()

@@ -177,7 +177,7 @@ def prepare(plan: Plan, model: Model, x_T: Tensor | None, options: Mapping[str, 
                 f"cond_fn cannot be used where α is 0 and x is noise alone, as at level "
                 f"{max(plan.pairs[without[0]]):g} of this schedule"
             )
-    warn_of_training(model, 3)
+    warn_of_training(model, 4)  # Above are the sampler's method and its decorator.
     progress = checked_progress(passed.get("progress", False))
     noise = checked_noise(
         size,

@@ -43,6 +43,7 @@ from fastddim.schedule import NoiseSchedule
 from fastddim.step.backends import backend
 from fastddim.step.checked import ddim_step
 from fastddim.timesteps import Pair, Spacing
+from fastddim.untraced import untraced
 from fastddim.variances import Eta
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ class DDIM:
         **options: Unpack[Options],
     ) -> tuple[Tensor, Trajectory]: ...
 
+    @untraced
     def sample(
         self,
         model: Model,
@@ -273,6 +275,7 @@ class DDIM:
                     out[samples] = state[: samples.stop - samples.start]
         return out if path is None else (out, path.finished())
 
+    @untraced
     def iterate(
         self,
         model: Model,
@@ -323,6 +326,7 @@ class DDIM:
             states = loops.denoise(run, wants_x0=True)
         return steps_of(states, Copies(run.dtype, run.remembers))
 
+    @untraced
     def invert(
         self,
         model: Model,
@@ -368,6 +372,7 @@ class DDIM:
         run = prepare(plan, model, x0, options)
         return last_of(loops.invert(run, refine), run)
 
+    @untraced
     def add_noise(
         self,
         x0: Tensor,
@@ -401,6 +406,7 @@ class DDIM:
         x, _ = ddim_step(x0.to(torch.float32), eps, table, 0, want_x0=False)
         return x.to(x0.dtype)
 
+    @untraced
     def capture(
         self, model: Model, shape: Sequence[int], **options: Unpack[CaptureOptions]
     ) -> Captured:

@@ -16,10 +16,12 @@ from fastddim.dropins.guided.call import Call, Condition, Denoised, Keywords, Ou
 from fastddim.dropins.guided.start import Start
 from fastddim.dropins.guided.step import Step
 from fastddim.step.arguments import OUTPUTS, check_untransformed
+from fastddim.untraced import untraced
 
 _DEFAULT = Start()
 
 
+@untraced
 def ddim_sample(
     diffusion: Any,
     model: Callable[..., Tensor],
@@ -67,6 +69,7 @@ def ddim_sample(
     return step(x, _timesteps(t, x, step.count))
 
 
+@untraced
 def ddim_reverse_sample(
     diffusion: Any,
     model: Callable[..., Tensor],
@@ -93,6 +96,7 @@ def ddim_reverse_sample(
     return step(x, _timesteps(t, x, step.count))
 
 
+@untraced
 def ddim_reverse_sample_loop(
     diffusion: Any,
     model: Callable[..., Tensor],
@@ -110,6 +114,7 @@ def ddim_reverse_sample_loop(
     return _last(_reversed(diffusion, model, *given, want_x0=False))
 
 
+@untraced
 def ddim_reverse_sample_loop_progressive(
     diffusion: Any,
     model: Callable[..., Tensor],
@@ -138,6 +143,7 @@ def ddim_reverse_sample_loop_progressive(
     return _reversed(diffusion, model, *given, want_x0=True)
 
 
+@untraced
 def ddim_sample_loop(
     diffusion: Any,
     model: Callable[..., Tensor],
@@ -163,6 +169,7 @@ def ddim_sample_loop(
     return _last(_loop(step, model, shape, noise, device, progress, want_x0=False, start=start))
 
 
+@untraced
 def ddim_sample_loop_progressive(
     diffusion: Any,
     model: Callable[..., Tensor],
@@ -209,6 +216,7 @@ def ddim_sample_loop_progressive(
     return _loop(step, model, shape, noise, device, progress, want_x0=True, start=start)
 
 
+@untraced
 def p_sample(
     diffusion: Any,
     model: Callable[..., Tensor],
@@ -247,6 +255,7 @@ def p_sample(
     return step(x, _timesteps(t, x, step.count))
 
 
+@untraced
 def p_sample_loop(
     diffusion: Any,
     model: Callable[..., Tensor],
@@ -271,6 +280,7 @@ def p_sample_loop(
     return _last(_loop(step, model, shape, noise, device, progress, want_x0=False, start=start))
 
 
+@untraced
 def p_sample_loop_progressive(
     diffusion: Any,
     model: Callable[..., Tensor],

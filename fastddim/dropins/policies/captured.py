@@ -11,6 +11,7 @@ from fastddim.dropins.policies.steps import Known, Steps
 from fastddim.loop.graph import WHOLE as WHOLE
 from fastddim.loop.graph import Memory, capture, lasting
 from fastddim.loop.held import weights_of
+from fastddim.loop.own_graphs import own_graphs_off
 
 
 class _UnfitError(Exception):
@@ -72,7 +73,8 @@ class Captured:
         if not torch.equal(state, _state(device)) or not steps.current:
             _restore(state, device)
             return False
-        self._replay = capture(body, device)
+        with own_graphs_off(self, "_model"):
+            self._replay = capture(body, device)
         # Read the weights after the capture, because the first call makes lazy ones.
         self._weights, self._places = weights_of(model), _places(model)
         return True
