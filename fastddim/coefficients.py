@@ -62,10 +62,14 @@ COLUMNS = (
 )
 """The table's columns, in the order in which the kernel reads them."""
 COLUMNS_2 = (*COLUMNS, "kappa")  # κ, the weight of the x0 of the step before
+"""The columns of a table of order 2: see ``make_table``."""
 # √ᾱ_t and √(1−ᾱ_t) where they multiply: eager PyTorch may round a factor to the dtype of a half
 # precision state there, and not where the factor divides.
 COLUMNS_ROUNDED = (*COLUMNS, "times_sqrt_abar_t", "times_sqrt_1m_abar_t")
-"""The columns of a table of order 2: see ``make_table``."""
+"""The columns of a step that rounds, which draws no counter noise."""
+COLUMNS_OF_MANY = (*COLUMNS_2, "number")  # the row's number in its own sampler's table
+"""The columns of the tables of several samplers, one after the other. Counter noise belongs to the
+row's own number, float32, which holds the numbers below 2²⁴ exactly."""
 ORDERS = (1, 2)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastddim.check import finite, kind, whole
-from fastddim.coefficients import COLUMNS, COLUMNS_2, PREDICTIONS
+from fastddim.coefficients import COLUMNS, COLUMNS_2, COLUMNS_OF_MANY, PREDICTIONS
 from fastddim.step import layout
 from fastddim.step.backends import Fixed
 
@@ -23,9 +23,9 @@ def checked_table(table: Any) -> Tensor:
     """Returns the coefficient table that ``bind`` is given."""
     if not isinstance(table, Tensor):
         raise TypeError(f"table must be a tensor, got {kind(table)}")
-    of_order_2 = table.dim() == 2 and table.shape[1] == len(COLUMNS_2)
-    columns = len(COLUMNS_2 if of_order_2 else COLUMNS)
-    _check_tensor("table", table, table, (STATE,), (-1, columns))
+    given = table.shape[1] if table.dim() == 2 else 0
+    known = given in (len(COLUMNS_2), len(COLUMNS_OF_MANY))
+    _check_tensor("table", table, table, (STATE,), (-1, given if known else len(COLUMNS)))
     return table
 
 
@@ -76,7 +76,13 @@ def checked_rows(
     if isinstance(output, Tensor) and layout.has_variance(output, x):
         expected = (expected[0], 2 * expected[1], *expected[2:])
     _check_tensor("output", output, x, OUTPUTS, expected)
-    if history is None:
+    of_many = isinstance(table, Tensor) and table.dim() == 2
+    of_many = of_many and table.shape[1] == len(COLUMNS_OF_MANY)
+    if of_many:
+        _check_tensor("table", table, x, (STATE,), (-1, len(COLUMNS_OF_MANY)))
+        if history is not None:
+            _check_tensor("history", history, x, (STATE,))
+    elif history is None:
         if isinstance(table, Tensor) and table.dim() == 2 and table.shape[1] == len(COLUMNS_2):
             raise ValueError("history must be given with a table of order 2, got None")
         _check_tensor("table", table, x, (STATE,), (-1, len(COLUMNS)))

@@ -28,6 +28,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from fastddim.coefficients import COLUMNS_OF_MANY
 from fastddim.step.philox import STEP_STREAM
 
 if numba.config.DISABLE_JIT:
@@ -157,6 +158,7 @@ def _floats(address, start, count):
 
 # Typed int64, or numba would compile a second version for the literal.
 _STEP_STREAM = np.int64(STEP_STREAM)
+_NUMBER = COLUMNS_OF_MANY.index("number")
 _LOW, _WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -665,12 +667,14 @@ def _steps(address, thread):
                 _rederive(count, x, x0, b_t, a_t, eps)
             noisy, z, lane = call.noise != 0, _floats(call.noise, start, count), 0
             if counted and c1 != 0:
-                noisy, z, seed = True, z_own, seeds[sample]
+                noisy, z, seed, number = True, z_own, seeds[sample], row
+                if call.columns > _NUMBER:
+                    number = np.int32(table[at + _NUMBER])
                 if channels == 1:
-                    lane = normals(seed, row, _STEP_STREAM, first, count, words, pairs, z_own)
+                    lane = normals(seed, number, _STEP_STREAM, first, count, words, pairs, z_own)
                 else:
                     lane = _scattered(
-                        seed, row, _STEP_STREAM, first, count, channels, n // channels, words,
+                        seed, number, _STEP_STREAM, first, count, channels, n // channels, words,
                         pairs, plane, z_own,
                     )  # fmt: skip
             if extrapolates:

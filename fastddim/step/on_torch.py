@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastddim.coefficients import COLUMNS, PREDICTIONS
+from fastddim.coefficients import COLUMNS, COLUMNS_OF_MANY, PREDICTIONS
 from fastddim.step import backends, layout, philox, reference
 from fastddim.step.backends import Backend, Fixed, Launch, StepArgs
 
@@ -20,6 +20,7 @@ Factors: TypeAlias = tuple[Tensor, ...]
 """The table's columns: () where all samples are on one row, else (batch, 1)."""
 
 C1 = COLUMNS.index("c1")
+NUMBER = COLUMNS_OF_MANY.index("number")
 
 BLOCK = 32752
 """A block of this many elements stays in a core's cache. The number is just below the 32,768
@@ -70,7 +71,7 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
             if factors[0].dim():
                 factors = tuple(f.view(each) for f in factors)
             if seeds is not None and factors[C1].any():  # c1 = 0 at the last row.
-                noise = drawn(x, seeds, row, _numpy_normal_)
+                noise = drawn(x, seeds, numbers_of(table, row), _numpy_normal_)
             # Views of the scratch memory cost as much as an operation: each thread keeps its last.
             if _own.terms[0] is not launch:
                 _own.terms = launch, *_terms(x)
@@ -83,7 +84,7 @@ def _on_cpu(fixed: Fixed, x: Tensor) -> Launch:
                 output = torch.sub(cond, uncond, out=guided).mul_(w).add_(uncond)
             if light and noise is None and threshold is None and x0 is None and history is None:
                 a_t, _, b_t, _, a_s, _, c2, *more = factors
-                torch.mul(output, more[1] if more else b_t, out=term)
+                torch.mul(output, b_t if fixed.rounding is None else more[1], out=term)
                 torch.sub(x, term, out=out).div_(a_t).mul_(a_s)
                 out.add_(torch.mul(output, c2, out=term))
             else:
@@ -138,8 +139,8 @@ def _in_blocks(
     if seeds is not None and not factors[C1].any():
         seeds = None  # c1 = 0 at the last row: no noise is added.
     if seeds is not None and not x.is_contiguous():
-        noise, seeds = drawn(x, seeds, row, _numpy_normal_), None
-    rows = None if seeds is None else rows_of(row, batch)
+        noise, seeds = drawn(x, seeds, numbers_of(table, row), _numpy_normal_), None
+    rows = None if seeds is None else rows_of(numbers_of(table, row), batch)
 
     apart = guidance is not None or by_sample(row, guidance, threshold) or _apart(output, x)
     whole = apart or seeds is not None
@@ -212,7 +213,8 @@ def _by_reference(
     """Launches the reference, on any device but a CPU."""
     if seeds is not None:
         noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        normal_(noise, seeds, rows_of(row, len(x)), philox.STEP_STREAM)
+        numbers = rows_of(numbers_of(table, row), len(x))
+        normal_(noise, seeds, numbers, philox.STEP_STREAM)
     each = (-1, *[1] * (x.dim() - 1))
     factors = table[row] if isinstance(row, int) else table[row].view(*each, table.shape[1])
     x_s, predicted = reference.ddim_step(
@@ -254,6 +256,15 @@ def _one_if_equal(numbers: Tensor) -> Tensor:
         return numbers
     low, high = torch.aminmax(numbers)
     return numbers[:1].expand(count) if low == high else numbers
+
+
+def numbers_of(table: Tensor, row: int | Tensor) -> int | Tensor:
+    """Returns the numbers for which these rows' counter noise is drawn."""
+    if table.shape[1] <= NUMBER:
+        return row
+    if isinstance(row, int):
+        return int(table[row, NUMBER])
+    return table[:, NUMBER].index_select(0, row).to(torch.int32)
 
 
 def rows_of(row: int | Tensor, batch: int) -> Tensor:

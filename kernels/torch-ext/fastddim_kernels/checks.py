@@ -7,6 +7,8 @@ from torch import Tensor
 
 COLUMNS = 7
 """The columns of the coefficient table; order 2 has one more, κ, and rounding has two more."""
+COLUMNS_OF_MANY = 9
+"""The columns of the tables of several samplers: κ, and the number of a row's counter noise."""
 _is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,6 +57,9 @@ def check_coefficients(
 ) -> None:
     """Raises ``ValueError`` where the table or a value of a sample is not what the kernel takes."""
     columns = COLUMNS + (history is not None) + 2 * (rounding is not None)
+    of_many = table.dim() == 2 and table.shape[1] == COLUMNS_OF_MANY
+    if of_many and rounding is None:
+        columns = COLUMNS_OF_MANY
     if table.dim() != 2 or table.shape[1] != columns or not table.is_contiguous():
         raise ValueError(f"table must be contiguous (steps, {columns}), got {describe(table)}")
     if table.dtype != torch.float32 or table.device != x.device:

@@ -59,7 +59,8 @@ def ddim_step(
             apart, so output may be a view of the first half where a learned variance follows.
         table: (steps, 7) float32: √ᾱ_t, 1/√ᾱ_t, √(1−ᾱ_t), 1/√(1−ᾱ_t), √ᾱ_s, c1, c2. With
             ``history`` (steps, 8): κ is the last, and where it is not 0 the factors of D and x_t
-            stand in the places of √ᾱ_s and c2.
+            stand in the places of √ᾱ_s and c2. With or without ``history``, (steps, 9): κ, then the
+            number below 2²⁴ for which a row's counter noise is drawn in place of its place here.
         rows: the row that all samples are on, or (batch,) int32 in [0, steps).
         out, x0: x_s and x0 are written here, float32 with the shape and strides of x.
         next_input: x_s is written here in this tensor's dtype, float32, bfloat16 or float16: once

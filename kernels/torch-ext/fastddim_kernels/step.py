@@ -263,6 +263,7 @@ def ddim_step_kernel(
     C: tl.constexpr = CHANNELS if CHANNELS > 0 else 1
     UNIT: tl.constexpr = 4 if FOURS else 1
     GROUPS: tl.constexpr = C // WIDTH
+    ROUNDS: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
     pid = tl.program_id(0)
     first_channel = (pid % GROUPS * WIDTH).to(tl.int64)
     block, sample = pid // GROUPS, tl.zeros_like(pid)
@@ -275,8 +276,11 @@ def ddim_step_kernel(
     if rows_ptr is not None:
         row = tl.load(rows_ptr if rows_stride is None else rows_ptr + sample * rows_stride)
     key, w, threshold, rcp_threshold = None, None, None, None
+    number = row  # the counter noise's
     if seeds_ptr is not None:
         key = key_of(seeds_ptr, sample)
+        if COLUMNS == 9:
+            number = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 8).to(tl.int32)
     if guidance_ptr is not None:
         of_sample = 0 if guidance_stride is None else sample * guidance_stride
         w = tl.load(guidance_ptr + of_sample)
@@ -319,7 +323,7 @@ def ddim_step_kernel(
         left = FAR if EVEN else left_of(size, first_quad * (4 // UNIT)) + early.to(tl.int32)
         x_from = begin + k * x_channel - early * X_PIXEL
         output_from = output_begin + k * output_channel - early * OUTPUT_PIXEL
-        noise_of = (row, key, first_quad, first_channel, start, size)
+        noise_of = (number, key, first_quad, first_channel, start, size)
         for part in tl.static_range(PARTS):
             here = accesses(
                 x_from, n_pixels, left, skipped,
@@ -351,7 +355,7 @@ def ddim_step_kernel(
                     factors = factors + (tl.load(table_ptr + row.to(tl.int64) * COLUMNS + column),)
                 if history_ptr is not None:
                     kappa = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 7)
-                if COLUMNS == 9:
+                if ROUNDS:
                     times_a = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 7)
                     times_b = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 8)
                     factors = factors + (times_a, times_b)
