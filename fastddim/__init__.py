@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from fastddim.loop.trajectory import Trajectory as Trajectory
     from fastddim.models import checkpoints as checkpoints
     from fastddim.schedule import NoiseSchedule as NoiseSchedule
+    from fastddim.serving.engine import Engine as Engine
+    from fastddim.serving.order import QueueFull as QueueFull
+    from fastddim.serving.request import Request as Request
     from fastddim.step.backends import using as using
     from fastddim.step.checked import bind as bind
     from fastddim.step.checked import ddim_step as ddim_step
@@ -48,7 +51,10 @@ __version__ = "0.1.0"
 
 __all__ = (
     "DDIM",
+    "Engine",
     "NoiseSchedule",
+    "QueueFull",
+    "Request",
     "SamplingWarning",
     "Step",
     "Trajectory",
@@ -79,7 +85,10 @@ _MODULES = {
 
 _FROM = {
     "DDIM": "loop.sampler",
+    "Engine": "serving.engine",
     "NoiseSchedule": "schedule",
+    "QueueFull": "serving.order",
+    "Request": "serving.request",
     "SamplingWarning": "check",
     "Step": "loop.trajectory",
     "Trajectory": "loop.trajectory",

@@ -15,7 +15,9 @@ from fastddim._moved import MOVED
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fastddim"
-WINGS = ("", "step", "loop", "dropins", "embedded", "models", "tools", "training", "cli")
+WINGS = (
+    *("", "step", "loop", "serving", "dropins", "embedded", "models", "tools", "training", "cli"),
+)
 """From the mathematics, which has no folder, to the command line: each imports those before it."""
 ENTRANCES = {"fastddim", "fastddim.__main__"}
 """They hand out every name, and may import any wing."""

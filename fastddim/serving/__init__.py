@@ -1,0 +1,1 @@
+"""Continuous batching: requests of different samplers share a batch whose slots are always full."""

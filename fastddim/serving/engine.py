@@ -1,0 +1,477 @@
+"""The engine: requests come in, futures go out, and each tick moves every slot by one step."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddim.check import kind, shown, whole
+from fastddim.coefficients import PREDICTIONS
+from fastddim.loop.devices import check_not_capturing, place_of
+from fastddim.loop.model import Model, Predictor, warn_of_training
+from fastddim.loop.options import checked_dtype
+from fastddim.loop.sampler import DDIM
+from fastddim.serving.batch import Batch
+from fastddim.serving.landing import Landing
+from fastddim.serving.metrics import Metrics, Recorder
+from fastddim.serving.order import QueueFull, Waiting
+from fastddim.serving.request import Network, Request, Spec, checked
+from fastddim.serving.slots import Slots
+from fastddim.serving.tables import Tables
+from fastddim.serving.thread import Runner
+from fastddim.serving.tick import Tick
+from fastddim.serving.ticket import Ticket
+from fastddim.step.arguments import OUTPUTS, check_untransformed
+from fastddim.step.backends import Fixed
+
+
+class Engine:
+    """Serves samples by continuous batching: every slot of a batch makes another request's sample.
+
+        engine = fastddim.Engine(model, (3, 32, 32), slots=16)
+        for i, image in engine.run(fastddim.Request(seed) for seed in range(100)):
+            ...
+
+    A tick calls the model on all slots, each with its own t, and takes one fused step, each slot
+    with its own row, seed and weight of guidance. A slot whose sample is finished takes the next
+    request before the next tick, so no request waits for a slower one. The host knows how many
+    ticks each slot needs, and never waits for the device. On CUDA a tick is one captured graph.
+
+    **Bits.** A sample is a function of its request alone: no bit depends on the requests in other
+    slots, on the order in which requests came or on cancelled ones, if the model's output for a
+    sample depends on that sample and the batch size alone. The batch size is always ``slots``, so
+    the sample has the bits of ``DDIM.sample(model, seeds=[seed, ...], batch_size=slots)``. With
+    ``guided`` the model is called with 2·slots samples: a guided request has the bits of
+    ``DDIM.sample`` with guidance, and one without guidance those of ``batch_size=2 * slots``.
+
+    **Failures.** An exception of the model is the exception of all requests that have a slot, and
+    the engine goes on with those that wait. After a ``KeyboardInterrupt`` in ``step``, ``drain``
+    or ``result`` the engine is usable: the requests that had a slot begin again at the next tick.
+
+    ``submit``, ``metrics`` and a future's methods may be called by any thread.
+
+    Args:
+        model: as in ``DDIM.sample``. The tensors that it gets are the engine's own memory, which
+            the next tick overwrites.
+        shape: of one sample, without the batch.
+        slots: the number of samples in a batch, ≥ 1.
+        ddim: the sampler of requests that name none. It also says what the network is: its
+            prediction, clip, T and the dtype of t hold for every request.
+        device, dtype, autocast: as in ``DDIM.sample``; ``dtype`` is float32 by default.
+        cond: the model's keyword arguments: for each name the shape of one request's tensor,
+            without the batch, of the model's dtype; or a tensor with that shape and its dtype.
+        guided: whether requests may have guidance. The model is then called with 2·slots samples,
+            without the condition and with it, for every request.
+        order: which request is served next: ``"first"`` come, ``"shortest"``, with the fewest
+            steps, or ``"deadline"``, the earliest.
+        limit: the most requests that may wait; None for any number.
+        check_finite: whether a sample that holds NaN or an infinity is a failure.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value and what is allowed.
+        RuntimeError: while a CUDA graph is being captured.
+
+    Example:
+        >>> engine = Engine(lambda x, t: 0.1 * x, (3, 8, 8), slots=4, ddim=DDIM(steps=5))
+        >>> future = engine.submit(Request(seed=7, ddim=DDIM(steps=3, eta=1.0)))
+        >>> future.result().shape
+        torch.Size([3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        slots: int,
+        *,
+        ddim: DDIM | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        autocast: torch.dtype | bool | None = None,
+        cond: Mapping[str, Tensor | Sequence[int]] | None = None,
+        guided: bool = False,
+        order: str = "first",
+        limit: int | None = 1024,
+        check_finite: bool = False,
+    ) -> None:
+        ddim = DDIM() if ddim is None else ddim
+        if not isinstance(ddim, DDIM):
+            raise TypeError(f"ddim must be a fastddim.DDIM, got {kind(ddim)}")
+        count = whole("slots", slots, low=1)
+        size = _checked_shape(shape)
+        dtype = torch.float32 if dtype is None else checked_dtype(dtype)
+        if dtype not in OUTPUTS:
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        if limit is not None:
+            limit = whole("limit", limit, low=1)
+        self._waiting = Waiting(order, limit)
+        self._network = Network(ddim, size, _specs(cond, dtype), bool(guided), bool(check_finite))
+        where = place_of(device, model)
+        check_not_capturing(where)
+        check_untransformed("serving")
+        predictor = Predictor.of(model, count, where, dtype, None, None, None, None, autocast)
+        warn_of_training(model, 2)
+        times = ddim.schedule.times([t for t, _ in ddim.pairs])
+        tables = Tables(times, where)
+        memory = Slots(count, self._network, where, dtype, tables.times.dtype)
+        predictor = replace(predictor, cond=memory.cond, both=memory.cond)
+        fixed = Fixed(PREDICTIONS.index(ddim._prediction), True, ddim.clip, False)
+        self._landing = Landing(where)
+        tick = Tick(predictor, memory, tables, fixed, self._network.guided)
+        self._batch = Batch(memory, tables, tick, self._landing)
+        self._recorder = Recorder(count)
+        self._arrived = threading.Condition()
+        """Guards the queue, ``_cancelled``, ``_closed`` and the counts of requests."""
+        self._turn = threading.Lock()
+        """Is held while a tick is taken."""
+        self._runs_in = 0
+        """The thread that holds ``_turn``."""
+        self._torn = False
+        """True while a tick is taken. It stays True where an interrupt has ended the tick."""
+        self._cancelled: deque[Ticket] = deque()
+        """Cancelled requests that may still have a slot."""
+        self._number = 0
+        self._closed: str | None = None
+        self._runner: Runner | None = None
+
+    def submit(self, request: Request) -> Ticket:
+        """Adds a request to the queue and returns the future of its sample.
+
+        Returns:
+            A ``concurrent.futures.Future``. Its result is a tensor of the engine's shape on the
+            engine's device. ``cancel`` works until the result is there. If no thread runs the
+            engine, ``result`` takes the ticks.
+
+        Raises:
+            TypeError, ValueError: before anything is queued, naming the argument, the value and
+                what is allowed.
+            QueueFull: ``limit`` requests wait already.
+            RuntimeError: the engine is closed.
+        """
+        with self._arrived:
+            self._check_room()
+        work = checked(request, self._network)
+        with self._arrived:
+            self._check_room()
+            ticket = Ticket(self._number, work, request.deadline, self._dropped, self._helped)
+            self._number += 1
+            self._waiting.add(ticket)
+            self._recorder.submitted += 1
+            self._arrived.notify_all()
+        return ticket
+
+    def step(self) -> bool:
+        """Takes one tick; returns False if there was nothing to do.
+
+        Raises:
+            RuntimeError: a thread runs the engine, or the model or a callback calls this method.
+        """
+        if self._runner is not None:
+            raise RuntimeError("step must not be called while the engine's thread takes the ticks")
+        return self._step()
+
+    def run(
+        self, requests: Iterable[Request], *, return_exceptions: bool = False
+    ) -> Iterator[tuple[int, Any]]:
+        """Yields (i, sample) of the i-th request, as samples finish.
+
+        At most 2·slots of the requests are submitted ahead, so ``requests`` may have no end. If
+        the generator ends early, by an error, an interrupt or ``close``, its requests are
+        cancelled.
+
+        Args:
+            requests: the requests.
+            return_exceptions: whether a failed or refused request yields (i, its exception)
+                instead of raising it.
+
+        Raises:
+            Exception: as ``submit`` does, and the exception of the first request that fails.
+        """
+        done: queue.SimpleQueue[Future[Tensor]] = queue.SimpleQueue()
+        pending: dict[Future[Tensor], int] = {}
+        rest, held, more = enumerate(requests), None, True
+        ahead = 2 * len(self._batch.tickets)
+        try:
+            while True:
+                while more and len(pending) < ahead:
+                    i, request = next(rest, (-1, None)) if held is None else held
+                    held, more = None, i >= 0
+                    if not more:
+                        break
+                    try:
+                        ticket = self.submit(request)  # type: ignore[arg-type]
+                    except QueueFull:
+                        held = i, request
+                        break
+                    except (TypeError, ValueError) as error:
+                        if not return_exceptions:
+                            raise
+                        yield i, error
+                        continue
+                    pending[ticket] = i
+                    ticket.add_done_callback(done.put)
+                if not pending and not more:
+                    return
+                finished = self._next_done(done)
+                if finished is None:
+                    continue
+                i, outcome = pending.pop(finished), _outcome(finished)
+                if isinstance(outcome, BaseException) and not return_exceptions:
+                    raise outcome
+                yield i, outcome
+        finally:
+            for left in pending:
+                left.cancel()
+
+    def drain(self) -> None:
+        """Returns when every request that was submitted is finished, failed or cancelled."""
+        while self._runner is None and self._step():
+            pass
+        with self._arrived:
+            while self._runner is not None and self._busy():
+                self._arrived.wait()
+
+    def start(self) -> None:
+        """Starts a thread that takes the ticks until ``close``, and waits while there are none."""
+        with self._arrived:
+            self._check_open()
+            if self._runner is None:
+                self._runner = Runner(self._arrived, self._busy, self._step, self._broken)
+
+    def close(self, *, drain: bool = False) -> None:
+        """Refuses further requests, and cancels those that are not finished.
+
+        Args:
+            drain: whether requests that were submitted are finished first.
+
+        Raises:
+            RuntimeError: the model or a callback calls this method.
+        """
+        self._check_outside()
+        with self._arrived:
+            if self._closed is None:
+                self._closed = "the engine is closed, and takes no requests"
+            self._arrived.notify_all()
+        if drain:
+            self.drain()
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.stop()
+        with self._arrived:
+            left = self._waiting.all()
+        for ticket in (*left, *self._batch.tickets):
+            if ticket is not None:
+                ticket.cancel()
+        self._step()
+
+    def metrics(self) -> Metrics:
+        """Returns the engine's counts, rates and latencies."""
+        with self._arrived:
+            return self._recorder.now(len(self._waiting), self._batch.active)
+
+    def __enter__(self) -> Engine:
+        """Closes the engine at the end of the block: after its requests, or at once by an error."""
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self.close(drain=kind is None)
+
+    async def __aenter__(self) -> Engine:
+        """Starts the thread; the end of the block closes the engine as ``with`` does.
+
+        async with engine:
+            image = await asyncio.wrap_future(engine.submit(fastddim.Request(7)))
+        """
+        self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close, drain=kind is None)
+
+    def _step(self) -> bool:
+        self._check_outside()
+        with self._turn:
+            self._runs_in = threading.get_ident()
+            try:
+                return self._advance()
+            finally:
+                self._runs_in = 0
+
+    def _advance(self) -> bool:
+        """Frees cancelled slots, fills free slots, takes the tick and hands out results."""
+        batch = self._batch
+        if self._torn:
+            self._mend()
+        self._torn = True
+        while self._cancelled:
+            ticket = self._cancelled[0]
+            if ticket.slot is not None:
+                batch.free(ticket.slot, ticket)
+            self._cancelled.popleft()
+        self._refill()
+        ticking = batch.active > 0
+        if ticking:
+            active = batch.active
+            try:
+                batch.tick()
+            except Exception as error:
+                for ticket in batch.clear():
+                    self._fail(ticket, error)
+            else:
+                self._recorder.tick(active)
+        self._torn = False
+        return self._deliver(wait=not ticking) or ticking
+
+    def _refill(self) -> None:
+        """Gives free slots to the requests that wait, in the order of service."""
+        while len(self._waiting):
+            with self._arrived:
+                ticket = self._waiting.next()
+                slot = None if ticket is None else self._batch.place(ticket)
+                if ticket is None or slot is None:
+                    return
+                self._waiting.drop(ticket)
+            try:
+                self._batch.fill(slot, ticket)
+            except Exception as error:  # The device has no memory for larger tables, say.
+                self._batch.free(slot, ticket)
+                self._fail(ticket, error)
+
+    def _deliver(self, wait: bool) -> bool:
+        """Hands finished samples to their futures; returns whether there were any."""
+        any_ = False
+        for flight in self._landing.landed(wait):
+            any_, ticket = True, flight.ticket
+            if flight.finite is not None and not flight.finite:
+                self._fail(
+                    ticket,
+                    FloatingPointError(
+                        f"the sample of seed {ticket.work.seed} holds NaN or an infinity"
+                    ),
+                )
+                continue
+            try:
+                ticket.set_result(flight.result)
+            except InvalidStateError:  # The request was cancelled since.
+                continue
+            self._recorder.finish(ticket.began, ticket.due)
+        return any_
+
+    def _fail(self, ticket: Ticket, error: BaseException) -> None:
+        try:
+            ticket.set_exception(error)
+        except InvalidStateError:
+            return
+        self._recorder.failed += 1
+
+    def _mend(self) -> None:
+        """Puts the requests of an interrupted tick back into the queue, to begin again."""
+        landing = [flight.ticket for flight in self._landing.all()]
+        with self._arrived:
+            for ticket in self._batch.clear():
+                if not ticket.done() and ticket not in landing:
+                    self._waiting.add(ticket)
+            self._cancelled.clear()
+
+    def _broken(self, error: BaseException) -> None:
+        """Closes the engine after an error of its own: requests that are left fail with it."""
+        with self._arrived:
+            self._closed = f"the engine is closed after an error of its thread: {error!r}"
+            self._runner = None
+            left = [*self._waiting.all(), *self._batch.clear()]
+            for ticket in left:
+                self._waiting.drop(ticket)
+            self._arrived.notify_all()
+        for ticket in left:
+            self._fail(ticket, error)
+
+    def _dropped(self, ticket: Ticket) -> None:
+        """Takes note of a cancelled request."""
+        with self._arrived:
+            self._recorder.cancelled += 1
+            if not self._waiting.drop(ticket):
+                self._cancelled.append(ticket)
+            self._arrived.notify_all()
+
+    def _helped(self) -> bool:
+        """Takes a tick for a future that is waited for, unless a thread takes the ticks."""
+        return self._runner is None and self._step()
+
+    def _next_done(self, done: queue.SimpleQueue[Future[Tensor]]) -> Future[Tensor] | None:
+        """Returns a finished future, or None after a tick that finished none."""
+        if self._runner is None and done.empty() and self._step():
+            return None if done.empty() else done.get()
+        try:
+            return done.get(timeout=0.05)
+        except queue.Empty:
+            return None
+
+    def _busy(self) -> bool:
+        return bool(
+            len(self._waiting) or self._batch.active or len(self._landing) or self._cancelled
+        )
+
+    def _check_room(self) -> None:
+        self._check_open()
+        try:
+            self._waiting.check_room()
+        except QueueFull:
+            self._recorder.refused += 1
+            raise
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise RuntimeError(self._closed)
+
+    def _check_outside(self) -> None:
+        if self._runs_in == threading.get_ident():
+            raise RuntimeError("an engine's ticks must not be taken by its model or by callbacks")
+
+
+def _outcome(future: Future[Tensor]) -> Tensor | BaseException:
+    """Returns the result of a future that is done, or its exception."""
+    if future.cancelled():
+        return CancelledError()
+    error = future.exception()
+    return future.result() if error is None else error
+
+
+def _checked_shape(shape: Any) -> tuple[int, ...]:
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be a sequence of integers, got {kind(shape)}")
+    size = tuple(whole(f"shape[{i}]", n, low=1) for i, n in enumerate(shape))
+    if not size:
+        raise ValueError("shape must have one dimension or more, without the batch, got ()")
+    return size
+
+
+def _specs(cond: Any, dtype: torch.dtype) -> dict[str, Spec]:
+    if cond is not None and not isinstance(cond, Mapping):
+        raise TypeError(f"cond must map names to shapes or tensors, got {kind(cond)}")
+    found = {}
+    for name, given in (cond or {}).items():
+        if isinstance(given, Tensor):
+            found[name] = Spec(tuple(given.shape), given.dtype)
+        elif isinstance(given, Sequence) and not isinstance(given, str):
+            shape = (whole(f"cond[{name!r}][{i}]", n, low=0) for i, n in enumerate(given))
+            found[name] = Spec(tuple(shape), dtype)
+        else:
+            raise TypeError(
+                f"cond[{name!r}] must be a shape without the batch or a tensor, got {shown(given)}"
+            )
+    return found

@@ -1,0 +1,94 @@
+"""Counts and times of an engine, as a plain object."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+KEPT = 1024
+"""The latest ticks and the latest finished requests from which rates and percentiles come."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The state of an engine at one moment. ``Engine.metrics`` returns it.
+
+    Counters (they only grow): ``submitted``, ``finished``, ``failed``, ``cancelled``, ``refused``
+    (by ``QueueFull``), ``late`` (after their deadline), ``ticks``.
+
+    Gauges: ``slots``; ``queued`` and ``active``, the requests that wait and that have a slot;
+    ``occupancy``, the share of slots with a request in the latest 1,024 ticks, in [0, 1];
+    ``ticks_per_second`` over the same ticks; ``latency_p50``, ``latency_p90`` and ``latency_p99``,
+    the seconds from ``submit`` to the result of the latest 1,024 finished requests. What has no
+    value yet is 0.
+    """
+
+    slots: int
+    queued: int
+    active: int
+    submitted: int
+    finished: int
+    failed: int
+    cancelled: int
+    refused: int
+    late: int
+    ticks: int
+    occupancy: float
+    ticks_per_second: float
+    latency_p50: float
+    latency_p90: float
+    latency_p99: float
+
+
+class Recorder:
+    """Records what ``Metrics`` shows, in memory of a fixed size."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self.submitted = self.finished = self.failed = self.cancelled = 0
+        self.refused = self.late = self.ticks = 0
+        self._times = np.zeros(KEPT)
+        self._active = np.zeros(KEPT, np.int64)
+        self._latencies = np.zeros(KEPT)
+
+    def tick(self, active: int) -> None:
+        """Records one tick with this many active slots."""
+        place = self.ticks % KEPT
+        self._times[place] = time.perf_counter()
+        self._active[place] = active
+        self.ticks += 1
+
+    def finish(self, began: float, due: float | None) -> None:
+        """Records a finished request, which was submitted at ``began``."""
+        now = time.perf_counter()
+        self._latencies[self.finished % KEPT] = now - began
+        self.finished += 1
+        self.late += due is not None and now > due
+
+    def now(self, queued: int, active: int) -> Metrics:
+        """Returns the metrics."""
+        ticks = min(self.ticks, KEPT)
+        finished = min(self.finished, KEPT)
+        times = self._times[:ticks]
+        span = float(times.max() - times.min()) if ticks > 1 else 0.0
+        latencies = self._latencies[:finished] if finished else np.zeros(1)
+        p50, p90, p99 = np.percentile(latencies, (50, 90, 99)).tolist()
+        return Metrics(
+            slots=self._slots,
+            queued=queued,
+            active=active,
+            submitted=self.submitted,
+            finished=self.finished,
+            failed=self.failed,
+            cancelled=self.cancelled,
+            refused=self.refused,
+            late=self.late,
+            ticks=self.ticks,
+            occupancy=float(self._active[:ticks].mean()) / self._slots if ticks else 0.0,
+            ticks_per_second=(ticks - 1) / span if span else 0.0,
+            latency_p50=p50,
+            latency_p90=p90,
+            latency_p99=p99,
+        )

@@ -1,0 +1,116 @@
+"""The slots' device memory: how a request is written into its slot, and how a slot is parked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastddim.loop.graph import lasting
+from fastddim.serving.request import Network, Work
+from fastddim.serving.tables import PARKED
+from fastddim.step.philox import INITIAL_STREAM
+
+
+class Slots:
+    """Everything that a tick reads and writes, at fixed addresses.
+
+    A tick reads the state of one side and writes the other, and the sides take turns.
+
+    Attributes:
+        x: the states of both sides, float32 (slots, ...).
+        inputs: the model's inputs of both sides: ``x`` itself, or in the model's dtype, or twice
+            for guidance.
+        x0: the x0 of the last step, float32 (slots, ...), once a request is of order 2.
+        rows: the row of each slot in the tables, int32, of the model's batch.
+        moves: the rows that each slot moves on in a tick, 1 or 0, likewise.
+        t: the t of each slot, likewise.
+        seeds: int64 (slots,).
+        w: the weight of guidance, float32 (slots,).
+        cond: each condition, of the model's batch.
+        side: the side that the next tick reads.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        network: Network,
+        device: torch.device,
+        dtype: torch.dtype,
+        times: torch.dtype,
+    ) -> None:
+        copies = 1 + network.guided
+        size = count, *network.shape
+        with lasting():
+            self.x = [torch.zeros(size, device=device) for _ in range(2)]
+            self.inputs = self.x
+            if network.guided or dtype != torch.float32:
+                both = copies * count, *network.shape
+                self.inputs = [torch.zeros(both, dtype=dtype, device=device) for _ in range(2)]
+            self.x0: Tensor | None = None
+            self._rows, self._moves = (
+                torch.zeros(copies, count, dtype=torch.int32, device=device) for _ in range(2)
+            )
+            self.t = torch.zeros(copies * count, dtype=times, device=device)
+            self.seeds = torch.zeros(count, dtype=torch.int64, device=device)
+            self.w = torch.ones(count, device=device)
+            self.cond = {
+                name: torch.zeros(copies * count, *spec.shape, dtype=spec.dtype, device=device)
+                for name, spec in network.cond.items()
+            }
+            self._first_row = torch.zeros(1, dtype=torch.int32, device=device)
+        self.rows, self.moves = self._rows.view(-1), self._moves.view(-1)
+        self.step_rows = self._rows[0]
+        """The rows as the step reads them, int32 (slots,)."""
+        self._count, self._copies = count, copies
+        self.side = 0
+
+    def remember(self) -> None:
+        """Makes room for the x0 of the last step."""
+        if self.x0 is None:
+            with lasting():
+                self.x0 = torch.zeros_like(self.x[0])
+
+    def fill(self, slot: int, work: Work, base: int) -> None:
+        """Writes a request into a slot, whose next tick takes the step of row ``base``."""
+        here = self.x[self.side][slot : slot + 1]
+        seeds = self.seeds[slot : slot + 1].fill_(work.seed)
+        if work.x_T is not None:
+            here[0].copy_(work.x_T)
+        else:
+            torch.ops.fastddim.normal_(here, seeds, self._first_row, INITIAL_STREAM)
+            if work.program.noise_scale != 1:
+                here.mul_(work.program.noise_scale)
+        self._feed(slot, here[0])
+        if self.x0 is not None:
+            self.x0[slot].zero_()
+        for name, memory in self.cond.items():
+            memory[slot + (self._copies - 1) * self._count].copy_(work.cond[name])
+        self.guide(slot, work, work.guidance[0])
+        self._rows[:, slot].fill_(base)
+        self._moves[:, slot].fill_(1)
+
+    def guide(self, slot: int, work: Work, w: float) -> None:
+        """Sets a slot's weight of guidance. Where it is 1, both halves get the condition.
+
+        Then u + 1·(c − u) is c itself, which DDIM.sample's call with the condition alone returns.
+        """
+        if self._copies == 1:
+            return
+        self.w[slot].fill_(w)
+        values = work.cond if w == 1 else work.uncond
+        for name, memory in self.cond.items():
+            memory[slot].copy_(values[name])
+
+    def park(self, slot: int) -> None:
+        """Lets a slot stand on the parking row, with a state of zeros."""
+        self._rows[:, slot].fill_(PARKED)
+        self._moves[:, slot].zero_()
+        self.w[slot].fill_(1)
+        here = self.x[self.side][slot].zero_()
+        self._feed(slot, here)
+
+    def _feed(self, slot: int, x: Tensor) -> None:
+        """Writes a state into the model's input."""
+        if self.inputs is not self.x:
+            for copy in range(self._copies):
+                self.inputs[self.side][slot + copy * self._count].copy_(x)

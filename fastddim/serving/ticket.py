@@ -1,0 +1,67 @@
+"""The future of a request's sample, which can be cancelled until the sample is there."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from torch import Tensor
+
+from fastddim.serving.request import Work
+
+
+class Ticket(Future[Tensor]):
+    """A ``concurrent.futures.Future`` of one sample. ``Engine.submit`` returns it.
+
+    ``cancel`` also works while the sample is being made: its slot is free at the next tick. If no
+    thread runs the engine, ``result`` and ``exception`` take the engine's ticks themselves.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        work: Work,
+        deadline: float | None,
+        dropped: Callable[[Ticket], None],
+        advance: Callable[[], bool],
+    ) -> None:
+        super().__init__()
+        self.number, self.work = number, work
+        self.began = time.perf_counter()
+        self.due = None if deadline is None else self.began + deadline
+        self.slot: int | None = None
+        """The slot in which the sample is being made."""
+        self._dropped, self._advance = dropped, advance
+        self._once = threading.Lock()
+
+    def cancel(self) -> bool:
+        """Cancels the request, and returns False if its result is already there."""
+        if not super().cancel():
+            return False
+        if self._once.acquire(blocking=False):
+            self.set_running_or_notify_cancel()  # Waiters in other threads learn of it.
+            self._dropped(self)
+        return True
+
+    def running(self) -> bool:
+        """Returns whether a slot makes the sample now."""
+        return self.slot is not None and not self.done()
+
+    def result(self, timeout: float | None = None) -> Tensor:
+        """Returns the sample, as ``Future.result`` does."""
+        self._wait(timeout)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Returns the exception of a failed request, as ``Future.exception`` does."""
+        self._wait(timeout)
+        return super().exception(timeout)
+
+    def _wait(self, timeout: float | None) -> None:
+        """Takes ticks until the request is done, unless a thread takes them."""
+        end = None if timeout is None else time.perf_counter() + timeout
+        while not self.done() and (end is None or time.perf_counter() < end):
+            if not self._advance():
+                return
