@@ -26,7 +26,8 @@ class Batch:
         self._slots, self._tables, self._tick, self._landing = slots, tables, tick, landing
         self.tickets: list[Ticket | None] = [None] * len(slots.seeds)
         self.active = 0
-        self._unparked: set[int] = set()
+        self._left: set[int] = set()
+        """The slots whose requests have left, and that are not parked yet."""
         self._clock = 0
         """The number of ticks taken."""
         self._ends: defaultdict[int, list[tuple[int, Ticket]]] = defaultdict(list)
@@ -46,12 +47,14 @@ class Batch:
     def fill(self, slot: int, ticket: Ticket) -> None:
         """Writes a placed request into its slot."""
         work, slots = ticket.work, self._slots
-        self._unparked.add(slot)
+        self._left.add(slot)
         if work.program.remembers:
             slots.remember()
         self._tick.noisy |= work.program.noisy
+        ticket.base = self._tables.add(work.program)
         with no_grad():
-            slots.fill(slot, work, self._tables.add(work.program) + work.first)
+            slots.fill(slot, work, ticket.base + work.first)
+        self._left.discard(slot)
         self._ends[self._clock + work.steps].append((slot, ticket))
         self._plan_guidance(slot, ticket, 0)
 
@@ -60,7 +63,10 @@ class Batch:
         if self.tickets[slot] is ticket:
             self.tickets[slot] = ticket.slot = None
             self.active -= 1
-            self._tables.release(ticket.work.program)
+            self._left.add(slot)
+            if ticket.base is not None:
+                self._tables.release(ticket.work.program)
+            ticket.base = None
 
     def tick(self) -> list[Ticket]:
         """Takes one tick, frees the slots of finished requests and returns these requests.
@@ -69,9 +75,10 @@ class Batch:
             Exception: that of the model, or of the device. No slot has moved then.
         """
         with no_grad():
-            for slot in [slot for slot in self._unparked if self.tickets[slot] is None]:
+            while self._left:
+                slot = next(iter(self._left))
                 self._slots.park(slot)
-                self._unparked.discard(slot)
+                self._left.discard(slot)
             for slot, ticket, step in self._turns.pop(self._clock, ()):
                 if self.tickets[slot] is ticket:
                     self._slots.guide(slot, ticket.work, ticket.work.guidance[step])
@@ -86,18 +93,20 @@ class Batch:
                     finished.append(ticket)
         return finished
 
-    def clear(self) -> list[Ticket]:
-        """Empties all slots and returns the requests that were in them."""
-        found = [ticket for ticket in self.tickets if ticket is not None]
-        for ticket in found:
-            ticket.slot = None
+    def occupants(self) -> list[Ticket]:
+        """Returns the requests that have a slot."""
+        return [ticket for ticket in self.tickets if ticket is not None]
+
+    def clear(self) -> None:
+        """Empties all slots."""
+        for ticket in self.occupants():
+            ticket.slot = ticket.base = None
         self.tickets = [None] * len(self.tickets)
         self.active = 0
-        self._unparked.update(range(len(self.tickets)))
+        self._left.update(range(len(self.tickets)))
         self._ends.clear()
         self._turns.clear()
         self._tables.release_all()
-        return found
 
     def _state_of(self, slot: int) -> Tensor:
         return self._slots.x[self._slots.side][slot]

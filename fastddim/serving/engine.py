@@ -269,9 +269,8 @@ class Engine:
             runner.stop()
         with self._arrived:
             left = self._waiting.all()
-        for ticket in (*left, *self._batch.tickets):
-            if ticket is not None:
-                ticket.cancel()
+        for ticket in (*left, *self._batch.occupants()):
+            ticket.cancel()
         self._step()
 
     def metrics(self) -> Metrics:
@@ -330,8 +329,10 @@ class Engine:
             try:
                 batch.tick()
             except Exception as error:
-                for ticket in batch.clear():
+                # Fail the requests first: after an interrupt here the rest begin again.
+                for ticket in batch.occupants():
                     self._fail(ticket, error)
+                batch.clear()
             else:
                 self._recorder.tick(active)
         self._torn = False
@@ -383,22 +384,25 @@ class Engine:
         """Puts the requests of an interrupted tick back into the queue, to begin again."""
         landing = [flight.ticket for flight in self._landing.all()]
         with self._arrived:
-            for ticket in self._batch.clear():
+            for ticket in self._batch.occupants():
                 if not ticket.done() and ticket not in landing:
                     self._waiting.add(ticket)
+            self._batch.clear()
             self._cancelled.clear()
 
     def _broken(self, error: BaseException) -> None:
         """Closes the engine after an error of its own: requests that are left fail with it."""
         with self._arrived:
             self._closed = f"the engine is closed after an error of its thread: {error!r}"
-            self._runner = None
-            left = [*self._waiting.all(), *self._batch.clear()]
+            left = [*self._waiting.all(), *self._batch.occupants()]
             for ticket in left:
                 self._waiting.drop(ticket)
-            self._arrived.notify_all()
         for ticket in left:
             self._fail(ticket, error)
+        with self._arrived:
+            self._batch.clear()
+            self._runner = None
+            self._arrived.notify_all()
 
     def _dropped(self, ticket: Ticket) -> None:
         """Takes note of a cancelled request."""

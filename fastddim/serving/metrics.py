@@ -49,9 +49,9 @@ class Recorder:
         self._slots = slots
         self.submitted = self.finished = self.failed = self.cancelled = 0
         self.refused = self.late = self.ticks = 0
-        self._times = np.zeros(KEPT)
-        self._active = np.zeros(KEPT, np.int64)
-        self._latencies = np.zeros(KEPT)
+        # Lists, because writing one element of an array costs three times as much.
+        self._times, self._latencies = [0.0] * KEPT, [0.0] * KEPT
+        self._active = [0] * KEPT
 
     def tick(self, active: int) -> None:
         """Records one tick with this many active slots."""
@@ -72,8 +72,8 @@ class Recorder:
         ticks = min(self.ticks, KEPT)
         finished = min(self.finished, KEPT)
         times = self._times[:ticks]
-        span = float(times.max() - times.min()) if ticks > 1 else 0.0
-        latencies = self._latencies[:finished] if finished else np.zeros(1)
+        span = max(times) - min(times) if ticks else 0.0
+        latencies = self._latencies[:finished] or [0.0]
         p50, p90, p99 = np.percentile(latencies, (50, 90, 99)).tolist()
         return Metrics(
             slots=self._slots,
@@ -86,7 +86,7 @@ class Recorder:
             refused=self.refused,
             late=self.late,
             ticks=self.ticks,
-            occupancy=float(self._active[:ticks].mean()) / self._slots if ticks else 0.0,
+            occupancy=sum(self._active[:ticks]) / ticks / self._slots if ticks else 0.0,
             ticks_per_second=(ticks - 1) / span if span else 0.0,
             latency_p50=p50,
             latency_p90=p90,

@@ -33,6 +33,8 @@ class Ticket(Future[Tensor]):
         self.due = None if deadline is None else self.began + deadline
         self.slot: int | None = None
         """The slot in which the sample is being made."""
+        self.base: int | None = None
+        """The row at which its program lies, while it has a slot."""
         self._dropped, self._advance = dropped, advance
         self._once = threading.Lock()
 
@@ -51,17 +53,19 @@ class Ticket(Future[Tensor]):
 
     def result(self, timeout: float | None = None) -> Tensor:
         """Returns the sample, as ``Future.result`` does."""
-        self._wait(timeout)
-        return super().result(timeout)
+        return super().result(self._waited(timeout))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Returns the exception of a failed request, as ``Future.exception`` does."""
-        self._wait(timeout)
-        return super().exception(timeout)
+        return super().exception(self._waited(timeout))
 
-    def _wait(self, timeout: float | None) -> None:
-        """Takes ticks until the request is done, unless a thread takes them."""
+    def _waited(self, timeout: float | None) -> float | None:
+        """Takes ticks until the request is done, unless a thread takes them.
+
+        Returns the rest of the timeout.
+        """
         end = None if timeout is None else time.perf_counter() + timeout
         while not self.done() and (end is None or time.perf_counter() < end):
             if not self._advance():
-                return
+                break
+        return None if end is None else max(0.0, end - time.perf_counter())

@@ -1,0 +1,219 @@
+"""Exceptions, NaN, cancellations and interrupts reach the requests they concern, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastddim import Engine, Request
+from fastddim.serving.batch import Batch
+from fastddim.serving.landing import Landing
+from fastddim.serving.order import Waiting
+from fastddim.serving.slots import Slots
+from fastddim.serving.ticket import Ticket
+from tests.serving.serving_cases import MIX, SHAPE, exact, expected
+
+
+class Breaking:
+    """The exact model, which raises at some of its calls."""
+
+    def __init__(self, *at: int, error: type[BaseException] = ZeroDivisionError) -> None:
+        self.at, self.error, self.calls = at, error, 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls in self.at:
+            raise self.error("out of luck")
+        return exact(x, t)
+
+
+def test_the_models_exception_fails_the_requests_in_flight() -> None:
+    engine = Engine(Breaking(3), SHAPE, 3)
+    futures = [engine.submit(Request(seed, ddim=MIX[0])) for seed in range(5)]
+    engine.drain()
+    for future in futures[:3]:
+        with pytest.raises(ZeroDivisionError, match="out of luck"):
+            future.result()
+    for seed in (3, 4):
+        assert torch.equal(futures[seed].result(), expected(0, seed, 3))
+    assert torch.equal(engine.submit(Request(9, ddim=MIX[1])).result(), expected(1, 9, 3))
+    assert (engine.metrics().failed, engine.metrics().finished) == (3, 3)
+
+
+def test_a_model_of_wrong_outputs_fails_its_requests() -> None:
+    engine = Engine(lambda x, t: x[:, :1], SHAPE, 2)
+    with pytest.raises(ValueError, match="model must return a tensor of x's shape"):
+        engine.submit(Request(1)).result()
+    writing = Engine(lambda x, t: x.mul_(2), SHAPE, 2)
+    with pytest.raises(ValueError, match="model must not write into x"):
+        writing.submit(Request(1)).result()
+
+
+@pytest.mark.parametrize("by_engine", [True, False])
+def test_a_nan_is_a_failure_where_asked_for(by_engine: bool) -> None:
+    engine = Engine(exact, SHAPE, 2, check_finite=by_engine)
+    nan = torch.full(SHAPE, float("nan"))
+    check = None if by_engine else True
+    bad = engine.submit(Request(8, x_T=nan, ddim=MIX[0], check_finite=check))
+    good = engine.submit(Request(1, ddim=MIX[0], check_finite=check))
+    unchecked = engine.submit(Request(8, x_T=nan, ddim=MIX[0], check_finite=False))
+    with pytest.raises(FloatingPointError, match="the sample of seed 8 holds NaN or an infinity"):
+        bad.result()
+    assert torch.equal(good.result(), expected(0, 1, 2))
+    assert unchecked.result().isnan().all()
+
+
+def test_a_cancelled_request_frees_its_slot_for_the_next() -> None:
+    model = Breaking()
+    engine = Engine(model, SHAPE, 1)
+    first, second = (engine.submit(Request(seed, ddim=MIX[1])) for seed in (1, 2))
+    engine.step()
+    assert first.running()
+    assert not second.running()
+    assert first.cancel()
+    assert first.cancelled()
+    assert not first.running()
+    assert torch.equal(second.result(), expected(1, 2, 1))
+    assert model.calls == 1 + 7
+    with pytest.raises(CancelledError):
+        first.result()
+    assert not second.cancel()
+
+
+def test_a_cancelled_request_leaves_the_queue() -> None:
+    engine = Engine(exact, SHAPE, 1, limit=2)
+    kept, dropped = (engine.submit(Request(seed, ddim=MIX[0])) for seed in (1, 2))
+    assert dropped.cancel()
+    assert dropped.cancel()
+    assert engine.metrics().queued == 1
+    more = engine.submit(Request(3, ddim=MIX[0]))
+    assert torch.equal(more.result(), expected(0, 3, 1))
+    assert torch.equal(kept.result(), expected(0, 1, 1))
+    assert engine.metrics().cancelled == 1
+
+
+def test_a_callback_may_submit_and_cancel() -> None:
+    engine = Engine(exact, SHAPE, 1)
+    more: list[Ticket] = []
+    last: list[Ticket] = []
+
+    def done(_: object) -> None:
+        last[0].cancel()
+        more.append(engine.submit(Request(5, ddim=MIX[0])))
+
+    engine.submit(Request(1, ddim=MIX[0])).add_done_callback(done)
+    last.append(engine.submit(Request(2, ddim=MIX[0])))
+    engine.drain()
+    assert last[0].cancelled()
+    assert torch.equal(more[0].result(), expected(0, 5, 1))
+
+
+def test_a_model_that_steps_its_engine_is_refused() -> None:
+    engine: Engine
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        engine.step()
+        return x
+
+    engine = Engine(model, SHAPE, 1)
+    with pytest.raises(RuntimeError, match="ticks must not be taken by its model or by callbacks"):
+        engine.submit(Request(1)).result()
+
+
+def test_an_interrupt_of_the_model_begins_requests_again() -> None:
+    engine = Engine(Breaking(3, error=KeyboardInterrupt), SHAPE, 2)
+    futures = [engine.submit(Request(seed, ddim=MIX[1])) for seed in range(4)]
+    with pytest.raises(KeyboardInterrupt):
+        engine.drain()
+    assert not any(future.done() for future in futures)
+    for seed, future in enumerate(futures):
+        assert torch.equal(future.result(), expected(1, seed, 2))
+
+
+def interrupting(function: Callable[..., object], at: int, after: bool) -> Callable[..., object]:
+    """``function``, which one of its calls interrupts, before or after its work."""
+    calls = 0
+
+    def called(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == at and not after:
+            raise KeyboardInterrupt
+        found = function(*arguments)
+        if calls == at:
+            raise KeyboardInterrupt
+        return found
+
+    return called
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "name", ["place", "fill", "free", "tick", "copy", "drop", "set_result", "landed"]
+)
+def test_an_interrupt_anywhere_loses_no_request(
+    monkeypatch: pytest.MonkeyPatch, name: str, at: int, after: bool
+) -> None:
+    owners: dict[str, type] = {"copy": Landing, "landed": Landing, "drop": Waiting}
+    owner = owners.get(name, Ticket if name == "set_result" else Batch)
+    calls: list[int] = []
+
+    def noted(n: int, _: object) -> None:
+        calls.append(n)
+
+    engine = Engine(exact, SHAPE, 2)
+    futures = [engine.submit(Request(seed, ddim=MIX[seed % 3])) for seed in range(6)]
+    for n, future in enumerate(futures):
+        future.add_done_callback(partial(noted, n))
+    monkeypatch.setattr(owner, name, interrupting(getattr(owner, name), at, after))
+    with pytest.raises(KeyboardInterrupt):
+        engine.drain()
+    engine.drain()
+    for seed, future in enumerate(futures):
+        assert torch.equal(future.result(timeout=0), expected(seed % 3, seed, 2))
+    assert sorted(calls) == list(range(6))
+
+
+def test_an_interrupted_run_cancels_its_requests() -> None:
+    engine = Engine(Breaking(4, error=KeyboardInterrupt), SHAPE, 2)
+    other = engine.submit(Request(7, ddim=MIX[1]))
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.run(Request(seed, ddim=MIX[1]) for seed in range(9)))
+    assert torch.equal(other.result(), expected(1, 7, 2))
+    metrics = engine.metrics()
+    assert metrics.cancelled == metrics.submitted - 1
+    assert (metrics.queued, metrics.active) == (0, 0)
+
+
+def test_run_raises_or_yields_a_failed_requests_exception() -> None:
+    requests = [Request(1, ddim=MIX[0]), Request(-1), Request(2, ddim=MIX[0])]
+    found = dict(Engine(exact, SHAPE, 1).run(requests, return_exceptions=True))
+    assert torch.equal(found[2], expected(0, 2, 1))
+    assert isinstance(found[1], ValueError)
+    with pytest.raises(ValueError, match="seed must be"):
+        list(Engine(exact, SHAPE, 1).run(requests))
+    with pytest.raises(ZeroDivisionError):
+        list(Engine(Breaking(1), SHAPE, 1).run(requests[:1]))
+
+
+def test_a_slot_that_cannot_be_filled_fails_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(exact, SHAPE, 2)
+    fill = Slots.fill
+
+    def failing(self: Slots, slot: int, work: object, base: int) -> None:
+        if getattr(work, "seed") == 1:  # noqa: B009
+            raise MemoryError("no room")
+        fill(self, slot, work, base)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Slots, "fill", failing)
+    futures = [engine.submit(Request(seed, ddim=MIX[0])) for seed in range(3)]
+    engine.drain()
+    assert isinstance(futures[1].exception(), MemoryError)
+    for seed in (0, 2):
+        assert torch.equal(futures[seed].result(), expected(0, seed, 2))

@@ -1,0 +1,172 @@
+"""A tick: one graph for each side of the memory, no allocation, one bound step of host time."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastddim import DDIM, Engine, Request
+from fastddim.serving import tables
+from tests.loops import drawn
+from tests.serving.serving_cases import MIX, SHAPE, alone, exact, expected, named
+from tests.tape import ALLOCATIONS, Tape, tapes_for_graphs
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    return tapes_for_graphs(monkeypatch)
+
+
+def test_ticks_replay_two_graphs(taped: list[Tape]) -> None:
+    calls = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(1)
+        return exact(x, t)
+
+    engine = Engine(model, SHAPE, 3)
+    requests = [Request(seed, ddim=MIX[1]) for seed in range(12)]
+    for i, x in engine.run(requests):
+        assert torch.equal(x, expected(1, i, 3))
+    assert engine.metrics().ticks == 28
+    assert len(taped) == 2
+    assert len(calls) == 4  # a warm-up and a capture for each side
+    assert not any(tape.freed for tape in taped)
+
+
+def test_graphs_follow_a_mix_that_grows(taped: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise, order 2 and larger tables each need new graphs while slots are in use."""
+    monkeypatch.setattr(tables, "_ROOM", 16)
+    engine = Engine(exact, SHAPE, 3)
+    order = [0, 4, 0, 5, 2, 1, 3, 4, 6, 0, 1, 3]
+    for i, x in engine.run(Request(i, ddim=MIX[n]) for i, n in enumerate(order)):
+        assert torch.equal(x, expected(order[i], i, 3))
+    assert len(taped) > 4
+
+
+def test_graphs_take_conditions_and_guidance(taped: list[Tape]) -> None:
+    cond = {"c": torch.zeros(SHAPE), "y": torch.tensor(0)}
+    engine = Engine(named, SHAPE, 3, cond=cond, guided=True, dtype=torch.bfloat16)
+    requests = []
+    for i in range(9):
+        own: dict[str, Any] = {"c": drawn(*SHAPE, seed=i), "y": torch.tensor(i)}
+        extra: dict[str, Any] = {} if i % 2 else {"uncond": cond, "guidance": 1.0 + i}
+        if i == 0:
+            extra = {}
+        requests.append(Request(i, ddim=MIX[i % 5], cond=own, **extra))
+    for i, x in engine.run(requests):
+        assert torch.equal(x, alone(named, requests[i], 3, dtype=torch.bfloat16))
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the tensors that operations allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        views = func.is_view or any(out is value for value in (kwargs or {}).values())
+        new = isinstance(out, Tensor) and not views and not any(out is value for value in args)
+        if func in ALLOCATIONS or new:
+            self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_tick_allocates_no_tensor(guided: bool) -> None:
+    output = drawn(3 * (1 + guided), 4, 8, 8)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return output
+
+    engine = Engine(model, (4, 8, 8), 3, guided=guided)
+    for seed in range(3):
+        engine.submit(Request(seed, ddim=DDIM(50, eta=1.0)))
+    engine.step()
+    with Allocations() as counted:
+        for _ in range(10):
+            engine.step()
+    assert not counted.found
+    with Allocations() as counted:  # the mode counts
+        torch.zeros(3) + 1
+    assert len(counted.found) == 2
+
+
+def test_ticks_keep_no_memory() -> None:
+    output = torch.zeros(3, *SHAPE)
+    engine = Engine(lambda x, t: output, SHAPE, 3)
+
+    def ticks(count: int) -> None:
+        for seed in range(count):
+            engine.submit(Request(seed, ddim=MIX[seed % 3]))
+            engine.step()
+        engine.drain()
+
+    tracemalloc.start()
+    try:
+        ticks(1200)  # fills the rings of the metrics
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        ticks(1200)
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 20_000  # bytes: 16 for a request
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", [1, 8])
+def test_on_a_gpu_a_mix_has_the_bits_of_sample(slots: int) -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return 0.7 * x.clamp(-1.5, 1.5) + 1e-3 * (t % 97).to(x.dtype).view(-1, 1, 1, 1)
+
+    engine = Engine(model, (4, 16, 16), slots, device="cuda")
+    requests = [Request(seed, ddim=MIX[seed % len(MIX)]) for seed in range(40)]
+    for i, x in engine.run(requests):
+        ddim = requests[i].ddim
+        assert ddim is not None
+        want = ddim.sample(model, shape=(1, 4, 16, 16), seeds=[i], batch_size=slots, device="cuda")
+        assert torch.equal(x, want[0])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_thread_serves_cancels_and_guides() -> None:
+    cond = {"c": torch.zeros(4, 16, 16), "y": torch.tensor(0)}
+
+    def model(x: Tensor, t: Tensor, c: Tensor, y: Tensor) -> Tensor:
+        shift = 0.05 * y.to(x.dtype).view(-1, 1, 1, 1) + 0.2 * c
+        return 0.7 * x.clamp(-1.5, 1.5) + shift
+
+    with Engine(model, (4, 16, 16), 4, device="cuda", cond=cond, guided=True) as engine:
+        engine.start()
+        futures = []
+        for i in range(30):
+            own = {"c": drawn(4, 16, 16, seed=i), "y": torch.tensor(i)}
+            request = Request(i, ddim=MIX[i % 5], cond=own, uncond=cond, guidance=1.0 + i % 3)
+            futures.append((engine.submit(request), own, 1.0 + i % 3))
+            if i % 7 == 3:
+                futures[-1][0].cancel()
+        for i, (future, own, w) in enumerate(futures):
+            if future.cancelled():
+                continue
+            both = ({k: v.cuda().expand(4, *v.shape) for k, v in d.items()} for d in (own, cond))
+            c, u = both
+            size = 8 if w == 1 else 4
+            extra: dict[str, Any] = {
+                "cond": {k: v[:1].expand(size, *v.shape[1:]) for k, v in c.items()}
+            }
+            if w != 1:
+                extra |= {"uncond": u, "guidance": w}
+            want = MIX[i % 5].sample(
+                model, shape=(size, 4, 16, 16), seeds=[i] * size, device="cuda", **extra
+            )
+            assert torch.equal(future.result(), want[0])
