@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.step.backends import Backend, Fixed, Launch, StepArgs
+from fastddim.step.backends import Backend, Fixed, Launch, StepArgs, numbers_of
 from fastddim.step.layout import write_next
 from fastddim.step.philox import STEP_STREAM, normals
 
@@ -42,7 +42,8 @@ def bind(fixed: Fixed, first: StepArgs) -> Launch:
         z = None if noise is None else array(noise)
         if seeds is not None:
             # Noise belongs to the logical element, however x lies in memory.
-            z = normals(seeds.numpy(), rows, x[0].numel(), STEP_STREAM).reshape(x.shape)
+            numbers = np.broadcast_to(np.asarray(numbers_of(table, row)), (batch,))
+            z = normals(seeds.numpy(), numbers, x[0].numel(), STEP_STREAM).reshape(x.shape)
         e = array(output)
         if guidance is not None:
             u, c = e[:batch], e[batch:]

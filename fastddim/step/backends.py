@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastddim.check import shown
+from fastddim.coefficients import COLUMNS_OF_MANY
 
 VARIABLE = "FASTDDIM_BACKEND"
 """The environment variable that names the backend of every step of a process."""
@@ -80,6 +81,17 @@ class StepArgs(NamedTuple):
     next_input: Tensor | None
     history: Tensor | None = None
 
+
+def numbers_of(table: Tensor, row: int | Tensor) -> int | Tensor:
+    """Returns the numbers for which these rows' counter noise is drawn."""
+    if table.shape[1] <= _NUMBER:
+        return row
+    if isinstance(row, int):
+        return int(table[row, _NUMBER])
+    return table[:, _NUMBER].index_select(0, row).to(torch.int32)
+
+
+_NUMBER = COLUMNS_OF_MANY.index("number")
 
 Launch: TypeAlias = Callable[..., None]
 """``launch(*arguments)`` takes one step, of ``StepArgs`` that lie in memory as the bound ones.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastddim.step import layout, on_torch
-from fastddim.step.backends import Backend, Fixed, Launch, StepArgs, forked
+from fastddim.step.backends import Backend, Fixed, Launch, StepArgs, forked, numbers_of
 from fastddim.step.numba_pass import (
     BOUND,
     BROUGHT,
@@ -241,7 +241,7 @@ def _drawn_ahead(bind: Callable[..., Launch], fixed: Fixed, first: StepArgs) -> 
         noise: Tensor | None, *rest: Any,
     ) -> tuple[Any, ...]:  # fmt: skip
         if seeds is not None:
-            noise = on_torch.drawn(x, seeds, on_torch.numbers_of(table, row), normal_)
+            noise = on_torch.drawn(x, seeds, numbers_of(table, row), normal_)
         return x, output, table, row, None, noise, *rest
 
     inner = bind(fixed, StepArgs(*with_noise(*first)))

@@ -12,15 +12,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastddim.coefficients import COLUMNS, COLUMNS_OF_MANY, PREDICTIONS
+from fastddim.coefficients import COLUMNS, COLUMNS_2, PREDICTIONS
 from fastddim.step import backends, layout, philox, reference
-from fastddim.step.backends import Backend, Fixed, Launch, StepArgs
+from fastddim.step.backends import Backend, Fixed, Launch, StepArgs, numbers_of
 
 Factors: TypeAlias = tuple[Tensor, ...]
 """The table's columns: () where all samples are on one row, else (batch, 1)."""
 
 C1 = COLUMNS.index("c1")
-NUMBER = COLUMNS_OF_MANY.index("number")
 
 BLOCK = 32752
 """A block of this many elements stays in a core's cache. The number is just below the 32,768
@@ -216,6 +215,8 @@ def _by_reference(
         numbers = rows_of(numbers_of(table, row), len(x))
         normal_(noise, seeds, numbers, philox.STEP_STREAM)
     each = (-1, *[1] * (x.dim() - 1))
+    # The reference takes a ninth column for one of a step that rounds.
+    table = table if fixed.rounding is not None else table[:, : len(COLUMNS_2)]
     factors = table[row] if isinstance(row, int) else table[row].view(*each, table.shape[1])
     x_s, predicted = reference.ddim_step(
         x,
@@ -256,15 +257,6 @@ def _one_if_equal(numbers: Tensor) -> Tensor:
         return numbers
     low, high = torch.aminmax(numbers)
     return numbers[:1].expand(count) if low == high else numbers
-
-
-def numbers_of(table: Tensor, row: int | Tensor) -> int | Tensor:
-    """Returns the numbers for which these rows' counter noise is drawn."""
-    if table.shape[1] <= NUMBER:
-        return row
-    if isinstance(row, int):
-        return int(table[row, NUMBER])
-    return table[:, NUMBER].index_select(0, row).to(torch.int32)
 
 
 def rows_of(row: int | Tensor, batch: int) -> Tensor:

@@ -205,8 +205,8 @@ def test_an_error_of_the_thread_closes_the_engine() -> None:
         raise SystemExit(3)
 
     engine = Engine(model, SHAPE, 1)
-    engine.start()
     futures = [engine.submit(Request(seed, ddim=MIX[0])) for seed in range(2)]
+    engine.start()
     for future in futures:
         assert isinstance(future.exception(timeout=10), SystemExit)
     engine.drain()

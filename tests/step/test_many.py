@@ -17,6 +17,7 @@ from fastddim.coefficients import COLUMNS_OF_MANY
 from fastddim.step import on_torch
 from fastddim.step.backends import Backend, Fixed, Launch, StepArgs
 from tests.kernel_steps import by_kernel
+from tests.numpy_backend import BACKEND as NUMPY
 from tests.paths import CPU, instead, use
 from tests.refusals import refused
 from tests.steps import randn, same
@@ -26,15 +27,16 @@ def on_any_device(fixed: Fixed, first: StepArgs) -> Launch:
     return partial(on_torch._by_reference, fixed)
 
 
-ELSEWHERE = Backend("any device", on_any_device, on_torch.normal_)
+OTHERS = {b.name: b for b in (NUMPY, Backend("any device", on_any_device, on_torch.normal_))}
+"""The example of a backend, and the launch of the backend torch on devices other than a CPU."""
 
 
-@pytest.fixture(params=[*CPU, "any device"])
+@pytest.fixture(params=[*CPU, *OTHERS])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backend that takes the test's steps; the last is torch's on other devices."""
-    name = str(request.param)
-    with instead(ELSEWHERE) if name == "any device" else use(name):
-        yield name
+    """The backend that takes the test's steps."""
+    other = OTHERS.get(request.param)
+    with use(request.param) if other is None else instead(other):
+        yield str(request.param)
 
 
 SAMPLERS = (DDIM(4, eta=1.0), DDIM(6, eta=0.5), DDIM(3))
