@@ -8,9 +8,9 @@
     torch.Size([4, 1, 28, 28])
 
 ``DDIM`` is the sampler, and ``NoiseSchedule`` the noise levels that a model was trained on.
-``generate`` makes any number of images in any number of processes, and ``generalized_steps``
-replaces the function of ermongroup/ddim. ``bind`` returns the step for your own loop, and ``using``
-chooses the backend that takes the steps. ``fastddim.embedded`` has a small trained model,
+``Engine`` serves each ``Request`` in a slot of one batch, ``generate`` makes any number of images
+in any number of processes, and ``generalized_steps`` replaces the function of ermongroup/ddim.
+``bind`` returns the step for your own loop, and ``using`` chooses the backend that takes the steps. ``fastddim.embedded`` has a small trained model,
 ``fastddim.checkpoints`` loads other models, ``fastddim.dropins`` replaces the samplers of other
 systems, and ``fastddim.profile`` measures steps against η. Each name is imported at its first use.
 """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastddim
-from fastddim import embedded
+from fastddim import DDIM, embedded
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -179,6 +179,17 @@ def test_the_page_of_paths_computes_what_it_says() -> None:
     assert found.images.isfinite().all()
     assert found.samples.isfinite().all()
     assert (found.group.table[:-1, 5] > 0).all()
+
+
+def test_the_page_of_serving_computes_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("\n".join(blocks("python", (ROOT / "docs" / "serving.md").read_text())))
+    served = [line.split()[0] for line in capsys.readouterr().out.splitlines()[:6]]
+    assert sorted(served) == [str(i) for i in range(6)]
+    halves: Any = {"cond": {"text": found.text[None]}, "uncond": {"text": found.nothing[None]}}
+    ddim = DDIM(steps=8)
+    latent = ddim.sample(found.denoiser, shape=(1, 4, 16, 16), seeds=[1], guidance=5.0, **halves)
+    torch.testing.assert_close(found.latent, latent[0])
+    assert len(found.images) == 3
 
 
 def test_the_guides_schedule_is_that_of_stable_diffusion() -> None:

@@ -1,0 +1,46 @@
+"""The soak finds faults, and the engine passes it."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from benchmarks import serving, soak
+from benchmarks.timing import WrongResultError
+from fastddim.serving.landing import Landing
+from fastddim.serving.ticket import Ticket
+
+
+def test_a_short_soak_finds_no_fault() -> None:
+    found = soak.soak(150, seed=3)
+    assert found["finished"] + found["failed"] + found["cancelled"] == 150
+    assert found["failed"] > 0
+    assert found["cancelled"] > 0
+
+
+@pytest.mark.slow
+def test_a_soak_of_2000_requests_finds_no_fault() -> None:
+    assert soak.soak(2000)["lost"] == 0
+
+
+def test_a_soak_finds_a_lost_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Landing.copy
+
+    def lossy(self: Landing, ticket: Ticket, x: Tensor) -> None:
+        if ticket.number != 20:
+            copy(self, ticket, x)
+
+    monkeypatch.setattr(Landing, "copy", lossy)
+    with pytest.raises(WrongResultError, match="'lost': 1"):
+        soak.soak(150)
+
+
+def test_a_soak_finds_a_neighbours_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Landing.copy
+    monkeypatch.setattr(Landing, "copy", lambda self, ticket, x: copy(self, ticket, x + 1e-6))
+    with pytest.raises(WrongResultError, match="the soak found a fault"):
+        soak.soak(50)
+
+
+def test_a_tick_costs_the_host_two_bound_steps_at_most() -> None:
+    assert serving.host(rounds=10, calls=50)["ratio"] <= 2.0
