@@ -12,8 +12,8 @@ from fastddim.serving.ticket import Ticket
 
 
 def test_a_short_soak_finds_no_fault() -> None:
-    found = soak.soak(150, seed=3)
-    assert found["finished"] + found["failed"] + found["cancelled"] == 150
+    found = soak.soak(400, seed=3)
+    assert found["finished"] + found["failed"] + found["cancelled"] == 400
     assert found["failed"] > 0
     assert found["cancelled"] > 0
 

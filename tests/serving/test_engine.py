@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddim import DDIM, Engine, NoiseSchedule, Request
+from fastddim import DDIM, Engine, NoiseSchedule, Request, embedded
 from fastddim.serving import tables
 from tests.loops import column, drawn
 from tests.paths import use
@@ -188,6 +188,27 @@ def test_idle_slots_stay_finite_beside_a_nan() -> None:
     assert torch.equal(late.result(), expected(1, 1, 3))
     assert bad.result().isnan().all()
     assert seen == [False, False, *[True] * 5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_the_garment_models_samples_are_their_requests(slots: int) -> None:
+    model, shape = embedded.load(), (1, 28, 28)
+    mix = [MIX[n] for n in (1, 3, 4, 5)]
+    requests = [Request(seed, ddim=mix[seed % 4], deadline=1.0 + seed % 5) for seed in range(11)]
+    engine = Engine(model, shape, slots, order="deadline")
+    futures = []
+    for i, request in enumerate(requests):
+        futures.append(engine.submit(request))
+        if i % 4 == 2:
+            engine.step()
+            futures[i - 1].cancel()
+    engine.drain()
+    for i, future in enumerate(futures):
+        if not future.cancelled():
+            size = (1, *shape)
+            want = mix[i % 4].sample(model, shape=size, seeds=[i], batch_size=slots)
+            assert torch.equal(future.result(), want[0])
 
 
 def test_torch_grads_and_inference_mode_change_no_bit() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from fastddim import DDIM, Engine, QueueFull, Request
 from fastddim.serving import metrics as recorded
 from fastddim.serving.ticket import Ticket
-from tests.serving.serving_cases import MIX, SHAPE, exact, expected
+from tests.paths import use
+from tests.serving.serving_cases import MIX, SHAPE, alone, exact, expected
 
 STEPS = (5, 2, 9, 3, 2)
 
@@ -137,6 +138,17 @@ def test_a_thread_serves_many_threads() -> None:
     assert len(found) == 32
     for seed, x in found.items():
         assert torch.equal(x, expected(seed % 7, seed, 3))
+
+
+def test_an_engine_keeps_the_backend_of_its_birth() -> None:
+    with use("torch"):
+        engine = Engine(exact, SHAPE, 2)
+        want = [alone(exact, Request(seed, ddim=MIX[1]), 2) for seed in range(3)]
+    with engine:
+        engine.start()
+        futures = [engine.submit(Request(seed, ddim=MIX[1])) for seed in range(3)]
+        for future, x in zip(futures, want, strict=True):
+            assert torch.equal(future.result(), x)
 
 
 def test_run_takes_its_results_from_the_thread() -> None:
