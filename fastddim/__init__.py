@@ -10,9 +10,10 @@
 ``DDIM`` is the sampler, and ``NoiseSchedule`` the noise levels that a model was trained on.
 ``Engine`` serves each ``Request`` in a slot of one batch, ``generate`` makes any number of images
 in any number of processes, and ``generalized_steps`` replaces the function of ermongroup/ddim.
-``bind`` returns the step for your own loop, and ``using`` chooses the steps' backend. ``fastddim.embedded`` has a small trained model,
-``fastddim.checkpoints`` loads other models, ``fastddim.dropins`` replaces the samplers of other
-systems, and ``fastddim.profile`` measures steps against η. Each name is imported at its first use.
+``bind`` returns the step for your own loop, and ``using`` chooses the steps' backend.
+``fastddim.embedded`` has a small trained model, ``fastddim.checkpoints`` loads other models,
+``fastddim.dropins`` replaces the samplers of other systems, and ``fastddim.profile`` measures steps
+against η. A name is imported at its first use.
 """
 
 from __future__ import annotations
