@@ -115,8 +115,10 @@ class Engine:
         if limit is not None:
             limit = whole("limit", limit, low=1)
         self._waiting = Waiting(order, limit)
-        self._network = Network(ddim, size, _specs(cond, dtype), bool(guided), bool(check_finite))
         where = place_of(device, model)
+        on_gpu = where.type == "cuda"
+        specs = _specs(cond, dtype)
+        self._network = Network(ddim, size, specs, bool(guided), bool(check_finite), on_gpu)
         check_not_capturing(where)
         check_untransformed("serving")
         predictor = Predictor.of(model, count, where, dtype, None, None, None, None, autocast)
@@ -127,7 +129,9 @@ class Engine:
         predictor = replace(predictor, cond=memory.cond, both=memory.cond)
         fixed = Fixed(PREDICTIONS.index(ddim._prediction), True, ddim.clip, False)
         self._landing = Landing(where)
-        tick = Tick(predictor, memory, tables, fixed, self._network.guided)
+        self._allocating = threading.Lock()
+        """Is held while a request's tensors are copied, and during the capture of a graph."""
+        tick = Tick(predictor, memory, tables, fixed, self._network.guided, self._allocating)
         self._batch = Batch(memory, tables, tick, self._landing)
         self._recorder = Recorder(count)
         self._arrived = threading.Condition()
@@ -160,7 +164,8 @@ class Engine:
         """
         with self._arrived:
             self._check_room()
-        work = checked(request, self._network)
+        with self._allocating:
+            work = checked(request, self._network)
         with self._arrived:
             self._check_room()
             ticket = Ticket(self._number, work, request.deadline, self._dropped, self._helped)
@@ -321,6 +326,7 @@ class Engine:
             ticket = self._cancelled[0]
             if ticket.slot is not None:
                 batch.free(ticket.slot, ticket)
+            ticket.strip()
             self._cancelled.popleft()
         self._refill()
         ticking = batch.active > 0
@@ -371,6 +377,7 @@ class Engine:
             except InvalidStateError:  # The request was cancelled since.
                 continue
             self._recorder.finish(ticket.began, ticket.due)
+            ticket.strip()
         return any_
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
@@ -379,6 +386,7 @@ class Engine:
         except InvalidStateError:
             return
         self._recorder.failed += 1
+        ticket.strip()
 
     def _mend(self) -> None:
         """Puts the requests of an interrupted tick back into the queue, to begin again."""
@@ -408,7 +416,9 @@ class Engine:
         """Takes note of a cancelled request."""
         with self._arrived:
             self._recorder.cancelled += 1
-            if not self._waiting.drop(ticket):
+            if self._waiting.drop(ticket):
+                ticket.strip()
+            else:
                 self._cancelled.append(ticket)
             self._arrived.notify_all()
 

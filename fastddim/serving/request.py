@@ -77,6 +77,7 @@ class Network:
         cond: the condition of each name.
         guided: whether the model is called with twice the slots.
         check_finite: whether samples are checked.
+        on_gpu: whether the slots lie on a GPU.
     """
 
     ddim: DDIM
@@ -84,6 +85,7 @@ class Network:
     cond: dict[str, Spec]
     guided: bool
     check_finite: bool
+    on_gpu: bool
     programs: dict[Any, Program] = field(default_factory=dict)
     """The programs of the latest requests."""
 
@@ -119,6 +121,7 @@ class Work(NamedTuple):
         guidance: w of each step.
         dtype: the result's dtype.
         check_finite: whether the result is checked.
+        ready: the end of the copies of tensors on a GPU, or None.
     """
 
     program: Program
@@ -130,10 +133,25 @@ class Work(NamedTuple):
     guidance: list[float]
     dtype: torch.dtype
     check_finite: bool
+    ready: torch.cuda.Event | None
 
     @property
     def steps(self) -> int:
         return len(self.program) - self.first
+
+    def without_tensors(self) -> Work:
+        """Returns the facts that remain of interest once the sample is made."""
+        return self._replace(x_T=None, cond={}, uncond={}, guidance=[])
+
+    def await_copies(self) -> None:
+        """Makes the current stream of a GPU wait for the copies that another stream made."""
+        if self.ready is None:
+            return
+        for tensor in (self.x_T, *self.cond.values(), *self.uncond.values()):
+            if tensor is not None and tensor.is_cuda:
+                stream = torch.cuda.current_stream(tensor.device)
+                stream.wait_event(self.ready)
+                tensor.record_stream(stream)
 
 
 def checked(request: Request, network: Network) -> Work:
@@ -157,7 +175,7 @@ def checked(request: Request, network: Network) -> Work:
     shared = ddim.order == 1 and not request.reverse
     program = network.program(ddim, 0 if shared else start, request.reverse, request.until)
     first = start if shared else 0
-    x_T = _state(request, network, start)
+    x_T, dtype = _state(request, network, start), torch.float32
     if request.seed is None and (x_T is None or program.noisy):
         needed = "without x_T" if x_T is None else "where steps add noise"
         raise ValueError(f"seed must be an integer in [0, 2⁶³) {needed}, got None")
@@ -166,22 +184,38 @@ def checked(request: Request, network: Network) -> Work:
         raise ValueError(f"deadline must be > 0 seconds, got {request.deadline}")
     check_finite = network.check_finite if request.check_finite is None else request.check_finite
     w = _weights(request, network, program)[first:]
-    cond = _condition("cond", request.cond, network.cond)
-    uncond = cond
+    given, pins = _condition("cond", request.cond, network.cond), network.on_gpu
+    cond = uncond = {name: _copy(value, pins) for name, value in given.items()}
     if any(weight != 1 for weight in w):
-        given = {**(request.cond or {}), **(request.uncond or {})}
-        uncond = _condition("uncond", given, network.cond)
+        other = _condition("uncond", {**given, **(request.uncond or {})}, network.cond)
+        uncond = {name: _copy(value, pins) for name, value in other.items()}
+    if x_T is not None:
+        x_T, dtype = _copy(x_T.to(torch.float32), pins), x_T.dtype
+    ready = None
+    if any(value.is_cuda for value in (x_T, *cond.values(), *uncond.values()) if value is not None):
+        ready = torch.cuda.Event()
+        ready.record()
     return Work(
         program,
         first,
         seed,
-        None if x_T is None else x_T.detach().to(torch.float32, copy=True).contiguous(),
+        x_T,
         cond,
         uncond,
         w,
-        torch.float32 if x_T is None else x_T.dtype,
+        dtype,
         bool(check_finite),
+        ready,
     )
+
+
+def _copy(tensor: Tensor, pins: bool) -> Tensor:
+    """Returns a copy, which the caller of ``submit`` cannot overwrite.
+
+    With ``pins`` a copy on the host is pinned, so that no copy to the device waits for the device.
+    """
+    copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return copied.pin_memory() if pins and copied.is_cpu else copied
 
 
 def _check_sampler(ddim: Any, network: Network) -> None:
@@ -257,7 +291,7 @@ def _weights(request: Request, network: Network, program: Program) -> list[float
 
 
 def _condition(name: str, given: Any, specs: dict[str, Spec]) -> dict[str, Tensor]:
-    """Returns a copy of each condition, which the caller may overwrite after ``submit``."""
+    """Returns the condition of each name, checked."""
     given = {} if given is None else given
     if not isinstance(given, Mapping):
         raise TypeError(f"{name} must map names to tensors, got {kind(given)}")
@@ -275,5 +309,5 @@ def _condition(name: str, given: Any, specs: dict[str, Spec]) -> dict[str, Tenso
             raise ValueError(
                 f"{name}[{key!r}] must be {dtype} {shape}, as in the engine, got {got}"
             )
-        found[key] = value.detach().clone()
+        found[key] = value
     return found

@@ -74,10 +74,11 @@ class Slots:
 
     def fill(self, slot: int, work: Work, base: int) -> None:
         """Writes a request into a slot, whose next tick takes the step of row ``base``."""
+        work.await_copies()
         here = self.x[self.side][slot : slot + 1]
         seeds = self.seeds[slot : slot + 1].fill_(work.seed)
         if work.x_T is not None:
-            here[0].copy_(work.x_T)
+            here[0].copy_(work.x_T, non_blocking=True)
         else:
             # Not by the op, which would take the backend of the thread that runs the engine.
             self._normal_(here, seeds, self._first_row, INITIAL_STREAM)
@@ -87,7 +88,8 @@ class Slots:
         if self.x0 is not None:
             self.x0[slot].zero_()
         for name, memory in self.cond.items():
-            memory[slot + (self._copies - 1) * self._count].copy_(work.cond[name])
+            own = memory[slot + (self._copies - 1) * self._count]
+            own.copy_(work.cond[name], non_blocking=True)
         self.guide(slot, work, work.guidance[0])
         self._rows[:, slot].fill_(base)
         self._moves[:, slot].fill_(1)
@@ -102,7 +104,7 @@ class Slots:
         self.w[slot].fill_(w)
         values = work.cond if w == 1 else work.uncond
         for name, memory in self.cond.items():
-            memory[slot].copy_(values[name])
+            memory[slot].copy_(values[name], non_blocking=True)
 
     def park(self, slot: int) -> None:
         """Lets a slot stand on the parking row, with a state of zeros."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -22,15 +23,23 @@ _NONE: tuple[Any, ...] = None, None, None, None
 class Tick:
     """Takes one step of every slot. On CUDA each side of the slots' memory has a captured graph.
 
+    ``allocating`` is held during a capture: another thread must not allocate on the GPU then.
+
     Attributes:
         noisy: whether the step gets the seeds; set once a request adds noise.
     """
 
     def __init__(
-        self, predictor: Predictor, slots: Slots, tables: Tables, fixed: Fixed, guided: bool
+        self,
+        predictor: Predictor,
+        slots: Slots,
+        tables: Tables,
+        fixed: Fixed,
+        guided: bool,
+        allocating: AbstractContextManager[Any],
     ) -> None:
         self._predictor, self._slots, self._tables = predictor, slots, tables
-        self._fixed, self._guided = fixed, guided
+        self._fixed, self._guided, self._allocating = fixed, guided, allocating
         device = predictor.device
         self._backend, self._chosen = backend(device), chosen()
         self._memory = graph.Memory.on(device)
@@ -65,7 +74,8 @@ class Tick:
         moves, x0 = slots.moves.clone(), None if slots.x0 is None else slots.x0.clone()
         slots.moves.zero_()
         try:
-            replay = graph.capture(body, slots.rows.device, self._memory)
+            with self._allocating:
+                replay = graph.capture(body, slots.rows.device, self._memory)
         finally:
             slots.moves.copy_(moves)
             if slots.x0 is not None and x0 is not None:

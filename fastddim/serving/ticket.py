@@ -38,6 +38,11 @@ class Ticket(Future[Tensor]):
         self._dropped, self._advance = dropped, advance
         self._once = threading.Lock()
 
+    def strip(self) -> None:
+        """Lets go of the request's tensors and of the engine, once neither is needed any more."""
+        self.work = self.work.without_tensors()
+        self._advance, self._dropped = _nothing, _noted
+
     def cancel(self) -> bool:
         """Cancels the request, and returns False if its result is already there."""
         if not super().cancel():
@@ -69,3 +74,11 @@ class Ticket(Future[Tensor]):
             if not self._advance():
                 break
         return None if end is None else max(0.0, end - time.perf_counter())
+
+
+def _nothing() -> bool:
+    return False
+
+
+def _noted(ticket: Ticket) -> None:
+    """Does nothing: the engine knows of the cancellation."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import queue
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError, Future, as_completed, wait
 from contextlib import suppress
 
@@ -240,3 +242,16 @@ def test_a_timeout_of_a_result_is_kept() -> None:
     assert time.perf_counter() - before < 1
     assert not future.done()
     assert future.running()
+
+
+def test_a_kept_future_keeps_its_sample_alone() -> None:
+    engine = Engine(exact, SHAPE, 1)
+    futures = [engine.submit(Request(seed, x_T=torch.ones(SHAPE), ddim=MIX[0])) for seed in (1, 2)]
+    futures[1].cancel()
+    engine.drain()
+    held = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert held() is None
+    assert [future.work.x_T for future in futures] == [None, None]
+    assert futures[0].result().shape == SHAPE
