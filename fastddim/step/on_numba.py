@@ -36,6 +36,7 @@ from fastddim.step.numba_pass import (
     take_part,
 )
 from fastddim.step.philox import STEP_STREAM
+from fastddim.step.rows import rows_of
 
 SMALL = 64
 """Below this many elements a sample on a row of its own costs less in PyTorch's operations, which
@@ -229,7 +230,7 @@ def _refuse(outcome: int, row: Any, steps: int) -> None:
     """Raises the error of a call that wrote nothing."""
     if outcome != REFUSED:
         raise MemoryError("there is no memory for the step's scratch chunks")
-    low, high = (int(each) for each in torch.aminmax(on_torch.rows_of(row, 1)))
+    low, high = (int(each) for each in torch.aminmax(rows_of(row, 1)))
     raise ValueError(f"rows must lie in [0, {steps}), got {low} to {high}")
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,7 @@ from torch import Tensor
 from fastddim.coefficients import COLUMNS, COLUMNS_2, PREDICTIONS
 from fastddim.step import backends, layout, philox, reference
 from fastddim.step.backends import Backend, Fixed, Launch, StepArgs, numbers_of
-
-Factors: TypeAlias = tuple[Tensor, ...]
-"""The table's columns: () where all samples are on one row, else (batch, 1)."""
+from fastddim.step.rows import Factors, factors_of, read_factors, rows_differ, rows_of
 
 C1 = COLUMNS.index("c1")
 
@@ -134,7 +131,7 @@ def _in_blocks(
     n = x.numel() // batch
     if guidance is not None and n < SMALL and batch > 1:
         guidance = _one_if_equal(guidance)
-    factors = _factors(table, row)
+    factors = read_factors(table, row)
     if seeds is not None and not factors[C1].any():
         seeds = None  # c1 = 0 at the last row: no noise is added.
     if seeds is not None and not x.is_contiguous():
@@ -242,12 +239,7 @@ def _by_reference(
 def by_sample(row: int | Tensor, guidance: Tensor | None, threshold: Tensor | None) -> bool:
     """Returns whether samples may have rows, guidance or thresholds of their own."""
     of_guidance = guidance is not None and guidance.stride(0) != 0
-    return threshold is not None or of_guidance or _rows_differ(row)
-
-
-def _rows_differ(row: int | Tensor) -> bool:
-    """Returns whether samples may be on rows of their own."""
-    return isinstance(row, Tensor) and row.stride(0) != 0 and len(row) > 1
+    return threshold is not None or of_guidance or rows_differ(row)
 
 
 def _one_if_equal(numbers: Tensor) -> Tensor:
@@ -257,13 +249,6 @@ def _one_if_equal(numbers: Tensor) -> Tensor:
         return numbers
     low, high = torch.aminmax(numbers)
     return numbers[:1].expand(count) if low == high else numbers
-
-
-def rows_of(row: int | Tensor, batch: int) -> Tensor:
-    """Returns ``row`` as int32 (batch,): a number becomes a tensor on the CPU."""
-    if isinstance(row, Tensor):
-        return row
-    return torch.full((1,), row, dtype=torch.int32, device="cpu").expand(batch)
 
 
 def drawn(
@@ -276,49 +261,6 @@ def drawn(
     logical = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     fill(logical, seeds, rows_of(row, len(x)), philox.STEP_STREAM)
     return logical if x.is_contiguous() else torch.empty_like(x).copy_(logical)
-
-
-_kept: dict[int, tuple[weakref.ref[Tensor], int, dict[int, Factors]]] = {}
-"""The factors of living tables by the tables' ids: (table, its address, factors by row)."""
-
-
-def factors_of(table: Tensor, row: int | Tensor) -> Factors:
-    """Returns the factors of a row, as ``_factors`` does.
-
-    They are views of the table, so that they follow writes to it. Making them costs as much as two
-    operations of a small step, so the factors of an int are kept for as long as the table lives.
-    """
-    if not isinstance(row, int):
-        return _factors(table, row)
-    key = id(table)
-    kept = _kept.get(key)
-    if kept is None or kept[0]() is not table or kept[1] != table.data_ptr():
-        # The callback runs before the table's id can be another's.
-        ref = weakref.ref(table, lambda _: _kept.pop(key, None))
-        kept = _kept[key] = ref, table.data_ptr(), {}
-    found = kept[2].get(row)
-    if found is None:
-        # A view of the table itself would keep the table, and so its factors, alive for ever.
-        apart = torch.empty(0, dtype=table.dtype, device=table.device)
-        apart.set_(table.untyped_storage(), table.storage_offset(), table.shape, table.stride())
-        found = kept[2][row] = _factors(apart, row)
-    return found
-
-
-def _factors(table: Tensor, row: int | Tensor) -> Factors:
-    """Returns the table's columns, as ``Factors``, or raises where a row is not in the table."""
-    if isinstance(row, int):
-        lowest = highest = row
-    elif row.stride(0) == 0 or row.shape[0] == 1:
-        lowest = highest = int(row[0])
-    else:
-        lowest, highest = (int(each) for each in torch.aminmax(row))
-    if lowest < 0 or highest >= table.shape[0]:
-        raise ValueError(f"rows must lie in [0, {len(table)}), got {lowest} to {highest}")
-    if lowest == highest:
-        return table[lowest].unbind()
-    assert isinstance(row, Tensor)
-    return torch.embedding(table, row).unsqueeze(-1).unbind(1)
 
 
 def normal_(out: Tensor, seeds: Tensor, rows: Tensor, stream: int) -> None:

@@ -225,20 +225,20 @@ def test_a_clip_that_is_a_tensor_is_read_each_time() -> None:
 @pytest.mark.parametrize("lies", ["contiguous", "transposed"])
 def test_a_table_is_freed_by_the_torch_backend(lies: str) -> None:
     """Factors that were views would hold their table, so that it would never be freed."""
-    from fastddim.step import on_torch
+    from fastddim.step import rows
 
     with fastddim.using("torch"):
         coefficients = table()
         if lies == "transposed":  # of which each call has a copy, and keeps it
             coefficients = coefficients.t().contiguous().t()
-        before = len(on_torch._kept)
+        before = len(rows._kept)
         for _ in range(10):
             ddim_step(X, OUTPUT, coefficients, 1)
         gone = weakref.ref(coefficients)
         del coefficients
         gc.collect()
     assert gone() is None
-    assert len(on_torch._kept) == before
+    assert len(rows._kept) == before
 
 
 def test_a_loop_stays_with_its_backend_while_it_is_watched() -> None:
