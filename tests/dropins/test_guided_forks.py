@@ -191,7 +191,9 @@ def test_openais_x0_is_the_one_after_cond_fn() -> None:
 
 
 @pytest.mark.parametrize("mean", ["EPSILON", "START_X"])
-@pytest.mark.parametrize("more", [{}, {"denoised_fn": darker, "clip_denoised": False}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"denoised_fn": darker, "clip_denoised": False}], ids=["plain", "denoised"]
+)
 def test_reverse_loops_are_bit_identical(mean: str, more: dict[str, Any]) -> None:
     diffusion = Original(linear(), FIFTY, mean=mean)
     torch.manual_seed(0)
