@@ -126,8 +126,8 @@ MUTANTS = [
         "fused",
         "clip has no upper bound",
         STEP,
-        "        x0[i] = bound if value > bound else value\n",
-        "        x0[i] = value\n",
+        "return bound if value > bound else value",
+        "return value",
     ),
     Mutant(
         "fused",

@@ -154,6 +154,11 @@ def _floats(address, start, count):
     return carray(_float32(address + 4 * start), (count,))
 
 
+@_part
+def _halves(address, start, count):
+    return carray(_uint16(address + 2 * start), (count,))
+
+
 # --- Noise: the definition is that of fastddim.step.philox ------------------------------------
 
 # Typed int64, or numba would compile a second version for the literal.
@@ -268,7 +273,7 @@ def _widened(address, dtype, start, count, into):
     """Returns a chunk of the model's output as float32, converted in ``into`` if need be."""
     if dtype == 0:
         return _floats(address, start, count)
-    half = carray(_uint16(address + 2 * start), (count,))
+    half = _halves(address, start, count)
     if dtype == 1:
         for i in range(count):
             into[i] = np.uint32(np.uint32(half[i]) << np.uint32(16)).view(np.float32)
@@ -397,11 +402,19 @@ def _terms(rounded):
     """Returns the terms of the equation, each of whose operations goes through ``rounded``."""
 
     @_part
+    def x0_of_epsilon(x, e, a_t, times_b):
+        return rounded(rounded(x - rounded(e * times_b)) / a_t)
+
+    @_part
+    def sum_of(x0, eps, a_s, c2):
+        return rounded(rounded(a_s * x0) + rounded(c2 * eps))
+
+    @_part
     def predict(count, prediction, x, e, a_t, b_t, times_a, times_b, x0, eps):
         """Writes x0 and ε; of an epsilon model, whose output is ε, x0 alone."""
         if prediction == 0:
             for i in range(count):
-                x0[i] = rounded(rounded(x[i] - rounded(e[i] * times_b)) / a_t)
+                x0[i] = x0_of_epsilon(x[i], e[i], a_t, times_b)
         elif prediction == 1:
             for i in range(count):
                 x0[i] = rounded(rounded(times_a * x[i]) - rounded(times_b * e[i]))
@@ -420,7 +433,7 @@ def _terms(rounded):
         """Writes the x0 of ``predict`` alone, for a sum that holds x in the place of ε."""
         if prediction == 0:
             for i in range(count):
-                x0[i] = rounded(rounded(x[i] - rounded(e[i] * times_b)) / a_t)
+                x0[i] = x0_of_epsilon(x[i], e[i], a_t, times_b)
         elif prediction == 1:
             for i in range(count):
                 x0[i] = rounded(rounded(times_a * x[i]) - rounded(times_b * e[i]))
@@ -448,20 +461,20 @@ def _terms(rounded):
         """Writes x_s = √ᾱ_s·x0 + c1·z + c2·ε, with the noise before the direction or after it."""
         if not noisy:
             for i in range(count):
-                out[i] = rounded(rounded(a_s * x0[i]) + rounded(c2 * eps[i]))
+                out[i] = sum_of(x0[i], eps[i], a_s, c2)
         elif noise_first:
             for i in range(count):
                 x_s = rounded(rounded(a_s * x0[i]) + rounded(c1 * z[i + lane]))
                 out[i] = rounded(x_s + rounded(c2 * eps[i]))
         else:
             for i in range(count):
-                x_s = rounded(rounded(a_s * x0[i]) + rounded(c2 * eps[i]))
+                x_s = sum_of(x0[i], eps[i], a_s, c2)
                 out[i] = rounded(x_s + rounded(c1 * z[i + lane]))
 
-    return predict, predict_x0, divide_by, rederive, combine
+    return x0_of_epsilon, sum_of, predict, predict_x0, divide_by, rederive, combine
 
 
-_predict, _predict_x0, _divide_by, _rederive, _combine = _terms(_unrounded)
+_, _, _predict, _predict_x0, _divide_by, _rederive, _combine = _terms(_unrounded)
 
 
 @_part
@@ -482,12 +495,17 @@ def _plain_step(count, prediction, x, e, a_t, b_t, a_s, c2, out):
 
 
 @_part
+def _clamped(value, bound):
+    """Returns a value clamped to ±bound. A NaN stays one: neither comparison holds for it."""
+    value = -bound if value < -bound else value
+    return bound if value > bound else value
+
+
+@_part
 def _clamp(count, x0, bound):
-    """Clamps x0 to ±bound. A NaN stays one, because neither comparison holds for it."""
+    """Clamps x0 to ±bound."""
     for i in range(count):
-        value = x0[i]
-        value = -bound if value < -bound else value
-        x0[i] = bound if value > bound else value
+        x0[i] = _clamped(x0[i], bound)
 
 
 @_part
@@ -721,7 +739,7 @@ def _fill(address, thread):
 @_part
 def _narrow(address, dtype, start, count, values):
     """Writes a chunk of numbers that have been rounded to a 16-bit type in that type."""
-    half = carray(_uint16(address + 2 * start), (count,))
+    half = _halves(address, start, count)
     if dtype == 1:
         for i in range(count):
             bits = np.float32(values[i]).view(np.uint32)
@@ -731,9 +749,29 @@ def _narrow(address, dtype, start, count, values):
             half[i] = _narrowed(values[i])
 
 
-def _rounding_steps(rounded):
-    """Returns ``_steps`` of bfloat16 or float16 tensors, which rounds after each operation."""
-    predict, predict_x0, divide_by, rederive, combine = _terms(rounded)
+def _rounding_steps(rounded, value, bits):
+    """Returns ``_steps`` of bfloat16 or float16 tensors, which rounds after each operation.
+
+    ``value`` and ``bits`` turn a 16-bit number into float32 and back.
+    """
+    x0_of_epsilon, sum_of, predict, predict_x0, divide_by, rederive, combine = _terms(rounded)
+
+    @_part
+    def light(count, x, e, z, bound, noisy, a_t, times_b, a_s, c1, c2, x0, out):
+        """Takes the step of an epsilon model, with the noise last, in one loop."""
+        if noisy:
+            for i in range(count):
+                eps = value(e[i])
+                predicted = _clamped(x0_of_epsilon(value(x[i]), eps, a_t, times_b), bound)
+                x0[i] = bits(predicted)
+                x_s = sum_of(predicted, eps, a_s, c2)
+                out[i] = bits(rounded(x_s + rounded(c1 * value(z[i]))))
+        else:
+            for i in range(count):
+                eps = value(e[i])
+                predicted = _clamped(x0_of_epsilon(value(x[i]), eps, a_t, times_b), bound)
+                x0[i] = bits(predicted)
+                out[i] = bits(sum_of(predicted, eps, a_s, c2))
 
     @_part
     def steps(address, thread):
@@ -751,6 +789,9 @@ def _rounding_steps(rounded):
         x0, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
         z_own = np.empty(CHUNK if call.noise else 1, np.float32)
         out = np.empty(CHUNK, np.float32)  # LLVM vectorises no loop that writes where it reads.
+        is_light = call.prediction == 0 and call.x0 and not (call.noise and call.noise_first)
+        is_light = is_light and not (call.threshold or call.rederive or call.posterior)
+        bound = np.float32(call.clip) if call.clips else np.float32(np.inf)
         while True:
             start, stop = _taken(address, thread, total)
             if start >= stop:
@@ -763,8 +804,21 @@ def _rounding_steps(rounded):
                 a_t, b_t, a_s = table[at], table[at + 2], table[at + 4]
                 c1, c2 = table[at + 5], table[at + 6]
                 times_a, times_b = table[at + 7], table[at + 8]
-                x = _widened(call.x, call.dtype, start, count, x_own)
                 where = sample * call.output_stride + first
+                if is_light:
+                    z_half = _halves(call.noise, start, count)
+                    x_half, e_half = (
+                        _halves(call.x, start, count),
+                        _halves(call.output, where, count),
+                    )
+                    halves = _halves(call.x0, start, count), _halves(call.out, start, count)
+                    light(
+                        count, x_half, e_half, z_half, bound, call.noise != 0, a_t, times_b, a_s,
+                        c1, c2, *halves,
+                    )  # fmt: skip
+                    start += count
+                    continue
+                x = _widened(call.x, call.dtype, start, count, x_own)
                 e = _widened(call.output, call.dtype, where, count, e_own)
                 if call.posterior:
                     predict_x0(count, call.prediction, x, e, a_t, times_a, times_b, x0)
@@ -794,7 +848,18 @@ def _rounding_steps(rounded):
     return steps
 
 
-_bfloat16_steps, _float16_steps = _rounding_steps(_to_bfloat16), _rounding_steps(_to_float16)
+@_part
+def _bfloat16_value(half):
+    return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
+
+
+@_part
+def _bfloat16_bits(v):
+    return np.uint16(np.uint32(np.float32(v).view(np.uint32) >> np.uint32(16)))
+
+
+_bfloat16_steps = _rounding_steps(_to_bfloat16, _bfloat16_value, _bfloat16_bits)
+_float16_steps = _rounding_steps(_to_float16, _extended, _narrowed)
 
 
 # --- The compiled functions -------------------------------------------------------------------

@@ -45,7 +45,7 @@ STEPS = [
     for config in CONFIGS
     for strict in (False, True)
     for dtype in (torch.float32, torch.bfloat16)
-    # Without strict, half precision is the original's own step, which waits.
+    # PyTorch's operations round on a CPU alone: here the original's own step runs, which waits.
     if (strict or dtype == torch.float32) and (kind, config) != ("inverse", "threshold")
 ]
 TOLD: dict[str, Callable[[Tensor], Any]] = {
