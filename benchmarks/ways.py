@@ -88,17 +88,24 @@ class Ways:
             x = step.x
         return x
 
-    def scheduled(self, name: str, form: Callable[[Tensor], Any] = list, **options: Any) -> Run:
+    def scheduled(
+        self,
+        name: str,
+        form: Callable[[Tensor], Any] = list,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Run:
         module = "fastddim.dropins.diffusers" if name.startswith("Fast") else "diffusers"
         made = getattr(importlib.import_module(module), name)(clip_sample=False, **options)
         made.set_timesteps(STEPS)
         ts = form(made.timesteps)
         noisy = "DDPM" in name
+        x_T, eps = self.x.to(dtype), self.eps.to(dtype)
 
         def run() -> Tensor:
-            x, given = self.x, {"generator": self.stream()} if noisy else {}
+            x, given = x_T, {"generator": self.stream()} if noisy else {}
             for t in ts:
-                x = made.step(self.eps, t, x, **given).prev_sample
+                x = made.step(eps, t, x, **given).prev_sample
             return x
 
         return torch.no_grad()(run)  # as in diffusers' pipelines
@@ -208,6 +215,11 @@ class Ways:
         ways["Fast" + ddpm] = Way(
             lambda: self.scheduled("FastDDPMScheduler"), lambda: self.scheduled("DDPMScheduler")
         )
+        for dtype in torch.bfloat16, torch.float16:
+            in_half = f"DDIMScheduler, {str(dtype).removeprefix('torch.')}, timesteps as tensors"
+            original = partial(self.scheduled, "DDIMScheduler", dtype=dtype)
+            ways["diffusers' " + in_half] = Way(original)
+            ways["Fast" + in_half] = Way(partial(self.scheduled, fast, dtype=dtype), original)
         for name in "FlowMatchEulerDiscreteScheduler", "EulerAncestralDiscreteScheduler":
             ways[f"diffusers' {name}"] = Way(partial(self.euler, name))
             ways[f"Fast{name}"] = Way(partial(self.euler, f"Fast{name}"), partial(self.euler, name))
