@@ -18,11 +18,14 @@ A loop whose result is wrong is not timed; its row fails. The ``extra_info`` of 
     times_plain, times_tensors          the same for the plain loop with its factors as numbers, or
                         as zero-dimensional tensors, which are faster on a CPU
     of_copy             the share of a copy's bytes per second
+    compile_seconds     for a loop that torch.compile compiles: the time until its first result was
+                        there and checked, with caches of former runs
 """
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -46,6 +49,13 @@ BASES = ("original", "diffusers", "plain", "tensors", "compile")
 BESIDE = ("original", "plain", *(("tensors",) if DEVICE == "cpu" else ()))
 """Loops that every table times, even without a row of their own, because ratios refer to them."""
 GROUPS = [(shape, eta) for shape in SHAPES for eta in ETAS]
+SMALL = ((1, 16, 7), (4, 3, 32, 32))
+ROWS = [
+    ((shape, eta), name)
+    for shape, eta in GROUPS
+    for name in NAMES
+    if not PEERS[name].small or (shape in SMALL and not eta)
+]
 
 
 @dataclass(frozen=True)
@@ -73,11 +83,15 @@ class Table:
         self.missing: dict[str, str] = {}
         self.wrong: dict[str, Exception] = {}
         loops = Loops(shape, self.steps, eta, DEVICE)
+        self.compiling: dict[str, float] = {}
         runs: dict[str, Callable[[], object]] = {}
         for name in dict.fromkeys([*BESIDE, *names]):
+            begun = time.perf_counter()
             try:
                 runs[name] = PEERS[name].ready(loops)
-            except MissingError as error:  # noqa: PERF203 (each loop is tried separately)
+                if PEERS[name].compiles:
+                    self.compiling[name] = time.perf_counter() - begun
+            except MissingError as error:
                 self.missing[name] = str(error)
             except WrongResultError as error:
                 self.wrong[name] = error
@@ -109,12 +123,15 @@ class Table:
             "of_copy": times(copied, taken),
             "steps": self.steps,
             "rounds": len(taken),
+            **({"compile_seconds": rounded(self.compiling[name])} if peer.compiles else {}),
         }
 
 
-@pytest.fixture(
-    scope="module", params=GROUPS, ids=lambda g: f"{'x'.join(map(str, g[0]))}-eta{g[1]}"
-)
+def named(group: Any) -> str:
+    return group if isinstance(group, str) else f"{by(group[0])}-eta{group[1]}"
+
+
+@pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Table:
     """Times the table of this shape and η before its first row, with the selected rows only."""
     items: list[Any] = request.session.items
@@ -133,7 +150,7 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[Record]]:
     if where is None:
         return
     config: Any = request.config
-    if request.session.testsfailed or len(found) < len(GROUPS) * len(NAMES):
+    if request.session.testsfailed or len(found) < len(ROWS):
         outcome = "nothing is kept of a run with wrong results, or of a part of a run"
     else:
         section = provenance("pytest") | {"level": config.getoption("level"), "rows": found}
@@ -154,7 +171,7 @@ def _clock() -> float:
 
 @pytest.mark.benchmark(timer=_clock)
 @pytest.mark.filterwarnings("default")  # the compiler's own warnings are no errors of ours
-@pytest.mark.parametrize("peer", NAMES)
+@pytest.mark.parametrize(("table", "peer"), ROWS, indirect=["table"], ids=named)
 def test_step(benchmark: Any, table: Table, peer: str, rows: list[Record]) -> None:
     about = {"shape": list(table.shape), "eta": table.eta, "peer": peer}
     benchmark.group = f"a step of {by(table.shape)}, η = {table.eta}"

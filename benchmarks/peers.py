@@ -204,6 +204,22 @@ class Loops:
 
         return run
 
+    def whole(self, name: str) -> Run:
+        """A scheduler's loop as one graph of ``torch.compile``, with each t as a number.
+
+        Without a model in between, the steps fuse into one another.
+        """
+        made = scheduler(name, self.steps, self.device)
+        numbers = made.timesteps.tolist()
+
+        def loop(x: Tensor) -> Tensor:
+            for t in numbers:
+                x = made.step(self.model(x, t), t, x, eta=self.eta).prev_sample
+            return x
+
+        fast: Any = torch.compile(loop, fullgraph=True, dynamic=False)
+        return lambda: fast(self.x)
+
     def plain(self, rows: list[plain.Row]) -> Run:
         """The plain loop with these factors."""
         return lambda: plain.plain(self.model, self.x, rows, self.noisy, self.ts, self.stream(3))
@@ -311,6 +327,8 @@ class Peer:
         counted: True if PyTorch's dispatcher sees its operations.
         ours: True if a failure is an error rather than a missing peer.
         devices: devices on which ``pytest --benchmark``, limited to sixty rows, has a row of it.
+        compiles: True if torch.compile compiles it when it is made.
+        small: True if it has rows for small states at η = 0 alone: 1x16x7 and 4x3x32x32.
     """
 
     title: str
@@ -321,6 +339,8 @@ class Peer:
     counted: bool = True
     ours: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
+    compiles: bool = False
+    small: bool = False
 
     def ready(self, loops: Loops) -> Run:
         """Makes the loop, runs it once (which compiles it), checks its result, and returns it."""
@@ -378,6 +398,7 @@ PEERS = {
         lambda loops, run: loops.near_but_for_noise(run) if loops.eta else loops.near(run),
         "torch.randn_like, compiled",
         counted=False,
+        compiles=True,
     ),
     "same": Peer(
         "torch.compile of the reference step",
@@ -385,7 +406,28 @@ PEERS = {
         lambda loops, run: loops.near_but_for_noise(run) if loops.eta else loops.near(run),
         "torch.randn_like, compiled",
         counted=False,
+        compiles=True,
         devices=(),
+    ),
+    "whole": Peer(
+        "torch.compile(whole loop) of diffusers' DDIMScheduler",
+        lambda loops: loops.whole("DDIMScheduler"),
+        lambda loops, run: loops.near(run, loops.scheduled("DDIMScheduler")),
+        "none",
+        counted=False,
+        compiles=True,
+        small=True,
+    ),
+    "whole fast": Peer(
+        "torch.compile(whole loop) of FastDDIMScheduler",
+        lambda loops: loops.whole("FastDDIMScheduler"),
+        lambda loops, run: (loops.equal if loops.device == "cpu" else loops.near)(
+            run, loops.scheduled("DDIMScheduler")
+        ),
+        "none",
+        counted=False,
+        compiles=True,
+        small=True,
     ),
     "scheduler": Peer(
         "FastDDIMScheduler",

@@ -109,7 +109,19 @@ def steps(section: Record) -> str:
         of = [PEERS[row["peer"]].title, str(row["eta"]), row["noise"]]
         numbers = [str(row["bytes_per_element"]), f"{row['gb_per_s']:.3g}"]
         lines.append([*of, *numbers, percent(row["of_copy"])])
+    compiling = [row for row in rows if "compile_seconds" in row]
+    if compiling:
+        parts.append(compiled(compiling))
     return "\n\n".join([*parts, grid(*lines)])
+
+
+def compiled(rows: list[Record]) -> str:
+    """The loops that torch.compile compiles, and the seconds until their first result."""
+    lines = [["compiled loop", "shape", "η", "a step", "compiled in"]]
+    for row in rows:
+        of = [PEERS[row["peer"]].title, by(row["shape"]), str(row["eta"])]
+        lines.append([*of, step_cell(row), f"{row['compile_seconds']:.3g} s"])
+    return grid(*lines)
 
 
 def step_cell(row: Record) -> str:

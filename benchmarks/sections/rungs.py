@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +18,7 @@ from benchmarks import peers, plain
 from fastddim.dropins import ermongroup
 from fastddim.loop.graph import capture
 from fastddim.loop.model import stacked
+from fastddim.loop.own_graphs import own_graphs_off
 from fastddim.step import reference
 
 Model: TypeAlias = Callable[..., Tensor]
@@ -189,10 +192,25 @@ def fused(ready: Ready) -> Run:
     return lambda: ready.ddim.sample(ready.model, ready.x, **options)
 
 
-def fused_in_a_graph(ready: Ready) -> Run:
+def fused_in_a_graph(ready: Ready, model: Model | None = None) -> Run:
     options: Any = ready.conditions | {"dtype": ready.case.dtype, "device": ready.x.device}
-    act = ready.ddim.capture(ready.model, ready.case.shape, **options)
+    act = ready.ddim.capture(model or ready.model, ready.case.shape, **options)
     return lambda: act(x_T=ready.x)
+
+
+def compiled_in_a_graph(ready: Ready) -> Run:
+    """The captured loop around the compiled model, whose own CUDA graphs are off in the capture."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the compiled model captures CUDA graphs of its own")
+        return fused_in_a_graph(ready, ready.fast())
+
+
+def compiled_alone_in_a_graph(ready: Ready) -> Run:
+    owner = SimpleNamespace(model=ready.fast())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the compiled model captures CUDA graphs of its own")
+        with own_graphs_off(owner, "model"):
+            return in_a_graph(model_alone(ready, owner.model), ready)
 
 
 def diffusers_loop(ready: Ready) -> Run:
@@ -260,11 +278,13 @@ MODELS: dict[str, Callable[[Ready], Run]] = {
     "the model alone": lambda r: model_alone(r, r.model),
     "the model alone, compiled": lambda r: model_alone(r, r.fast()),
     "the model alone, in a graph": lambda r: in_a_graph(model_alone(r, r.model), r),
+    "the model alone, compiled, in a graph": compiled_alone_in_a_graph,
 }
-EAGER, COMPILED, GRAPH = MODELS
+EAGER, COMPILED, GRAPH, COMPILED_GRAPH = MODELS
 ORIGINAL = "the original loop"
 TORCH_COMPILE = "eager step, torch.compile(reduce-overhead) of the model"
 CAPTURE = "DDIM.capture"
+COMPILED_CAPTURE = "DDIM.capture of the compiled model"
 RUNGS: dict[str, tuple[Callable[[Ready], Run], str]] = {
     ORIGINAL: (original_loop, EAGER),
     CAPTURE: (fused_in_a_graph, GRAPH),
@@ -275,6 +295,7 @@ RUNGS: dict[str, tuple[Callable[[Ready], Run], str]] = {
     "DDIM.sample": (fused, EAGER),
     "eager step, factors precomputed": (lambda r: eager_step(r, r.model), EAGER),
     TORCH_COMPILE: (lambda r: eager_step(r, r.fast()), COMPILED),
+    COMPILED_CAPTURE: (compiled_in_a_graph, COMPILED_GRAPH),
     plain.NUMBERS: (plain_loop, EAGER),
     "diffusers' DDIMScheduler": (diffusers_loop, EAGER),
     "the original loop, without its copies to the CPU": (without_copies, EAGER),
@@ -285,6 +306,6 @@ RUNGS: dict[str, tuple[Callable[[Ready], Run], str]] = {
     ),
 }
 """{name: (how the rung is made, the calls of its model alone)}, the most important first."""
-PLAIN = tuple(name for name in RUNGS if name != TORCH_COMPILE)
-BESIDE_COMPILE = (ORIGINAL, TORCH_COMPILE, CAPTURE)
+BESIDE_COMPILE = (ORIGINAL, TORCH_COMPILE, CAPTURE, COMPILED_CAPTURE)
 """The rungs of a separate case: compiling takes long and may fail."""
+PLAIN = tuple(name for name in RUNGS if name not in (TORCH_COMPILE, COMPILED_CAPTURE))

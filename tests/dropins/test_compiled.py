@@ -166,8 +166,8 @@ def test_a_replaced_schedule_reaches_a_compiled_step() -> None:
             assert torch.equal(found, step(scheduler, 0.3 * x, t, x, x))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_keep_to_the_original(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_equal_the_original(dtype: torch.dtype) -> None:
     found, original = FastDDIMScheduler(clip_sample=False), DDIMScheduler(clip_sample=False)
     for scheduler in (found, original):
         scheduler.set_timesteps(10)

@@ -32,8 +32,8 @@ class FastFlowMatchEulerDiscreteScheduler(Euler, FlowMatchEulerDiscreteScheduler
     float32, bfloat16 and float16 its results equal the original's, bit for bit on a CPU, and it
     draws the same normals from the generators. The original's own step runs for float64, for
     ``stochastic_sampling`` in half precision, for ``per_token_timesteps``, for samples and outputs
-    of different dtypes or shapes, under autograd and in ``torch.compile``. As in the original, the
-    step ignores ``s_churn``, ``s_tmin``, ``s_tmax`` and ``s_noise``.
+    of different dtypes or shapes, and under autograd. As in the original, the step ignores
+    ``s_churn``, ``s_tmin``, ``s_tmax`` and ``s_noise``.
     """
 
     _parent = FlowMatchEulerDiscreteScheduler
