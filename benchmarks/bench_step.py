@@ -51,10 +51,10 @@ BESIDE = ("original", "plain", *(("tensors",) if DEVICE == "cpu" else ()))
 GROUPS = [(shape, eta) for shape in SHAPES for eta in ETAS]
 SMALL = ((1, 16, 7), (4, 3, 32, 32))
 ROWS = [
-    ((shape, eta), name)
-    for shape, eta in GROUPS
+    (group, name)
+    for group in GROUPS
     for name in NAMES
-    if not PEERS[name].small or (shape in SMALL and not eta)
+    if not PEERS[name].small or (group[0] in SMALL and not group[1])
 ]
 
 
@@ -131,14 +131,21 @@ def named(group: Any) -> str:
     return group if isinstance(group, str) else f"{by(group[0])}-eta{group[1]}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def table(request: pytest.FixtureRequest) -> Table:
     """Times the table of this shape and η before its first row, with the selected rows only."""
-    items: list[Any] = request.session.items
-    params = [item.callspec.params for item in items if hasattr(item, "callspec")]
-    names = [p["peer"] for p in params if p.get("table") == request.param]
-    shape, eta = request.param
-    return Table(shape, eta, names, LEVELS[str(request.config.getoption("level"))])
+    if request.param not in _tables:
+        items: list[Any] = request.session.items
+        params = [item.callspec.params for item in items if hasattr(item, "callspec")]
+        names = [p["peer"] for p in params if p.get("table") == request.param]
+        shape, eta = request.param
+        level = LEVELS[str(request.config.getoption("level"))]
+        _tables[request.param] = Table(shape, eta, names, level)
+    return _tables[request.param]
+
+
+_tables: dict[Any, Table] = {}
+"""The tables so far. pytest may run rows of several tables in turns."""
 
 
 @pytest.fixture(scope="session")
