@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastddim.dropins import compvis as compvis
+    from fastddim.dropins import diffsynth as diffsynth
     from fastddim.dropins import diffusers as diffusers
     from fastddim.dropins import ermongroup as ermongroup
     from fastddim.dropins import guided as guided
@@ -14,7 +15,16 @@ if TYPE_CHECKING:
     from fastddim.dropins import monai as monai
     from fastddim.dropins import policies as policies
 
-__all__ = ("compvis", "diffusers", "ermongroup", "guided", "lucidrains", "monai", "policies")
+__all__ = (
+    "compvis",
+    "diffsynth",
+    "diffusers",
+    "ermongroup",
+    "guided",
+    "lucidrains",
+    "monai",
+    "policies",
+)
 
 
 def __getattr__(name: str) -> Any:
