@@ -41,7 +41,11 @@ def alone(scheduler: Any, output: Tensor, t: list[int], x: Tensor, **given: Any)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("config", GRID[::97], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, marks=pytest.mark.slow if i % 3 else ()) for i, c in enumerate(GRID[::97])],
+    ids=str,
+)
 @pytest.mark.parametrize("which", ["plain", "parallel"])
 def test_each_sample_takes_its_own_step(config: Config, which: str, dtype: torch.dtype) -> None:
     original, fast = both(config, 20, which)
