@@ -141,11 +141,6 @@ def rows_of(timestep: Any, device: torch.device) -> Tensor | None:
     return torch.full((1,), timestep, dtype=torch.int64, device=device)
 
 
-def with_nan(table: Tensor) -> Tensor:
-    """Returns the table with an additional row of NaN, for timesteps that are not chosen."""
-    return torch.cat([table, table.new_full((1, table.shape[1]), torch.nan)])
-
-
 def places_of(
     timestep: Any, timesteps: Tensor, table: Tensor, kinds: int = 1
 ) -> tuple[Tensor, int]:

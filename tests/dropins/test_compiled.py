@@ -189,6 +189,19 @@ def test_samples_at_their_own_timesteps(is_strict: bool) -> None:
         assert torch.equal(compiled(0.3 * x, t, x), scheduler.batch_step_no_noise(0.3 * x, t, x))
 
 
+@pytest.mark.parametrize("given", [{}, {"eta": 0.5, "variance_noise": randn(3, 2, 5)}], ids=[0, 1])
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_a_step_from_a_timestep_for_each_sample(is_strict: bool, given: dict[str, Any]) -> None:
+    scheduler: Any = FastDDIMScheduler(strict=is_strict)
+    scheduler.set_timesteps(10)
+    compiled: Any = torch.compile(scheduler.step, backend="eager", fullgraph=True)
+    x = randn(3, 2, 5)
+    for t in (scheduler.timesteps[[1, 3, 9]], scheduler.timesteps[[2, 2, 0]]):
+        found = compiled(0.3 * x, t, x, return_dict=False, **given)
+        expected = scheduler.step(0.3 * x, t, x, return_dict=False, **given)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_seeds_keep_the_op() -> None:
     scheduler, x = FastDDIMScheduler(strict=True), randn(2, 3, 5)
     scheduler.set_timesteps(10)

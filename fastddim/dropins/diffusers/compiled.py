@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastddim.dropins._compiled import MATHS, compiled_tables, rows_of
 from fastddim.dropins._scheduler import NAMES, like
 from fastddim.dropins._tables import Tables
-from fastddim.dropins.diffusers.base import BATCH, Base, has_grad
+from fastddim.dropins.diffusers.base import BATCH, Base, has_grad, of_each
 
 
 def plain_step(
@@ -24,7 +24,7 @@ def plain_step(
 ) -> tuple[Tensor, Tensor] | None:
     """Takes a default step, or returns None if the original's step must run."""
     noise = noise if eta > 0 else None
-    rows = rows_of(timestep, sample.device)
+    rows = _rows_of(timestep, sample)
     if rows is None or not (noise is None or (like(noise, sample) and not has_grad(noise))):
         return None
     tables = compiled_tables(scheduler, float(eta), sample)
@@ -32,7 +32,7 @@ def plain_step(
         return None
     if eta > 0 and noise is None:
         noise = torch.randn(output.shape, device=output.device, dtype=output.dtype)
-    rows = rows + scheduler.alphas_cumprod.shape[0]
+    rows = places(rows, scheduler.alphas_cumprod.shape[0])
     return _stepped(scheduler, tables, sample, output, rows, rederive, None, noise)
 
 
@@ -46,7 +46,7 @@ def strict_step(
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Takes a strict step with checked arguments, or returns None if it must run untraced."""
-    rows = rows_of(timestep, sample.device)
+    rows = _rows_of(timestep, sample)
     tables = None if rows is None else compiled_tables(scheduler, float(eta), sample)
     if rows is None or tables is None:
         return None
@@ -73,8 +73,20 @@ def batch_step(
         return None
     t = timesteps.to(device=sample.device, dtype=torch.int64)
     strict = tables.row_of is not None
-    rows = tables.rows_at(t) if strict else t + scheduler.alphas_cumprod.shape[0]
+    rows = tables.rows_at(t) if strict else places(t, scheduler.alphas_cumprod.shape[0])
     return _stepped(scheduler, tables, sample, output, rows, rederive, None, None)[0]
+
+
+def _rows_of(timestep: Any, sample: Tensor) -> Tensor | None:
+    """Returns the timestep, or one for each sample, as an int64 tensor, or None."""
+    if of_each(timestep, sample) and len(sample) > 1:
+        return cast(Tensor, timestep.to(device=sample.device, dtype=torch.int64))
+    return rows_of(timestep, sample.device)
+
+
+def places(timesteps: Tensor, count: int) -> Tensor:
+    """Returns the rows of a default step; the last row, which is NaN, for any other number."""
+    return (timesteps + count).clamp(-1, 2 * count) % (2 * count + 1)
 
 
 def _stepped(

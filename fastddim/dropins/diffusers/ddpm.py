@@ -9,10 +9,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
 from torch import Tensor
 
-from fastddim.dropins._compiled import MATHS, Kind, compiled_tables, rows_of, with_nan
+from fastddim.dropins._compiled import MATHS, Kind, compiled_tables, rows_of
 from fastddim.dropins._scheduler import NAMES, levels_fit, like
 from fastddim.dropins._shared import as_eager, pack_rows
-from fastddim.dropins._tables import CPU, Chosen, Made, Tables
+from fastddim.dropins._tables import CPU, Chosen, Made, Tables, with_nan
 from fastddim.dropins._transfer import sent
 from fastddim.dropins.diffusers.base import Base, Generators, output_of, rounds_alike
 from fastddim.step.arguments import transformed

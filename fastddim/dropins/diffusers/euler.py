@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastddim.coefficients import COLUMNS
-from fastddim.dropins._compiled import MATHS, Kind, Maths, compiled_tables, places_of, with_nan
+from fastddim.dropins._compiled import MATHS, Kind, Maths, compiled_tables, places_of
 from fastddim.dropins._scheduler import like
 from fastddim.dropins._shared import Buffers, as_eager, rounds
-from fastddim.dropins._tables import CPU, Chosen, Made, Source, Tables
+from fastddim.dropins._tables import CPU, Chosen, Made, Source, Tables, with_nan
 from fastddim.dropins.diffusers.base import Base
 from fastddim.step.arguments import transformed
 

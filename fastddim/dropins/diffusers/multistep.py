@@ -14,9 +14,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastddim.check import shown
-from fastddim.dropins._compiled import MATHS, Kind, Maths, compiled_tables, places_of, with_nan
+from fastddim.dropins._compiled import MATHS, Kind, Maths, compiled_tables, places_of
 from fastddim.dropins._scheduler import NAMES, like
-from fastddim.dropins._tables import Made, Tables
+from fastddim.dropins._tables import Made, Tables, with_nan
 from fastddim.dropins.diffusers.base import Base, Generators, has_grad, output_of
 from fastddim.dropins.diffusers.multistep_table import make_rows
 from fastddim.step.arguments import OUTPUTS, transformed

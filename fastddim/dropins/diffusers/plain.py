@@ -150,9 +150,9 @@ def rows_at(timesteps: Tensor, count: int, device: torch.device) -> Tensor:
     On a GPU a check is a host sync. Any other number has the last row there, which is NaN, because
     a row out of range would read memory that is not the table's.
     """
+    if not timesteps.is_cpu:
+        return compiled.places(timesteps.long(), count).to(torch.int32)
     rows = timesteps.long() + count
-    if not rows.is_cpu:
-        return (rows.clamp(-1, 2 * count) % (2 * count + 1)).to(torch.int32)
     if rows.numel():
         least, most = (int(row) - count for row in torch.aminmax(rows))
         if least < -count or most >= count:
