@@ -20,13 +20,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
-from tests.mutations import MUTANTS, Mutant
+from tests import mutations, mutations_serving
+from tests.mutations import Mutant
 
 ROOT = Path(__file__).parents[1]
+MUTANTS = [*mutations.MUTANTS, *mutations_serving.MUTANTS]
 TESTS = {
     "kernel": ["tests/kernels"],
     "fused": ["tests/step"],
     "loop": ["tests/loop", "tests/step"],
+    "serving": ["tests/serving", "tests/step/test_many.py"],
     "dropins": ["tests/dropins"],
 }
 """The tests that run for the faults of an area."""
