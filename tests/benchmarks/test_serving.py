@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor
 
 from benchmarks import serving, soak
@@ -44,3 +45,12 @@ def test_a_soak_finds_a_neighbours_sample(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_tick_costs_the_host_two_bound_steps_at_most() -> None:
     assert serving.host(rounds=10, calls=50)["ratio"] <= 2.0
+
+
+@pytest.mark.slow
+def test_the_engine_keeps_up_with_full_static_batches() -> None:
+    threads = torch.get_num_threads()
+    try:
+        assert serving.alike()["share"] >= 0.95
+    finally:
+        torch.set_num_threads(threads)

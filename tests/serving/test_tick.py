@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastddim import DDIM, Engine, Request
-from fastddim.serving import tables
+from fastddim.serving import metrics, tables
 from tests.loops import drawn
 from tests.serving.serving_cases import MIX, SHAPE, alone, exact, expected, named
 from tests.tape import ALLOCATIONS, Tape, tapes_for_graphs
@@ -96,11 +96,12 @@ def test_a_tick_allocates_no_tensor(guided: bool) -> None:
             engine.step()
     assert not counted.found
     with Allocations() as counted:  # the mode counts
-        torch.zeros(3) + 1
-    assert len(counted.found) == 2
+        assert torch.zeros(3).add(1).sum() == 3
+    assert len(counted.found) >= 2
 
 
-def test_ticks_keep_no_memory() -> None:
+def test_ticks_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "KEPT", 64)
     output = torch.zeros(3, *SHAPE)
     engine = Engine(lambda x, t: output, SHAPE, 3)
 
@@ -108,19 +109,20 @@ def test_ticks_keep_no_memory() -> None:
         for seed in range(count):
             engine.submit(Request(seed, ddim=MIX[seed % 3]))
             engine.step()
+            engine.step()  # so that the queue stays short
         engine.drain()
 
     tracemalloc.start()
     try:
-        ticks(1200)  # fills the rings of the metrics
+        ticks(600)  # fills the rings of the metrics, and pools of other modules
         gc.collect()
         before = tracemalloc.get_traced_memory()[0]
-        ticks(1200)
+        ticks(600)
         gc.collect()
         grown = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert grown < 20_000  # bytes: 16 for a request
+    assert grown < 6_000  # bytes: 10 for a request
 
 
 @pytest.mark.gpu
