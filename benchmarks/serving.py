@@ -4,8 +4,9 @@
 
 The requests are all alike, so a static batch wastes nothing: the engine must keep up with it. The
 embedded model's samples are compared first. Both run in one thread and are timed by the processor's
-clock, because other processes would otherwise be timed too. Then the host's time of a tick is measured with a model
-that does nothing, in turns with ``fastddim.bind``'s step of the same small state.
+clock, because other processes would otherwise be timed too. Then the host's time of a tick is
+measured with a model that does nothing, in turns with ``fastddim.bind``'s step of the same small
+state.
 """
 
 from __future__ import annotations
