@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastddim.cli import draw, generate, info, measure, profile, tune
+from fastddim.cli import draw, generate, info, measure, profile, serve, tune
 from fastddim.cli.options import grouped
 from fastddim.cli.values import one_of
 
@@ -54,6 +54,7 @@ for command in (
     measure.evaluate,
     profile.profile,
     tune.tune,
+    serve.serve_bench,
     info.info,
 ):
-    app.command(command.__name__)(grouped(command))
+    app.command(command.__name__.replace("_", "-"))(grouped(command))

@@ -46,7 +46,7 @@ def declared(command: str) -> dict[str, Any]:
 
 
 def test_every_command_takes_the_same_options() -> None:
-    for command in (*DRAWING, "evaluate", "info"):
+    for command in (*DRAWING, "evaluate", "info", "serve-bench"):
         assert set(EVERYWHERE) <= set(declared(command)), command
     for command in DRAWING:
         assert set(OF_A_MODEL) <= set(declared(command)), command
@@ -78,7 +78,7 @@ def test_the_vocabulary_is_the_librarys() -> None:
 
 def test_no_option_has_the_name_of_its_metavar() -> None:
     # Typer 0.27.0 to 0.27.3 take the metavar for the name where there is no other.
-    for command in (*DRAWING, "evaluate", "info"):
+    for command in (*DRAWING, "evaluate", "info", "serve-bench"):
         names = set(declared(command)) - {"folder", "--help", "-h"}
         assert all(name.startswith("--") and name == name.lower() for name in names), names
 
@@ -149,7 +149,7 @@ def test_completion_is_offered(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("_FASTDDIM_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", "fastddim se")
+    monkeypatch.setenv("COMP_WORDS", "fastddim seq")
     monkeypatch.setenv("COMP_CWORD", "1")
     with pytest.raises(SystemExit):
         main([])

@@ -38,7 +38,7 @@ def shown(page: str) -> list[tuple[str, str]]:
 
 def test_each_command_has_a_page_and_a_row_in_the_index() -> None:
     index = (PAGES / "index.md").read_text()
-    assert re.findall(r"^\| \[`fastddim (\w+)`\]\(\1\.md\)", index, re.MULTILINE) == commands()
+    assert re.findall(r"^\| \[`fastddim ([\w-]+)`\]\(\1\.md\)", index, re.MULTILINE) == commands()
     assert {page.stem for page in PAGES.glob("*.md")} == {*commands(), "index"}
 
 
