@@ -21,6 +21,7 @@ EXTRAS: dict[str, tuple[dict[str, str], str]] = {
         {"torch_fidelity": "torch-fidelity", "torchvision": ""},
         "FID in fastddim evaluate",
     ),
+    "ray": ({"ray": "ray"}, "Ray, with which examples/ serves and generates on many machines"),
 }
 """Extra → (its modules → their packages, "" for an indirect dependency; what the extra enables)."""
 

@@ -134,9 +134,20 @@ def generate(
     """
     worker = Worker.here()
     worker.end_with_launcher()
-    recipe = _recipe(ddim, model, shape, seeds, batch_size, format, shard_size, notes, options)
     tell = progress if progress is not None and worker.rank == 0 else None
-    folder = Folder.begin(Path(out), recipe, worker.rank)
+    folder = begin(
+        ddim,
+        model,
+        shape,
+        seeds,
+        out,
+        batch_size,
+        format=format,
+        shard_size=shard_size,
+        notes=notes,
+        rank=worker.rank,
+        **options,
+    )
     folder.clear(worker.rank, worker.world)
     was_finished = bool(folder.checksums)
     share = folder.missing(worker.rank, worker.world)
@@ -159,6 +170,35 @@ def generate(
     if summary and (folder.finished_here or (complete and was_finished and worker.rank == 0)):
         summary(folder)
     return complete
+
+
+def begin(
+    ddim: DDIM,
+    model: Model,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    out: Path | str,
+    batch_size: int,
+    *,
+    format: str = "npy",
+    shard_size: int | None = None,
+    notes: Mapping[str, Any] | None = None,
+    rank: int = 0,
+    **options: Unpack[Options],
+) -> Folder:
+    """Returns the folder that ``generate`` fills, for engines whose workers call ``shard``.
+
+    For each k in range(len(folder)) where ``folder.has(k)`` is false, the engine writes
+    ``folder.write(k, shard(ddim, model, shape, folder.seeds_of(k), batch_size, **options))``. At
+    last ``folder.finish()`` writes the manifest. No byte differs from the folder of ``generate``.
+
+    Args:
+        rank: of this process. The process of rank 0 extends a folder of fewer seeds.
+
+    The other arguments and the exceptions are those of ``generate``.
+    """
+    recipe = _recipe(ddim, model, shape, seeds, batch_size, format, shard_size, notes, options)
+    return Folder.begin(Path(out), recipe, rank)
 
 
 def shard(

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import re
 import runpy
+import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+from fastddim import DDIM, Engine
+from fastddim.tools import images
 
 FOLDER = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {
@@ -14,7 +24,10 @@ ARGUMENTS = {
     "guidance": ["--points", "500"],
     "inpainting": ["--steps", "5"],
     "policy": ["--ticks", "3"],
+    "serve_asgi": ["--requests", "3"],
 }
+WITH_RAY = ["generate_ray", "serve_ray"]
+"""The scripts that ``test_ray.py`` runs."""
 
 
 class Printed:
@@ -41,7 +54,7 @@ def printed(
 
 def test_every_example_is_run_here_and_says_how_to_run_it() -> None:
     scripts = {path.stem: path.read_text() for path in FOLDER.glob("*.py")}
-    assert sorted(scripts) == sorted(ARGUMENTS)
+    assert sorted(scripts) == sorted([*ARGUMENTS, *WITH_RAY])
     for name, text in scripts.items():
         assert f"    python examples/{name}.py" in text.split('"""')[1]
 
@@ -70,3 +83,123 @@ def test_edit_prints_errors_that_refinement_lessens(printed: Printed) -> None:
     (_, plain), (_, refined) = found
     assert float(refined) < 0.5 * float(plain)
     assert (printed.folder / "edit.png").stat().st_size > 300
+
+
+def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return 0.3 * x
+
+
+class Served:
+    """The application of ``serve_asgi.py`` with a small engine, called as a server calls it."""
+
+    def __init__(self, network: Any = network, **options: Any) -> None:
+        self.names = runpy.run_path(str(FOLDER / "serve_asgi.py"), run_name="serve_asgi")
+        self.engine = Engine(network, (1, 4, 4), slots=2, **options)
+        self.app = self.names["App"](lambda: self.engine)
+
+    async def __aenter__(self) -> Served:
+        self.life: asyncio.Queue[Any] = asyncio.Queue()
+        self.sent: asyncio.Queue[Any] = asyncio.Queue()
+        self.task = asyncio.create_task(
+            self.app({"type": "lifespan"}, self.life.get, self.sent.put)
+        )
+        await self.life.put({"type": "lifespan.startup"})
+        assert (await self.sent.get())["type"] == "lifespan.startup.complete"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.life.put({"type": "lifespan.shutdown"})
+        assert (await self.sent.get())["type"] == "lifespan.shutdown.complete"
+        await self.task
+
+    async def get(self, path: str, query: str = "", stays: bool = True) -> tuple[int, str, bytes]:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            await asyncio.sleep(60 if stays else 0)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "path": path, "query_string": query.encode()}
+        await self.app(scope, receive, send)
+        start, body = sent
+        headers = dict(start["headers"])
+        assert int(headers[b"content-length"]) == len(body["body"])
+        return start["status"], headers[b"content-type"].decode(), body["body"]
+
+
+def test_serve_asgi_calls_itself(printed: Printed) -> None:
+    out = printed.by("serve_asgi")
+    assert "3 of 3 samples came as PNGs" in out
+    assert "steps must be an integer in [1, 1000], got 5000" in out
+    assert re.search(r"^fastddim_submitted_total 3(\.0)?$", out, flags=re.MULTILINE)
+
+
+def test_serve_asgi_returns_the_bits_of_sample() -> None:
+    async def run() -> list[tuple[int, str, bytes]]:
+        async with Served() as served:
+            queries = [f"seed={seed}&steps={8 + seed}&eta=0.5" for seed in range(5)]
+            return await asyncio.gather(*(served.get("/sample", query) for query in queries))
+
+    for seed, (status, kind, body) in enumerate(asyncio.run(run())):
+        assert (status, kind) == (200, "image/png")
+        x = DDIM(8 + seed, eta=0.5).sample(network, shape=(1, 1, 4, 4), seeds=[seed], batch_size=2)
+        found = torch.from_numpy(np.array(Image.open(io.BytesIO(body))))
+        assert torch.equal(found, images.to_uint8(x)[0, 0])
+
+
+def test_serve_asgi_answers_errors_in_one_line() -> None:
+    def failing(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("the model fails")
+
+    async def run() -> None:
+        async with Served(failing) as served:
+            for query, line in (
+                ("steps=5", b"seed must be given, and all be numbers, got 'steps=5'"),
+                ("seed=1&size=3", b"the arguments are seed, steps and eta, got 'size'"),
+                ("seed=-1", b"seed must be an integer in [0, 9223372036854775807], got -1"),
+            ):
+                assert await served.get("/sample", query) == (400, "text/plain", line)
+            assert (await served.get("/other"))[0] == 404
+            assert await served.get("/sample", "seed=1") == (500, "text/plain", b"the model fails")
+
+    asyncio.run(run())
+
+
+def test_serve_asgi_frees_the_slot_of_a_client_that_goes() -> None:
+    held = threading.Event()
+
+    def waiting(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        held.wait(10)
+        return network(x, t)
+
+    async def run() -> None:
+        async with Served(waiting, limit=1) as served:
+            assert (await served.get("/sample", "seed=1", stays=False))[0] == 499
+            held.set()
+        found = served.engine.metrics()
+        assert (found.submitted, found.cancelled, found.finished) == (1, 1, 0)
+
+    asyncio.run(run())
+
+
+def test_serve_asgi_exports_every_metric_with_its_type() -> None:
+    async def run() -> str:
+        async with Served() as served:
+            await served.get("/sample", "seed=1&steps=8")
+            assert (await served.get("/metrics"))[:2] == (200, "text/plain; version=0.0.4")
+        exported: str = served.names["exported"](served.engine.metrics())
+        return exported
+
+    text = asyncio.run(run())
+    types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, flags=re.MULTILINE))
+    values = {k: float(v) for k, v in re.findall(r"^(\w+) (\S+)$", text, flags=re.MULTILINE)}
+    assert types.keys() == values.keys()
+    assert types["fastddim_ticks_total"] == "counter"
+    assert types["fastddim_latency_p99"] == "gauge"
+    assert values["fastddim_ticks_total"] == 8
+    assert values["fastddim_finished_total"] == 1
+    assert values["fastddim_latency_p50"] > 0
+    assert len(values) == 15
