@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.counts import NAMES, Tally
 from fastddim.dropins import monai
 from tests import numpy_backend
+from tests.cases import some
 from tests.dropins import ddpm_cases, monai_original
 from tests.dropins.euler_cases import FLOWS
 from tests.dropins.euler_cases import PAIRS as FLOWS_OF
@@ -53,7 +54,7 @@ def assert_same_configuration(config: Config, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("config", GRID[::47], ids=str)
+@pytest.mark.parametrize("config", some(GRID[::47], 2), ids=str)
 def test_configurations_are_bit_identical(config: Config, dtype: torch.dtype) -> None:
     assert_same_configuration(config, dtype)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastddim import DDIM
 from fastddim.dropins import ermongroup
 from fastddim.loop import own_graphs
+from tests.cases import some
 from tests.loops import drawn
 from tests.tape import Tape, tapes_for_graphs
 
@@ -65,7 +66,7 @@ LOOPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", some(LOOPS, 2))
 def test_a_loop_breaks_the_graph_once(name: str) -> None:
     x, loop = drawn(*SHAPE), LOOPS[name]
     graphs: list[torch.fx.GraphModule] = []
@@ -148,7 +149,7 @@ def in_place() -> Any:
     return model
 
 
-@pytest.mark.parametrize("make", [as_module, in_a_function, as_a_function, in_place])
+@pytest.mark.parametrize("make", some([as_module, in_a_function, as_a_function, in_place], 2))
 def test_a_capture_switches_own_graphs_off(
     make: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
