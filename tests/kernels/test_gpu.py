@@ -14,8 +14,9 @@ from torch import Tensor
 import fastddim
 import fastddim_kernels.launch
 from benchmarks.checks import Given, by_reference, contract_error, kernel_noise, rows_of
-from benchmarks.variants import VARIANTS, step_arguments
+from benchmarks.variants import ROUNDED, VARIANTS, launch_arguments, step_arguments
 from fastddim.coefficients import PREDICTIONS
+from fastddim.step import reference
 from fastddim.step.op import initial_noise
 from fastddim.step.philox import INITIAL_STREAM, STEP_STREAM, normals
 from fastddim_kernels import geometry
@@ -65,6 +66,26 @@ def assert_is_the_contract(error: Tensor) -> None:
 @pytest.mark.parametrize(("name", "size"), EVERY)
 def test_every_variant_equals_the_reference(name: str, size: str) -> None:
     assert_is_the_reference(arguments(name, size))
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 64), (3, 7, 5)])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_step_that_rounds_has_the_bits_of_the_cpus(
+    name: str, shape: tuple[int, int, int]
+) -> None:
+    v = ROUNDED[name]
+    given = launch_arguments(v, 3, shape=shape)
+    threshold = given.get("threshold")
+    expected = reference.ddim_step(
+        given["x"], given["output"], given["table"][given["rows"]], given.get("noise"),
+        v.prediction, v.clip, v.noise_first, None,
+        None if threshold is None else threshold.view(-1, 1, 1, 1), v.rederive, None, v.posterior,
+    )  # fmt: skip
+    results = {k: torch.full_like(given["x"], torch.nan, device=DEVICE) for k in ("out", "x0")}
+    on_device = {k: t.to(DEVICE) if isinstance(t, Tensor) else t for k, t in given.items()}
+    fastddim_kernels.ddim_step(**on_device | results)
+    for got, wanted in zip(results.values(), expected, strict=True):
+        assert same(got.cpu(), wanted)
 
 
 @pytest.mark.parametrize("size", ["its own shape", "odd"])
