@@ -81,8 +81,10 @@ def test_a_step_that_rounds_has_the_bits_of_the_cpus(
         v.prediction, v.clip, v.noise_first, None,
         None if threshold is None else threshold.view(-1, 1, 1, 1), v.rederive, None, v.posterior,
     )  # fmt: skip
-    results = {k: torch.full_like(given["x"], torch.nan, device=DEVICE) for k in ("out", "x0")}
-    on_device = {k: t.to(DEVICE) if isinstance(t, Tensor) else t for k, t in given.items()}
+    results: Given = {
+        k: torch.full_like(given["x"], torch.nan, device=DEVICE) for k in ("out", "x0")
+    }
+    on_device: Given = {k: t.to(DEVICE) if isinstance(t, Tensor) else t for k, t in given.items()}
     fastddim_kernels.ddim_step(**on_device | results)
     for got, wanted in zip(results.values(), expected, strict=True):
         assert same(got.cpu(), wanted)
