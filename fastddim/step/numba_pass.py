@@ -383,13 +383,23 @@ def _float16_value(half):
     return np.uint32(word | sign).view(np.float32)
 
 
-_converts = numba.config.CPU_NAME is None and (
-    platform.machine() in ("aarch64", "arm64")
-    or bool(dict(llvmlite.binding.get_host_cpu_features()).get("f16c"))
-)
-# Without the instructions LLVM would call functions that are not there.
+def _converts() -> bool:
+    """Returns whether the code is compiled for a processor that converts to float16 and back.
+
+    For another, LLVM would call functions that are not there.
+    """
+    if numba.config.CPU_NAME is not None:
+        return False
+    if platform.machine() in ("aarch64", "arm64"):
+        return True
+    try:
+        return bool(dict(llvmlite.binding.get_host_cpu_features()).get("f16c"))
+    except RuntimeError:  # llvmlite does not know the features of this processor
+        return False
+
+
 _narrowed, _extended = (
-    (_converted, _converted_back) if _converts else (_float16_bits, _float16_value)
+    (_converted, _converted_back) if _converts() else (_float16_bits, _float16_value)
 )
 
 

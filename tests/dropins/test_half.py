@@ -190,8 +190,9 @@ def test_a_step_is_one_operation_and_two_with_noise(
     x = randn(2, 3, 16, 16).to(dtype)
     given: Config = {"eta": 1.0} if generator and which != "ddpm" else {}
     given |= {"generator": gen()} if generator else {}
+    tally = Tally(0)
     for t in scheduler.timesteps.tolist()[:3]:  # the first step makes the tables
-        with Tally(x.numel()) as tally:
+        with (tally := Tally(x.numel())):
             x = scheduler.step(x, t, x, **given).prev_sample
     assert tally.found["operations"] == 1 + generator, NAMES
 
