@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,3 +314,38 @@ def test_inductor_unrolls_a_loop_into_eager_bits(as_tensors: bool, is_strict: bo
     compiled = torch.compile(loop, fullgraph=True)
     for shape in ((1, 16, 7), (4, 3, 32, 32)):
         assert torch.equal(compiled(randn(*shape)), loop(randn(*shape)))
+
+
+def test_the_pages_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "compile.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    quick = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", quick)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert torch.equal(names["x"], names["y"])
+    assert not torch.equal(names["x"], names["x_T"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["default", "strict", "flow", "ancestral, v", "multistep"])
+def test_on_a_gpu_a_compiled_loop_is_near_the_eager_one(name: str) -> None:
+    make, take, _ = CASES[name]
+
+    def last(take: Any) -> Tensor:
+        scheduler = make()
+        scheduler.set_timesteps(6, device="cuda")
+        x = randn(2, 3, 5).cuda()
+        for t in scheduler.timesteps:
+            x = take(scheduler, 0.3 * x + 0.1, t, x, randn(2, 3, 5, seed=1).cuda())
+        return x
+
+    torch.manual_seed(0)
+    expected = last(take)
+    torch.manual_seed(0)
+    torch._inductor.config.fallback_random = True
+    try:
+        found = last(torch.compile(take, fullgraph=True))
+    finally:
+        torch._inductor.config.fallback_random = False
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

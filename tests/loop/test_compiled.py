@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastddim import DDIM
 from fastddim.dropins import ermongroup
 from fastddim.loop import own_graphs
+from tests.apart import apart
 from tests.cases import some
 from tests.loops import drawn
 from tests.tape import Tape, tapes_for_graphs
@@ -205,3 +206,21 @@ def test_a_failed_capture_gives_the_model_its_graphs_back(
         DDIM_4.capture(model, SHAPE)
     assert model._compiled_call_impl is before
     assert len(compiled_again) == 1
+
+
+@pytest.mark.gpu
+@apart
+@pytest.mark.parametrize("steps", [4, 101])
+def test_on_a_gpu_a_compiled_model_is_captured(steps: int) -> None:
+    ddim, x = DDIM(steps), drawn(*SHAPE).cuda()
+    plain = Model().cuda()
+    model: Any = torch.compile(plain, mode="reduce-overhead", dynamic=False)
+    t = torch.zeros(2, dtype=torch.int64, device="cuda")
+    alone = [model(x, t).clone() for _ in range(3)]  # Its own graphs are recorded.
+    with pytest.warns(UserWarning, match="graphs of its own, which are off"):
+        act = ddim.capture(model, SHAPE, device="cuda")
+    for seed in (1, 2):
+        x = drawn(*SHAPE, seed=seed).cuda()
+        torch.testing.assert_close(act(x_T=x), ddim.sample(plain, x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model(x, t), plain(x, t), rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(alone[0], other) for other in alone)

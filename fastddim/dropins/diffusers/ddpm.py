@@ -36,7 +36,7 @@ class FastDDPMScheduler(Base, DDPMScheduler):
 
     The original's own step runs where a ``variance_type`` is learned, because the fused step has
     one c1 for all elements of a sample; for float64; for samples and outputs of different dtypes or
-    shapes; under autograd and in ``torch.compile``.
+    shapes; and under autograd.
 
     Example::
 

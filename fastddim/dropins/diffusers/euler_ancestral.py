@@ -35,7 +35,7 @@ class FastEulerAncestralDiscreteScheduler(Euler, EulerAncestralDiscreteScheduler
     third pass. The class takes the original's configuration and arguments, and has its attributes.
     In float32 its results equal the original's, bit for bit on a CPU, and it draws the same normals
     from the generators. The original's own step runs for other dtypes, for samples and outputs of
-    different shapes, under autograd, in ``torch.compile``, and where ``scale_model_input`` has
+    different shapes, under autograd, and where ``scale_model_input`` has
     never been called, of which the original warns.
     """
 

@@ -47,7 +47,7 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
         algorithm_type "sde-dpmsolver++": its SDE form, which is DDIM with η = 1 in its first order
 
     ``model_outputs`` holds the x0 of the last two steps, float32. The original's own step runs for
-    float64, for samples and outputs of different shapes, under autograd and in ``torch.compile``.
+    float64, for samples and outputs of different shapes, and under autograd.
 
     Raises:
         ValueError: the configuration has ``solver_order=3``, the algorithms ``dpmsolver`` or
