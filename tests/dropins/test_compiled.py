@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -314,17 +311,6 @@ def test_inductor_unrolls_a_loop_into_eager_bits(as_tensors: bool, is_strict: bo
     compiled = torch.compile(loop, fullgraph=True)
     for shape in ((1, 16, 7), (4, 3, 32, 32)):
         assert torch.equal(compiled(randn(*shape)), loop(randn(*shape)))
-
-
-def test_the_pages_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "compile.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    quick = functools.partial(torch.compile, backend="eager")
-    monkeypatch.setattr(torch, "compile", quick)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert torch.equal(names["x"], names["y"])
-    assert not torch.equal(names["x"], names["x_T"])
 
 
 @pytest.mark.gpu

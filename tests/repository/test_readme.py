@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,7 +149,12 @@ def test_the_blocks_of_a_page_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run("\n".join(blocks("python", page.read_text())))
+    # Inductor would take ten seconds, and is tested elsewhere.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    found = run("\n".join(blocks("python", page.read_text())))
+    if page.stem == "compile":
+        assert torch.equal(found.x, found.y)
+        assert not torch.equal(found.x, found.x_T)
 
 
 def test_the_guide_computes_what_it_says() -> None:
