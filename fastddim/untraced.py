@@ -39,7 +39,8 @@ def _aside(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     found = function(*args, **kwargs)
     if isinstance(found, Iterator):
         # The steps of an iterator run later, where torch.compile would look inside again.
-        return iter(torch.compiler.disable(functools.partial(next, found, _END)), _END)
+        following: Any = torch.compiler.disable(functools.partial(next, found, _END))
+        return iter(following, _END)
     return found
 
 
