@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddim import DDIM
-from fastddim.dropins import ermongroup
+from fastddim.dropins import ermongroup, guided
 from fastddim.loop import own_graphs
 from tests.apart import apart
 from tests.cases import some
@@ -49,6 +49,7 @@ class Model(nn.Module):
 
 
 MODEL = Model()
+DIFFUSION = guided.Diffusion(1000, "ddim5")
 CAPTURED = DDIM_4.capture(MODEL, SHAPE)
 
 
@@ -63,6 +64,9 @@ LOOPS: dict[str, Callable[[Tensor], Tensor]] = {
     "iterate": iterated,
     "invert": lambda x: INVERSE.invert(MODEL, x),
     "captured": lambda x: CAPTURED(x_T=x, seeds=[1, 2]),
+    "guided": lambda x: guided.ddim_sample_loop(
+        DIFFUSION, MODEL, SHAPE, noise=x, model_kwargs={}, device="cpu"
+    ),
     "ermongroup": lambda x: ermongroup.generalized_steps(x, [0, 300, 600], MODEL, BETAS)[0][-1],
 }
 

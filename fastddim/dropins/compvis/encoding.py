@@ -15,6 +15,7 @@ from fastddim.dropins.compvis.base import Sampler
 from fastddim.dropins.compvis.checks import check_output, check_state
 from fastddim.dropins.compvis.forks import BUFFERS
 from fastddim.dropins.compvis.schedule import encoding_table, forward_table
+from fastddim.untraced import untraced
 
 
 class Encoder(Sampler):
@@ -62,6 +63,7 @@ class Encoder(Sampler):
         x_t, _ = Buffers().stepped(table, x0.float(), eps.float(), rows, want_x0=False)
         return x_t
 
+    @untraced
     @torch.no_grad()
     def encode(
         self,

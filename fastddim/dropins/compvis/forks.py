@@ -96,7 +96,7 @@ def handed(model: Any, given: Mapping[str, Any], known: set[str]) -> dict[str, A
             warnings.warn(
                 f"{name} is no argument of the sampler: model.apply_model gets it",
                 SamplingWarning,
-                stacklevel=4,
+                stacklevel=5,  # Above are ``sample`` and its two decorators.
             )
     return more
 

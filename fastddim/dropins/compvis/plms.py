@@ -12,6 +12,7 @@ from fastddim.check import whole
 from fastddim.coefficients import Prediction
 from fastddim.dropins.compvis.base import Kept, Sampler, checked_size, drawn
 from fastddim.dropins.compvis.checks import check_output, check_state
+from fastddim.untraced import untraced
 
 WEIGHTS: tuple[tuple[tuple[int, ...], int], ...] = (
     ((3, -1), 2),
@@ -56,6 +57,7 @@ class PLMSSampler(Sampler):
             raise ValueError(f"ddim_eta must be 0 for PLMS, got {ddim_eta!r}")
         super().make_schedule(ddim_num_steps, ddim_discretize, 0.0, verbose)
 
+    @untraced
     @torch.no_grad()
     def sample(
         self,

@@ -20,6 +20,7 @@ from fastddim.dropins.compvis.forks import (
     rescaled,
     thresholded,
 )
+from fastddim.untraced import untraced
 
 
 class DDIMSampler(Encoder):
@@ -59,6 +60,7 @@ class DDIMSampler(Encoder):
         self._stacked = stacked
         self._known: set[str] = set()
 
+    @untraced
     @torch.no_grad()
     def sample(
         self,
@@ -325,6 +327,7 @@ class DDIMSampler(Encoder):
             x_s, _ = own.stepped(schedule.from_halves, x0, eps, row, noise=z, want_x0=False)
         return x_s, x0
 
+    @untraced
     @torch.no_grad()
     def decode(
         self,
