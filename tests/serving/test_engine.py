@@ -128,6 +128,27 @@ def test_a_loop_backwards_takes_guidance() -> None:
     assert torch.equal(engine.submit(request).result(), alone(named, request, 2))
 
 
+def test_a_learned_variance_is_ignored() -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([exact(x, t), 9 * x], 1)
+
+    for i, x in Engine(model, SHAPE, 3).run(Request(i, ddim=MIX[i]) for i in range(5)):
+        assert torch.equal(x, expected(i, i, 3))
+
+
+def test_autocast_is_that_of_sample() -> None:
+    torch.manual_seed(1)
+    layer = torch.nn.Linear(4, 4)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        output: Tensor = layer(x)
+        return output
+
+    requests = [Request(i, ddim=MIX[i]) for i in range(4)]
+    for i, x in Engine(model, SHAPE, 3, autocast=True).run(requests):
+        assert torch.equal(x, alone(model, requests[i], 3, autocast=True))
+
+
 PATHS = {
     "flow": DDIM(4, schedule=NoiseSchedule.flow(), prediction="flow"),
     "edm": DDIM(4, schedule=NoiseSchedule.edm(), eta=0.5),
