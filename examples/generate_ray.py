@@ -7,6 +7,8 @@ byte, and ``fastddim generate`` continues it. The script needs the extra ``ray``
     python examples/generate_ray.py --seeds 512 --out garments
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import argparse

@@ -10,6 +10,8 @@ As a script this module calls ``app`` itself, with a few requests at once:
     python examples/serve_asgi.py
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import argparse

@@ -6,6 +6,8 @@ extra ``ray``. It starts two replicas, calls them by a handle and by HTTP, and s
     python examples/serve_ray.py
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import argparse

@@ -159,7 +159,7 @@ class Described1D(DescribedAgain):
         self.register_buffer("betas", torch.zeros(1))
 
     @torch.no_grad()
-    def ddim_sample(
+    def ddim_sample(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         shape: Any,
         clip_denoised: bool = True,

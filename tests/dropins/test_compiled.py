@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 
 pytest.importorskip("diffusers")
 
@@ -59,7 +60,7 @@ def ddim(**config: Any) -> Callable[[], Any]:
     return lambda: FastDDIMScheduler(**config)
 
 
-CASES: dict[str, tuple[Callable[[], Any], Any, Callable[[], Any] | None]] = {
+CASES: dict[str, tuple[Any, Any, Any]] = {
     "default": (ddim(), noisy, DDIMScheduler),
     "strict": (ddim(strict=True), noisy, None),
     "thresholding": (
@@ -287,12 +288,12 @@ def test_inductor_equals_eager(name: str) -> None:
     make, take, original = CASES[name]
     compiled = torch.compile(take, fullgraph=True)
     if name in ("ddpm", "ancestral, v"):  # Inductor draws other normals than eager PyTorch.
-        torch._inductor.config.fallback_random = True
+        inductor.fallback_random = True
     try:
         expected = run(take, (original or make)(), 6, True)
         assert torch.equal(run(compiled, make(), 6, True), expected)
     finally:
-        torch._inductor.config.fallback_random = False
+        inductor.fallback_random = False
 
 
 @pytest.mark.slow
@@ -329,9 +330,9 @@ def test_on_a_gpu_a_compiled_loop_is_near_the_eager_one(name: str) -> None:
     torch.manual_seed(0)
     expected = last(take)
     torch.manual_seed(0)
-    torch._inductor.config.fallback_random = True
+    inductor.fallback_random = True
     try:
         found = last(torch.compile(take, fullgraph=True))
     finally:
-        torch._inductor.config.fallback_random = False
+        inductor.fallback_random = False
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

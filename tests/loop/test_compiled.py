@@ -185,7 +185,7 @@ def test_a_model_without_own_graphs_is_not_compiled_again(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for backend in ("eager", "inductor"):
-            holder = type("Holder", (), {"model": torch.nn.Identity()})()
+            holder: Any = type("Holder", (), {"model": torch.nn.Identity()})()
             holder.model.compile(backend=backend)
             with own_graphs.own_graphs_off(holder, "model"):
                 pass
