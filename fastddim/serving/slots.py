@@ -8,7 +8,7 @@ from torch import Tensor
 from fastddim.loop.graph import lasting
 from fastddim.serving.request import Network, Work
 from fastddim.serving.tables import PARKED
-from fastddim.step.backends import backend
+from fastddim.step.backends import again, chosen
 from fastddim.step.philox import INITIAL_STREAM
 
 
@@ -63,7 +63,7 @@ class Slots:
         self.step_rows = self._rows[0]
         """The rows as the step reads them, int32 (slots,)."""
         self._count, self._copies = count, copies
-        self._normal_ = backend(device).normal_
+        self._chosen = chosen()
         self.side = 0
 
     def remember(self) -> None:
@@ -80,8 +80,9 @@ class Slots:
         if work.x_T is not None:
             here[0].copy_(work.x_T, non_blocking=True)
         else:
-            # Not by the op, which would take the backend of the thread that runs the engine.
-            self._normal_(here, seeds, self._first_row, INITIAL_STREAM)
+            # The backend is the engine's, and not that of the thread that takes the ticks.
+            with again(self._chosen):
+                torch.ops.fastddim.normal_(here, seeds, self._first_row, INITIAL_STREAM)
             if work.program.noise_scale != 1:
                 here.mul_(work.program.noise_scale)
         self._feed(slot, here[0])
