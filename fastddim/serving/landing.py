@@ -77,4 +77,4 @@ class Landing:
 
 def _copied(ticket: Ticket, x: Tensor) -> tuple[Tensor, Tensor | None]:
     finite = torch.isfinite(x).all() if ticket.work.check_finite else None
-    return x.to(ticket.work.dtype, copy=True), finite
+    return x.clone().to(ticket.work.dtype), finite

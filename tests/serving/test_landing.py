@@ -1,14 +1,19 @@
-"""On CUDA a sample reaches its future when its copy on the side stream has ended; here by fakes."""
+"""On CUDA, here a fake: the host never waits, and a future waits for its sample's copy alone."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
 import torch
 
 from fastddim import Engine, Request
-from tests.serving.serving_cases import MIX, SHAPE, exact, expected
+from fastddim.loop import graph
+from tests.loop.waits_cases import assert_equal
+from tests.loops import drawn
+from tests.pretend import CUDA, Device
+from tests.serving.serving_cases import MIX, SHAPE, alone, exact, expected, named
 
 
 class Stream:
@@ -83,3 +88,42 @@ def test_closing_hands_out_samples_that_are_on_their_way(engine: Engine) -> None
     engine.step()
     engine.close()
     assert torch.equal(future.result(0), expected(5, 1, 2))
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """A pretended GPU without graphs."""
+    Event.made = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(graph.Memory, "on", lambda device: None)
+    with Device() as device:
+        yield device
+
+
+def test_the_host_never_waits_for_the_device(device: Device) -> None:
+    spec = {"c": torch.zeros(SHAPE), "y": torch.tensor(0)}
+    engine = Engine(named, SHAPE, 2, cond=spec, guided=True, device=CUDA)
+
+    def asked(i: int) -> Request:
+        own = {"c": drawn(*SHAPE, seed=i), "y": torch.tensor(i)}
+        return Request(i, ddim=MIX[i % 5], cond=own, uncond=spec, guidance=1.0 + i)
+
+    for i in range(5):  # adds the samplers to the tables
+        engine.submit(asked(i))
+    engine.drain()
+    assert engine.metrics().finished == 5
+    futures = [engine.submit(asked(i)) for i in range(5)]
+    with device.watch() as waits:
+        for _ in range(60):
+            for event in Event.made:
+                event.ended = True
+            engine.step()
+    assert waits == []
+    for i, future in enumerate(futures):
+        assert_equal(future.result(0), alone(named, asked(i), 2))
