@@ -167,6 +167,19 @@ def test_a_replaced_schedule_reaches_a_compiled_step() -> None:
             assert torch.equal(found, step(scheduler, 0.3 * x, t, x, x))
 
 
+def test_a_replaced_schedule_reaches_the_steps_of_every_eta() -> None:
+    """The steps of two η have tables of their own, behind the same tensors."""
+    scheduler, x = FastDDIMScheduler(), randn(2, 3, 5)
+    scheduler.set_timesteps(10)
+    t = scheduler.timesteps[3]
+    takes = [(torch.compile(take, backend="eager", fullgraph=True), take) for take in (step, noisy)]
+    for _ in range(2):
+        for compiled, take in (*takes, takes[0]):
+            found = compiled(scheduler, 0.3 * x, t, x, x)
+            assert torch.equal(found, take(scheduler, 0.3 * x, t, x, x))
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod * 0.95
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_equal_the_original(dtype: torch.dtype) -> None:
     found, original = FastDDIMScheduler(clip_sample=False), DDIMScheduler(clip_sample=False)
