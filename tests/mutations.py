@@ -168,8 +168,8 @@ MUTANTS = [
         "fused",
         "ε of an x0 model is not divided",
         STEP,
-        "eps[i] = rounded(rounded(x[i] - rounded(times_a * e[i])) / b_t)",
-        "eps[i] = rounded(x[i] - rounded(times_a * e[i]))",
+        "return rounded(rounded(x - rounded(times_a * x0)) / b_t)",
+        "return rounded(x - rounded(times_a * x0))",
     ),
     Mutant(
         "fused",

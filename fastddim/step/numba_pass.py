@@ -412,8 +412,20 @@ def _terms(rounded):
     """Returns the terms of the equation, each of whose operations goes through ``rounded``."""
 
     @_part
-    def x0_of_epsilon(x, e, a_t, times_b):
+    def x0_of_epsilon(x, e, a_t, times_a, times_b):
         return rounded(rounded(x - rounded(e * times_b)) / a_t)
+
+    @_part
+    def x0_of_v(x, e, a_t, times_a, times_b):
+        return rounded(rounded(times_a * x) - rounded(times_b * e))
+
+    @_part
+    def eps_of_v(x, e, b_t, times_a, times_b):
+        return rounded(rounded(times_a * e) + rounded(times_b * x))
+
+    @_part
+    def eps_of_x0(x, x0, b_t, times_a, times_b):
+        return rounded(rounded(x - rounded(times_a * x0)) / b_t)
 
     @_part
     def sum_of(x0, eps, a_s, c2):
@@ -424,11 +436,11 @@ def _terms(rounded):
         """Writes x0 and ε; of an epsilon model, whose output is ε, x0 alone."""
         if prediction == 0:
             for i in range(count):
-                x0[i] = x0_of_epsilon(x[i], e[i], a_t, times_b)
+                x0[i] = x0_of_epsilon(x[i], e[i], a_t, times_a, times_b)
         elif prediction == 1:
             for i in range(count):
-                x0[i] = rounded(rounded(times_a * x[i]) - rounded(times_b * e[i]))
-                eps[i] = rounded(rounded(times_a * e[i]) + rounded(times_b * x[i]))
+                x0[i] = x0_of_v(x[i], e[i], a_t, times_a, times_b)
+                eps[i] = eps_of_v(x[i], e[i], b_t, times_a, times_b)
         elif prediction == 3:
             for i in range(count):
                 x0[i] = rounded(x[i] - rounded(e[i] * times_b))
@@ -436,17 +448,17 @@ def _terms(rounded):
         else:
             for i in range(count):
                 x0[i] = e[i]
-                eps[i] = rounded(rounded(x[i] - rounded(times_a * e[i])) / b_t)
+                eps[i] = eps_of_x0(x[i], e[i], b_t, times_a, times_b)
 
     @_part
     def predict_x0(count, prediction, x, e, a_t, times_a, times_b, x0):
         """Writes the x0 of ``predict`` alone, for a sum that holds x in the place of ε."""
         if prediction == 0:
             for i in range(count):
-                x0[i] = x0_of_epsilon(x[i], e[i], a_t, times_b)
+                x0[i] = x0_of_epsilon(x[i], e[i], a_t, times_a, times_b)
         elif prediction == 1:
             for i in range(count):
-                x0[i] = rounded(rounded(times_a * x[i]) - rounded(times_b * e[i]))
+                x0[i] = x0_of_v(x[i], e[i], a_t, times_a, times_b)
         elif prediction == 3:
             for i in range(count):
                 x0[i] = rounded(x[i] - rounded(e[i] * times_b))
@@ -464,7 +476,7 @@ def _terms(rounded):
     def rederive(count, x, x0, b_t, times_a, eps):
         """Writes ε of the bounded x0."""
         for i in range(count):
-            eps[i] = rounded(rounded(x[i] - rounded(times_a * x0[i])) / b_t)
+            eps[i] = eps_of_x0(x[i], x0[i], b_t, times_a, times_a)
 
     @_part
     def combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out):
@@ -481,10 +493,11 @@ def _terms(rounded):
                 x_s = sum_of(x0[i], eps[i], a_s, c2)
                 out[i] = rounded(x_s + rounded(c1 * z[i + lane]))
 
-    return x0_of_epsilon, sum_of, predict, predict_x0, divide_by, rederive, combine
+    of_models = x0_of_epsilon, x0_of_v, eps_of_v, eps_of_x0, sum_of
+    return of_models, predict, predict_x0, divide_by, rederive, combine
 
 
-_, _, _predict, _predict_x0, _divide_by, _rederive, _combine = _terms(_unrounded)
+_, _predict, _predict_x0, _divide_by, _rederive, _combine = _terms(_unrounded)
 
 
 @_part
@@ -764,24 +777,42 @@ def _rounding_steps(rounded, value, bits):
 
     ``value`` and ``bits`` turn a 16-bit number into float32 and back.
     """
-    x0_of_epsilon, sum_of, predict, predict_x0, divide_by, rederive, combine = _terms(rounded)
+    of_models, predict, predict_x0, divide_by, rederive, combine = _terms(rounded)
+    x0_of_epsilon, x0_of_v, eps_of_v, eps_of_x0, sum_of = of_models
 
     @_part
-    def light(count, x, e, z, bound, noisy, a_t, times_b, a_s, c1, c2, x0, out):
-        """Takes the step of an epsilon model, with the noise last, in one loop."""
-        if noisy:
-            for i in range(count):
-                eps = value(e[i])
-                predicted = _clamped(x0_of_epsilon(value(x[i]), eps, a_t, times_b), bound)
-                x0[i] = bits(predicted)
-                x_s = sum_of(predicted, eps, a_s, c2)
-                out[i] = bits(rounded(x_s + rounded(c1 * value(z[i]))))
-        else:
-            for i in range(count):
-                eps = value(e[i])
-                predicted = _clamped(x0_of_epsilon(value(x[i]), eps, a_t, times_b), bound)
-                x0[i] = bits(predicted)
-                out[i] = bits(sum_of(predicted, eps, a_s, c2))
+    def itself(x, e, factor, times_a, times_b):
+        return e
+
+    @_part
+    def state(x, e, factor, times_a, times_b):
+        return x
+
+    def light(x0_of, eps_of):
+        """Returns the step that has neither thresholds nor ε computed again, in one loop."""
+
+        @_part
+        def taken(count, x, e, z, bound, noisy, at, x0, out):
+            a_t, b_t, times_a, times_b, a_s, c1, c2 = at
+            if noisy:
+                for i in range(count):
+                    x_t, output = value(x[i]), value(e[i])
+                    predicted = _clamped(x0_of(x_t, output, a_t, times_a, times_b), bound)
+                    x0[i] = bits(predicted)
+                    x_s = sum_of(predicted, eps_of(x_t, output, b_t, times_a, times_b), a_s, c2)
+                    out[i] = bits(rounded(x_s + rounded(c1 * value(z[i]))))
+            else:
+                for i in range(count):
+                    x_t, output = value(x[i]), value(e[i])
+                    predicted = _clamped(x0_of(x_t, output, a_t, times_a, times_b), bound)
+                    x0[i] = bits(predicted)
+                    eps = eps_of(x_t, output, b_t, times_a, times_b)
+                    out[i] = bits(sum_of(predicted, eps, a_s, c2))
+
+        return taken
+
+    of_epsilon, of_v = light(x0_of_epsilon, itself), light(x0_of_v, eps_of_v)
+    of_x0, of_posterior = light(itself, eps_of_x0), light(x0_of_epsilon, state)
 
     @_part
     def steps(address, thread):
@@ -799,8 +830,11 @@ def _rounding_steps(rounded, value, bits):
         x0, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
         z_own = np.empty(CHUNK if call.noise else 1, np.float32)
         out = np.empty(CHUNK, np.float32)  # LLVM vectorises no loop that writes where it reads.
-        is_light = call.prediction == 0 and call.x0 and not (call.noise and call.noise_first)
-        is_light = is_light and not (call.threshold or call.rederive or call.posterior)
+        is_light = call.x0 and not (call.noise and call.noise_first)
+        is_light = is_light and not (call.threshold or call.rederive)
+        is_light = is_light and (
+            call.prediction == 0 or (call.prediction < 3 and not call.posterior)
+        )
         bound = np.float32(call.clip) if call.clips else np.float32(np.inf)
         while True:
             start, stop = _taken(address, thread, total)
@@ -816,16 +850,21 @@ def _rounding_steps(rounded, value, bits):
                 times_a, times_b = table[at + 7], table[at + 8]
                 where = sample * call.output_stride + first
                 if is_light:
-                    z_half = _halves(call.noise, start, count)
                     x_half, e_half = (
                         _halves(call.x, start, count),
                         _halves(call.output, where, count),
                     )
+                    z_half = _halves(call.noise, start, count)
                     halves = _halves(call.x0, start, count), _halves(call.out, start, count)
-                    light(
-                        count, x_half, e_half, z_half, bound, call.noise != 0, a_t, times_b, a_s,
-                        c1, c2, *halves,
-                    )  # fmt: skip
+                    noisy, factors = call.noise != 0, (a_t, b_t, times_a, times_b, a_s, c1, c2)
+                    if call.posterior:
+                        of_posterior(count, x_half, e_half, z_half, bound, noisy, factors, *halves)
+                    elif call.prediction == 0:
+                        of_epsilon(count, x_half, e_half, z_half, bound, noisy, factors, *halves)
+                    elif call.prediction == 1:
+                        of_v(count, x_half, e_half, z_half, bound, noisy, factors, *halves)
+                    else:
+                        of_x0(count, x_half, e_half, z_half, bound, noisy, factors, *halves)
                     start += count
                     continue
                 x = _widened(call.x, call.dtype, start, count, x_own)
