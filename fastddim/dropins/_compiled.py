@@ -130,6 +130,16 @@ def compiled_tables(scheduler: Any, kind: Kind, sample: Tensor) -> Tables | None
     return found
 
 
+def constant(number: float) -> float:
+    """Returns the number as a constant of the graph, which is compiled again for another value.
+
+    Otherwise torch.compile makes a variable of a float argument when its value first changes.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # It imports sympy.
+
+    return float(guard_scalar(number))
+
+
 def rows_of(timestep: Any, device: torch.device) -> Tensor | None:
     """Returns the timestep as an int64 tensor of shape (1,), or None if it is no timestep."""
     if isinstance(timestep, Tensor):

@@ -167,6 +167,20 @@ def test_a_replaced_schedule_reaches_a_compiled_step() -> None:
             assert torch.equal(found, step(scheduler, 0.3 * x, t, x, x))
 
 
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_eta_may_change_from_step_to_step(is_strict: bool) -> None:
+    scheduler, x = FastDDIMScheduler(strict=is_strict), randn(2, 3, 5)
+    scheduler.set_timesteps(10)
+
+    def take(t: Tensor, eta: float) -> Tensor:
+        found: Tensor = scheduler.step(x, t, x, eta=eta, variance_noise=-x).prev_sample
+        return found
+
+    compiled = torch.compile(take, backend="eager", fullgraph=True)
+    for t, eta in zip(scheduler.timesteps, (0.5, 0.7, 1.0, 0.0, 0.7), strict=False):
+        assert torch.equal(compiled(t, eta), take(t, eta))
+
+
 def test_a_replaced_schedule_reaches_the_steps_of_every_eta() -> None:
     """The steps of two η have tables of their own, behind the same tensors."""
     scheduler, x = FastDDIMScheduler(), randn(2, 3, 5)

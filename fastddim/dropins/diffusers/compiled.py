@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastddim.dropins._compiled import MATHS, compiled_tables, rows_of
+from fastddim.dropins._compiled import MATHS, compiled_tables, constant, rows_of
 from fastddim.dropins._scheduler import NAMES, like
 from fastddim.dropins._tables import Tables
 from fastddim.dropins.diffusers.base import BATCH, Base, has_grad, of_each
@@ -23,11 +23,12 @@ def plain_step(
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Takes a default step, or returns None if the original's step must run."""
+    eta = constant(eta)
     noise = noise if eta > 0 else None
     rows = _rows_of(timestep, sample)
     if rows is None or not (noise is None or (like(noise, sample) and not has_grad(noise))):
         return None
-    tables = compiled_tables(scheduler, float(eta), sample)
+    tables = compiled_tables(scheduler, eta, sample)
     if tables is None:
         return None
     if eta > 0 and noise is None:
@@ -46,8 +47,9 @@ def strict_step(
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Takes a strict step with checked arguments, or returns None if it must run untraced."""
+    eta = constant(eta)
     rows = _rows_of(timestep, sample)
-    tables = None if rows is None else compiled_tables(scheduler, float(eta), sample)
+    tables = None if rows is None else compiled_tables(scheduler, eta, sample)
     if rows is None or tables is None:
         return None
     # The inverse scheduler adds no noise, and therefore ignores seeds.
