@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.cases import is_left_out
 from tests.faults import pytest_runtest_makereport, waiting_allowed_again
 
 __all__ = ["pytest_runtest_makereport", "waiting_allowed_again"]
@@ -27,9 +28,17 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips GPU tests where there is no GPU, and where the kernels are interpreted."""
+    """Marks cases slow that ``one_in`` leaves out, and skips GPU tests that cannot run here.
+
+    They need a GPU, and kernels that are not interpreted.
+    """
     import torch
+
+    for item in items:
+        if isinstance(item, pytest.Function) and is_left_out(item):
+            item.add_marker(pytest.mark.slow)
 
     if not torch.cuda.is_available():
         reason = "no CUDA device"

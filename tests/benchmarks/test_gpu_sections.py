@@ -123,6 +123,7 @@ except TimeoutError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_limit_interrupts_no_import(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LATE, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

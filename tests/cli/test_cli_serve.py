@@ -32,6 +32,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """The arguments of a benchmark of a model that costs nothing."""
     Path("tiny.py").write_text("def make(): return (lambda x, t: x / 2), (1, 4, 4)\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # ``refused`` looks at the folder.
     monkeypatch.delitem(sys.modules, "tiny", raising=False)
     mix = ("--steps", "8,12", "--requests", "6", "--slots", "2", "--device", "cpu")
     return ("serve-bench", "--model", "tiny:make", *mix)

@@ -287,6 +287,7 @@ def test_diffusers_prints_nothing_while_a_checkpoint_is_loaded() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["generated npy", "generated png", "PNGs", "one PNG"])
 def test_reconstruct_reads_folders_and_pngs(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str

@@ -83,6 +83,7 @@ def test_no_option_has_the_name_of_its_metavar() -> None:
         assert all(name.startswith("--") and name == name.lower() for name in names), names
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize(
     ("commands", "arguments", "said"),

@@ -117,6 +117,7 @@ def cases(names: Any, fast: Any) -> list[Any]:
     return [pytest.param(*each, marks=[] if each in fast else pytest.mark.slow) for each in names]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("name", "as_tensors"),
     cases([(name, tensors) for name in CASES for tensors in (True, False)], [*FAST.items()]),

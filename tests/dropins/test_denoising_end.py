@@ -81,6 +81,7 @@ def latents(pipe: Any, scheduler: Any, **given: Any) -> Tensor:
     return found
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("shared", [True, False], ids=["one-scheduler", "two-schedulers"])
 @pytest.mark.parametrize(
     ("spacing", "steps", "end", "eta"),

@@ -106,6 +106,7 @@ def test_with_own_roots_recordings_are_met_to_1e_5(
         assert ((ours - theirs).flatten(1).abs().amax(1) <= 1e-5 * largest).all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("kept_steps", "clip_denoised", "eta"),
     [

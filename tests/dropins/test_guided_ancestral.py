@@ -66,6 +66,7 @@ GRID = list(
 SAMPLE = GRID[::29]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("var", "mean", "schedule", "respacing", "clip", "denoised_fn", "cond_fn", "rescale"),
     [
@@ -97,6 +98,7 @@ def test_ancestral_loops_are_bit_identical_and_draw_alike(
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("cond_fn", [None, score])
 @pytest.mark.parametrize("var", VARIANCES)

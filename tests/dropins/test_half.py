@@ -67,6 +67,7 @@ def test_every_configuration_is_bit_identical(part: int, dtype: torch.dtype) -> 
         assert_same_configuration(config, dtype)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(
     ("name", "every"),
@@ -197,6 +198,7 @@ def test_a_step_is_one_operation_and_two_with_noise(
     assert tally.found["operations"] == 1 + generator, NAMES
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("start", range(2))
 def test_ddpm_loops_are_bit_identical(start: int, dtype: torch.dtype) -> None:

@@ -361,6 +361,7 @@ MULTISTEP: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["text", "image", "mask"])
 @pytest.mark.parametrize("config", MULTISTEP)
 def test_the_multistep_solver_in_pipelines(parts: dict[str, Any], config: str, kind: str) -> None:

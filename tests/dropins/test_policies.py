@@ -104,6 +104,7 @@ def check_ticks(policy: Any, tick: Tick, ticks: int = 3, given: bool = True) -> 
     return fast
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("given", [True, False], ids=["generator", "global"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("config", some(CONFIGS, 3), ids=str)
@@ -116,6 +117,7 @@ def test_lerobots_loop_is_bit_identical(
     assert way is None or len(way) == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("given", [True, False], ids=["generator", "global"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("config", some(CONFIGS, 3), ids=str)
@@ -128,6 +130,7 @@ def test_diffusion_policys_loop_is_bit_identical(
     assert way is None or len(way) == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", some([DiffusionModel, UnetPolicy], 2))
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_loops_of_100_steps_are_bit_identical(way: Any, name: str, kind: Any) -> None:

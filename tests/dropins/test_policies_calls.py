@@ -93,6 +93,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", some(["ddpm", "ddim"], 2))
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
 def test_changes_between_ticks_are_followed(way: Any, name: str, change: Any) -> None:

@@ -84,6 +84,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN and infinity
 @pytest.mark.parametrize(("module", "name", "given"), list(chosen()))
 def test_a_gpu_test_passes_interpreted(

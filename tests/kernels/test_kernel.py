@@ -43,6 +43,7 @@ NOISES = [("none", True, 0.8), ("tensor", True, None), ("tensor", False, 0.8)]
 
 
 # One trajectory for each way of noise: single steps take all combinations of the flags below.
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("prediction", "kind", "noise_first", "clip"),
     [
@@ -68,6 +69,7 @@ def test_fifty_steps_with_counter_noise_equal_the_reference(
     assert_same_trajectory((1, 3, 5, 7), "philox", **options)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("kind", ["none", "tensor", "philox"])
 @pytest.mark.parametrize("n", [pytest.param(12, marks=pytest.mark.slow), 15])
@@ -103,6 +105,7 @@ def test_half_outputs_are_widened_and_nothing_else(dtype: torch.dtype, predictio
         assert_same_step(x, output, on_row(20, 3), prediction=prediction, clip=1.0)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_state_beats_half_state(dtype: torch.dtype) -> None:
     x = eager = randn(2, 64).to(dtype).float()
@@ -123,6 +126,7 @@ def test_float32_state_beats_half_state(dtype: torch.dtype) -> None:
 SIZES = [1, 2, 3, 4, 5, 8, 15, 16, 17, 20, 63, 64, 65, 100, 127, 128, 132, 1023, 1028]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("largest_block", [16, 64, 16384])
 def test_sizes_around_the_block_equal_the_reference(
     monkeypatch: pytest.MonkeyPatch, largest_block: int

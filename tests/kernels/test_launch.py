@@ -387,6 +387,7 @@ def test_a_step_that_cannot_be_launched_is_refused_when_bound(bad: str, kernel: 
 # Through the interpreter, which needs no driver.
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_interpreted_steps_equal_the_reference(prediction: str) -> None:
     x, output, z = (randn(2, 3, 5, 4, seed=k) for k in range(3))

@@ -20,6 +20,7 @@ TABLES = {eta: torch.tensor(DDIM(10, eta=eta, order=2).table) for eta in (0.0, 1
 SHAPES = ((3, 4, 6, 6), (2, 3, 5, 7), (2, 8))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("number", "prediction"), some(enumerate(PREDICTIONS), 3))
 def test_the_kernel_writes_x0_over_its_history(number: int, prediction: str) -> None:
     cases = itertools.product((False, True), SHAPES, (False, True))

@@ -66,6 +66,7 @@ GIVEN = [
 NUMBERED = list(enumerate(VARIANTS))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("number", "name"), some(NUMBERED, 3), ids=VARIANTS)
 def test_every_variant_in_both_layouts_equals_eager(number: int, name: str, layout: str) -> None:
@@ -178,6 +179,7 @@ SEVERAL = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("name", "layout", "batch", "shape"), some(SEVERAL, 4))
 def test_several_parts_and_blocks_equal_eager(
     monkeypatch: pytest.MonkeyPatch, name: str, layout: str, batch: int, shape: tuple[int, ...]

@@ -184,6 +184,7 @@ NAN, INF = float("nan"), float("inf")
 SPECIAL = torch.tensor([NAN, INF, -INF, 3e38, 1e-44, 0.0, 1.0, -2.0])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter, on ±inf
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("of", ["noise", "guidance", "threshold", "seeds"])
@@ -207,6 +208,7 @@ def test_nan_and_infinity_come_out_as_eagers(of: str, prediction: str) -> None:
         assert_equals_eager(arguments | {"prediction": prediction, "rederive": rederive})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter, on overflow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_next_input_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
@@ -237,6 +239,7 @@ FIFTY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", ["clip", pytest.param("threshold", marks=pytest.mark.slow)])
 def test_fifty_guided_steps_with_a_learned_variance_equal_eager(bound: str) -> None:
     shape = (2, 3, 3, 4)

@@ -79,6 +79,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("how", CALLS)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_any_split_is_bit_identical(how: str, eta: float) -> None:

@@ -63,6 +63,7 @@ WEIGHTS: dict[str, tuple[Any, Tensor]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("how", WEIGHTS)
 @pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

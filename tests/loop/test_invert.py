@@ -88,6 +88,7 @@ def orders(errors: list[float]) -> list[float]:
     return [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("gaussian", [GAUSSIAN, Gaussian(-0.2, 1.5, LINEAR)])
 @pytest.mark.parametrize("refine", [0, 4])
 def test_both_ways_tend_to_the_exact_flow_with_order_one(gaussian: Gaussian, refine: int) -> None:
@@ -378,6 +379,7 @@ NOISY: dict[str, tuple[NoiseSchedule, int, int]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("how", NOISY)
 @pytest.mark.parametrize("prediction", ["v", "sample"])
 def test_refining_converges_where_nothing_is_left_of_the_data(

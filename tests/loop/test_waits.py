@@ -162,6 +162,7 @@ PAIRED = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("how", "source"), PAIRED)
 def test_a_sampler_never_waits(device: Device, how: str, source: str) -> None:
     given: dict[str, Any] = {**CALLS[how], "cond": {"c": drawn(3, 2, 1, 1)}}

@@ -112,6 +112,7 @@ def test_no_multistep_solver_waits(
         assert_equal(x, y)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", [*CONFIGS.values(), {"variance_type": "fixed_large"}])
 @pytest.mark.parametrize("told", TOLD)
 @pytest.mark.parametrize(
@@ -169,6 +170,7 @@ def test_no_monai_step_waits_for_its_own_timesteps(
         assert_equal(x, y)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
@@ -280,6 +282,7 @@ LATENT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["eps", "v", "plms"])
 @pytest.mark.parametrize("how", LATENT)
 def test_compvis_sampler_never_waits(device: Device, how: str, kind: str) -> None:

@@ -81,6 +81,7 @@ def test_a_gaussians_flow_is_met_with_order_1_and_2(name: str, prediction_at: in
     assert math.log(coarse_2 / fine_2) / math.log(8) >= 1.9
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_mixtures_flow_is_met_with_order_1_and_2(name: str) -> None:
     path, high, low = PATHS[name]
@@ -127,6 +128,7 @@ def test_mean_and_covariance_are_kept_at_eta_1(name: str) -> None:
     ).sigma2, rtol=1e-5)  # fmt: skip
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [*KINDS, "table"])
 def test_inversion_comes_back_to_the_data(name: str) -> None:
     path = COSINE_TABLE if name == "table" else PATHS[name][0]

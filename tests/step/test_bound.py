@@ -62,6 +62,7 @@ def named(options: dict[str, Any]) -> str:
 # What changes between calls of one step.
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("options", some(EVERY, 6), ids=named)
 def test_one_step_for_every_kind_of_call(options: dict[str, Any]) -> None:
     """Shapes, layouts, dtypes and what there is change from call to call, and back again."""
@@ -91,6 +92,7 @@ def test_one_step_for_every_kind_of_call(options: dict[str, Any]) -> None:
         assert_step(step, options, x, output, rows, seed, **rest)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "options", some(EVERY[::5], 5), ids=lambda o: " ".join(map(str, o.values()))
 )

@@ -36,6 +36,7 @@ __all__ = ["backend"]
 # Threads, modes, processes.
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("shape", [(1, 16, 7), (64, 3, 64, 64)], ids=["small", "large"])
 @pytest.mark.parametrize("noisy", [False, True])
 def test_many_threads_share_one_step(shape: tuple[int, ...], noisy: bool) -> None:
@@ -232,6 +233,7 @@ def _fresh_compiler() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("way", WAYS)
 def test_torch_compile_traces_the_op(way: Any) -> None:
@@ -350,6 +352,7 @@ def test_versions_are_bumped_for_outputs_that_a_caller_gave() -> None:
         assert x._version == output._version == TABLE._version == 0
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", some([name for name in ALL if name != "numba"], 2))
 def test_opcheck_of_a_step_that_was_bound(name: str) -> None:
     x, output, rows = randn(2, 3, 4), randn(2, 3, 4, seed=1), torch.tensor([3, 40]).int()

@@ -99,6 +99,7 @@ def test_history_is_read_where_kappa_is_not_0(backend: str) -> None:
     assert same(got[1], first[1])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("size", [(3, 2, 3, 5), (3, 4, 8, 8)])
 def test_the_kernel_draws_for_the_rows_number(size: tuple[int, ...]) -> None:
     x, output = randn(*size, seed=1), randn(*size, seed=2)

@@ -50,6 +50,7 @@ def test_one_line_adds_it_behind_the_others() -> None:
             backends.backend("cuda")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_numpy_steps_equal_the_reference(prediction: str, layout: torch.memory_format) -> None:
@@ -126,6 +127,7 @@ def test_rows_out_of_range_are_refused(rows: list[int]) -> None:
         fastddim.ddim_step(x, x, TABLE, of_samples)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", here(*ALL))
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["plain", "guided", "v", "seeds"])

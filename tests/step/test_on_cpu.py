@@ -90,6 +90,7 @@ def assert_same_step(
 FLAGS = list(itertools.product(["none", "tensor", "counter"], [True, False], [None, 0.5]))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("kind", "noise_first", "clip"), FLAGS)
 def test_fifty_steps_equal_the_reference(
@@ -351,6 +352,7 @@ def assert_agree(found: Tensor, expected: Tensor, path: str, counter_noise: bool
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("n", some([37, 36], 2))
 def test_the_kernel_and_the_cpu_agree_on_everything(prediction: str, n: int, path: str) -> None:
@@ -369,6 +371,7 @@ def test_the_kernel_and_the_cpu_agree_on_everything(prediction: str, n: int, pat
         assert torch.equal(x0, found_x0)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", some(LAYOUTS, 2))
 def test_the_op_hands_any_layout_to_the_kernel_as_to_the_cpu(layout: str, path: str) -> None:
     x = LAYOUTS[layout](randn(2, 3, 4, 5))

@@ -101,6 +101,7 @@ def weights(batch: int, shared: bool) -> Tensor:
 # --- The step ---------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("prediction", range(4))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_variant_equals_the_reference(prediction: int, dtype: torch.dtype) -> None:

@@ -128,6 +128,7 @@ def test_the_cases_hold_every_pair_of_options() -> None:
         assert found == set(itertools.product(FACTORS[a], FACTORS[b])), (a, b)
 
 
+@pytest.mark.one_in(2)
 def test_every_pair_of_options_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_most", "_together"):  # as in a forked child: small batches fill several blocks
         monkeypatch.setattr(on_torch, name, lambda: on_torch.BLOCK)
@@ -295,6 +296,7 @@ def three_steps(x: Tensor, history: Tensor, seeds: Tensor, step: Any) -> Tensor:
     return x + history
 
 
+@pytest.mark.one_in(2)
 def test_compiled_steps_over_their_history_equal_eager_ones() -> None:
     torch.compiler.reset()
     x, kept, seeds = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1), torch.tensor([1, 2**40])

@@ -156,6 +156,7 @@ RUNS: dict[str, Callable[[], Callable[[int], Tensor]]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("which", some(RUNS, 2))
 def test_threads_give_what_each_gives_alone(which: str, backend: str) -> None:

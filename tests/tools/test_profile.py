@@ -328,6 +328,7 @@ def test_a_cell_half_written_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(os.listdir("profile")) == FILES
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", here(*ALL))
 def test_a_profile_names_the_backend_that_takes_its_steps(
     name: str, capfd: pytest.CaptureFixture[str]

@@ -205,6 +205,7 @@ def test_other_ranks_wait_until_rank_0_has_added_the_seeds(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("at", range(12))
 def test_killed_while_seeds_are_added(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
