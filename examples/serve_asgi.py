@@ -73,17 +73,16 @@ class App:
         if scope["path"] != "/sample":
             return 404, "text/plain", b"the paths are /sample and /metrics"
         try:
-            request = request_of(scope["query_string"].decode())
-            future = asyncio.wrap_future(self._engine.submit(request))
+            ticket = self._engine.submit(request_of(scope["query_string"].decode()))
         except (TypeError, ValueError) as error:
             return 400, "text/plain", str(error).encode()
         except QueueFull as error:
             return 503, "text/plain", str(error).encode()
-        gone = asyncio.create_task(disconnected(receive))
+        future, gone = asyncio.wrap_future(ticket), asyncio.create_task(disconnected(receive))
         await asyncio.wait((future, gone), return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
         if not future.done():
-            future.cancel()  # The slot is free at the next tick.
+            ticket.cancel()  # The slot is free at the next tick.
             return 499, "text/plain", b""
         if (failed := future.exception()) is not None:
             return 500, "text/plain", str(failed).encode()

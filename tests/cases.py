@@ -5,28 +5,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
+GOLDEN = (5**0.5 - 1) / 2
 
-def is_left_out(item: pytest.Function) -> bool:
-    """Tells whether the fast tests leave out this case of a test that is marked ``one_in(n)``.
 
-    The case stays if the places of its values, one for each parametrization, have a sum that n
-    divides: each value stays in some case where another parametrization has n values.
+def thin_out(items: Iterable[pytest.Item]) -> None:
+    """Marks slow all but about one in n of the cases of each test that is marked ``one_in(n)``.
+
+    The i-th case stays where the fraction of i·φ, φ the golden ratio, is below 1/n. Such numbers
+    fall into step with no argument's values, as every n-th would, so that all values stay.
     """
-    mark = item.get_closest_marker("one_in")
-    if mark is None:
-        return False
-    places = dict(item.callspec.indices)
-    for parametrized in item.iter_markers("parametrize"):
-        names = parametrized.args[0]
-        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-        for name in names[1:]:
-            del places[name]
-    return sum(places.values()) % int(mark.args[0]) != 0
+    counts: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        if mark is not None and item.get_closest_marker("slow") is None:
+            name = item.nodeid.partition("[")[0]
+            if counts[name] * GOLDEN % 1 >= 1 / mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            counts[name] += 1
 
 
 def some(cases: Iterable[Any], every: int) -> list[Any]:

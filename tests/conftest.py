@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cases import is_left_out
+from tests.cases import thin_out
 from tests.faults import pytest_runtest_makereport, waiting_allowed_again
 
 __all__ = ["pytest_runtest_makereport", "waiting_allowed_again"]
@@ -30,15 +30,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks cases slow that ``one_in`` leaves out, and skips GPU tests that cannot run here.
+    """Thins out tests that are marked ``one_in``, and skips GPU tests that cannot run here.
 
     They need a GPU, and kernels that are not interpreted.
     """
     import torch
 
-    for item in items:
-        if isinstance(item, pytest.Function) and is_left_out(item):
-            item.add_marker(pytest.mark.slow)
+    thin_out(items)
 
     if not torch.cuda.is_available():
         reason = "no CUDA device"
