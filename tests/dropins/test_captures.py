@@ -191,6 +191,7 @@ def test_tables_made_in_a_capture_are_its_own() -> None:
     assert torch.equal(found, want)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("test", "strict"),
     [

@@ -77,6 +77,7 @@ class Unstepped:
     step: Any = None
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "config",
     [pytest.param(c, marks=() if c in GRID[::47] else pytest.mark.slow) for c in GRID],

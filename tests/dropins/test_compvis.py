@@ -190,6 +190,7 @@ GUIDED: tuple[dict[str, Any], dict[str, Any]] = (
 )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("guided", [({}, {}), GUIDED], ids=["plain", "guided"])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("parameterization", ["eps", "v"])
@@ -210,6 +211,7 @@ def test_fifty_steps_are_bit_identical_and_leave_the_same_stream(
     assert_identical(sampler, x, *guided)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("guided", [({}, {}), GUIDED], ids=["plain", "guided"])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("between", BETWEEN, ids=lambda b: "+".join(b[1]))

@@ -92,6 +92,7 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o[1]) or "plain")
 @pytest.mark.parametrize("S", [1, 2, 4, 50])
 @pytest.mark.parametrize(

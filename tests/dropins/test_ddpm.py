@@ -54,6 +54,7 @@ def test_more_loops_are_bit_identical() -> None:
         assert_same(config, randn(*SHAPE), **chosen)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -94,6 +95,7 @@ def test_a_large_state_is_bit_identical() -> None:
     assert_same(BOUNDS[3], randn(2, 3, 96, 96), num_inference_steps=6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("betas", BETAS)
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("variance", FIXED)

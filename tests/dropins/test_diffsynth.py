@@ -44,6 +44,7 @@ def without_own_step(cls: Any, **config: Any) -> Any:
     return scheduler
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cls", [Described, Earlier])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -63,6 +63,7 @@ def test_the_thin_grid_has_every_value_of_every_option() -> None:
         assert {str(config.get(option)) for config in GRID[::47]} == every
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("which", ["plain", "parallel"])
 @pytest.mark.parametrize(
@@ -188,6 +189,7 @@ BOTH = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("layout", "config"), sorted(BOTH, key=str))
 def test_odd_sizes_and_layouts_are_bit_identical(layout: str, config: Config) -> None:
     x = LAYOUTS[layout](0)
@@ -233,6 +235,7 @@ def test_the_originals_step_is_not_called(which: str, monkeypatch: pytest.Monkey
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("of_sample", "of_output"),
     [

@@ -51,6 +51,7 @@ def quantile_threshold(scheduler: Any, x: Tensor, output: Tensor, row: Tensor, n
     return s.clamp(1, scheduler.config.sample_max_value)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("backend", "steps"),
     [

@@ -171,6 +171,7 @@ def test_a_compiled_step_equals_the_eager_one(which: str, is_strict: bool) -> No
     assert torch.equal(eager, schedulers[1].step(output, 900, x).prev_sample)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_the_variance_gives_the_log_probabilities_of_the_steps(spacing: str, eta: float) -> None:

@@ -56,6 +56,7 @@ def sqrt_abar(scheduler: Any) -> Any:
     return np.sqrt(schedule_of(scheduler).alphas_cumprod).astype(np.float32)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("offset", [0, 1, 7])
 def test_strict_goes_from_each_timestep_to_the_next(spacing: str, offset: int) -> None:
@@ -75,6 +76,7 @@ def test_strict_chains_its_timesteps_for_every_number_of_steps(spacing: str, off
         assert_chained(scheduler, steps)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("steps", [1, 10, 50, 61])

@@ -85,6 +85,7 @@ def start(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("eta", [0.0, 0.2, 1.0, DDPM])
 @pytest.mark.parametrize("seq", [UNIFORM, QUAD], ids=["uniform", "quad"])
 @pytest.mark.parametrize("net", [model, drawing_model])
@@ -145,6 +146,7 @@ def test_the_full_trajectory_is_bit_identical(eta: float | None) -> None:
     assert_identical(start(2, 1, 3, 3), range(1000), model, BETAS, eta)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("S", [7, 30, 300])
 @pytest.mark.parametrize("spacing", ["uniform-ermongroup", "quad-ermongroup"])
 def test_the_spacings_of_make_pairs_are_bit_identical_as_seq(spacing: str, S: int) -> None:
@@ -348,6 +350,7 @@ SEQUENCES: list[Sequence[int]] = [
 SEQUENCES += [range(0, 1000, 1000 // S) for S in (2, 30, 300)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("seq", SEQUENCES, ids=[f"{len(s)}" for s in SEQUENCES])
 def test_the_largest_eta_named_works_and_no_larger_one(seq: Sequence[int]) -> None:
     x = start(1, 1, 2, 2)

@@ -48,6 +48,7 @@ def test_more_loops_have_the_originals_bits() -> None:
         assert_same_loops("euler", config, times)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("shape", [(1, 16, 7), (3, 5), (2, 16, 64, 64), (2, 4, 2, 8, 8)])
 @pytest.mark.parametrize("config", [{}, V, ZERO])
 def test_states_of_every_shape_have_the_originals_bits(
@@ -90,6 +91,7 @@ def test_draws_and_their_generators_are_the_originals(config: Config, source: st
     assert_same(*found)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of_output", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("of_sample", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("config", [{}, V])

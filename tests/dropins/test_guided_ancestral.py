@@ -157,6 +157,7 @@ def test_states_of_two_and_five_dimensions_are_identical(
     same(diffusion, net, x, denoised_fn=denoised_fn, cond_fn=gradient)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("var", VARIANCES)
 def test_half_precision_gives_identical_float32(var: str, dtype: torch.dtype) -> None:

@@ -131,6 +131,7 @@ MORE: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("more", MORE, ids=["plain", "guided", "all"])
 @pytest.mark.parametrize("which", ["ddim_sample", "p_sample"])
 @pytest.mark.parametrize("option", OPTIONS)

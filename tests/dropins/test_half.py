@@ -53,6 +53,7 @@ def assert_same_configuration(config: Config, dtype: torch.dtype) -> None:
     assert_same_loops(original, fast, x, every=13, seed=11, **rederived)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("config", some(GRID[::47], 2), ids=str)
 def test_configurations_are_bit_identical(config: Config, dtype: torch.dtype) -> None:
@@ -86,6 +87,7 @@ def test_each_backend_is_bit_identical(name: str, every: int, dtype: torch.dtype
             assert_same_loops(original, fast, randn(*SHAPE).to(dtype), every=3, **given)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("which", ["plain", "parallel"])
 @pytest.mark.parametrize(
@@ -114,6 +116,7 @@ def test_inversion_is_bit_identical(spacing: str, prediction: str, dtype: torch.
     assert_same_loops(original, fast, randn(*SHAPE).to(dtype))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", here(*CPU))
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -139,6 +142,7 @@ def test_extremes_are_bit_identical(
             )  # fmt: skip
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_odd_sizes_and_layouts_are_bit_identical(layout: str, dtype: torch.dtype) -> None:
@@ -215,6 +219,7 @@ def test_more_ddpm_loops_are_bit_identical(dtype: torch.dtype) -> None:
         assert_same_loops(original, fast, randn(*SHAPE).to(dtype), seed=3)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("clip", [True, False])

@@ -85,6 +85,7 @@ def test_states_are_bit_identical_and_leave_the_same_stream(
     assert 0 <= samples.min() < samples.max() <= 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_fifty_of_a_thousand_steps_are_bit_identical(original: Any, objective: str) -> None:
     for eta in (0.0, 0.2, 1.0):
@@ -117,6 +118,7 @@ def test_a_thousand_of_a_thousand_steps_are_bit_identical(original: Any) -> None
     assert_identical(made(original, sampling_timesteps=1000, ddim_sampling_eta=1.0), (1, 3, 2, 2))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("shape", [(2,), (2, 5), [2, 3, 5, 7], (0, 3, 4, 4), (2, 3, 105, 104)])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_shapes_of_any_kind_are_bit_identical(objective: str, shape: Any) -> None:
@@ -137,6 +139,7 @@ OUTPUTS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("what", OUTPUTS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_outputs_of_any_kind_are_bit_identical(original: Any, objective: str, what: str) -> None:

@@ -90,6 +90,7 @@ def sequences(original: str) -> Any:
     return package("denoising_diffusion_pytorch_1d", "GaussianDiffusion1D")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("original", ORIGINALS)
 @pytest.mark.parametrize("S", [1, 7, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("eta", [0.0, 0.7])

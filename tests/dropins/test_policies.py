@@ -146,6 +146,7 @@ def test_loops_of_large_states_are_bit_identical(name: str) -> None:
     check_ticks(model, lerobot(300), ticks=2)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "kwargs", [{"eta": 0.5}, {"eta": 1.0, "use_clipped_model_output": True}, {"eta": 0}], ids=str
 )
@@ -238,6 +239,7 @@ class Writing(Unet):
         return out
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("network", [Rounding, Writing])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_unusual_networks_give_the_same(way: Any, name: str, network: Any) -> None:

@@ -407,6 +407,7 @@ def test_capture_refuses_bad_arguments(
     refused(lambda: DDIM(7).capture(**given), error, *said)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.gpu
 @apart
 @pytest.mark.parametrize("how", CALLS)

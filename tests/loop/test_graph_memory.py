@@ -115,6 +115,7 @@ def test_a_tape_holds_only_memory_that_was_allocated_on_the_tape() -> None:
         tape.replay()
 
 
+@pytest.mark.one_in(2)
 @STEPS
 @pytest.mark.parametrize("how", CALLS)
 def test_memory_that_a_graph_reads_lives_as_long_as_its_replay(
@@ -158,6 +159,7 @@ def test_memory_of_a_function_recorded_alone_is_held_as_well(tapes: list[Tape]) 
     assert torch.equal(replay(), torch.full((3,), 2.0))
 
 
+@pytest.mark.one_in(2)
 @STEPS
 @pytest.mark.parametrize("how", CALLS)
 def test_memory_of_a_dropped_graph_is_freed_at_once(
@@ -205,6 +207,7 @@ MOVED: dict[str, Callable[[Net], object]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @STEPS
 @pytest.mark.parametrize("how", MOVED)
 @pytest.mark.parametrize("reached", REACHED)

@@ -78,6 +78,7 @@ CALLS: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("how", CALLS)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -204,6 +205,7 @@ def peak_states(call: Callable[[], Any]) -> float:
     return most / (4 * STATE)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("steps", [5, 40])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("source", ["seeds", "generator"])
@@ -269,6 +271,7 @@ def bytes_of(kept: Any) -> bytes:
     return bytes(kept.tolist()) if isinstance(kept, torch.UntypedStorage) else bytes(kept.tobytes())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("w", [None, 2.0, "some rows"])
@@ -326,6 +329,7 @@ def from_there(x: Tensor, t: Tensor, c: Any = 0.0, before: Tensor | None = None)
     return output if before is None else output + 0.1 * before
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("large", [False, True])

@@ -195,6 +195,7 @@ def test_a_loop_that_runs_backwards_never_waits(device: Device, how: str) -> Non
     assert_equal(found, ddim.invert(model, x0, refine=1, **given))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("how", ["plain", "bf16", "guidance", "interval", "cond_fn", "self"])
 @pytest.mark.parametrize("whole", [100, 2])
 def test_a_captured_loop_never_waits(

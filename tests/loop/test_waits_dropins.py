@@ -57,6 +57,7 @@ TOLD: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("told", TOLD)
 @pytest.mark.parametrize(("kind", "config", "strict", "dtype"), some(STEPS, 3))
 def test_no_schedulers_step_waits(
@@ -82,6 +83,7 @@ def test_no_schedulers_step_waits(
         assert_equal(x, y)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "config",
     [
@@ -138,6 +140,7 @@ def test_no_ddpm_step_waits_for_its_own_timesteps(
         assert_equal(x, y)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("config", [{}, {"prediction_type": "sample", "clip_sample": False}])
 @pytest.mark.parametrize("told", TOLD)
 @pytest.mark.parametrize("moved", [False, True])
@@ -313,6 +316,7 @@ GUIDED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("how", GUIDED)
 def test_guided_diffusions_loop_never_waits(device: Device, how: str, rescale: bool) -> None:
@@ -354,6 +358,7 @@ ANCESTRAL: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("learn_sigma", [False, True])
 @pytest.mark.parametrize("how", ANCESTRAL)
 def test_guided_diffusions_p_sample_never_waits(

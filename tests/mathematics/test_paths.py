@@ -61,6 +61,7 @@ def steps_of(path: GaussianPath, high: float, low: float, S: int) -> list[tuple[
     return list(itertools.pairwise(levels))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("prediction_at", [0, 1])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_gaussians_flow_is_met_with_order_1_and_2(name: str, prediction_at: int) -> None:

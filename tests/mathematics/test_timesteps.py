@@ -67,6 +67,7 @@ def test_pairs_are_in_the_order_of_the_steps() -> None:
     assert make_pairs("trailing", 2, 10) == ((9, 4), (4, -1))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("T", [1, 100, 1000])
 @pytest.mark.parametrize("spacing", STRICT)
 def test_strict_spacings_take_S_distinct_steps_down_to_data(spacing: str, T: int) -> None:

@@ -154,6 +154,7 @@ def test_other_pickles(tmp_path: Path, held: Any, said: str) -> None:
     assert said in message
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("write", [torch.save, legacy])
 @pytest.mark.parametrize("kept", [2, 9, 100, 5000, 600_000, -1])
 def test_truncated_pickles(tmp_path: Path, write: Callable[[Any, Path], Any], kept: int) -> None:

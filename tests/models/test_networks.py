@@ -73,6 +73,7 @@ WRAPPED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrapped_and_in_dictionaries(tmp_path: Path, name: str) -> None:
     wrap, said = WRAPPED[name]

@@ -48,6 +48,7 @@ SCHEDULERS: list[tuple[dict[str, Any], str, int]] = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("place", ["scheduler_config.json", "scheduler/scheduler_config.json"])
 @pytest.mark.parametrize(("fields", "name", "T"), SCHEDULERS)
 def test_the_schedule_is_the_schedulers(
@@ -65,6 +66,7 @@ def test_the_schedule_is_the_schedulers(
     assert f"({place})" in loaded.description
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_a_pipeline_in_a_folder_samples_as_diffusers_has_it(

@@ -81,6 +81,7 @@ MODES: list[type[AbstractContextManager[Any]]] = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 40_000)])
 def test_calls_in_different_modes_share_a_step(

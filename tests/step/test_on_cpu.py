@@ -161,6 +161,7 @@ def test_scratch_is_each_thread_s_own_and_kept() -> None:
         assert here[0] == here[1] != there[0]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -199,6 +200,7 @@ OWN_FACTORS = [(3000, 2), (4096, 8), (70, 63), (70, 64), (5, BLOCK + 3), (3, 2 *
 BOUNDS: list[dict[str, Any]] = [{}, {"threshold": ()}, {"threshold": (), "rederive": True}]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("shape", some([(shape,) for shape in OWN_FACTORS], 2))
 @pytest.mark.parametrize("together", [True, False], ids=["one block", "blocks"])
 @pytest.mark.parametrize("equal", some([False, True], 2))
@@ -289,6 +291,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("x_layout", LAYOUTS)
 @pytest.mark.parametrize("output_layout", LAYOUTS)
 def test_layouts_may_be_mixed(x_layout: str, output_layout: str) -> None:

@@ -441,6 +441,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_argument_is_named_in_one_line(case: str) -> None:
     change, error, message = BAD[case]
