@@ -372,20 +372,24 @@ class Engine:
                     ),
                 )
                 continue
+            # The count comes first: whoever has the sample finds it in the metrics.
+            if ticket.late is None:
+                ticket.late = self._recorder.finish(ticket.began, ticket.due)
             try:
                 ticket.set_result(flight.result)
             except InvalidStateError:  # The request was cancelled since.
+                self._recorder.take_back(ticket.late)
                 continue
-            self._recorder.finish(ticket.began, ticket.due)
             ticket.strip()
         return any_
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
+        self._recorder.failed += 1  # Before the waiters learn of the failure.
         try:
             ticket.set_exception(error)
-        except InvalidStateError:
+        except InvalidStateError:  # The request was cancelled since.
+            self._recorder.failed -= 1
             return
-        self._recorder.failed += 1
         ticket.strip()
 
     def _mend(self) -> None:

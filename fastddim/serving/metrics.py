@@ -60,12 +60,19 @@ class Recorder:
         self._active[place] = active
         self.ticks += 1
 
-    def finish(self, began: float, due: float | None) -> None:
-        """Records a finished request, which was submitted at ``began``."""
+    def finish(self, began: float, due: float | None) -> bool:
+        """Records a finished request, submitted at ``began``; returns whether it is late."""
         now = time.perf_counter()
         self._latencies[self.finished % KEPT] = now - began
         self.finished += 1
-        self.late += due is not None and now > due
+        late = due is not None and now > due
+        self.late += late
+        return late
+
+    def take_back(self, late: bool) -> None:
+        """Takes back the latest finished request."""
+        self.finished -= 1
+        self.late -= late
 
     def now(self, queued: int, active: int) -> Metrics:
         """Returns the metrics."""

@@ -35,6 +35,8 @@ class Ticket(Future[Tensor]):
         """The slot in which the sample is being made."""
         self.base: int | None = None
         """The row at which its program lies, while it has a slot."""
+        self.late: bool | None = None
+        """Whether the sample came after its deadline, once the metrics count it."""
         self._dropped, self._advance = dropped, advance
         self._once = threading.Lock()
 

@@ -10,6 +10,7 @@ import time
 import weakref
 from concurrent.futures import CancelledError, Future, TimeoutError, as_completed, wait
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -160,6 +161,27 @@ def test_run_takes_its_results_from_the_thread() -> None:
             assert torch.equal(x, expected(1, i, 2))
         engine.drain()
         assert engine.metrics().finished == 7
+
+
+def test_the_metrics_count_a_result_that_is_there() -> None:
+    seen: list[tuple[int, int]] = []
+    fails = [False, True, False]
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        if fails[len(seen)]:
+            raise ArithmeticError
+        return x
+
+    engine = Engine(model, SHAPE, 1)
+
+    def look(_: Any) -> None:
+        found = engine.metrics()
+        seen.append((found.finished, found.failed))
+
+    for seed in range(3):
+        engine.submit(Request(seed, ddim=MIX[1])).add_done_callback(look)
+    engine.drain()
+    assert seen == [(1, 0), (1, 1), (2, 1)]
 
 
 def test_asyncio_awaits_samples_and_cancels() -> None:
