@@ -23,15 +23,19 @@ from benchmarks.timing import Record
 
 @pytest.mark.slow
 def test_gpu_tests_need_no_more_than_a_gpus_machine_has() -> None:
-    of_diffusers = ("ddpm", "diffusers", "euler_state", "multistep", "policies_calls")
-    files = set(testing.files()) - {f"tests/dropins/test_{name}.py" for name in of_diffusers}
+    """The tests of drop-ins for diffusers alone need diffusers, which needs a package left out."""
     names = ("typer", "rich", "PIL", "matplotlib", "scipy", "transformers", "kernels")
     code = f"""
 import importlib, sys
 sys.path[:0] = {[str(ROOT), str(ROOT / "kernels" / "torch-ext")]!r}
 sys.modules |= dict.fromkeys({names!r})
-for name in {[f[:-3].replace("/", ".") for f in sorted(files)]!r}:
-    importlib.import_module(name)
+for name in {[f[:-3].replace("/", ".") for f in sorted(testing.files())]!r}:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        of_diffusers = "PIL.Image is missing; it comes with" in str(error)
+        if not (of_diffusers and name.startswith("tests.dropins.")):
+            raise
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
