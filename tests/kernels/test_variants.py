@@ -89,7 +89,7 @@ def test_every_variant_dtype_and_layout_of_many_sizes_is_eagers(
     name: str, dtype: torch.dtype, layout: str
 ) -> None:
     last, sizes = LAYOUTS[layout], list(itertools.product(BATCHES, CHANNELS, [*PIXELS, (3, 5)]))
-    for batch, channels, pixels in random.Random(f"{name} {dtype} {layout}").sample(sizes, 3):
+    for batch, channels, pixels in random.Random(f"{name} {dtype} {layout}").sample(sizes, 2):
         arguments = of_variant(name, dtype, last, batch, (channels, *pixels))
         assert_equals_eager(arguments, offset=batch % 4)
 
@@ -215,9 +215,9 @@ def test_every_variant_in_several_parts_and_blocks_equals_eager(
     monkeypatch: pytest.MonkeyPatch, number: int, name: str, layout: str
 ) -> None:
     shape = (CHANNELS[number % 7], 9 - number % 2, 8)
-    for fours in (4, 8):
-        found = assert_launch_equals_eager(monkeypatch, name, layout, 2, shape, fours, number % 4)
-        assert found or shape[0] < 3
+    fours = 8 if (number + LAYOUTS[layout]) % 2 else 4
+    found = assert_launch_equals_eager(monkeypatch, name, layout, 2, shape, fours, number % 4)
+    assert found or shape[0] < 3
 
 
 @pytest.mark.parametrize(

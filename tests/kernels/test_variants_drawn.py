@@ -172,7 +172,7 @@ def test_any_call_equals_eager(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=500, **DRAWN)
+@settings(max_examples=250, **DRAWN)
 @given(data=st.data())
 def test_any_call_equals_eager_at_length(data: st.DataObject) -> None:
     check_drawn_step(data)
