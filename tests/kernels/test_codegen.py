@@ -68,13 +68,14 @@ class Code:
         return self.v.shape == (4, 64, 64) and (noise_turned or self.v.mixed)
 
 
-def compiled(out: Path, arch: str) -> list[Code]:
+def compiled(out: Path, arch: str, only: tuple[str, ...] = ()) -> list[Code]:
     """By the command, in a process of its own: the interpreter, once on, is on for good."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     # What is there stays: it may name another Triton.
     paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-m", "benchmarks.codegen", "--out", str(out), "--arch", arch]
+    command += ["--only", ",".join(only)] if only else []
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     details, found = json.loads((out / "details.json").read_text()), []
@@ -84,17 +85,24 @@ def compiled(out: Path, arch: str) -> list[Code]:
         ttir, of = (out / f"{name}.ttir").read_text(), details[name]
         elements = of["elements_per_thread"]
         found.append(Code(row["variant"], row, elements, of["sass"], of["ptx"], ttir))
-    assert [c.name for c in found] == list(NAMES)
+    assert [c.name for c in found] == list(only or NAMES)
     return found
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(a, id=f"sm_{a}", marks=pytest.mark.slow) for a in ("80", "90", "100")],
+    params=[
+        pytest.param(
+            ("90", "epsilon", "epsilon order 2", "epsilon bf16 rounded"),
+            id="sm_90, three variants",
+        ),
+        *(pytest.param((a,), id=f"sm_{a}", marks=pytest.mark.slow) for a in ("80", "90", "100")),
+    ],
 )
 def code(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Code]:
     """The machine code of one architecture."""
-    return compiled(tmp_path_factory.mktemp("codegen"), request.param)
+    arch, *only = request.param
+    return compiled(tmp_path_factory.mktemp("codegen"), arch, tuple(only))
 
 
 SHARED = ("LDS", "STS", "BAR")

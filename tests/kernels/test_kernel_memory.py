@@ -153,7 +153,6 @@ def test_memory_that_begins_between_vectors_equals_the_reference(offset: int) ->
     assert_same_step(x, output, on_row(12, 2), offset=offset)
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter, on ±inf
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("clip", [None, 1.0])

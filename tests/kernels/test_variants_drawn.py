@@ -184,7 +184,6 @@ NAN, INF = float("nan"), float("inf")
 SPECIAL = torch.tensor([NAN, INF, -INF, 3e38, 1e-44, 0.0, 1.0, -2.0])
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter, on ±inf
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("of", ["noise", "guidance", "threshold", "seeds"])
@@ -208,7 +207,6 @@ def test_nan_and_infinity_come_out_as_eagers(of: str, prediction: str) -> None:
         assert_equals_eager(arguments | {"prediction": prediction, "rederive": rederive})
 
 
-@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter, on overflow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_next_input_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
