@@ -93,8 +93,8 @@ def compiled(out: Path, arch: str, only: tuple[str, ...] = ()) -> list[Code]:
     scope="module",
     params=[
         pytest.param(
-            ("90", "epsilon", "epsilon order 2", "epsilon bf16 rounded"),
-            id="sm_90, three variants",
+            ("90", "epsilon", "epsilon x0 clip", "epsilon order 2", "epsilon bf16 rounded"),
+            id="sm_90, four variants",
         ),
         *(pytest.param((a,), id=f"sm_{a}", marks=pytest.mark.slow) for a in ("80", "90", "100")),
     ],
