@@ -417,7 +417,7 @@ MUTANTS = [
         "a number too large for float16 wraps around",
         STEP,
         "if magnitude >= _OVERFLOW",
-        "if magnitude > _OVERFLOW",
+        "if magnitude >= np.uint32(144 << 23)",
     ),
     Mutant(
         "fused",

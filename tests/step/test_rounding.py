@@ -210,7 +210,7 @@ def test_numbas_roundings_are_those_of_pytorch() -> None:
             back[i] = fused._float16_value(bits[i])
             bfloat16[i], float16[i] = fused._to_bfloat16(v[i]), fused._to_float16(v[i])
 
-    edges = torch.tensor([65519.996, 65520.0, -65520.0, 1e30, torch.inf, -torch.inf])
+    edges = torch.tensor([65519.996, 65520.0, -65520.0, 65536.0, -1e5, 1e30, torch.inf, -torch.inf])
     v = torch.cat([*halves(), edges])
     v = v[~v.isnan()].contiguous()
     bits = np.empty(v.numel(), np.uint16)
