@@ -135,6 +135,11 @@ class Base(Scheduler):
         if abar is not source and (self._moved is None or self._moved[0] is not abar):
             self._moved = abar, version(abar), source
 
+    @classmethod
+    def _get_compatibles(cls) -> list[Any]:
+        """Returns the original, the classes compatible with it, and this class."""
+        return [*cls._parent._get_compatibles(), cls]
+
     def _drawn(self, like: Tensor, generator: Any) -> Tensor:
         """Draws normals as the original does, on a CPU always into the same memory."""
         if torch.compiler.is_compiling():  # The scheduler's memory is no input of a graph.

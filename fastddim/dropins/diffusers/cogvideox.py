@@ -81,11 +81,6 @@ class FastCogVideoXDDIMScheduler(Base, CogVideoXDDIMScheduler):
             snr_shift_scale=snr_shift_scale,
         )
 
-    @classmethod
-    def _get_compatibles(cls) -> list[Any]:
-        """Returns the original, the classes compatible with it, and this class."""
-        return [*cls._parent._get_compatibles(), cls]
-
     def set_timesteps(
         self, num_inference_steps: int, device: str | torch.device | None = None
     ) -> None:

@@ -103,11 +103,6 @@ class FastDDPMScheduler(Base, DDPMScheduler):
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
 
-    @classmethod
-    def _get_compatibles(cls) -> list[Any]:
-        """Returns the original, the classes compatible with it, and this class."""
-        return [*cls._parent._get_compatibles(), cls]
-
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,

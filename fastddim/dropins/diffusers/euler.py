@@ -31,11 +31,6 @@ class Euler(Base):
     _unbound: tuple[Tensor, dict[int, tuple[Tensor, ...]]] | None = None
     """A table, and the numbers of its columns as tensors of no dimension."""
 
-    @classmethod
-    def _get_compatibles(cls) -> list[Any]:
-        """Returns the original, the classes compatible with it, and this class."""
-        return [*cls._parent._get_compatibles(), cls]
-
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_unbound"}
 

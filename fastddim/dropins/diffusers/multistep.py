@@ -151,11 +151,6 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
             )
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
-    @classmethod
-    def _get_compatibles(cls) -> list[Any]:
-        """Returns the original, the classes compatible with it, and this class."""
-        return [*cls._parent._get_compatibles(), cls]
-
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,

@@ -39,11 +39,6 @@ class _Fast(Base):
     def _strategy(self) -> Strategy:
         return _STRICT if self.config.strict else _PLAIN
 
-    @classmethod
-    def _get_compatibles(cls) -> list[Any]:
-        """Returns the original, the classes compatible with it, and this class."""
-        return [*cls._parent._get_compatibles(), cls]
-
     def _begin(self) -> None:
         """Checks the configuration, after the original's constructor."""
         if not isinstance(self.config.strict, bool):
