@@ -1,97 +1,150 @@
-"""Which request is in which slot, and for how many ticks more: the host's view of the batch."""
+"""Which request is in which slot, and for how many ticks more: the host's view of the batches."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
+from fastddim.coefficients import PREDICTIONS
 from fastddim.loop.drive import no_grad
+from fastddim.loop.graph import Memory
+from fastddim.loop.model import Predictor
 from fastddim.serving.landing import Landing
+from fastddim.serving.request import Network
 from fastddim.serving.slots import Slots
 from fastddim.serving.tables import Tables
 from fastddim.serving.tick import Tick
 from fastddim.serving.ticket import Ticket
+from fastddim.step.backends import Fixed
 
 
-class Batch:
+class Batch(NamedTuple):
+    """The slots of one call of the model, and the call with its step."""
+
+    memory: Slots
+    tick: Tick
+
+    @classmethod
+    def of(
+        cls,
+        predictor: Predictor,
+        network: Network,
+        tables: Tables,
+        graphs: Memory | None,
+        allocating: AbstractContextManager[Any],
+    ) -> Batch:
+        """Returns a batch of new slots. The arguments are as in ``Tick``; batches share them."""
+        times = tables.times.dtype
+        memory = Slots(predictor.batch, network, predictor.device, predictor.dtype, times)
+        predictor = replace(predictor, cond=memory.cond, both=memory.cond)
+        fixed = Fixed(PREDICTIONS.index(network.prediction), True, network.ddim.clip, False)
+        return cls(
+            memory, Tick(predictor, memory, tables, fixed, network.guided, graphs, allocating)
+        )
+
+
+class Batches:
     """The slots with their requests. The host counts ticks, and never waits for the device.
+
+    Each batch has the same number of slots, and one without requests makes no call of the model.
+    Slots are numbered from batch to batch. A request may move to another batch between two ticks:
+    no bit of its sample depends on its slot.
 
     Attributes:
         tickets: the request in each slot, or None.
         active: the number of slots with a request.
     """
 
-    def __init__(self, slots: Slots, tables: Tables, tick: Tick, landing: Landing) -> None:
-        self._slots, self._tables, self._tick, self._landing = slots, tables, tick, landing
-        self.tickets: list[Ticket | None] = [None] * len(slots.seeds)
+    def __init__(self, batches: Sequence[Batch], tables: Tables, landing: Landing) -> None:
+        self._batches, self._tables, self._landing = batches, tables, landing
+        self._size = len(batches[0].memory.seeds)
+        self.tickets: list[Ticket | None] = [None] * (self._size * len(batches))
         self.active = 0
-        self._left: set[int] = set()
-        """The slots whose requests have left, and that are not parked yet."""
+        self._counts = [0] * len(batches)
+        """The number of slots with a request in each batch."""
+        self._left: list[set[int]] = [set() for _ in batches]
+        """The slots of each batch whose requests have left, and that are not parked yet."""
         self._clock = 0
         """The number of ticks taken."""
-        self._ends: defaultdict[int, list[tuple[int, Ticket]]] = defaultdict(list)
-        """The slots that finish at each tick to come, and the requests in them."""
-        self._turns: defaultdict[int, list[tuple[int, Ticket, int]]] = defaultdict(list)
-        """The slots whose guidance changes before a tick to come: (slot, request, its step)."""
+        self._ends: defaultdict[int, list[Ticket]] = defaultdict(list)
+        """The requests that finish at each tick to come."""
+        self._turns: defaultdict[int, list[tuple[Ticket, int]]] = defaultdict(list)
+        """The requests whose guidance changes before a tick to come, each with its step."""
 
-    def place(self, ticket: Ticket) -> int | None:
-        """Returns a free slot, which is the ticket's from now on; None if all are in use."""
-        if self.active == len(self.tickets):
-            return None
-        slot = self.tickets.index(None)
-        self.tickets[slot], ticket.slot = ticket, slot
-        self.active += 1
-        return slot
+    def place(self, ticket: Ticket) -> bool:
+        """Gives the ticket a free slot of the fullest batch; returns False if all are in use."""
+        free = [i for i, count in enumerate(self._counts) if count < self._size]
+        if not free:
+            return False
+        self._enter(max(free, key=self._counts.__getitem__), ticket)
+        return True
 
-    def fill(self, slot: int, ticket: Ticket) -> None:
+    def fill(self, ticket: Ticket) -> None:
         """Writes a placed request into its slot."""
-        work, slots = ticket.work, self._slots
-        self._left.add(slot)
-        if work.program.remembers:
-            slots.remember()
-        self._tick.noisy |= work.program.noisy
+        i, slot = self._where(ticket)
+        work, batch = ticket.work, self._batches[i]
+        self._left[i].add(slot)
+        self._prepare(batch, ticket)
         ticket.base = self._tables.add(work.program)
         with no_grad():
-            slots.fill(slot, work, ticket.base + work.first)
-        self._left.discard(slot)
-        self._ends[self._clock + work.steps].append((slot, ticket))
-        self._plan_guidance(slot, ticket, 0)
+            batch.memory.fill(slot, work, ticket.base + work.first)
+        self._left[i].discard(slot)
+        self._ends[self._clock + work.steps].append(ticket)
+        self._plan_guidance(ticket, 0)
 
-    def free(self, slot: int, ticket: Ticket) -> None:
-        """Takes a request out of its slot."""
-        if self.tickets[slot] is ticket:
-            self.tickets[slot] = ticket.slot = None
-            self.active -= 1
-            self._left.add(slot)
+    def free(self, ticket: Ticket) -> None:
+        """Takes a request out of its slot, if it has one."""
+        if self._has_slot(ticket):
+            self._leave(ticket)
             if ticket.base is not None:
                 self._tables.release(ticket.work.program)
             ticket.base = None
 
-    def tick(self) -> list[Ticket]:
-        """Takes one tick, frees the slots of finished requests and returns these requests.
+    def gather(self, fail: Callable[[Ticket, Exception], None]) -> None:
+        """Moves requests together if fewer calls of the model then hold them all.
 
-        Raises:
-            Exception: that of the model, or of the device. No slot has moved then.
+        A request that cannot be moved, because the device has no memory, say, fails.
         """
         with no_grad():
-            while self._left:
-                slot = next(iter(self._left))
-                self._slots.park(slot)
-                self._left.discard(slot)
-            for slot, ticket, step in self._turns.pop(self._clock, ()):
-                if self.tickets[slot] is ticket:
-                    self._slots.guide(slot, ticket.work, ticket.work.guidance[step])
-                    self._plan_guidance(slot, ticket, step)
-            self._tick()
+            while True:
+                used = [i for i, count in enumerate(self._counts) if count]
+                if -(-self.active // self._size) == len(used):
+                    return
+                least = min(used, key=self._counts.__getitem__)
+                for ticket in self._occupants(least):
+                    others = [i for i in used if i != least and self._counts[i] < self._size]
+                    self._move(ticket, max(others, key=self._counts.__getitem__), fail)
+
+    def tick(self, fail: Callable[[Ticket, Exception], None]) -> int:
+        """Takes one tick, and frees the slots of finished requests.
+
+        An exception of the model, or of the device, fails the requests of its batch, which then
+        have no slot any more.
+
+        Returns:
+            The number of batches, hence of calls of the model.
+        """
+        with no_grad():
+            for ticket, step in self._turns.pop(self._clock, ()):
+                if self._has_slot(ticket):
+                    i, slot = self._where(ticket)
+                    work = ticket.work
+                    self._batches[i].memory.guide(slot, work, work.guidance[step])
+                    self._plan_guidance(ticket, step)
+            used = [i for i, count in enumerate(self._counts) if count]
+            for i in used:
+                self._call(i, fail)
             self._clock += 1
-            finished = []
-            for slot, ticket in self._ends.pop(self._clock, ()):
-                if self.tickets[slot] is ticket:
-                    self._landing.copy(ticket, self._state_of(slot))
-                    self.free(slot, ticket)
-                    finished.append(ticket)
-        return finished
+            for ticket in self._ends.pop(self._clock, ()):
+                if self._has_slot(ticket):
+                    i, slot = self._where(ticket)
+                    memory = self._batches[i].memory
+                    self._landing.copy(ticket, memory.x[memory.side][slot])
+                    self.free(ticket)
+        return len(used)
 
     def occupants(self) -> list[Ticket]:
         """Returns the requests that have a slot."""
@@ -103,18 +156,78 @@ class Batch:
             ticket.slot = ticket.base = None
         self.tickets = [None] * len(self.tickets)
         self.active = 0
-        self._left.update(range(len(self.tickets)))
+        self._counts = [0] * len(self._counts)
+        for left in self._left:
+            left.update(range(self._size))
         self._ends.clear()
         self._turns.clear()
         self._tables.release_all()
 
-    def _state_of(self, slot: int) -> Tensor:
-        return self._slots.x[self._slots.side][slot]
+    def _has_slot(self, ticket: Ticket) -> bool:
+        return ticket.slot is not None and self.tickets[ticket.slot] is ticket
 
-    def _plan_guidance(self, slot: int, ticket: Ticket, step: int) -> None:
+    def _where(self, ticket: Ticket) -> tuple[int, int]:
+        """Returns the ticket's batch and its slot there."""
+        assert ticket.slot is not None
+        return divmod(ticket.slot, self._size)
+
+    def _occupants(self, i: int) -> list[Ticket]:
+        here = self.tickets[i * self._size : (i + 1) * self._size]
+        return [ticket for ticket in here if ticket is not None]
+
+    def _enter(self, i: int, ticket: Ticket) -> None:
+        slot = self.tickets.index(None, i * self._size)
+        self.tickets[slot], ticket.slot = ticket, slot
+        self._counts[i] += 1
+        self.active += 1
+
+    def _leave(self, ticket: Ticket) -> None:
+        i, slot = self._where(ticket)
+        self.tickets[i * self._size + slot] = ticket.slot = None
+        self._counts[i] -= 1
+        self.active -= 1
+        self._left[i].add(slot)
+
+    def _move(self, ticket: Ticket, to: int, fail: Callable[[Ticket, Exception], None]) -> None:
+        i, slot = self._where(ticket)
+        try:
+            self._leave(ticket)
+            self._enter(to, ticket)
+            self._prepare(self._batches[to], ticket)
+            _, there = self._where(ticket)
+            self._batches[to].memory.take(there, self._batches[i].memory, slot)
+            self._left[to].discard(there)
+        except Exception as error:
+            fail(ticket, error)
+            self.free(ticket)
+
+    def _prepare(self, batch: Batch, ticket: Ticket) -> None:
+        """Makes the batch's tick one that gives the request its noise and its last x0."""
+        program = ticket.work.program
+        if program.remembers:
+            batch.memory.remember()
+        batch.tick.noisy |= program.noisy
+
+    def _call(self, i: int, fail: Callable[[Ticket, Exception], None]) -> None:
+        """Parks the slots that were left, and calls the model on a batch."""
+        left, batch = self._left[i], self._batches[i]
+        try:
+            while left:
+                slot = next(iter(left))
+                batch.memory.park(slot)
+                left.discard(slot)
+            batch.tick()
+        except Exception as error:
+            # Fail the requests first: after an interrupt here the rest begin again.
+            for ticket in self._occupants(i):
+                fail(ticket, error)
+            for ticket in self._occupants(i):
+                self.free(ticket)
+
+    def _plan_guidance(self, ticket: Ticket, step: int) -> None:
         """Notes the next step of a request at which its weight of guidance changes."""
         w = ticket.work.guidance
         for later in range(step + 1, len(w)):
             if w[later] != w[step]:
-                self._turns[self._clock + later - step].append((slot, ticket, later))
+                self._turns[self._clock + later - step].append((ticket, later))
                 return

@@ -8,31 +8,27 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastddim.check import kind, shown, whole
-from fastddim.coefficients import PREDICTIONS
+from fastddim.check import kind, whole
 from fastddim.loop.devices import check_not_capturing, place_of
+from fastddim.loop.graph import Memory
 from fastddim.loop.model import Model, Predictor, warn_of_training
 from fastddim.loop.options import checked_dtype
 from fastddim.loop.sampler import DDIM
-from fastddim.serving.batch import Batch
+from fastddim.serving.batch import Batch, Batches
 from fastddim.serving.landing import Landing
 from fastddim.serving.metrics import Metrics, Recorder
 from fastddim.serving.order import QueueFull, Waiting
-from fastddim.serving.request import Network, Request, Spec, checked
-from fastddim.serving.slots import Slots
+from fastddim.serving.request import Network, Request, checked, checked_shape, specs_of
 from fastddim.serving.tables import Tables
 from fastddim.serving.thread import Runner
-from fastddim.serving.tick import Tick
 from fastddim.serving.ticket import Ticket
 from fastddim.step.arguments import OUTPUTS, check_untransformed
-from fastddim.step.backends import Fixed
 
 
 class Engine:
@@ -47,16 +43,20 @@ class Engine:
     request before the next tick, so no request waits for a slower one. The host knows how many
     ticks each slot needs, and never waits for the device. On CUDA a tick is one captured graph.
 
+    **Batches.** With ``batch_size`` a tick calls the model on batches of that size, and only on as
+    many as hold the requests: before each call requests move together. Choose the smallest size at
+    which a sample costs the model hardly more than in a full batch of ``slots``.
+
     **Bits.** A sample is a function of its request alone: no bit depends on the requests in other
     slots, on the order in which requests came or on cancelled ones, if the model's output for a
-    sample depends on that sample and the batch size alone. The batch size is always ``slots``, so
-    the sample has the bits of ``DDIM.sample(model, seeds=[seed, ...], batch_size=slots)``. With
-    ``guided`` the model is called with 2·slots samples: a guided request has the bits of
-    ``DDIM.sample`` with guidance, and one without guidance those of ``batch_size=2 * slots``.
+    sample depends on that sample and the batch size alone. The batch size never changes, so the
+    sample has the bits of ``DDIM.sample(model, seeds=[seed, ...], batch_size=batch_size)``. With
+    ``guided`` the model is called with 2·batch_size samples: a guided request has the bits of
+    ``DDIM.sample`` with guidance, and one without guidance those of ``2 * batch_size``.
 
-    **Failures.** An exception of the model is the exception of all requests that have a slot, and
-    the engine goes on with those that wait. After a ``KeyboardInterrupt`` in ``step``, ``drain``
-    or ``result`` the engine is usable: the requests that had a slot begin again at the next tick.
+    **Failures.** An exception of the model is the exception of all requests in its batch, and the
+    engine goes on with the others. After a ``KeyboardInterrupt`` in ``step``, ``drain`` or
+    ``result`` the engine is usable: the requests that had a slot begin again at the next tick.
 
     ``submit``, ``metrics`` and a future's methods may be called by any thread.
 
@@ -64,14 +64,16 @@ class Engine:
         model: as in ``DDIM.sample``. The tensors that it gets are the engine's own memory, which
             the next tick overwrites.
         shape: of one sample, without the batch.
-        slots: the number of samples in a batch, ≥ 1.
+        slots: the number of samples that are made at the same time, ≥ 1.
+        batch_size: the number of samples in a call of the model, which divides ``slots``;
+            ``slots`` by default.
         ddim: the sampler of requests that name none. It also says what the network is: its
             prediction, clip, T and the dtype of t hold for every request.
         device, dtype, autocast: as in ``DDIM.sample``; ``dtype`` is float32 by default.
         cond: the model's keyword arguments: for each name the shape of one request's tensor,
             without the batch, of the model's dtype; or a tensor with that shape and its dtype.
-        guided: whether requests may have guidance. The model is then called with 2·slots samples,
-            without the condition and with it, for every request.
+        guided: whether requests may have guidance. The model is then called with 2·batch_size
+            samples, without the condition and with it, for every request.
         order: which request is served next: ``"first"`` come, ``"shortest"``, with the fewest
             steps, or ``"deadline"``, the earliest.
         limit: the most requests that may wait; None for any number.
@@ -94,6 +96,7 @@ class Engine:
         shape: Sequence[int],
         slots: int,
         *,
+        batch_size: int | None = None,
         ddim: DDIM | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -108,7 +111,10 @@ class Engine:
         if not isinstance(ddim, DDIM):
             raise TypeError(f"ddim must be a fastddim.DDIM, got {kind(ddim)}")
         count = whole("slots", slots, low=1)
-        size = _checked_shape(shape)
+        batch = count if batch_size is None else whole("batch_size", batch_size, low=1)
+        if count % batch:
+            raise ValueError(f"batch_size must divide slots = {count}, got {batch}")
+        size = checked_shape(shape)
         dtype = torch.float32 if dtype is None else checked_dtype(dtype)
         if dtype not in OUTPUTS:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -117,23 +123,21 @@ class Engine:
         self._waiting = Waiting(order, limit)
         where = place_of(device, model)
         on_gpu = where.type == "cuda"
-        specs = _specs(cond, dtype)
+        specs = specs_of(cond, dtype)
         self._network = Network(ddim, size, specs, bool(guided), bool(check_finite), on_gpu)
         check_not_capturing(where)
         check_untransformed("serving")
-        predictor = Predictor.of(model, count, where, dtype, None, None, None, None, autocast)
+        predictor = Predictor.of(model, batch, where, dtype, None, None, None, None, autocast)
         warn_of_training(model, 2)
         times = ddim.schedule.times([t for t, _ in ddim.pairs])
         tables = Tables(times, where)
-        memory = Slots(count, self._network, where, dtype, tables.times.dtype)
-        predictor = replace(predictor, cond=memory.cond, both=memory.cond)
-        fixed = Fixed(PREDICTIONS.index(ddim._prediction), True, ddim.clip, False)
-        self._landing = Landing(where)
         self._allocating = threading.Lock()
         """Is held while a request's tensors are copied, and during the capture of a graph."""
-        tick = Tick(predictor, memory, tables, fixed, self._network.guided, self._allocating)
-        self._batch = Batch(memory, tables, tick, self._landing)
-        self._recorder = Recorder(count)
+        shared = predictor, self._network, tables, Memory.on(where), self._allocating
+        batches = [Batch.of(*shared) for _ in range(count // batch)]
+        self._landing = Landing(where)
+        self._batches = Batches(batches, tables, self._landing)
+        self._recorder = Recorder(count, batch)
         self._arrived = threading.Condition()
         """Guards the queue, ``_cancelled``, ``_closed`` and the counts of requests."""
         self._turn = threading.Lock()
@@ -205,7 +209,7 @@ class Engine:
         done: queue.SimpleQueue[Future[Tensor]] = queue.SimpleQueue()
         pending: dict[Future[Tensor], int] = {}
         rest, held, more = enumerate(requests), None, True
-        ahead = 2 * len(self._batch.tickets)
+        ahead = 2 * len(self._batches.tickets)
         try:
             while True:
                 while more and len(pending) < ahead:
@@ -274,14 +278,14 @@ class Engine:
             runner.stop()
         with self._arrived:
             left = self._waiting.all()
-        for ticket in (*left, *self._batch.occupants()):
+        for ticket in (*left, *self._batches.occupants()):
             ticket.cancel()
         self._step()
 
     def metrics(self) -> Metrics:
         """Returns the engine's counts, rates and latencies."""
         with self._arrived:
-            return self._recorder.now(len(self._waiting), self._batch.active)
+            return self._recorder.now(len(self._waiting), self._batches.active)
 
     def __enter__(self) -> Engine:
         """Closes the engine at the end of the block: after its requests, or at once by an error."""
@@ -318,29 +322,20 @@ class Engine:
 
     def _advance(self) -> bool:
         """Frees cancelled slots, fills free slots, takes the tick and hands out results."""
-        batch = self._batch
+        batches = self._batches
         if self._torn:
             self._mend()
         self._torn = True
         while self._cancelled:
             ticket = self._cancelled[0]
-            if ticket.slot is not None:
-                batch.free(ticket.slot, ticket)
+            batches.free(ticket)
             ticket.strip()
             self._cancelled.popleft()
         self._refill()
-        ticking = batch.active > 0
+        ticking = batches.active > 0
         if ticking:
-            active = batch.active
-            try:
-                batch.tick()
-            except Exception as error:
-                # Fail the requests first: after an interrupt here the rest begin again.
-                for ticket in batch.occupants():
-                    self._fail(ticket, error)
-                batch.clear()
-            else:
-                self._recorder.tick(active)
+            batches.gather(self._fail)
+            self._recorder.tick(batches.active, batches.tick(self._fail))
         self._torn = False
         return self._deliver(wait=not ticking) or ticking
 
@@ -349,14 +344,13 @@ class Engine:
         while len(self._waiting):
             with self._arrived:
                 ticket = self._waiting.next()
-                slot = None if ticket is None else self._batch.place(ticket)
-                if ticket is None or slot is None:
+                if ticket is None or not self._batches.place(ticket):
                     return
                 self._waiting.drop(ticket)
             try:
-                self._batch.fill(slot, ticket)
+                self._batches.fill(ticket)
             except Exception as error:  # The device has no memory for larger tables, say.
-                self._batch.free(slot, ticket)
+                self._batches.free(ticket)
                 self._fail(ticket, error)
 
     def _deliver(self, wait: bool) -> bool:
@@ -396,23 +390,23 @@ class Engine:
         """Puts the requests of an interrupted tick back into the queue, to begin again."""
         landing = [flight.ticket for flight in self._landing.all()]
         with self._arrived:
-            for ticket in self._batch.occupants():
+            for ticket in self._batches.occupants():
                 if not ticket.done() and ticket not in landing:
                     self._waiting.add(ticket)
-            self._batch.clear()
+            self._batches.clear()
             self._cancelled.clear()
 
     def _broken(self, error: BaseException) -> None:
         """Closes the engine after an error of its own: requests that are left fail with it."""
         with self._arrived:
             self._closed = f"the engine is closed after an error of its thread: {error!r}"
-            left = [*self._waiting.all(), *self._batch.occupants()]
+            left = [*self._waiting.all(), *self._batches.occupants()]
             for ticket in left:
                 self._waiting.drop(ticket)
         for ticket in left:
             self._fail(ticket, error)
         with self._arrived:
-            self._batch.clear()
+            self._batches.clear()
             self._runner = None
             self._arrived.notify_all()
 
@@ -441,7 +435,7 @@ class Engine:
 
     def _busy(self) -> bool:
         return bool(
-            len(self._waiting) or self._batch.active or len(self._landing) or self._cancelled
+            len(self._waiting) or self._batches.active or len(self._landing) or self._cancelled
         )
 
     def _check_room(self) -> None:
@@ -467,29 +461,3 @@ def _outcome(future: Future[Tensor]) -> Tensor | BaseException:
         return CancelledError()
     error = future.exception()
     return future.result() if error is None else error
-
-
-def _checked_shape(shape: Any) -> tuple[int, ...]:
-    if isinstance(shape, str) or not isinstance(shape, Sequence):
-        raise TypeError(f"shape must be a sequence of integers, got {kind(shape)}")
-    size = tuple(whole(f"shape[{i}]", n, low=1) for i, n in enumerate(shape))
-    if not size:
-        raise ValueError("shape must have one dimension or more, without the batch, got ()")
-    return size
-
-
-def _specs(cond: Any, dtype: torch.dtype) -> dict[str, Spec]:
-    if cond is not None and not isinstance(cond, Mapping):
-        raise TypeError(f"cond must map names to shapes or tensors, got {kind(cond)}")
-    found = {}
-    for name, given in (cond or {}).items():
-        if isinstance(given, Tensor):
-            found[name] = Spec(tuple(given.shape), given.dtype)
-        elif isinstance(given, Sequence) and not isinstance(given, str):
-            shape = (whole(f"cond[{name!r}][{i}]", n, low=0) for i, n in enumerate(given))
-            found[name] = Spec(tuple(shape), dtype)
-        else:
-            raise TypeError(
-                f"cond[{name!r}] must be a shape without the batch or a tensor, got {shown(given)}"
-            )
-    return found

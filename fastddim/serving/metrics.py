@@ -16,10 +16,11 @@ class Metrics:
     """The state of an engine at one moment. ``Engine.metrics`` returns it.
 
     Counters (they only grow): ``submitted``, ``finished``, ``failed``, ``cancelled``, ``refused``
-    (by ``QueueFull``), ``late`` (after their deadline), ``ticks``.
+    (by ``QueueFull``), ``late`` (after their deadline), ``ticks``, ``calls`` (of the model).
 
     Gauges: ``slots``; ``queued`` and ``active``, the requests that wait and that have a slot;
-    ``occupancy``, the share of slots with a request in the latest 1,024 ticks, in [0, 1];
+    ``occupancy``, the share of the samples in the model's calls of the latest 1,024 ticks that
+    belong to a request, in [0, 1];
     ``ticks_per_second`` over the same ticks; ``latency_p50``, ``latency_p90`` and ``latency_p99``,
     the seconds from ``submit`` to the result of the latest 1,024 finished requests. What has no
     value yet is 0.
@@ -35,6 +36,7 @@ class Metrics:
     refused: int
     late: int
     ticks: int
+    calls: int
     occupancy: float
     ticks_per_second: float
     latency_p50: float
@@ -45,20 +47,21 @@ class Metrics:
 class Recorder:
     """Records what ``Metrics`` shows, in memory of a fixed size."""
 
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
+    def __init__(self, slots: int, batch_size: int) -> None:
+        self._slots, self._batch_size = slots, batch_size
         self.submitted = self.finished = self.failed = self.cancelled = 0
-        self.refused = self.late = self.ticks = 0
+        self.refused = self.late = self.ticks = self.calls = 0
         # Lists, because writing one element of an array costs three times as much.
         self._times, self._latencies = [0.0] * KEPT, [0.0] * KEPT
-        self._active = [0] * KEPT
+        self._active, self._calls = [0] * KEPT, [0] * KEPT
 
-    def tick(self, active: int) -> None:
-        """Records one tick with this many active slots."""
+    def tick(self, active: int, calls: int) -> None:
+        """Records one tick with this many active slots and calls of the model."""
         place = self.ticks % KEPT
         self._times[place] = time.perf_counter()
-        self._active[place] = active
+        self._active[place], self._calls[place] = active, calls
         self.ticks += 1
+        self.calls += calls
 
     def finish(self, began: float, due: float | None) -> bool:
         """Records a finished request, submitted at ``began``; returns whether it is late."""
@@ -79,6 +82,7 @@ class Recorder:
         ticks = min(self.ticks, KEPT)
         finished = min(self.finished, KEPT)
         times = self._times[:ticks]
+        samples = self._batch_size * sum(self._calls[:ticks])
         span = max(times) - min(times) if ticks else 0.0
         latencies = self._latencies[:finished] or [0.0]
         p50, p90, p99 = np.percentile(latencies, (50, 90, 99)).tolist()
@@ -93,7 +97,8 @@ class Recorder:
             refused=self.refused,
             late=self.late,
             ticks=self.ticks,
-            occupancy=sum(self._active[:ticks]) / ticks / self._slots if ticks else 0.0,
+            calls=self.calls,
+            occupancy=sum(self._active[:ticks]) / samples if samples else 0.0,
             ticks_per_second=(ticks - 1) / span if span else 0.0,
             latency_p50=p50,
             latency_p90=p90,

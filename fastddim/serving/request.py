@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -310,4 +310,32 @@ def _condition(name: str, given: Any, specs: dict[str, Spec]) -> dict[str, Tenso
                 f"{name}[{key!r}] must be {dtype} {shape}, as in the engine, got {got}"
             )
         found[key] = value
+    return found
+
+
+def checked_shape(shape: Any) -> tuple[int, ...]:
+    """Returns the shape of a sample."""
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be a sequence of integers, got {kind(shape)}")
+    size = tuple(whole(f"shape[{i}]", n, low=1) for i, n in enumerate(shape))
+    if not size:
+        raise ValueError("shape must have one dimension or more, without the batch, got ()")
+    return size
+
+
+def specs_of(cond: Any, dtype: torch.dtype) -> dict[str, Spec]:
+    """Returns what an engine's ``cond`` says of the conditions."""
+    if cond is not None and not isinstance(cond, Mapping):
+        raise TypeError(f"cond must map names to shapes or tensors, got {kind(cond)}")
+    found = {}
+    for name, given in (cond or {}).items():
+        if isinstance(given, Tensor):
+            found[name] = Spec(tuple(given.shape), given.dtype)
+        elif isinstance(given, Sequence) and not isinstance(given, str):
+            shape = (whole(f"cond[{name!r}][{i}]", n, low=0) for i, n in enumerate(given))
+            found[name] = Spec(tuple(shape), dtype)
+        else:
+            raise TypeError(
+                f"cond[{name!r}] must be a shape without the batch or a tensor, got {shown(given)}"
+            )
     return found

@@ -95,6 +95,30 @@ class Slots:
         self._rows[:, slot].fill_(base)
         self._moves[:, slot].fill_(1)
 
+    def take(self, slot: int, other: Slots, there: int) -> None:
+        """Copies a slot of another batch into a slot of this one, whose next tick goes on with it.
+
+        The contents of both sides' memory need not be copied: a tick reads one side.
+        """
+        count, of = self._copies * self._count, other
+        here, from_ = slice(slot, count, self._count), slice(there, count, self._count)
+        pairs = [
+            (self.x[self.side][slot], of.x[of.side][there]),
+            (self.rows[here], of.rows[from_]),
+            (self.moves[here], of.moves[from_]),
+            (self.seeds[slot], of.seeds[there]),
+            (self.w[slot], of.w[there]),
+            *((self.cond[name][here], memory[from_]) for name, memory in of.cond.items()),
+        ]
+        if self.inputs is not self.x:
+            pairs.append((self.inputs[self.side][here], of.inputs[of.side][from_]))
+        if self.x0 is not None and of.x0 is not None:
+            pairs.append((self.x0[slot], of.x0[there]))
+        elif self.x0 is not None:
+            self.x0[slot].zero_()
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+
     def guide(self, slot: int, work: Work, w: float) -> None:
         """Sets a slot's weight of guidance. Where it is 1, both halves get the condition.
 

@@ -23,6 +23,7 @@ _NONE: tuple[Any, ...] = None, None, None, None
 class Tick:
     """Takes one step of every slot. On CUDA each side of the slots' memory has a captured graph.
 
+    ``memory`` is what the graphs of all ticks share, None if the device has no graphs.
     ``allocating`` is held during a capture: another thread must not allocate on the GPU then.
 
     Attributes:
@@ -36,13 +37,14 @@ class Tick:
         tables: Tables,
         fixed: Fixed,
         guided: bool,
+        memory: graph.Memory | None,
         allocating: AbstractContextManager[Any],
     ) -> None:
         self._predictor, self._slots, self._tables = predictor, slots, tables
         self._fixed, self._guided, self._allocating = fixed, guided, allocating
         device = predictor.device
         self._backend, self._chosen = backend(device), chosen()
-        self._memory = graph.Memory.on(device)
+        self._memory = memory
         self.noisy = False
         self._state: tuple[Any, ...] = ()
         self._launch: tuple[Any, ...] = _NONE

@@ -25,6 +25,37 @@ def test_a_mix_of_samplers_has_the_bits_of_sample(slots: int) -> None:
         assert torch.equal(found[i], expected(i % len(MIX), i, slots))
 
 
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_tick_makes_the_fewest_calls_that_hold_its_requests(size: int, guided: bool) -> None:
+    calls: list[int] = []
+
+    def model(x: Tensor, t: Tensor, c: Tensor, y: Tensor) -> Tensor:
+        calls.append(len(x))
+        return named(x, t, c, y)
+
+    spec = {"c": torch.zeros(SHAPE), "y": torch.tensor(0)}
+    both: dict[str, Any] = {"guided": guided, "dtype": torch.bfloat16 if guided else None}
+    engine = Engine(model, SHAPE, 8, batch_size=size, cond=spec, **both)
+    extra = {"uncond": spec, "guidance": 3.0} if guided else {}
+    requests = [
+        Request(
+            i, ddim=MIX[i % 7], cond={"c": drawn(*SHAPE, seed=i), "y": torch.tensor(i)}, **extra
+        )
+        for i in range(20)
+    ]
+    for i, x in engine.run(requests):
+        assert torch.equal(x, alone(named, requests[i], size, dtype=both["dtype"]))
+    waiting, active, wanted, steps = [len(MIX[i % 7].pairs) for i in range(20)], [], 0, 0
+    while waiting or active:
+        active, waiting = active + waiting[: 8 - len(active)], waiting[8 - len(active) :]
+        wanted, steps = wanted - (-len(active) // size), steps + len(active)
+        active = [left - 1 for left in active if left > 1]
+    assert calls == [size * (1 + guided)] * wanted
+    found = engine.metrics()
+    assert (found.calls, found.occupancy) == (wanted, steps / (size * wanted))
+
+
 def test_samples_of_a_mix_differ_from_one_another() -> None:
     found = dict(Engine(exact, SHAPE, 4).run(Request(5, ddim=ddim) for ddim in MIX))
     assert len({tuple(found[i].flatten().tolist()) for i in found}) == len(MIX)
@@ -181,7 +212,7 @@ def test_tables_grow_while_slots_stand_in_them(monkeypatch: pytest.MonkeyPatch) 
     requests = [Request(s, ddim=DDIM(3 + s % 40, eta=s % 3 / 2)) for s in range(60)]
     for i, x in engine.run(requests):
         assert torch.equal(x, alone(exact, requests[i], 4))
-    held = engine._batch._tables
+    held = engine._batches._tables
     assert held.version > 2
     assert len(held.table) <= 512  # 60 samplers have 1,300 rows: unused ones make room.
 
@@ -189,10 +220,10 @@ def test_tables_grow_while_slots_stand_in_them(monkeypatch: pytest.MonkeyPatch) 
 def test_a_sampler_is_added_to_the_tables_once() -> None:
     engine = Engine(exact, SHAPE, 2)
     list(engine.run(Request(i, ddim=DDIM(5 + i % 2, eta=1.0)) for i in range(9)))
-    assert len(engine._batch._tables._places) == 2
+    assert len(engine._batches._tables._places) == 2
     x_T = drawn(*SHAPE)
     list(engine.run(Request(i, ddim=DDIM(5, eta=1.0), x_T=x_T, start=i) for i in range(5)))
-    assert len(engine._batch._tables._places) == 2
+    assert len(engine._batches._tables._places) == 2
 
 
 def test_idle_slots_stay_finite_beside_a_nan() -> None:
@@ -212,12 +243,12 @@ def test_idle_slots_stay_finite_beside_a_nan() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", [1, 3, 8])
-def test_the_garment_models_samples_are_their_requests(slots: int) -> None:
+@pytest.mark.parametrize(("slots", "size"), [(1, 1), (3, 3), (8, 8), (8, 2)])
+def test_the_garment_models_samples_are_their_requests(slots: int, size: int) -> None:
     model, shape = embedded.load(), (1, 28, 28)
     mix = [MIX[n] for n in (1, 3, 4, 5)]
     requests = [Request(seed, ddim=mix[seed % 4], deadline=1.0 + seed % 5) for seed in range(11)]
-    engine = Engine(model, shape, slots, order="deadline")
+    engine = Engine(model, shape, slots, batch_size=size, order="deadline")
     futures = []
     for i, request in enumerate(requests):
         futures.append(engine.submit(request))
@@ -227,8 +258,7 @@ def test_the_garment_models_samples_are_their_requests(slots: int) -> None:
     engine.drain()
     for i, future in enumerate(futures):
         if not future.cancelled():
-            size = (1, *shape)
-            want = mix[i % 4].sample(model, shape=size, seeds=[i], batch_size=slots)
+            want = mix[i % 4].sample(model, shape=(1, *shape), seeds=[i], batch_size=size)
             assert torch.equal(future.result(), want[0])
 
 

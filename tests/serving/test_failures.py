@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastddim import Engine, Request
-from fastddim.serving.batch import Batch
+from fastddim.serving.batch import Batches
 from fastddim.serving.landing import Landing
 from fastddim.serving.order import Waiting
 from fastddim.serving.slots import Slots
@@ -43,6 +43,33 @@ def test_the_models_exception_fails_the_requests_in_flight() -> None:
         assert torch.equal(futures[seed].result(), expected(0, seed, 3))
     assert torch.equal(engine.submit(Request(9, ddim=MIX[1])).result(), expected(1, 9, 3))
     assert (engine.metrics().failed, engine.metrics().finished) == (3, 3)
+
+
+def test_the_models_exception_fails_its_batch_alone() -> None:
+    engine = Engine(Breaking(4), SHAPE, 6, batch_size=2)  # the first call of the second tick
+    futures = [engine.submit(Request(seed, ddim=MIX[0])) for seed in range(8)]
+    engine.drain()
+    for seed, future in enumerate(futures):
+        if seed < 2:
+            assert isinstance(future.exception(), ZeroDivisionError)
+        else:
+            assert torch.equal(future.result(), expected(0, seed, 2))
+    found = engine.metrics()
+    assert (found.failed, found.finished, found.active) == (2, 6, 0)
+
+
+def test_a_request_that_cannot_move_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(*_: object) -> None:
+        raise MemoryError("no room")
+
+    engine = Engine(exact, SHAPE, 4, batch_size=2)
+    futures = [engine.submit(Request(seed, ddim=MIX[n])) for seed, n in enumerate((4, 5, 4, 5))]
+    monkeypatch.setattr(Slots, "take", take)
+    engine.drain()
+    assert isinstance(futures[2].exception(), MemoryError) ^ isinstance(
+        futures[0].exception(), MemoryError
+    )
+    assert (engine.metrics().failed, engine.metrics().finished) == (1, 3)
 
 
 def test_a_model_of_wrong_outputs_fails_its_requests() -> None:
@@ -156,20 +183,23 @@ def interrupting(function: Callable[..., object], at: int, after: bool) -> Calla
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
 @pytest.mark.parametrize(
-    "name", ["place", "fill", "free", "tick", "copy", "drop", "set_result", "landed"]
+    "name",
+    ["place", "fill", "free", "gather", "take", "tick", "copy", "drop", "set_result", "landed"],
 )
 def test_an_interrupt_anywhere_loses_no_request(
     monkeypatch: pytest.MonkeyPatch, name: str, at: int, after: bool
 ) -> None:
     owners: dict[str, type] = {"copy": Landing, "landed": Landing, "drop": Waiting}
-    owner = owners.get(name, Ticket if name == "set_result" else Batch)
+    owners |= {"take": Slots, "set_result": Ticket}
+    owner = owners.get(name, Batches)
     calls: list[int] = []
 
     def noted(n: int, _: object) -> None:
         calls.append(n)
 
-    engine = Engine(exact, SHAPE, 2)
-    futures = [engine.submit(Request(seed, ddim=MIX[seed % 3])) for seed in range(6)]
+    slots, size = (12, 3) if name == "take" else (4, 2)
+    engine = Engine(exact, SHAPE, slots, batch_size=size)
+    futures = [engine.submit(Request(seed, ddim=MIX[seed % 6])) for seed in range(12)]
     for n, future in enumerate(futures):
         future.add_done_callback(partial(noted, n))
     monkeypatch.setattr(owner, name, interrupting(getattr(owner, name), at, after))
@@ -177,8 +207,8 @@ def test_an_interrupt_anywhere_loses_no_request(
         engine.drain()
     engine.drain()
     for seed, future in enumerate(futures):
-        assert torch.equal(future.result(timeout=0), expected(seed % 3, seed, 2))
-    assert sorted(calls) == list(range(6))
+        assert torch.equal(future.result(timeout=0), expected(seed % 6, seed, size))
+    assert sorted(calls) == list(range(12))
 
 
 def test_an_interrupted_run_cancels_its_requests() -> None:

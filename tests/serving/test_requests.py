@@ -154,6 +154,11 @@ def test_submit_takes_a_request() -> None:
 ENGINES: dict[str, tuple[dict[str, Any], str]] = {
     "no slots": ({"slots": 0}, "slots must be an integer ≥ 1, got 0"),
     "half a slot": ({"slots": 1.5}, "slots must be an integer ≥ 1, got 1.5"),
+    "an empty batch": ({"batch_size": 0}, "batch_size must be an integer ≥ 1, got 0"),
+    "a batch that does not divide": (
+        {"slots": 6, "batch_size": 4},
+        "batch_size must divide slots = 6, got 4",
+    ),
     "no shape": (
         {"shape": ()},
         "shape must have one dimension or more, without the batch",

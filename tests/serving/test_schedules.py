@@ -26,9 +26,13 @@ TICKS = st.tuples(st.just("step"), st.integers(1, 6), st.just(0))
 EVENTS = st.lists(st.one_of(ARRIVAL, ARRIVAL, CANCEL, TICKS), max_size=40)
 
 
-def served(slots: int, order: str, events: list[tuple[str, int, int]]) -> None:
+SIZES = st.sampled_from([1, 2, 4, 8, 16])
+
+
+def served(slots: int, size: int, order: str, events: list[tuple[str, int, int]]) -> None:
     """Plays the events, drains the engine, and compares every result."""
-    engine = Engine(exact, SHAPE, slots, order=order)
+    size = size if slots % size == 0 else slots
+    engine = Engine(exact, SHAPE, slots, batch_size=size, order=order)
     futures: list[tuple[Ticket, int, int]] = []
     calls: list[int] = []
     dropped = set()
@@ -53,7 +57,7 @@ def served(slots: int, order: str, events: list[tuple[str, int, int]]) -> None:
     for n, (future, number, seed) in enumerate(futures):
         assert future.cancelled() == (n in dropped)
         if n not in dropped:
-            assert torch.equal(future.result(), expected(number, seed, slots))
+            assert torch.equal(future.result(), expected(number, seed, size))
     metrics = engine.metrics()
     assert metrics.finished + metrics.cancelled == metrics.submitted == len(futures)
     assert (metrics.queued, metrics.active, metrics.failed) == (0, 0, 0)
@@ -64,21 +68,21 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 @pytest.mark.parametrize("slots", [1, 3, 8, 16])
 @settings(max_examples=12, deadline=None, suppress_health_check=QUIET)
-@given(order=st.sampled_from(sorted(ORDERS)), events=EVENTS)
+@given(size=SIZES, order=st.sampled_from(sorted(ORDERS)), events=EVENTS)
 def test_a_sample_is_its_requests_alone(
-    slots: int, order: str, events: list[tuple[str, int, int]]
+    slots: int, size: int, order: str, events: list[tuple[str, int, int]]
 ) -> None:
-    served(slots, order, events)
+    served(slots, size, order, events)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 3, 8, 16])
 @settings(max_examples=125, deadline=None, suppress_health_check=QUIET)
-@given(order=st.sampled_from(sorted(ORDERS)), events=EVENTS)
+@given(size=SIZES, order=st.sampled_from(sorted(ORDERS)), events=EVENTS)
 def test_a_sample_is_its_requests_alone_500_times(
-    slots: int, order: str, events: list[tuple[str, int, int]]
+    slots: int, size: int, order: str, events: list[tuple[str, int, int]]
 ) -> None:
-    served(slots, order, events)
+    served(slots, size, order, events)
 
 
 GUIDED = st.tuples(
@@ -91,6 +95,8 @@ GUIDED = st.tuples(
     ),
 )
 OTHERS = st.tuples(st.sampled_from(["cancel", "step"]), st.integers(0, 30))
+
+TRIPLES = st.sampled_from([3, 9])
 
 
 @functools.cache
@@ -115,10 +121,10 @@ def guided_of(number: int, c: int, w: float | str | None, below: bool) -> tuple[
     return request, alone(named, request, 3)
 
 
-def served_guided(events: list[tuple[str, Any]]) -> None:
+def served_guided(slots: int, events: list[tuple[str, Any]]) -> None:
     """Plays the events with an engine that guides, and compares every result."""
     spec = {"c": torch.zeros(SHAPE), "y": torch.tensor(0)}
-    engine = Engine(named, SHAPE, 3, cond=spec, guided=True)
+    engine = Engine(named, SHAPE, slots, batch_size=3, cond=spec, guided=True)
     futures: list[tuple[Ticket, Tensor]] = []
     for name, given_ in events:
         if name == "submit":
@@ -135,13 +141,19 @@ def served_guided(events: list[tuple[str, Any]]) -> None:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=QUIET)
-@given(events=st.lists(st.one_of(GUIDED, GUIDED, OTHERS), max_size=30))
-def test_guided_samples_are_their_requests_alone(events: list[tuple[str, Any]]) -> None:
-    served_guided(events)
+@given(
+    slots=st.sampled_from([3, 9]), events=st.lists(st.one_of(GUIDED, GUIDED, OTHERS), max_size=30)
+)
+def test_guided_samples_are_their_requests_alone(slots: int, events: list[tuple[str, Any]]) -> None:
+    served_guided(slots, events)
 
 
 @pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=QUIET)
-@given(events=st.lists(st.one_of(GUIDED, GUIDED, OTHERS), max_size=40))
-def test_guided_samples_are_their_requests_alone_400_times(events: list[tuple[str, Any]]) -> None:
-    served_guided(events)
+@given(
+    slots=st.sampled_from([3, 9]), events=st.lists(st.one_of(GUIDED, GUIDED, OTHERS), max_size=40)
+)
+def test_guided_samples_are_their_requests_alone_400_times(
+    slots: int, events: list[tuple[str, Any]]
+) -> None:
+    served_guided(slots, events)

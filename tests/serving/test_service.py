@@ -108,10 +108,10 @@ def test_rates_are_of_the_latest_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded, "KEPT", 4)
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    recorder = recorded.Recorder(2)
+    recorder = recorded.Recorder(2, 2)
     for pause, active in ((9.0, 2), (9.0, 2), (0.5, 1), (0.5, 1), (0.5, 1), (0.5, 0)):
         clock[0] += pause
-        recorder.tick(active)
+        recorder.tick(active, 1)
         recorder.finish(clock[0] - pause, None)
     found = recorder.now(0, 0)
     assert found.ticks_per_second == 3 / 1.5

@@ -50,12 +50,22 @@ def test_graphs_follow_a_mix_that_grows(taped: list[Tape], monkeypatch: pytest.M
     assert len(taped) > 4
 
 
-def test_graphs_take_conditions_and_guidance(taped: list[Tape]) -> None:
+def test_each_batch_replays_two_graphs(taped: list[Tape]) -> None:
+    engine = Engine(exact, SHAPE, 6, batch_size=2)
+    for i, x in engine.run(Request(seed, ddim=MIX[1]) for seed in range(11)):
+        assert torch.equal(x, expected(1, i, 2))
+    assert len(taped) == 6
+    assert engine.metrics().calls == 7 * 3 + 7 * 3
+
+
+@pytest.mark.parametrize("slots", [3, 9])
+def test_graphs_take_conditions_and_guidance(taped: list[Tape], slots: int) -> None:
     cond = {"c": torch.zeros(SHAPE), "y": torch.tensor(0)}
-    engine = Engine(named, SHAPE, 3, cond=cond, guided=True, dtype=torch.bfloat16)
+    own: dict[str, Any] = {"cond": cond, "guided": True, "dtype": torch.bfloat16}
+    engine = Engine(named, SHAPE, slots, batch_size=3, **own)
     requests = []
     for i in range(9):
-        own: dict[str, Any] = {"c": drawn(*SHAPE, seed=i), "y": torch.tensor(i)}
+        own = {"c": drawn(*SHAPE, seed=i), "y": torch.tensor(i)}
         extra: dict[str, Any] = {} if i % 2 else {"uncond": cond, "guidance": 1.0 + i}
         if i == 0:
             extra = {}
@@ -80,15 +90,16 @@ class Allocations(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("slots", [3, 6])
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_tick_allocates_no_tensor(guided: bool) -> None:
+def test_a_tick_allocates_no_tensor(guided: bool, slots: int) -> None:
     output = drawn(3 * (1 + guided), 4, 8, 8)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return output
 
-    engine = Engine(model, (4, 8, 8), 3, guided=guided)
-    for seed in range(3):
+    engine = Engine(model, (4, 8, 8), slots, batch_size=3, guided=guided)
+    for seed in range(slots):
         engine.submit(Request(seed, ddim=DDIM(50, eta=1.0)))
     engine.step()
     with Allocations() as counted:
@@ -126,17 +137,17 @@ def test_ticks_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("slots", [1, 8])
-def test_on_a_gpu_a_mix_has_the_bits_of_sample(slots: int) -> None:
+@pytest.mark.parametrize(("slots", "size"), [(1, 1), (8, 8), (8, 2)])
+def test_on_a_gpu_a_mix_has_the_bits_of_sample(slots: int, size: int) -> None:
     def model(x: Tensor, t: Tensor) -> Tensor:
         return 0.7 * x.clamp(-1.5, 1.5) + 1e-3 * (t % 97).to(x.dtype).view(-1, 1, 1, 1)
 
-    engine = Engine(model, (4, 16, 16), slots, device="cuda")
+    engine = Engine(model, (4, 16, 16), slots, batch_size=size, device="cuda")
     requests = [Request(seed, ddim=MIX[seed % len(MIX)]) for seed in range(40)]
     for i, x in engine.run(requests):
         ddim = requests[i].ddim
         assert ddim is not None
-        want = ddim.sample(model, shape=(1, 4, 16, 16), seeds=[i], batch_size=slots, device="cuda")
+        want = ddim.sample(model, shape=(1, 4, 16, 16), seeds=[i], batch_size=size, device="cuda")
         assert torch.equal(x, want[0])
 
 
