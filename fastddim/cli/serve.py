@@ -27,6 +27,16 @@ def serve_bench(
     slots: Annotated[
         int, number("--slots", "N", "The number of samples in a full batch, 1 to 1024.")
     ] = 8,
+    batch_size: Annotated[
+        int | None,
+        number(
+            "--batch-size",
+            "N",
+            "The number of samples in a model call of the engine, which divides --slots. Batches "
+            "without requests are not called.",
+            show_default="--slots",
+        ),
+    ] = None,
     load: Annotated[
         str,
         option(
@@ -88,6 +98,9 @@ def serve_bench(
     numbers = parse_mix(steps)
     whole("requests", requests, low=1, high=values.MOST_IMAGES)
     whole("slots", slots, low=1, high=1024)
+    size = slots if batch_size is None else whole("batch-size", batch_size, low=1)
+    if slots % size:
+        raise ValueError(f"batch-size must divide slots = {slots}, got {size}")
     whole("rounds", rounds, low=1, high=1000)
     whole("seed", seed, low=0, high=2**63 - 1)
     times = positive("load", load)
@@ -103,6 +116,7 @@ def serve_bench(
             prepared.shape,
             slots,
             numbers,
+            batch_size=size,
             make=prepared.ddim,
             device=prepared.device,
             options=prepared.options,
@@ -119,6 +133,7 @@ def serve_bench(
         "steps": steps,
         "requests": requests,
         "slots": slots,
+        "batch_size": size,
         "load": times,
         "requests_per_second": rate,
         "tick_seconds": tick,
@@ -127,9 +142,10 @@ def serve_bench(
         "seed": seed,
         "device": on,
     }
+    calls = "" if size == slots else f" in batches of {size}"
     arrivals = (
         f"{values.counted(requests, 'request')} of {steps} steps, {rate:.2f} a second "
-        f"(load {times:g}), {slots} slots, timeout {patience:.2f} s"
+        f"(load {times:g}), {slots} slots{calls}, timeout {patience:.2f} s"
     )
     replaced = png.exists()
     serving_plot.plot(outcomes, png, f"{arrivals}, on {on}")

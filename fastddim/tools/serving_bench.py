@@ -75,7 +75,8 @@ class Outcome:
         name: the peer.
         samples_per_second: requests over the seconds until the last sample is there.
         p50, p99: percentiles of the seconds from a request's arrival to its sample.
-        occupancy: the steps of the requests over ``slots`` times the model calls, in [0, 1].
+        occupancy: the steps of the requests over the samples in the model calls, in [0, 1], if a
+            peer's batches were all full.
         against: the engine's samples per second over the peer's, the median of the rounds' ratios.
         latencies: of all requests and rounds.
     """
@@ -154,6 +155,7 @@ class Bench:
         model, shape, device: as in ``Engine``; the model is on the device already.
         slots: the number of samples in a full batch.
         steps: the numbers of steps of the load.
+        batch_size: the number of samples in a model call of the engine, as in ``Engine``.
         make: S → the sampler.
         options: n → the other options of ``DDIM.sample`` for n samples, such as ``cond``.
     """
@@ -165,6 +167,7 @@ class Bench:
         slots: int,
         steps: Sequence[int],
         *,
+        batch_size: int | None = None,
         make: Callable[[int], DDIM] = DDIM,
         device: torch.device | str | None = None,
         options: Callable[[int], Mapping[str, Any]] = lambda n: {},
@@ -173,7 +176,9 @@ class Bench:
         self._model, self._shape, self._options = model, tuple(shape), options
         self._device = device
         self._ddims = {S: make(S) for S in sorted(set(steps))}
-        self._engines = {n: self._engine(n) for n in range(1, self.slots + 1)}
+        self.batch_size = self.slots if batch_size is None else batch_size
+        self._served = self._engine(self.slots, self.batch_size)
+        self._static = {n: self._engine(n, n) for n in range(1, self.slots + 1)}
 
     def measure(self) -> float:
         """Warms up, checks the engine beside ``DDIM.sample``, and returns the seconds of a tick.
@@ -182,14 +187,15 @@ class Bench:
             ValueError: a sample of the engine differs from that of ``DDIM.sample``.
         """
         few, many = min(self._ddims), max(self._ddims)
-        for n, engine in self._engines.items():
+        engines = (*self._static.items(), (self.batch_size, self._served))
+        for n, engine in engines:
             x = torch.empty(n, *self._shape, device=self._device)
             warm_up(self._ddims[few], self._model, self._shape, n, x.device, **self._options(n))
             future = engine.submit(self._request(Job(0, few, 0.0)))
             engine.step()
             future.cancel()
             engine.step()
-        engine = self._engines[self.slots]
+        engine = self._served
         first, *others = (
             engine.submit(self._request(Job(i, many if i else few, 0.0))) for i in range(self.slots)
         )
@@ -201,7 +207,7 @@ class Bench:
         for future in others:
             future.cancel()
         engine.step()
-        alone = self._by_sample([Job(i, few, 0.0) for i in range(self.slots)])
+        alone = self._by_sample([Job(i, few, 0.0) for i in range(self.batch_size)])
         if not torch.equal(first.result(), alone[0]):
             raise ValueError(
                 "model must treat samples independently: a sample of the engine differs from "
@@ -256,9 +262,9 @@ class Bench:
         return [self._outcome(name, found[name], found[ENGINE]) for name in order]
 
     def _by_turns(self, jobs: Sequence[Job]) -> tuple[list[Served], int]:
-        """Returns the samples by the engine, and the number of model calls."""
-        engine = self._engines[self.slots]
-        before = engine.metrics().ticks
+        """Returns the samples by the engine, and the number of samples in its model calls."""
+        engine = self._served
+        before = engine.metrics().calls
         coming = list(jobs)[::-1]
         futures: list[Future[Tensor]] = []
         done: dict[Future[Tensor], float] = {}
@@ -273,11 +279,12 @@ class Bench:
                 futures.append(future)
             if not engine.step() and coming:
                 _sleep_until(began + coming[-1].at)
-        served = [Served(future.result(), self.slots, done[future]) for future in futures]
-        return served, engine.metrics().ticks - before
+        size = self.batch_size
+        served = [Served(future.result(), size, done[future]) for future in futures]
+        return served, size * (engine.metrics().calls - before)
 
     def _by(self, peer: Peer, jobs: Sequence[Job]) -> tuple[list[Served], int]:
-        """Returns the samples by a peer, and the number of model calls."""
+        """Returns the samples by a peer, and the number of samples in full batches of its calls."""
         coming = list(jobs)[::-1]
         waiting: list[Job] = []
         served: dict[int, Served] = {}
@@ -305,7 +312,7 @@ class Bench:
                 for i, sample in self._by_engine(batch):
                     done = time.perf_counter() - began
                     served[batch[i].seed] = Served(sample, len(batch), done)
-        return [served[job.seed] for job in jobs], calls
+        return [served[job.seed] for job in jobs], self.slots * calls
 
     def _by_sample(self, batch: Sequence[Job]) -> Tensor:
         """Returns the samples of requests of equal S."""
@@ -322,14 +329,15 @@ class Bench:
 
     def _by_engine(self, batch: Sequence[Job]) -> Iterator[tuple[int, Tensor]]:
         """Yields (place in the batch, sample): a batch of any S, in as many slots as requests."""
-        return self._engines[len(batch)].run([self._request(job) for job in batch])
+        return self._static[len(batch)].run([self._request(job) for job in batch])
 
-    def _engine(self, slots: int) -> Engine:
+    def _engine(self, slots: int, batch_size: int) -> Engine:
         first = self._options(1)
         return Engine(
             self._model,
             self._shape,
             slots,
+            batch_size=batch_size,
             ddim=next(iter(self._ddims.values())),
             device=self._device,
             dtype=first.get("dtype"),
@@ -357,7 +365,7 @@ class Bench:
         for i, (each, sample) in enumerate(zip(served, engines, strict=True)):
             apart = float((each.sample - sample).abs().max())
             allowed = HALF_TOLERANCE if half else TOLERANCE
-            if each.size == self.slots:
+            if each.size == self.batch_size:
                 allowed = 0.0
             if not apart <= allowed:  # NaN too
                 raise ValueError(
@@ -365,10 +373,10 @@ class Bench:
                     f"seed {i} differs from the engine's by {apart:.2g}, more than {allowed:g}"
                 )
 
-    def _figures(self, jobs: Sequence[Job], served: Sequence[Served], calls: int) -> _Round:
+    def _figures(self, jobs: Sequence[Job], served: Sequence[Served], room: int) -> _Round:
         last = max(each.done for each in served)
         latencies = [each.done - job.at for job, each in zip(jobs, served, strict=True)]
-        occupancy = sum(job.steps for job in jobs) / (self.slots * calls)
+        occupancy = sum(job.steps for job in jobs) / room
         return _Round(len(jobs) / last, latencies, occupancy)
 
     def _outcome(self, name: str, found: list[_Round], engines: list[_Round]) -> Outcome:
