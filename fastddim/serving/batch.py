@@ -13,6 +13,7 @@ from fastddim.loop.drive import no_grad
 from fastddim.loop.graph import Memory
 from fastddim.loop.model import Predictor
 from fastddim.serving.landing import Landing
+from fastddim.serving.program import Program
 from fastddim.serving.request import Network
 from fastddim.serving.slots import Slots
 from fastddim.serving.tables import Tables
@@ -74,6 +75,23 @@ class Batches:
         self._turns: defaultdict[int, list[tuple[Ticket, int]]] = defaultdict(list)
         """The requests whose guidance changes before a tick to come, each with its step."""
 
+    def warm_up(self, programs: Sequence[Program]) -> None:
+        """Takes ticks without requests, as they are once requests have had these programs.
+
+        Raises:
+            Exception: that of the model.
+        """
+        for program in programs:
+            self._tables.add(program)
+            self._tables.release(program)
+        with no_grad():
+            for i, batch in enumerate(self._batches):
+                for program in programs:
+                    _prepare(batch, program)
+                for _ in range(2):  # Each side of the memory has its own graph.
+                    self._park(i)
+                    batch.tick()
+
     def place(self, ticket: Ticket) -> bool:
         """Gives the ticket a free slot of the fullest batch; returns False if all are in use."""
         free = [i for i, count in enumerate(self._counts) if count < self._size]
@@ -87,7 +105,7 @@ class Batches:
         i, slot = self._where(ticket)
         work, batch = ticket.work, self._batches[i]
         self._left[i].add(slot)
-        self._prepare(batch, ticket)
+        _prepare(batch, work.program)
         ticket.base = self._tables.add(work.program)
         with no_grad():
             batch.memory.fill(slot, work, ticket.base + work.first)
@@ -193,7 +211,7 @@ class Batches:
         try:
             self._leave(ticket)
             self._enter(to, ticket)
-            self._prepare(self._batches[to], ticket)
+            _prepare(self._batches[to], ticket.work.program)
             _, there = self._where(ticket)
             self._batches[to].memory.take(there, self._batches[i].memory, slot)
             self._left[to].discard(there)
@@ -201,22 +219,18 @@ class Batches:
             fail(ticket, error)
             self.free(ticket)
 
-    def _prepare(self, batch: Batch, ticket: Ticket) -> None:
-        """Makes the batch's tick one that gives the request its noise and its last x0."""
-        program = ticket.work.program
-        if program.remembers:
-            batch.memory.remember()
-        batch.tick.noisy |= program.noisy
+    def _park(self, i: int) -> None:
+        left = self._left[i]
+        while left:
+            slot = next(iter(left))
+            self._batches[i].memory.park(slot)
+            left.discard(slot)
 
     def _call(self, i: int, fail: Callable[[Ticket, Exception], None]) -> None:
-        """Parks the slots that were left, and calls the model on a batch."""
-        left, batch = self._left[i], self._batches[i]
+        """Calls the model on a batch, and takes its step."""
         try:
-            while left:
-                slot = next(iter(left))
-                batch.memory.park(slot)
-                left.discard(slot)
-            batch.tick()
+            self._park(i)
+            self._batches[i].tick()
         except Exception as error:
             # Fail the requests first: after an interrupt here the rest begin again.
             for ticket in self._occupants(i):
@@ -231,3 +245,10 @@ class Batches:
             if w[later] != w[step]:
                 self._turns[self._clock + later - step].append((ticket, later))
                 return
+
+
+def _prepare(batch: Batch, program: Program) -> None:
+    """Makes the batch's tick one that has the noise and the last x0 that the program needs."""
+    if program.remembers:
+        batch.memory.remember()
+    batch.tick.noisy |= program.noisy

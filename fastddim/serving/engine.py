@@ -24,7 +24,14 @@ from fastddim.serving.batch import Batch, Batches
 from fastddim.serving.landing import Landing
 from fastddim.serving.metrics import Metrics, Recorder
 from fastddim.serving.order import QueueFull, Waiting
-from fastddim.serving.request import Network, Request, checked, checked_shape, specs_of
+from fastddim.serving.request import (
+    Network,
+    Request,
+    checked,
+    checked_shape,
+    sampler_program,
+    specs_of,
+)
 from fastddim.serving.tables import Tables
 from fastddim.serving.thread import Runner
 from fastddim.serving.ticket import Ticket
@@ -151,6 +158,29 @@ class Engine:
         self._number = 0
         self._closed: str | None = None
         self._runner: Runner | None = None
+
+    def warm_up(self, *ddims: DDIM) -> None:
+        """Prepares the engine for requests of these samplers, so that the first is not slower.
+
+        The model is called on slots without requests. On CUDA the ticks are then captured, and
+        need not be captured again for requests whose steps are like those of ``ddims``: with noise
+        or without, of order 1 or 2.
+
+        Args:
+            ddims: samplers as in ``Request``; the engine's own by default.
+
+        Raises:
+            TypeError, ValueError: naming the argument, the value and what is allowed.
+            RuntimeError: a request has a slot, or the engine is closed.
+            Exception: that of the model.
+        """
+        programs = [sampler_program(ddim, self._network) for ddim in ddims or (None,)]
+        self._check_outside()
+        with self._turn:
+            self._check_open()
+            if self._batches.active:
+                raise RuntimeError("warm_up must be called while no request has a slot")
+            self._batches.warm_up(programs)
 
     def submit(self, request: Request) -> Ticket:
         """Adds a request to the queue and returns the future of its sample.

@@ -209,6 +209,17 @@ def checked(request: Request, network: Network) -> Work:
     )
 
 
+def sampler_program(ddim: DDIM | None, network: Network) -> Program:
+    """Returns the program of a request that names only its sampler.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value and what is allowed.
+    """
+    ddim = network.ddim if ddim is None else ddim
+    _check_sampler(ddim, network)
+    return network.program(ddim, 0, False, None)
+
+
 def _copy(tensor: Tensor, pins: bool) -> Tensor:
     """Returns a copy, which the caller of ``submit`` cannot overwrite.
 

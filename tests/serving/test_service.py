@@ -278,3 +278,45 @@ def test_a_kept_future_keeps_its_sample_alone() -> None:
     assert held() is None
     assert [future.work.x_T for future in futures] == [None, None]
     assert futures[0].result().shape == SHAPE
+
+
+def test_a_warm_up_serves_no_request_and_moves_none() -> None:
+    calls: list[int] = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(x))
+        assert x.isfinite().all()
+        return exact(x, t)
+
+    engine = Engine(model, SHAPE, 4, batch_size=2)
+    engine.warm_up()
+    assert calls == [2] * 4
+    assert (engine.metrics().ticks, engine.metrics().submitted) == (0, 0)
+    future = engine.submit(Request(7, ddim=MIX[2]))
+    engine.step()
+    with pytest.raises(RuntimeError, match="warm_up must be called while no request has a slot"):
+        engine.warm_up()
+    assert torch.equal(future.result(), expected(2, 7, 2))
+    with pytest.raises(ValueError, match="ddim must have the engine's clip"):
+        engine.warm_up(DDIM(3, clip=1.0))
+    with pytest.raises(TypeError, match=r"ddim must be a fastddim\.DDIM, got int"):
+        engine.warm_up(3)  # type: ignore[arg-type]
+    engine.close()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.warm_up()
+
+
+def test_a_warm_up_raises_the_models_exception() -> None:
+    luck = [True]
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        if luck.pop():
+            raise ArithmeticError("out of luck")
+        luck.append(False)
+        return exact(x, t)
+
+    engine = Engine(model, SHAPE, 2)
+    with pytest.raises(ArithmeticError, match="out of luck"):
+        engine.warm_up()
+    luck.append(False)
+    assert torch.equal(engine.submit(Request(7, ddim=MIX[2])).result(), expected(2, 7, 2))

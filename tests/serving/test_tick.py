@@ -58,6 +58,25 @@ def test_each_batch_replays_two_graphs(taped: list[Tape]) -> None:
     assert engine.metrics().calls == 7 * 3 + 7 * 3
 
 
+def test_a_warm_engine_captures_no_more(taped: list[Tape]) -> None:
+    engine = Engine(exact, SHAPE, 6, batch_size=2)
+    engine.warm_up(MIX[1], MIX[3])
+    assert len(taped) == 6
+    for i, x in engine.run(Request(seed, ddim=MIX[seed % 7]) for seed in range(15)):
+        assert torch.equal(x, expected(i % 7, i, 2))
+    engine.warm_up()
+    assert len(taped) == 6
+    assert engine.metrics().submitted == 15
+
+
+def test_a_cold_engine_captures_for_noise_and_order(taped: list[Tape]) -> None:
+    engine = Engine(exact, SHAPE, 2)
+    engine.warm_up(MIX[0])
+    assert len(taped) == 2
+    list(engine.run([Request(1, ddim=MIX[1]), Request(2, ddim=MIX[4])]))
+    assert len(taped) > 2
+
+
 @pytest.mark.parametrize("slots", [3, 9])
 def test_graphs_take_conditions_and_guidance(taped: list[Tape], slots: int) -> None:
     cond = {"c": torch.zeros(SHAPE), "y": torch.tensor(0)}
