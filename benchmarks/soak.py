@@ -27,7 +27,7 @@ from fastddim import DDIM, Engine, Request
 from fastddim.serving.order import ORDERS
 from fastddim.tools.quality import Gaussian
 
-SHAPE, SLOTS, SEEDS, WAITING = (1, 4, 4), 8, 32, 64
+SHAPE, SLOTS, BATCH_SIZE, SEEDS, WAITING = (1, 4, 4), 8, 4, 32, 64
 MIX = (
     DDIM(2, spacing="trailing"),
     DDIM(5, eta=1.0),
@@ -60,7 +60,7 @@ def soak(requests: int, seed: int = 0) -> Record:
     """
     luck = random.Random(seed)
     model = Unlucky(luck)
-    engine = Engine(model, SHAPE, SLOTS, order=luck.choice(sorted(ORDERS)))
+    engine = Engine(model, SHAPE, SLOTS, batch_size=BATCH_SIZE, order=luck.choice(sorted(ORDERS)))
     pending: dict[int, Future[Tensor]] = {}
     counts: Counter[str] = Counter()
 
@@ -68,7 +68,9 @@ def soak(requests: int, seed: int = 0) -> Record:
     def expected(number: int, key: int) -> Tensor:
         model.luck = None
         try:
-            return MIX[number].sample(model, shape=(1, *SHAPE), seeds=[key], batch_size=SLOTS)[0]
+            return MIX[number].sample(model, shape=(1, *SHAPE), seeds=[key], batch_size=BATCH_SIZE)[
+                0
+            ]
         finally:
             model.luck = luck
 

@@ -61,7 +61,9 @@ class App:
     async def _live(self, receive: Receive, send: Send) -> None:
         """Starts the engine's thread, and at the end finishes the requests that it has."""
         await receive()
-        async with self._make() as self._engine:
+        engine = self._make()
+        engine.warm_up()
+        async with engine as self._engine:
             await send({"type": "lifespan.startup.complete"})
             await receive()
         await send({"type": "lifespan.shutdown.complete"})

@@ -34,6 +34,7 @@ class Sampler:
     def __init__(self, slots: int, threads: int) -> None:
         torch.set_num_threads(threads)
         self._engine = Engine(embedded.load(), embedded.SHAPE, slots)
+        self._engine.warm_up()
         self._engine.start()
 
     async def sample(self, seed: int, steps: int) -> npt.NDArray[Any]:

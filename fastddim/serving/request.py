@@ -75,7 +75,7 @@ class Network:
         ddim: the engine's sampler, which says what the network was trained for.
         shape: of a sample.
         cond: the condition of each name.
-        guided: whether the model is called with twice the slots.
+        guided: whether the model gets two samples for each slot.
         check_finite: whether samples are checked.
         on_gpu: whether the slots lie on a GPU.
     """
@@ -291,8 +291,8 @@ def _weights(request: Request, network: Network, program: Program) -> list[float
         return [1.0] * len(program)
     if not network.guided:
         raise ValueError(
-            f"guidance needs an engine with guided=True, whose model is called with twice the "
-            f"slots, got {shown(request.guidance)}"
+            f"guidance needs an engine with guided=True, whose model gets two samples for each "
+            f"slot, got {shown(request.guidance)}"
         )
     if not isinstance(request.uncond, Mapping):
         raise TypeError(f"uncond must map names to tensors, got {kind(request.uncond)}")
