@@ -37,16 +37,13 @@ def test_a_tick_makes_the_fewest_calls_that_hold_its_requests(size: int, guided:
     spec = {"c": torch.zeros(SHAPE), "y": torch.tensor(0)}
     both: dict[str, Any] = {"guided": guided, "dtype": torch.bfloat16 if guided else None}
     engine = Engine(model, SHAPE, 8, batch_size=size, cond=spec, **both)
-    extra = {"uncond": spec, "guidance": 3.0} if guided else {}
-    requests = [
-        Request(
-            i, ddim=MIX[i % 7], cond={"c": drawn(*SHAPE, seed=i), "y": torch.tensor(i)}, **extra
-        )
-        for i in range(20)
-    ]
+    extra: dict[str, Any] = {"uncond": spec, "guidance": 3.0} if guided else {}
+    conds = [{"c": drawn(*SHAPE, seed=i), "y": torch.tensor(i)} for i in range(20)]
+    requests = [Request(i, ddim=MIX[i % 7], cond=conds[i], **extra) for i in range(20)]
     for i, x in engine.run(requests):
         assert torch.equal(x, alone(named, requests[i], size, dtype=both["dtype"]))
-    waiting, active, wanted, steps = [len(MIX[i % 7].pairs) for i in range(20)], [], 0, 0
+    waiting, wanted, steps = [len(MIX[i % 7].pairs) for i in range(20)], 0, 0
+    active: list[int] = []
     while waiting or active:
         active, waiting = active + waiting[: 8 - len(active)], waiting[8 - len(active) :]
         wanted, steps = wanted - (-len(active) // size), steps + len(active)
