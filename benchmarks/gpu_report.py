@@ -119,6 +119,31 @@ def graph(rows: list[Record]) -> str:
     return grid(*lines)
 
 
+def serving(rows: list[Record]) -> str:
+    lines = [["the engine", "shape", "µs or samples a second", "ratio", "required", "met"]]
+    for row in rows:
+        begin, why = [row["figure"], by(row.get("shape", ()))], reason(row)
+        if why is not None:
+            lines.append([*begin, why, "", "", ""])
+            continue
+        value = span(row["us"], " µs") if "us" in row else span(row["samples_per_s"], " a second")
+        ratio, ends = "", ["", ""]
+        if "required_us" in row:
+            ends = [f"≤ {row['required_us']:g} µs", met_at_most(row["us"], row["required_us"])]
+        elif "of_bound" in row:
+            ratio = f"{span(row['of_bound'])} a bound step"
+            ends = [f"≤ {row['required']:g}×", met_at_most(row["of_bound"], row["required"])]
+        elif "tick_over_it" in row:
+            ratio = f"a tick takes {span(row['tick_over_it'])}"
+        elif "of_sample" in row:
+            off = "" if row.get("bit_equal", True) else f", {row['relative_difference']:.1g} off"
+            ratio = f"{span(row['of_sample'])} DDIM.sample{off}"
+            if "required" in row:
+                ends = [f"≥ {row['required']:g}×", met(row["of_sample"], row["required"])]
+        lines.append([*begin, value, ratio, *ends])
+    return grid(*lines)
+
+
 def peers(rows: list[Record]) -> str:
     lines = [["a step of 12.6 million elements", "µs", "over fastddim's", "required", "met"]]
     for row in rows:
@@ -225,6 +250,7 @@ TABLES: dict[str, Callable[[list[Record]], str]] = {
     "peers": peers,
     "marginal": marginal,
     "graph": graph,
+    "serving": serving,
     "host": host,
     "loops": loops,
     "ladder": ladder,

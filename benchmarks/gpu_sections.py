@@ -39,6 +39,7 @@ from benchmarks.sections import (
     peers,
     sanitizer,
     scale,
+    serving,
     tuning,
     variants,
 )
@@ -96,6 +97,17 @@ def every_graph(_: scale.Sizes) -> list[Part]:
     return [*found, Part("graph", {}, graph.replays)]
 
 
+def every_service(sizes: scale.Sizes) -> list[Part]:
+    found = [
+        Part("serving", {"figure": serving.TICK}, partial(serving.ticks, sizes.rounds), 1.0, 3.0),
+        Part("serving", {"figure": serving.HOST_TICK}, serving.on_the_host, 1.0, 2.0),
+    ]
+    for parts, seconds in ((1, 5.0), (4, 6.0)):
+        label = {"figure": serving.ENGINE, "batches": parts}
+        found.append(Part("serving", label, partial(serving.alike, parts), seconds, seconds))
+    return found
+
+
 def every_peer(sizes: scale.Sizes) -> list[Part]:
     return [Part("peers", {}, partial(peers.peers, sizes))]
 
@@ -140,6 +152,7 @@ SECTIONS: dict[str, Callable[[scale.Sizes], list[Part]]] = {
     "variants": every_variant,
     "host": every_host,
     "graph": every_graph,
+    "serving": every_service,
     "peers": every_peer,
     "loops": every_loop,
     "ladder": every_rung,
@@ -152,7 +165,9 @@ DIFFUSERS = (
     *("diffusers.schedulers.scheduling_ddim", "diffusers.models.unets.unet_2d"),
     "fastddim.dropins.diffusers",
 )
-IMPORTS: dict[str, tuple[str, ...]] = dict.fromkeys(("host", "loops", "ladder"), DIFFUSERS)
+IMPORTS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("host", "serving", "loops", "ladder"), DIFFUSERS
+)
 """What a section's rows import, which takes many seconds on a cold machine."""
 
 

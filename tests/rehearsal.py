@@ -202,7 +202,7 @@ def small_sizes() -> None:
     import triton
 
     from benchmarks import networks, timing, variants
-    from benchmarks.sections import graph, host, ladder, machine, scale
+    from benchmarks.sections import graph, host, ladder, machine, scale, serving
     from benchmarks.sections.rungs import Case
     from fastddim.step import backends
 
@@ -221,15 +221,17 @@ def small_sizes() -> None:
     )
     sizes.NODES, sizes.STEPS = ((2, 3, 4, 4),), 3
     sizes.LOOPS = (((1, 16, 7), 4), ((2, 3, 8, 8), 4))
+    sizes.SLOTS, sizes.SERVED = 4, (4, 4, 4)
+    sizes.SERVED_IMAGE, sizes.SERVED_STEPS = (3, 16, 16), 2
     graphs: Any = graph
     graphs.SHAPES = ((1, 16, 7), (2, 3, 4, 4))
     graph.SHORT, graph.LONG = 2, 4
-    ladder.SECONDS = 0.2
+    ladder.SECONDS = serving.SECONDS = 0.2
     machine.unusable = lambda: None
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     machine.describe = lambda: {"gpu": GPU, **versions}
     host_seconds = timing.host_seconds
-    for section in (host, graph):
+    for section in (host, graph, serving):
         setattr(section, "host_seconds", lambda calls, *_: host_seconds(calls, 2, 1))  # noqa: B010
     # numba takes long to compile, and does not run on a GPU.
     del backends.TABLE["numba"]

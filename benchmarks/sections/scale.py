@@ -24,6 +24,10 @@ NODES = ((1, 4, 64, 64), (4, 3, 32, 32))
 """Shapes whose steps are captured by hand."""
 LOOPS = (((1, 16, 7), 10), ((64, 3, 32, 32), 50), ((1, 4, 64, 64), 50), ((64, 3, 256, 256), 20))
 """Shapes and steps of the loops without a model: robot actions, CIFAR-10, latents, large images."""
+SLOTS, SERVED = 32, (4, 64, 64)
+"""The engine's slots, and the shape of a sample whose tick is timed."""
+SERVED_IMAGE, SERVED_STEPS = (3, 32, 32), 8
+"""Shape and steps of the engine's requests to a U-Net."""
 CHOICES: tuple[tuple[str, int, int, int, int | None], ...] = (
     ("guidance philox bf16 clip next", 512, 2, 4, 64),
     ("guidance philox bf16 clip next", 512, 1, 4, None),

@@ -39,8 +39,8 @@ def kept(book: Book) -> Record:
 
 def test_the_shares_are_those_of_seven_minutes() -> None:
     assert list(SHARES) == [
-        *("tests", "variants", "host", "graph", "peers", "loops", "ladder", "sanitizer"),
-        "tuning",
+        *("tests", "variants", "host", "graph", "serving", "peers", "loops", "ladder"),
+        *("sanitizer", "tuning"),
     ]
     assert sum(share.seconds for share in SHARES.values()) == pytest.approx(gpu.SECONDS, abs=5)
     assert set(SHARES) - {"tests"} == set(gpu_sections.SECTIONS) - {"machine"}

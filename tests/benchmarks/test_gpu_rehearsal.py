@@ -17,7 +17,7 @@ from benchmarks import gpu_report, records, testing
 from benchmarks.children import ROOT, Deadline
 from benchmarks.gpu import SHARES
 from benchmarks.gpu_report import TABLES
-from benchmarks.sections import sanitizer
+from benchmarks.sections import sanitizer, serving
 from benchmarks.timing import Record
 
 
@@ -252,13 +252,16 @@ def test_the_whole_run_is_rehearsed(tmp_path: Path) -> None:
     assert found["missing"] == []
     rows = {key: value for key, value in found.items() if isinstance(value, list) and value}
     assert list(rows) == [
-        *("yardsticks", "variants", "host", "marginal", "graph", "peers", "loops", "ladder"),
-        *("sanitizer", "tuning"),
+        *("yardsticks", "variants", "host", "marginal", "graph", "serving", "peers", "loops"),
+        *("ladder", "sanitizer", "tuning"),
     ]
     for key, of_key in rows.items():
         for row in of_key:
             assert not {"wrong", "failed", "left_out"} & set(row), (key, row)
     assert [row["variant"] for row in rows["variants"]] == some
+    engine = [row for row in rows["serving"] if row["figure"] == serving.ENGINE]
+    assert [row["shape"][0] for row in engine] == [4, 1]
+    assert all(row["bit_equal"] for row in engine)
     assert {row["verdict"] for row in rows["sanitizer"]} == {"no test ran"}
     # The pages can show it.
     assert gpu_report.tables(found).count("| --- |") == len(TABLES)

@@ -196,6 +196,32 @@ def test_the_hosts_limits_stand_beside_what_was_measured() -> None:
     assert ours in host.OF_ADD
 
 
+def test_the_engines_limits_stand_beside_its_figures() -> None:
+    of_sample = {"samples_per_s": [80.0, 70.0, 90.0], "bit_equal": True, "required": 0.95}
+    table = gpu_report.serving(
+        [
+            {"figure": "tick", "shape": [32, 4], "us": [4.5, 4.4, 5.1], "required_us": 5.0},
+            {"figure": "step", "us": [2.0, 1.9, 2.1], "tick_over_it": [2.2, 2.1, 2.4]},
+            {"figure": "host", "us": 24.0, "of_bound": 2.1, "required": 2.0},
+            {"figure": "refill", "us": 80.0},
+            {"figure": "alike", "of_sample": [0.97, 0.96, 0.98], **of_sample},
+            {"figure": "slow", "of_sample": [0.8, 0.7, 0.9], **of_sample}
+            | {"bit_equal": False, "relative_difference": 0.001},
+            {"figure": "astray", "wrong": "seed 3"},
+        ]
+    )
+    assert cells(table, "tick")[1:3] == ["32x4", "4.5 µs (4.4–5.1)"]
+    assert cells(table, "tick")[-2:] == ["≤ 5 µs", "yes, by the median"]
+    assert "a tick takes 2.2× (2.1–2.4)" in cells(table, "step")
+    assert cells(table, "host")[2:] == ["24 µs", "2.1× a bound step", "≤ 2×", "**no**"]
+    assert "80 µs" in cells(table, "refill")
+    assert cells(table, "alike")[3:] == ["0.97× (0.96–0.98) DDIM.sample", "≥ 0.95×", "yes"]
+    assert cells(table, "slow")[3:] == [
+        "0.8× (0.7–0.9) DDIM.sample, 0.001 off", "≥ 0.95×", "**no**",
+    ]  # fmt: skip
+    assert "**wrong**: seed 3" in cells(table, "astray")
+
+
 def test_an_upper_limit_is_met_below_its_figure() -> None:
     def of(ratio: Any) -> str:
         row: dict[str, Any] = {"shape": [1, 16, 7], "eta": 0}

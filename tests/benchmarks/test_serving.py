@@ -1,4 +1,4 @@
-"""The soak finds faults, and the engine passes it."""
+"""The soak and the GPU section find faults, and the engine passes them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import serving, soak
+from benchmarks.sections import scale
+from benchmarks.sections import serving as section
 from benchmarks.timing import WrongResultError
 from fastddim.serving.landing import Landing
 from fastddim.serving.ticket import Ticket
@@ -41,6 +43,20 @@ def test_a_soak_finds_a_neighbours_sample(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Landing, "copy", lambda self, ticket, x: copy(self, ticket, x + 1e-6))
     with pytest.raises(WrongResultError, match="the soak found a fault"):
         soak.soak(50)
+
+
+def test_the_gpu_section_times_no_engine_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("DEVICE", "cpu"), ("SLOTS", 3), ("SERVED", (3, 4, 4))):
+        monkeypatch.setattr(scale, name, value)
+    refilled = section.busy(refills=9)
+    begun = refilled.metrics().finished
+    for _ in range(5):
+        refilled.step()
+    assert refilled.metrics().finished == begun + 5
+    copy = Landing.copy
+    monkeypatch.setattr(Landing, "copy", lambda self, ticket, x: copy(self, ticket, x + 1e-6))
+    with pytest.raises(WrongResultError, match="the engine's sample of seed"):
+        section.busy()
 
 
 def test_a_tick_costs_the_host_two_bound_steps_at_most() -> None:
