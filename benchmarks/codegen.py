@@ -38,13 +38,13 @@ import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.variants import ROUNDED, VARIANTS, launch_arguments
+from benchmarks.variants import ROUNDED, SERVED, VARIANTS, launch_arguments
 from fastddim_kernels import geometry, launch
 from fastddim_kernels.layout import block_channels, layout_of
 
 BIN = Path(nvidia.__file__).parent / "bin"
 NORMAL = "normal"
-STEPS = VARIANTS | ROUNDED
+STEPS = VARIANTS | SERVED | ROUNDED
 NAMES = (*STEPS, NORMAL)
 BATCH = 512
 """Batch of a large launch: 2²³ elements of four channels of 64², so the largest blocks are used."""
@@ -276,9 +276,10 @@ def spans(rows: list[Row]) -> str:
     """Least and greatest instructions of a step by architecture and by its kind."""
     lines = []
     for arch in dict.fromkeys(row["arch"] for row in rows if row["arch"] in SLOTS_PER_BYTE):
-        philox = [n for n, v in VARIANTS.items() if v.noise == "philox"]
+        whole = VARIANTS | SERVED
+        philox = [n for n, v in whole.items() if v.noise == "philox"]
         kinds = {
-            "without counter noise": [n for n in VARIANTS if n not in philox],
+            "without counter noise": [n for n in whole if n not in philox],
             "with counter noise": philox,
             "of a state in half precision": list(ROUNDED),
         }

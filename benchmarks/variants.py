@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import fastddim
-from fastddim.coefficients import PREDICTIONS
+from fastddim.coefficients import COLUMNS_OF_MANY, PREDICTIONS
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Variant:
         want_x0: True if x0 is written too.
         next_inputs: how many copies of x_s are written for the model's next call, in its dtype.
         rows_differ: True if each sample has its own table row.
+        of_many: True if the table holds the rows of several samplers, with their own numbers.
         order: 2 if the step reads the x0 of the step before.
         rounds: True if the state has ``dtype`` too, to which the result of each operation is
             rounded.
@@ -55,6 +57,7 @@ class Variant:
     want_x0: bool = False
     next_inputs: int = 0
     rows_differ: bool = False
+    of_many: bool = False
     order: int = 1
     rounds: bool = False
 
@@ -135,6 +138,9 @@ ROUNDED = {
 }
 """The variants of a state in half precision, which ``fastddim.ddim_step`` does not take."""
 
+SERVED = {"epsilon philox rows of many": Variant(noise="philox", rows_differ=True, of_many=True)}
+"""The step of ``fastddim.Engine`` with noise."""
+
 
 def step_arguments(
     v: Variant, batch: int, device: str = "cpu", shape: tuple[int, ...] | None = None, seed: int = 0
@@ -145,6 +151,10 @@ def step_arguments(
     """
     sample = shape or v.shape
     table = fastddim.DDIM(steps=50, eta=1.0, order=v.order).table
+    if v.of_many:
+        wide = np.zeros((len(table), len(COLUMNS_OF_MANY)), np.float32)
+        wide[:, : table.shape[1]], wide[:, -1] = table, np.arange(len(table))
+        table = wide
     g = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normals(*size: int, last: bool = v.channels_last) -> Tensor:
