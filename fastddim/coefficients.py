@@ -66,7 +66,7 @@ COLUMNS_2 = (*COLUMNS, "kappa")  # κ, the weight of the x0 of the step before
 # √ᾱ_t and √(1−ᾱ_t) where they multiply: eager PyTorch may round a factor to the dtype of a half
 # precision state there, and not where the factor divides.
 COLUMNS_ROUNDED = (*COLUMNS, "times_sqrt_abar_t", "times_sqrt_1m_abar_t")
-"""The columns of a step that rounds, which draws no counter noise."""
+"""The columns of a step that rounds (``Fixed.rounding``), which draws no counter noise."""
 COLUMNS_OF_MANY = (*COLUMNS_2, "number")  # the row's number in its own sampler's table
 """The columns of the tables of several samplers, one after the other. Counter noise belongs to the
 row's own number, float32, which holds the numbers below 2²⁴ exactly."""

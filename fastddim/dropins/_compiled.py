@@ -52,7 +52,7 @@ class Maths:
         assert next_input is None
         assert checked
         options = PREDICTIONS.index(prediction), noise_first, clip, bool(rederive), posterior
-        fixed = Fixed(*options)
+        fixed = Fixed(*options, None if x.dtype is torch.float32 else x.dtype)
         if seeds is None:
             return traced_step(
                 fixed, x, output, table, rows, noise, threshold=threshold, history=history

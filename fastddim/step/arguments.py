@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 from fastddim.check import finite, kind, whole
 from fastddim.coefficients import COLUMNS, COLUMNS_2, COLUMNS_OF_MANY, PREDICTIONS
 from fastddim.step import layout
-from fastddim.step.backends import Fixed
+from fastddim.step.backends import Fixed, StepArgs
+from fastddim.step.rows import check_columns
 
 STATE = torch.float32
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -115,6 +116,19 @@ def checked_rows(
         copies = 2 if isinstance(next_input, Tensor) and next_input.shape[:1] != x.shape[:1] else 1
         _check_tensor("next_input", next_input, x, OUTPUTS, (copies * batch, *x.shape[1:]))
     return rows
+
+
+def check_bound(fixed: Fixed, first: StepArgs) -> None:
+    """Raises ``ValueError`` where the table has other columns than ``fixed`` and ``first`` need.
+
+    Every backend binds after this check, for callers without other checks too. A step that rounds
+    takes no seeds, guidance, next input or history.
+    """
+    check_columns("table", first.table.shape[1], first.history is not None, fixed.rounding)
+    if fixed.rounding is not None:
+        for name in ("seeds", "guidance", "next_input", "history"):
+            if getattr(first, name) is not None:
+                raise ValueError(f"{name} must be None with rounding, got a tensor")
 
 
 def transformed() -> bool:

@@ -53,9 +53,10 @@ class StepArgs(NamedTuple):
         x: x_t, float32 (batch, ...).
         output: what the model returned, float32, bfloat16 or float16, of x's shape; with guidance
             (2·batch, ...).
-        table: the coefficients, float32 (steps, 7); with history (steps, 8). With nine columns,
-            ``coefficients.COLUMNS_OF_MANY``, the last holds the number for which a row's counter
-            noise is drawn, in place of the row's place in the table.
+        table: the coefficients, float32 (steps, 7); with history (steps, 8). Without
+            ``Fixed.rounding`` a table may have the columns ``coefficients.COLUMNS_OF_MANY``, whose
+            last holds the number for which a row's counter noise is drawn, in place of the row's
+            place in the table.
         row: the row of the table that all samples are on, or int32 (batch,) with one for each.
         seeds: int64 (batch,), for counter noise.
         noise: z itself, float32 of x's shape, in place of seeds.
@@ -83,7 +84,11 @@ class StepArgs(NamedTuple):
 
 
 def numbers_of(table: Tensor, row: int | Tensor) -> int | Tensor:
-    """Returns the numbers for which these rows' counter noise is drawn."""
+    """Returns the numbers for which these rows' counter noise is drawn.
+
+    They are the ninth column of ``COLUMNS_OF_MANY``. A step that rounds, whose ninth column is
+    another, draws no counter noise.
+    """
     if table.shape[1] <= _NUMBER:
         return row
     if isinstance(row, int):

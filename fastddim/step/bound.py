@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastddim.step import layout
+from fastddim.step.arguments import check_bound
 from fastddim.step.backends import Backend, Fixed, Launch, StepArgs, again
 
 _MOST = 64
@@ -215,6 +216,7 @@ def nothing(*_: object) -> None:
 
 def bind(backend: Backend, fixed: Fixed, first: StepArgs) -> Launch:
     """Returns the backend's launch for arguments that lie alike, with the copies that it needs."""
+    check_bound(fixed, first)
     if not first.x.numel():
         return nothing
     copies = _Copies(backend, first)

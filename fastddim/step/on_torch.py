@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim.coefficients import COLUMNS, COLUMNS_2, PREDICTIONS
+from fastddim.coefficients import COLUMNS, PREDICTIONS
 from fastddim.step import backends, layout, philox, reference
 from fastddim.step.backends import Backend, Fixed, Launch, StepArgs, numbers_of
 from fastddim.step.rows import Factors, factors_of, read_factors, rows_differ, rows_of
@@ -212,12 +212,10 @@ def _by_reference(
         numbers = rows_of(numbers_of(table, row), len(x))
         normal_(noise, seeds, numbers, philox.STEP_STREAM)
     each = (-1, *[1] * (x.dim() - 1))
-    # The reference takes a ninth column for one of a step that rounds.
-    table = table if fixed.rounding is not None else table[:, : len(COLUMNS_2)]
     factors = table[row] if isinstance(row, int) else table[row].view(*each, table.shape[1])
     x_s, predicted = reference.ddim_step(
         x,
-        output.float(),
+        output.to(x.dtype),
         factors,
         noise,
         PREDICTIONS[fixed.prediction],
@@ -228,6 +226,7 @@ def _by_reference(
         fixed.rederive,
         history,
         fixed.posterior,
+        fixed.rounding,
     )
     out.copy_(x_s)
     if x0 is not None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastddim.step.rows import check_columns
+
 
 def ddim_step(
     x: Tensor,
@@ -21,6 +23,7 @@ def ddim_step(
     rederive: bool = False,
     history: Tensor | None = None,
     posterior: bool = False,
+    rounding: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns (x_s, x0) of one step t → s, in its arguments' dtype (Song et al. 2021, eq. 12).
 
@@ -41,10 +44,18 @@ def ddim_step(
 
     In half precision PyTorch computes each operation in float32 and rounds its result. A factor
     of no dimensions on a CPU is not rounded, because it stands after the tensor that it
-    multiplies. A row of ``COLUMNS_ROUNDED`` has √ᾱ_t and √(1−ᾱ_t) a second time, for products.
+    multiplies. ``rounding`` is the dtype of x where ``row`` has the columns ``COLUMNS_ROUNDED``,
+    which hold √ᾱ_t and √(1−ᾱ_t) a second time, for products.
+
+    Raises:
+        ValueError: the step cannot read a row of this many columns, or ``rounding`` is not x's
+            dtype.
     """
+    check_columns("row", row.shape[-1], history is not None, rounding)
+    if rounding is not None and x.dtype != rounding:
+        raise ValueError(f"rounding must be the dtype of x, {x.dtype}, or None, got {rounding}")
     a_t, _, b_t, _, a_s, c1, c2 = row[..., :7].unbind(-1)
-    times_a, times_b = row[..., 7:].unbind(-1) if row.shape[-1] == 9 else (a_t, b_t)
+    times_a, times_b = (a_t, b_t) if rounding is None else row[..., 7:].unbind(-1)
     if output.dim() > 2 and output.shape[1] == 2 * x.shape[1]:
         output = output[:, : x.shape[1]]
     if guidance is not None:

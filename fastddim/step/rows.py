@@ -1,4 +1,4 @@
-"""The rows of the table that samples are on, and the factors in them."""
+"""The columns that a step reads, the rows that samples are on, and the factors in them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,28 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fastddim.coefficients import COLUMNS, COLUMNS_2, COLUMNS_OF_MANY, COLUMNS_ROUNDED
+
 Factors: TypeAlias = tuple[Tensor, ...]
 """The table's columns: () where all samples are on one row, else (batch, 1)."""
+
+
+_READ = tuple(len(names) for names in (COLUMNS, COLUMNS_2, COLUMNS_OF_MANY))
+"""The numbers of columns in the tables of a step that does not round. Each of these tables begins
+with the columns of the shorter ones, so that a column means the same in all of them."""
+
+
+def check_columns(name: str, columns: int, history: bool, rounding: torch.dtype | None) -> None:
+    """Raises ``ValueError`` where the number of columns is not one that the step reads.
+
+    ``rounding`` alone decides whether a table of nine columns has ``COLUMNS_ROUNDED`` or
+    ``COLUMNS_OF_MANY``. Without ``history`` the step does not read κ.
+    """
+    allowed = _READ[history:] if rounding is None else (len(COLUMNS_ROUNDED),)
+    if columns not in allowed:
+        whose = "of order 2" if history else "of order 1" if rounding is None else "with rounding"
+        numbers = " or ".join(map(str, allowed))
+        raise ValueError(f"{name} must have {numbers} columns in a step {whose}, got {columns}")
 
 
 def rows_differ(row: int | Tensor) -> bool:

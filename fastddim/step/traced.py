@@ -42,4 +42,5 @@ def traced_step(
         fixed.rederive,
         history,
         fixed.posterior,
+        fixed.rounding,
     )

@@ -81,6 +81,7 @@ def test_a_step_that_rounds_has_the_bits_of_the_cpus(
         given["x"], given["output"], given["table"][given["rows"]], given.get("noise"),
         v.prediction, v.clip, v.noise_first, None,
         None if threshold is None else threshold.view(-1, 1, 1, 1), v.rederive, None, v.posterior,
+        given["rounding"],
     )  # fmt: skip
     results: Given = {
         k: torch.full_like(given["x"], torch.nan, device=DEVICE) for k in ("out", "x0")

@@ -53,8 +53,8 @@ def test_the_kernel_writes_x0_over_its_history(number: int, prediction: str) -> 
 @pytest.mark.parametrize(
     ("columns", "history", "message"),
     [
-        (8, None, r"table must be contiguous \(steps, 7\), got "),
-        (7, torch.zeros(2, 3), r"table must be contiguous \(steps, 8\), got "),
+        (8, None, r"table must be contiguous \(steps, 7\) or \(steps, 9\), got "),
+        (7, torch.zeros(2, 3), r"table must be contiguous \(steps, 8\) or \(steps, 9\), got "),
         (8, torch.zeros(3, 2), "history must have the shape and strides of x, got "),
         (8, torch.zeros(3, 2).T, "history must have the shape and strides of x, got "),
         (8, torch.zeros(2, 3).half(), "history must be torch.float32 on cpu, got float16"),

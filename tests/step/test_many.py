@@ -13,8 +13,8 @@ from torch import Tensor
 
 import fastddim
 from fastddim import DDIM
-from fastddim.coefficients import COLUMNS_OF_MANY
-from fastddim.step import on_torch
+from fastddim.coefficients import COLUMNS_OF_MANY, PREDICTIONS
+from fastddim.step import on_torch, reference
 from fastddim.step.backends import Backend, Fixed, Launch, StepArgs
 from tests.kernel_steps import by_kernel
 from tests.numpy_backend import BACKEND as NUMPY
@@ -97,6 +97,16 @@ def test_history_is_read_where_kappa_is_not_0(backend: str) -> None:
     first = fastddim.ddim_step(x, output, torch.tensor(SAMPLERS[2].table), 0)[0]
     assert same(got[0], second[0])
     assert same(got[1], first[1])
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_reference_does_not_read_the_number(prediction: str) -> None:
+    x, output = randn(3, 5, seed=1), randn(3, 5, seed=2)
+    row = many()[FIRST[1] + 2]
+    got = reference.ddim_step(x, output, row, prediction=prediction)
+    want = reference.ddim_step(x, output, row[:7], prediction=prediction)
+    assert same(got[0], want[0])
+    assert same(got[1], want[1])
 
 
 @pytest.mark.one_in(2)

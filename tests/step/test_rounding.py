@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastddim.step.backends import Fixed
 from fastddim.step.bound import Bound
 from tests.cases import some
 from tests.paths import ALL, CPU, here
+from tests.refusals import refused
 from tests.steps import same
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -67,7 +69,7 @@ def assert_same_step(
     expected = reference.ddim_step(
         x, output, table[2], noise, PREDICTIONS[fixed.prediction], fixed.clip, fixed.noise_first,
         None, None if threshold is None else threshold.view(each), fixed.rederive, None,
-        fixed.posterior,
+        fixed.posterior, fixed.rounding,
     )  # fmt: skip
     assert expected[0].dtype == expected[1].dtype == x.dtype
     got = stepped(name, fixed, x, output, table, 2, noise, threshold)
@@ -169,6 +171,51 @@ def test_a_row_that_is_not_in_the_table_is_refused(name: str, row: int) -> None:
         stepped(name, Fixed(rounding=x.dtype), x, x, table_of(x.dtype), row)
 
 
+@pytest.mark.parametrize(
+    ("columns", "rounding", "history", "words"),
+    [
+        (7, torch.bfloat16, None, "9 columns in a step with rounding, got 7"),
+        (8, torch.bfloat16, None, "9 columns in a step with rounding, got 8"),
+        (10, torch.bfloat16, None, "9 columns in a step with rounding, got 10"),
+        (6, None, None, "7 or 8 or 9 columns in a step of order 1, got 6"),
+        (10, None, None, "7 or 8 or 9 columns in a step of order 1, got 10"),
+        (7, None, torch.zeros(SHAPE), "8 or 9 columns in a step of order 2, got 7"),
+    ],
+)
+def test_a_table_of_another_width_is_refused(
+    columns: int, rounding: torch.dtype | None, history: Tensor | None, words: str
+) -> None:
+    x, table = torch.zeros(SHAPE, dtype=rounding), torch.ones(5, columns)
+
+    def eager() -> Any:
+        return reference.ddim_step(x, x, table[2], history=history, rounding=rounding)
+
+    refused(eager, ValueError, f"row must have {words}")
+    for name in here(*ALL):
+        step = Bound(backends.backend("cpu", name), Fixed(rounding=rounding))
+        given = x, x, table, 2, None, None, None, None, torch.empty_like(x), None, None, history
+        refused(partial(step, *given), ValueError, f"table must have {words}")
+
+
+def test_the_reference_refuses_another_rounding_than_xs() -> None:
+    x, row = torch.zeros(SHAPE), table_of(torch.bfloat16)[2]
+    words = "rounding must be the dtype of x, torch.float32, or None, got torch.bfloat16"
+    refused(lambda: reference.ddim_step(x, x, row, rounding=torch.bfloat16), ValueError, words)
+
+
+@pytest.mark.parametrize("name", here(*ALL))
+@pytest.mark.parametrize("given", ["seeds", "guidance", "next_input", "history"])
+def test_rounding_refuses_an_argument_that_it_does_not_take(name: str, given: str) -> None:
+    x = torch.zeros(SHAPE, dtype=torch.bfloat16)
+    taken = {"seeds": torch.arange(3), "guidance": torch.ones(3)}.get(given, torch.zeros(SHAPE))
+    output = torch.cat([x, x]) if given == "guidance" else x
+    more: dict[str, Any] = {"seeds": None, "noise": None, "guidance": None, "threshold": None}
+    more |= {"out": torch.empty_like(x), "x0": None, "next_input": None, "history": None}
+    step = Bound(backends.backend("cpu", name), Fixed(rounding=x.dtype))
+    call = partial(step, x, output, table_of(x.dtype), 2, **more | {given: taken})
+    refused(call, ValueError, f"{given} must be None with rounding, got a tensor")
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_op_rounds_and_passes_opcheck(dtype: torch.dtype) -> None:
     x, output = (torch.randn(SHAPE).to(dtype) for _ in range(2))
@@ -231,6 +278,7 @@ def test_numbas_roundings_are_those_of_pytorch() -> None:
         ({"table": 7}, r"table must be contiguous \(steps, 9\)"),
         ({"seeds": torch.arange(3)}, "seeds must be None with rounding"),
         ({"guidance": torch.ones(3)}, "guidance must be None with rounding"),
+        ({"history": torch.ones(SHAPE)}, "history must be None with rounding"),
     ],
     ids=str,
 )

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 COLUMNS = 7
-"""The columns of the coefficient table; order 2 has one more, κ, and rounding has two more."""
+"""The columns of the coefficient table; order 2 has one more, κ."""
+COLUMNS_ROUNDED = 9
+"""The columns of the table with ``rounding``: √ᾱ_t and √(1−ᾱ_t) again, where they multiply."""
 COLUMNS_OF_MANY = 9
 """The columns of the tables of several samplers: κ, and the number of a row's counter noise."""
 _is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
@@ -56,12 +58,12 @@ def check_coefficients(
     rounding: torch.dtype | None,
 ) -> None:
     """Raises ``ValueError`` where the table or a value of a sample is not what the kernel takes."""
-    columns = COLUMNS + (history is not None) + 2 * (rounding is not None)
-    of_many = table.dim() == 2 and table.shape[1] == COLUMNS_OF_MANY
-    if of_many and rounding is None:
-        columns = COLUMNS_OF_MANY
-    if table.dim() != 2 or table.shape[1] != columns or not table.is_contiguous():
-        raise ValueError(f"table must be contiguous (steps, {columns}), got {describe(table)}")
+    columns = [COLUMNS + (history is not None), COLUMNS_OF_MANY]
+    if rounding is not None:
+        columns = [COLUMNS_ROUNDED]
+    if table.dim() != 2 or table.shape[1] not in columns or not table.is_contiguous():
+        allowed = " or ".join(f"(steps, {n})" for n in columns)
+        raise ValueError(f"table must be contiguous {allowed}, got {describe(table)}")
     if table.dtype != torch.float32 or table.device != x.device:
         raise ValueError(f"table must be float32 on {x.device}, got {describe(table)}")
     if isinstance(rows, Tensor):
