@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -75,7 +76,12 @@ class There(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is Tensor.tolist:
                 return args[0].cpu().tolist()
-            return func(*args, **(kwargs or {}))
+            found = func(*args, **(kwargs or {}))
+            # ``_to_copy``, which a mode sees, does not say whether ``to`` must copy.
+            if func is Tensor.to and found is args[0] and _must_copy(args, kwargs or {}):
+                layout = (kwargs or {}).get("memory_format", torch.preserve_format)
+                return found.clone(memory_format=layout)
+            return found
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -85,6 +91,18 @@ class There(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"There({self.here})"
+
+
+def _must_copy(args: Any, kwargs: Any) -> bool:
+    """Returns ``copy`` of ``to(device, dtype)``, ``to(dtype)`` or ``to(other)``."""
+    first = args[1] if len(args) > 1 else None
+    place = 3 if isinstance(first, (torch.dtype, Tensor)) else 4
+    return bool(args[place] if len(args) > place else kwargs.get("copy", False))
+
+
+def _lies_as(x: Tensor, layout: torch.memory_format | None) -> bool:
+    """Returns whether ``to`` leaves a tensor in its layout."""
+    return layout in (None, torch.preserve_format, suggest_memory_format(x))
 
 
 class Generator(torch.Generator):
@@ -150,11 +168,8 @@ class Device(TorchDispatchMode):
             packet is aten._to_copy
             and there
             and lands
-            and kwargs.get("dtype")
-            in (
-                None,
-                args[0].dtype,
-            )
+            and kwargs.get("dtype") in (None, args[0].dtype)
+            and _lies_as(args[0].here, kwargs.get("memory_format"))
         ):
             return args[0]  # Already on the device, which C++ does not know.
         kwargs.pop("pin_memory", None)

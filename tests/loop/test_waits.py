@@ -60,6 +60,27 @@ GOING_ON: dict[str, Callable[[Tensor], object]] = {
 }
 
 
+MOVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "nowhere": lambda x: x.to(x.device),
+    "copied": lambda x: x.to(x.device, copy=True),
+    "copied, by position": lambda x: x.to(x.device, x.dtype, False, True),
+    "copied, with a dtype": lambda x: x.to(x.dtype, copy=True),
+    "copied, with a dtype by position": lambda x: x.to(x.dtype, False, True),
+    "copied, like another": lambda x: x.to(x, copy=True),
+    "copied, non-blocking": lambda x: x.to(x.device, non_blocking=True, copy=True),
+    "copied, in a layout": lambda x: x.to(
+        x.device, copy=True, memory_format=torch.contiguous_format
+    ),
+    "in a dtype": lambda x: x.to(x.device, torch.float16),
+    "in a dtype, by name": lambda x: x.to(dtype=torch.float16, device=x.device, non_blocking=True),
+    "in its own layout": lambda x: x.to(x.device, memory_format=torch.channels_last),
+    "in another layout": lambda x: x.to(x.device, memory_format=torch.contiguous_format),
+    "in another layout, with a dtype": lambda x: x.to(
+        x.dtype, memory_format=torch.contiguous_format
+    ),
+}
+
+
 @pytest.mark.parametrize("what", WAITING)
 def test_operations_that_wait_are_noticed(device: Device, what: str) -> None:
     x = device.put(torch.arange(6.0).view(2, 3))
@@ -81,6 +102,45 @@ def test_operations_that_do_not_wait_pass(device: Device, what: str) -> None:
         want = GOING_ON[what](torch.arange(6.0).view(2, 3))
         assert isinstance(want, Tensor)
         assert found.here.equal(want)
+
+
+def storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("what", MOVED)
+def test_to_copies_where_it_copies_on_a_cpu(device: Device, what: str) -> None:
+    own = torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    x = device.put(own)
+    with device.watch() as waits:
+        found, want = MOVED[what](x), MOVED[what](own)
+    assert waits == []
+    assert isinstance(found, There)
+    assert found.here.equal(want)
+    assert (found.dtype, found.stride()) == (want.dtype, want.stride())
+    assert (found is x) == (want is own)
+    assert (storage(found) == storage(x)) == (storage(want) == storage(own))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("non_blocking", [False, True])
+def test_to_another_device_takes_every_keyword(
+    device: Device, dtype: torch.dtype, non_blocking: bool
+) -> None:
+    own = torch.arange(24.0).view(1, 2, 3, 4)
+    given: dict[str, Any] = {"dtype": dtype, "non_blocking": non_blocking, "copy": True}
+    given["memory_format"] = torch.channels_last
+    want = own.to("cpu", **given)
+    with device.watch() as waits:
+        there = own.to(CUDA, **given)
+        back = device.put(own).to("cpu", **given)
+    assert len(waits) == (0 if non_blocking else 2)
+    assert isinstance(there, There)
+    assert not isinstance(back, There)
+    for found in (there.here, back):
+        assert found.dtype == dtype
+        assert found.stride() == want.stride()
+        assert found.equal(want)
 
 
 def test_copies_in_a_capture_that_outlives_them_are_refused(
