@@ -50,6 +50,15 @@ class Scheduler:
         """Leaves out tables and buffers, so that copies and pickles make their own."""
         return {name: value for name, value in self.__dict__.items() if name not in self._unsaved}
 
+    def _follow_timesteps(self) -> None:
+        """Reads the timesteps that were just chosen, and drops everything of the former ones.
+
+        The host reads them here because it would wait for the device in a step.
+        """
+        self._chosen()
+        self._own.clear()
+        self._renew_compiled()
+
     def _renew_compiled(self) -> None:
         """Makes the tables of compiled steps again, after a change of the timesteps."""
         if self._compiled is not None:

@@ -86,8 +86,7 @@ class FastCogVideoXDDIMScheduler(Base, CogVideoXDDIMScheduler):
     ) -> None:
         """Chooses timesteps as the original does."""
         self._parent.set_timesteps(self, num_inference_steps, device)
-        self._chosen()
-        self._own.clear()
+        self._follow_timesteps()
 
     def step(
         self,

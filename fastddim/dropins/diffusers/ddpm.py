@@ -111,9 +111,7 @@ class FastDDPMScheduler(Base, DDPMScheduler):
     ) -> None:
         """Chooses timesteps as the original does."""
         self._parent.set_timesteps(self, num_inference_steps, device, timesteps)
-        self._chosen()
-        self._own.clear()
-        self._renew_compiled()
+        self._follow_timesteps()
 
     def step(
         self,

@@ -160,10 +160,8 @@ class FastDPMSolverMultistepScheduler(Base, DPMSolverMultistepScheduler):
     ) -> None:
         """Chooses timesteps and ``sigmas`` as the original does, and restarts at order 1."""
         self._parent.set_timesteps(self, num_inference_steps, device, mu, timesteps)
-        self._chosen()
-        self._own.clear()
         self._stateless = False
-        self._renew_compiled()
+        self._follow_timesteps()
 
     def _init_step_index(self, timestep: Any) -> None:
         """Finds the first step's place as the original does, without waiting for the device."""

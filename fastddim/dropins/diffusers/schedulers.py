@@ -82,9 +82,7 @@ class _Fast(Base):
         their number: ``pipe(timesteps=[999, 700, 300])``.
         """
         self._strategy.set_timesteps(self, num_inference_steps, device, timesteps)
-        self._chosen()
-        self._own.clear()
-        self._renew_compiled()
+        self._follow_timesteps()
 
     def _behind_tables(self) -> tuple[Any, ...]:
         return self.alphas_cumprod, self._end(), self.timesteps
