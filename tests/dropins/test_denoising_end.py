@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import socket
 from typing import Any
 
 import pytest
@@ -12,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastddim.dropins.diffusers import FastDDIMScheduler
+from tests.dropins.pipeline_cases import autoencoder, conditional_unet, diffusers, quiet
 
-diffusers: Any = importlib.import_module("diffusers")  # without its types
 FAST: Any = FastDDIMScheduler
 
 CASES = list(
@@ -23,45 +21,27 @@ CASES = list(
 )
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing reaches for the network."""
-    monkeypatch.setattr(socket.socket, "connect", None)
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture(scope="module")
 def pipelines() -> tuple[Any, Any]:
     """Small random parts without text encoders: the calls hand over the embeddings."""
     torch.manual_seed(2)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
+    unet = conditional_unet(
+        4,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=8 * 6 + 16,
-    ).eval()
-    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4)
+    )
     parts: dict[str, Any] = {
         "unet": unet,
-        "vae": vae,
+        "vae": autoencoder(4),
         "scheduler": FAST(),
         **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
     }
-    found = (
-        diffusers.StableDiffusionXLPipeline(**parts),
-        diffusers.StableDiffusionXLImg2ImgPipeline(**parts),
-    )
-    for pipe in found:
-        pipe.set_progress_bar_config(disable=True)
-    return found
+    base = quiet(diffusers.StableDiffusionXLPipeline(**parts))
+    return base, quiet(diffusers.StableDiffusionXLImg2ImgPipeline(**parts))
 
 
 def latents(pipe: Any, scheduler: Any, **given: Any) -> Tensor:

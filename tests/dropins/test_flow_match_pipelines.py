@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +10,13 @@ import pytest
 import torch
 
 from tests.dropins.euler_cases import FLOW, FLOW_ORIGINAL, Config, drawn
+from tests.dropins.pipeline_cases import autoencoder, diffusers, quiet
 
-diffusers: Any = importlib.import_module("diffusers")  # without its types
+pytestmark = pytest.mark.usefixtures("offline")
 ENCODERS = [f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")]
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing reaches for the network."""
-    monkeypatch.setattr(socket.socket, "connect", None)
-
-
-def autoencoder(channels: int) -> Any:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=channels,
-        norm_num_groups=4,
-        sample_size=16,
-        shift_factor=0.1,
-        scaling_factor=1.5,
-    ).eval()
+SHIFTED: dict[str, Any] = {"shift_factor": 0.1, "scaling_factor": 1.5}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +36,7 @@ def stable() -> dict[str, Any]:
         out_channels=4,
     )
     none = dict.fromkeys(ENCODERS)
-    return {"transformer": transformer.eval(), "vae": autoencoder(4), **none}
+    return {"transformer": transformer.eval(), "vae": autoencoder(4, **SHIFTED), **none}
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +54,11 @@ def flux() -> dict[str, Any]:
         axes_dims_rope=[4, 4, 8],
     )
     none = dict.fromkeys(name for name in ENCODERS if not name.endswith("3"))
-    return {"transformer": transformer.eval(), "vae": autoencoder(1), **none}
+    return {"transformer": transformer.eval(), "vae": autoencoder(1, **SHIFTED), **none}
 
 
 def picture(pipe: Any, scheduler: Any, **given: Any) -> Any:
-    pipe.scheduler = scheduler
-    pipe.set_progress_bar_config(disable=True)
+    quiet(pipe).scheduler = scheduler
     words = {"prompt_embeds": drawn(1, (1, 5, 32)), "pooled_prompt_embeds": drawn(2, (1, 32))}
     if "negative_prompt_embeds" in given:
         given |= {"negative_pooled_prompt_embeds": drawn(4, (1, 32))}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,9 @@ from fastddim.dropins.diffusers import (
     FastDPMSolverMultistepScheduler,
     FastEulerAncestralDiscreteScheduler,
 )
+from tests.dropins.pipeline_cases import autoencoder, conditional_unet, diffusers, quiet
 
-diffusers: Any = importlib.import_module("diffusers")  # without its types
-AutoencoderKL = diffusers.AutoencoderKL
+pytestmark = pytest.mark.usefixtures("offline")
 DDIMPipeline = diffusers.DDIMPipeline
 DDIMScheduler = diffusers.DDIMScheduler
 DDPMPipeline = diffusers.DDPMPipeline
@@ -36,7 +34,6 @@ PNDMScheduler = diffusers.PNDMScheduler
 StableDiffusionImg2ImgPipeline = diffusers.StableDiffusionImg2ImgPipeline
 StableDiffusionInpaintPipeline = diffusers.StableDiffusionInpaintPipeline
 StableDiffusionPipeline = diffusers.StableDiffusionPipeline
-UNet2DConditionModel = diffusers.UNet2DConditionModel
 UNet2DModel = diffusers.UNet2DModel
 
 STABLE: dict[str, Any] = {
@@ -48,12 +45,6 @@ STABLE: dict[str, Any] = {
 DDIM_STABLE: dict[str, Any] = {**STABLE, "clip_sample": False, "set_alpha_to_one": False}
 FAST: Any = FastDDIMScheduler
 ORIGINAL: Any = DDIMScheduler
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing reaches for the network."""
-    monkeypatch.setattr(socket.socket, "connect", None)
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +83,7 @@ def parts() -> dict[str, Any]:
         pad_token_id=1,
     )
     return {
-        "vae": AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=16,
-        ).eval(),
+        "vae": autoencoder(4),
         "text_encoder": CLIPTextModel(text).eval(),
         "tokenizer": tokenizer,
         "unet": conditional_unet(4),
@@ -107,26 +91,6 @@ def parts() -> dict[str, Any]:
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
-
-
-def conditional_unet(in_channels: int) -> Any:
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=in_channels,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-    ).eval()
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def gen(seed: int = 5) -> torch.Generator:
