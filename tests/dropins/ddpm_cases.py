@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddim.dropins.diffusers import FastDDPMScheduler
-from tests.dropins.scheduler_cases import BOUNDS, Config, diffusers, model
+from tests.dropins.scheduler_cases import BOUNDS, Config, diffusers, made, model, unstepped
 
 ORIGINAL: Any = diffusers.DDPMScheduler
 FAST: Any = FastDDPMScheduler
@@ -60,26 +60,12 @@ GRID: list[tuple[Config, Config]] = [
 
 
 def both(config: Config, **chosen: Any) -> tuple[Any, Any]:
-    """The original and the drop-in with the same timesteps, chosen where ``chosen`` says how."""
-    original, fast = (cls(**config) for cls in (ORIGINAL, FAST))
-    if chosen:
-        for scheduler in (original, fast):
-            scheduler.set_timesteps(**chosen)
-    assert torch.equal(original.timesteps, fast.timesteps)
-    return original, fast
-
-
-class Unstepped(ORIGINAL):  # type: ignore[misc]
-    """The original without its step, for a drop-in that must take its own."""
-
-    step: Any = None
+    return made((ORIGINAL, FAST), config, **chosen)
 
 
 def fused(config: Config, **chosen: Any) -> tuple[Any, Any]:
     """``both``, where the drop-in cannot take the original's step."""
-    original, fast = both(config, **chosen)
-    fast._parent = Unstepped
-    return original, fast
+    return unstepped(*both(config, **chosen))
 
 
 def exact(config: Config, S: int, x: Tensor, seed: int) -> Tensor:

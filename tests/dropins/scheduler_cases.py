@@ -16,6 +16,7 @@ from fastddim.dropins.diffusers import (
     FastDDIMParallelScheduler,
     FastDDIMScheduler,
 )
+from fastddim.step.on_torch import BLOCK
 
 diffusers: Any = importlib.import_module("diffusers")  # without its types
 DDIMInverseScheduler = diffusers.DDIMInverseScheduler
@@ -82,11 +83,52 @@ def assert_identical(a: Any, b: Any, where: object = "") -> None:
     assert torch.equal(a.nan_to_num(**finite), b.nan_to_num(**finite)), where
 
 
-def both(config: Config, steps: int, which: str = "plain") -> tuple[Any, Any]:
-    original, fast = (cls(**config) for cls in PAIRS[which])
-    for scheduler in (original, fast):
-        scheduler.set_timesteps(steps)
+DRAWS: dict[str, Config] = {
+    "ddim": {},
+    "generator": {"eta": 0.3, "seed": 5},
+    "generators": {"eta": 1.0, "seed": [4, 9]},
+    "global stream": {"eta": 1.0},
+    "variance_noise": {
+        "eta": 1.0,
+        "variance_noise": randn(*SHAPE, seed=8),
+        "use_clipped_model_output": True,
+    },
+}
+"""The sources of a loop's noise, as arguments of ``assert_same_loops``."""
+LAYOUTS: dict[str, Callable[[int], Tensor]] = {
+    "one": lambda k: randn(1, 1, 1, 1, seed=k),
+    "odd": lambda k: randn(1, 3, 5, 7, seed=k),
+    "rank two": lambda k: randn(5, 7, seed=k),
+    "rank five": lambda k: randn(2, 3, 2, 4, 5, seed=k),
+    "empty": lambda k: randn(0, 3, 4, 4, seed=k),
+    "channels_last": lambda k: randn(3, 4, 6, 5, seed=k).contiguous(
+        memory_format=torch.channels_last
+    ),
+    "slice": lambda k: randn(4, 5, 6, 9, seed=k)[1:3, 1:4, ::2, 2:],
+    "transposed": lambda k: randn(2, 6, 5, 3, seed=k).transpose(1, 3),
+    "expanded": lambda k: randn(1, 3, 4, 4, seed=k).expand(3, -1, -1, -1),
+    "chunk": lambda k: randn(4, 3, 4, 4, seed=k).chunk(2)[1],
+    "large": lambda k: randn(2, 1, 1, BLOCK + 17, seed=k),
+}
+
+
+def made(classes: tuple[Any, Any], config: Config, **chosen: Any) -> tuple[Any, Any]:
+    """The original and the drop-in with the same timesteps, chosen where ``chosen`` says how."""
+    original, fast = (cls(**config) for cls in classes)
+    if chosen:
+        for scheduler in (original, fast):
+            scheduler.set_timesteps(**chosen)
     assert torch.equal(original.timesteps, fast.timesteps)
+    return original, fast
+
+
+def both(config: Config, steps: int, which: str = "plain") -> tuple[Any, Any]:
+    return made(PAIRS[which], config, num_inference_steps=steps)
+
+
+def unstepped(original: Any, fast: Any) -> tuple[Any, Any]:
+    """The same schedulers, where the drop-in cannot take the original's step."""
+    fast._parent = type("Unstepped", (fast._parent,), {"step": None})
     return original, fast
 
 
@@ -124,6 +166,15 @@ def assert_same_loops(original: Any, fast: Any, x: Tensor, **arguments: Any) -> 
     for i, (a, b) in enumerate(zip(*results, strict=True)):
         assert_identical(a, b, f"{('x_s', 'x0')[i % 2]} of step {i // 2}")
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def assert_same_configuration(original: Any, fast: Any, dtype: torch.dtype = torch.float32) -> None:
+    """Compares loops without noise, and of 61 steps with noise and ε derived again."""
+    x = randn(*SHAPE).to(dtype)
+    assert_same_loops(original, fast, x, every=3)
+    for scheduler in (original, fast):
+        scheduler.set_timesteps(61)
+    assert_same_loops(original, fast, x, every=13, eta=0.7, use_clipped_model_output=True, seed=11)
 
 
 def outcome(call: Callable[..., Any], *arguments: Any) -> Any:

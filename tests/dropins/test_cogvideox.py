@@ -21,7 +21,9 @@ from tests.dropins.scheduler_cases import (
     diffusers,
     gen,
     loop,
+    made,
     randn,
+    unstepped,
 )
 
 FAST: Any = FastCogVideoXDDIMScheduler
@@ -64,17 +66,7 @@ GRID: list[Config] = [
 
 
 def both(config: Config, steps: int) -> tuple[Any, Any]:
-    original, fast = diffusers.CogVideoXDDIMScheduler(**config), FAST(**config)
-    for scheduler in (original, fast):
-        scheduler.set_timesteps(steps)
-    assert torch.equal(original.timesteps, fast.timesteps)
-    return original, fast
-
-
-class Unstepped:
-    """Stands for the original class where its step must not run."""
-
-    step: Any = None
+    return made((diffusers.CogVideoXDDIMScheduler, FAST), config, num_inference_steps=steps)
 
 
 @pytest.mark.one_in(2)
@@ -85,8 +77,7 @@ class Unstepped:
 )
 def test_loops_are_bit_identical(config: Config) -> None:
     for steps in (7, 50):
-        original, fast = both(config, steps)
-        fast._parent = Unstepped
+        original, fast = unstepped(*both(config, steps))
         assert torch.equal(original.alphas_cumprod, fast.alphas_cumprod)
         assert_same_loops(original, fast, randn(*VIDEO))
         wide = randn(2, 4, 5, 6).to(memory_format=torch.channels_last)
@@ -94,8 +85,7 @@ def test_loops_are_bit_identical(config: Config) -> None:
 
 
 def test_the_step_itself_is_the_fused_one() -> None:
-    _, fast = both(COGVIDEOX, 50)
-    fast._parent = Unstepped
+    _, fast = unstepped(*both(COGVIDEOX, 50))
     found = loop(fast, randn(*VIDEO))
     assert all(x.isfinite().all() for x in found)
     assert fast._taken(randn(*VIDEO), 999, randn(*VIDEO)) is not None

@@ -16,14 +16,16 @@ from fastddim import using
 from fastddim.dropins.diffusers import (
     FastDDIMParallelScheduler,
 )
-from fastddim.step.on_torch import BLOCK
 from tests.dropins.scheduler_cases import (
+    DRAWS,
     FAST,
     GRID,
+    LAYOUTS,
     PAIRS,
     SHAPE,
     Config,
     assert_identical,
+    assert_same_configuration,
     assert_same_loops,
     assert_same_outcome,
     both,
@@ -35,26 +37,16 @@ from tests.dropins.scheduler_cases import (
 from tests.waiting import no_waiting
 
 
-def assert_same_configuration(config: Config) -> None:
-    x = randn(*SHAPE)
-    every = 3
-    original, fast = both(config, 7)
-    assert_same_loops(original, fast, x, every=every)
-    for scheduler in (original, fast):
-        scheduler.set_timesteps(61)
-    assert_same_loops(original, fast, x, every=13, eta=0.7, use_clipped_model_output=True, seed=11)
-
-
 @pytest.mark.parametrize("config", GRID[::47], ids=str)
 def test_configurations_are_bit_identical(config: Config) -> None:
-    assert_same_configuration(config)
+    assert_same_configuration(*both(config, 7))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(12))
 def test_every_configuration_is_bit_identical(part: int) -> None:
     for config in GRID[part::12]:
-        assert_same_configuration(config)
+        assert_same_configuration(*both(config, 7))
 
 
 def test_the_thin_grid_has_every_value_of_every_option() -> None:
@@ -66,20 +58,10 @@ def test_the_thin_grid_has_every_value_of_every_option() -> None:
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("which", ["plain", "parallel"])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"eta": 0.3, "seed": 5},
-        {"eta": 1.0, "seed": [4, 9]},
-        {"eta": 1.0},
-        {"eta": 1.0, "variance_noise": randn(*SHAPE, seed=8), "use_clipped_model_output": True},
-    ],
-    ids=["ddim", "generator", "generators", "global stream", "variance_noise"],
-)
-def test_fifty_steps_are_bit_identical(which: str, spacing: str, arguments: Config) -> None:
+@pytest.mark.parametrize("draw", DRAWS)
+def test_fifty_steps_are_bit_identical(which: str, spacing: str, draw: str) -> None:
     original, fast = both({"timestep_spacing": spacing}, 50, which)
-    assert_same_loops(original, fast, randn(*SHAPE), **arguments)
+    assert_same_loops(original, fast, randn(*SHAPE), **DRAWS[draw])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 61, 103, 334, 999, 1000])
@@ -164,23 +146,6 @@ def test_inversion_is_bit_identical(spacing: str, prediction: str, one: bool) ->
     assert_same_loops(original, fast, randn(*SHAPE))
 
 
-LAYOUTS: dict[str, Callable[[int], Tensor]] = {
-    "one": lambda k: randn(1, 1, 1, 1, seed=k),
-    "odd": lambda k: randn(1, 3, 5, 7, seed=k),
-    "rank two": lambda k: randn(5, 7, seed=k),
-    "rank five": lambda k: randn(2, 3, 2, 4, 5, seed=k),
-    "empty": lambda k: randn(0, 3, 4, 4, seed=k),
-    "channels_last": lambda k: randn(3, 4, 6, 5, seed=k).contiguous(
-        memory_format=torch.channels_last
-    ),
-    "slice": lambda k: randn(4, 5, 6, 9, seed=k)[1:3, 1:4, ::2, 2:],
-    "transposed": lambda k: randn(2, 6, 5, 3, seed=k).transpose(1, 3),
-    "expanded": lambda k: randn(1, 3, 4, 4, seed=k).expand(3, -1, -1, -1),
-    "chunk": lambda k: randn(4, 3, 4, 4, seed=k).chunk(2)[1],
-    "large": lambda k: randn(2, 1, 1, BLOCK + 17, seed=k),
-}
-
-
 BOUNDED = {"prediction_type": "v_prediction", "thresholding": True}
 # The original's quantile takes neither an empty batch nor samples of rank two.
 BOTH = [
@@ -220,7 +185,7 @@ def test_mixed_layouts_are_bit_identical(of_sample: str, of_output: str) -> None
 def test_without_numba_the_steps_are_the_same() -> None:
     with using("torch"):
         for config in GRID[::211]:
-            assert_same_configuration(config)
+            assert_same_configuration(*both(config, 7))
 
 
 @pytest.mark.parametrize("which", PAIRS)

@@ -18,11 +18,14 @@ from tests.dropins.euler_cases import PAIRS as FLOWS_OF
 from tests.dropins.euler_cases import assert_same_loops as assert_same_flows
 from tests.dropins.scheduler_cases import (
     BOUNDS,
+    DRAWS,
     GRID,
+    LAYOUTS,
     PAIRS,
     SHAPE,
     Config,
     assert_identical,
+    assert_same_configuration,
     assert_same_loops,
     assert_same_outcome,
     both,
@@ -30,34 +33,22 @@ from tests.dropins.scheduler_cases import (
     loop,
     model,
     randn,
+    unstepped,
 )
-from tests.dropins.test_diffusers import LAYOUTS
 from tests.paths import CPU, here, instead, use
 
 HALVES = [torch.bfloat16, torch.float16]
 
 
 def fused(config: Config, steps: int, which: str = "plain") -> tuple[Any, Any]:
-    """``both``, where the drop-in cannot take the original's step."""
-    original, fast = both(config, steps, which)
-    fast._parent = type("Unstepped", (fast._parent,), {"step": None})
-    return original, fast
-
-
-def assert_same_configuration(config: Config, dtype: torch.dtype) -> None:
-    x, rederived = randn(*SHAPE).to(dtype), {"eta": 0.7, "use_clipped_model_output": True}
-    original, fast = fused(config, 7)
-    assert_same_loops(original, fast, x, every=3)
-    for scheduler in (original, fast):
-        scheduler.set_timesteps(61)
-    assert_same_loops(original, fast, x, every=13, seed=11, **rederived)
+    return unstepped(*both(config, steps, which))
 
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("config", some(GRID[::47], 2), ids=str)
 def test_configurations_are_bit_identical(config: Config, dtype: torch.dtype) -> None:
-    assert_same_configuration(config, dtype)
+    assert_same_configuration(*fused(config, 7), dtype)
 
 
 @pytest.mark.slow
@@ -65,7 +56,7 @@ def test_configurations_are_bit_identical(config: Config, dtype: torch.dtype) ->
 @pytest.mark.parametrize("part", range(12))
 def test_every_configuration_is_bit_identical(part: int, dtype: torch.dtype) -> None:
     for config in GRID[part::12]:
-        assert_same_configuration(config, dtype)
+        assert_same_configuration(*fused(config, 7), dtype)
 
 
 @pytest.mark.one_in(2)
@@ -90,20 +81,10 @@ def test_each_backend_is_bit_identical(name: str, every: int, dtype: torch.dtype
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("which", ["plain", "parallel"])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"eta": 0.3, "seed": 5},
-        {"eta": 1.0, "seed": [4, 9]},
-        {"eta": 1.0},
-        {"eta": 1.0, "variance_noise": randn(*SHAPE, seed=8), "use_clipped_model_output": True},
-    ],
-    ids=["ddim", "generator", "generators", "global stream", "variance_noise"],
-)
-def test_fifty_steps_are_bit_identical(which: str, dtype: torch.dtype, arguments: Config) -> None:
+@pytest.mark.parametrize("draw", DRAWS)
+def test_fifty_steps_are_bit_identical(which: str, dtype: torch.dtype, draw: str) -> None:
     original, fast = fused({}, 50, which)
-    given = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    given = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in DRAWS[draw].items()}
     assert_same_loops(original, fast, randn(*SHAPE).to(dtype), **given)
 
 
