@@ -427,6 +427,20 @@ MUTANTS = [
         "x0.clamp_(-threshold, threshold).div_(threshold)",
     ),
     Mutant(
+        "fused",
+        "nine columns are those of a step that rounds",
+        STEP,
+        "(a_t, b_t) if rounding is None else row[..., 7:].unbind(-1)",
+        "row[..., 7:].unbind(-1) if row.shape[-1] == 9 else (a_t, b_t)",
+    ),
+    Mutant(
+        "fused",
+        "a step that rounds takes seeds",
+        STEP,
+        'for name in ("seeds", "guidance", "next_input", "history")',
+        'for name in ("guidance", "next_input", "history")',
+    ),
+    Mutant(
         "dropins",
         "a divisor is rounded to the dtype of a half precision state",
         DROPINS,
