@@ -163,23 +163,34 @@ def test_odd_sizes_and_layouts_are_bit_identical(layout: str, config: Config) ->
     assert_same_loops(original, fast, x)
 
 
-@pytest.mark.parametrize(
-    ("of_sample", "of_output"),
-    list(itertools.permutations(["contiguous", "channels_last", "slice", "expanded"], 2)),
-)
+MIXED: dict[str, Callable[[int], Tensor]] = {
+    "contiguous": lambda k: randn(3, 4, 6, 5, seed=k),
+    "channels_last": LAYOUTS["channels_last"],
+    "slice": lambda k: randn(6, 8, 12, 10, seed=k)[::2, ::2, ::2, ::2],
+    "expanded": lambda k: randn(1, 4, 6, 5, seed=k).expand(3, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize(("of_sample", "of_output"), list(itertools.permutations(MIXED, 2)))
 def test_mixed_layouts_are_bit_identical(of_sample: str, of_output: str) -> None:
-    make: dict[str, Callable[[int], Tensor]] = {
-        "contiguous": lambda k: randn(3, 4, 6, 5, seed=k),
-        "channels_last": LAYOUTS["channels_last"],
-        "slice": lambda k: randn(6, 8, 12, 10, seed=k)[::2, ::2, ::2, ::2],
-        "expanded": lambda k: randn(1, 4, 6, 5, seed=k).expand(3, -1, -1, -1),
-    }
-    x, output, z = make[of_sample](1), make[of_output](2), make[of_sample](3)
+    x, output, z = MIXED[of_sample](1), MIXED[of_output](2), MIXED[of_sample](3)
     for which, (original, fast) in {k: both({}, 10, k) for k in PAIRS}.items():
         given = {} if which == "inverse" else {"eta": 1.0, "variance_noise": z}
         a, b = (s.step(output, 500, x, **given) for s in (original, fast))
         assert_identical(a.prev_sample, b.prev_sample)
         assert_identical(a.pred_original_sample, b.pred_original_sample)
+
+
+@pytest.mark.parametrize("changed", range(3), ids=["sample", "output", "noise"])
+def test_layouts_may_take_turns_on_one_scheduler(changed: int) -> None:
+    """The launch of a step serves no next step of which one tensor lies otherwise."""
+    original, fast = both({}, 10)
+    for others, *two in itertools.product(MIXED, repeat=3):
+        for one in two:
+            x, output, z = (MIXED[one if k == changed else others](k) for k in range(3))
+            a, b = (s.step(output, 500, x, eta=1.0, variance_noise=z) for s in (original, fast))
+            assert_identical(a.prev_sample, b.prev_sample)
+            assert_identical(a.pred_original_sample, b.pred_original_sample)
 
 
 def test_without_numba_the_steps_are_the_same() -> None:
