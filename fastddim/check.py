@@ -40,6 +40,17 @@ def finite(name: str, value: Any) -> float:
     return number
 
 
+def truth(name: str, value: Any) -> bool:
+    """Returns ``value`` as a bool; refuses everything that is equal to neither True nor False."""
+    try:
+        found = value in (True, False)
+    except (RuntimeError, ValueError):  # A tensor or an array has many values, or none.
+        found = False
+    if not found:
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
 def shown(value: Any) -> str:
     """Returns ``value``'s repr for a message, or its type where the repr is long."""
     text = repr(value)

@@ -216,7 +216,7 @@ def guided_diffusions(name: str, T: int) -> NoiseSchedule:
 
 
 def _levels(T: int) -> int:
-    return whole("T", T, low=1)
+    return whole("T", T, low=1, high=10**7)
 
 
 def _ends(beta_start: float, beta_end: float) -> tuple[float, float]:

@@ -131,8 +131,9 @@ class Tuned:
             found["about"] = json.dumps(found.get("about", {}))
             return cls(**found)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
+            found = f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"{path} holds no timesteps of fastddim tune ({type(error).__name__}: {error})"
+                f"spacing must be a file of fastddim tune, got {path} ({found})"
             ) from None
 
 

@@ -37,13 +37,17 @@ PATHS = ("ddpm", "flow", "flow-shift3", "edm", "cosine")
 LARGEST_BATCH = 65_536
 
 
-def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
-    """Returns ``value`` if it is in ``allowed``; else raises ``ValueError`` with the nearest."""
+def one_of(name: str, value: str, allowed: Iterable[str], other: str = "") -> str:
+    """Returns ``value`` if it is in ``allowed``; else raises ``ValueError`` with the nearest.
+
+    ``other`` is the kind of value that the caller takes besides.
+    """
     allowed = list(allowed)
     if value not in allowed:
         near = difflib.get_close_matches(value, allowed, 1)
         meant = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{meant}")
+        names = ", ".join(allowed) + (f", or {other}" if other else "")
+        raise ValueError(f"{name} must be one of {names}, got {value!r}{meant}")
     return value
 
 
@@ -116,7 +120,7 @@ def check_cells(name: str, rows: int, columns: int) -> None:
 def check_spacing(spacing: str) -> None:
     """Checks a spacing's name, or reads its file once."""
     if not spacing.endswith(".json"):
-        one_of("spacing", spacing, SPACINGS)
+        one_of("spacing", spacing, SPACINGS, "a file of fastddim tune (.json)")
         return
     from fastddim.tuned import Tuned
 

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from fastddim.check import finite, whole
+from fastddim.check import finite, shown, whole
 from fastddim.dropins._shared import Buffers, checked_factors, pack_rows, passed_over
 from fastddim.step import reference
 from fastddim.untraced import untraced
@@ -164,7 +164,7 @@ def _table(tau: Sequence[int], b: Tensor, eta: float) -> Tensor:
         c1 = eta * ((1 - at / at_next) * (1 - at_next) / (1 - at)).sqrt()
         return c1, ((1 - at_next) - c1**2).sqrt()
 
-    c1, c2 = checked_factors(factors, eta, "this seq")
+    c1, c2 = checked_factors(factors, float(eta), "this seq")
     return pack_rows(at.sqrt(), (1 - at).sqrt(), at_next.sqrt(), c1, c2)
 
 
@@ -207,13 +207,17 @@ def _checked(
         raise ValueError("x requires grad, which sampling does not carry: pass x.detach()")
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
-    if keep not in ("all", "last"):
-        raise ValueError(f'keep must be "all" or "last", got {keep!r}')
+    if not isinstance(keep, str) or keep not in ("all", "last"):
+        raise ValueError(f'keep must be "all" or "last", got {shown(keep)}')
     if finite("eta", eta) < 0:
         raise ValueError(f"eta must be ≥ 0, got {eta:g}")
-    if isinstance(seq, str) or not hasattr(seq, "__iter__"):
-        raise TypeError(f"seq must be a sequence of integers, got {type(seq).__name__}")
-    tau = [whole(f"seq[{k}]", i, low=0, high=len(b) - 1) for k, i in enumerate(seq)]
+    try:
+        taken = [] if isinstance(seq, str) else list(seq)
+    except TypeError:  # Neither a number nor a tensor without dimensions has elements.
+        taken = None
+    if isinstance(seq, str) or taken is None:
+        raise TypeError(f"seq must be a sequence of integers, got {shown(seq)}")
+    tau = [whole(f"seq[{k}]", i, low=0, high=len(b) - 1) for k, i in enumerate(taken)]
     for low, high in pairwise(tau):
         if low > high:
             raise ValueError(f"seq must not decrease, got {high} after {low}")

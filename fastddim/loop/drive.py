@@ -71,7 +71,7 @@ def batches_of(
     """Returns (samples, their run) of each full batch, or None for all samples at once."""
     if batch_size is None:
         return None
-    size, count = whole("batch_size", batch_size, low=1), run.noise.size[0]
+    size, count = whole("batch_size", batch_size, low=1, high=2**31 - 1), run.noise.size[0]
     if callback is not None:
         raise ValueError(
             "batch_size and callback exclude each other: call sample once for each batch"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastddim.check import SamplingWarning, kind
+from fastddim.check import SamplingWarning, kind, shown
 from fastddim.step.arguments import OUTPUTS
 
 Model: TypeAlias = Callable[..., Any]
@@ -379,6 +379,6 @@ def _autocast(given: torch.dtype | bool | None, device: torch.device) -> torch.d
         return None
     if given is True:
         return torch.get_autocast_dtype(device.type)
-    if given not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"autocast must be True, bfloat16 or float16, got {given!r}")
+    if not isinstance(given, torch.dtype) or given not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"autocast must be True, bfloat16 or float16, got {shown(given)}")
     return given

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastddim.check import kind, shown, whole
+from fastddim.check import kind, shown, truth, whole
 from fastddim.loop.devices import check_not_capturing, place_of, usable_device
 from fastddim.loop.inpaint import checked_known
 from fastddim.loop.model import Model, Predictor, warn_of_training
@@ -254,8 +254,9 @@ def _check_generator(generator: torch.Generator, device: torch.device) -> None:
 
 
 def _check_noises(noise: Any, size: tuple[int, ...], device: torch.device, steps: int) -> None:
-    if not isinstance(noise, (Tensor, Sequence)) or len(noise) != steps:
-        got = f"{len(noise)}" if hasattr(noise, "__len__") else kind(noise)
+    listed = noise.dim() > 0 if isinstance(noise, Tensor) else isinstance(noise, Sequence)
+    if not listed or len(noise) != steps:
+        got = f"{len(noise)}" if listed else shown(noise)
         raise ValueError(f"noise must hold a tensor for each of {steps} rows, got {got}")
     for row, z in enumerate(noise):
         if not isinstance(z, Tensor) or z.shape != size or z.dtype != torch.float32:
@@ -381,7 +382,7 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
 
 def checked_dtype(dtype: Any) -> torch.dtype | None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
+        raise TypeError(f"dtype must be a floating point torch.dtype, got {shown(dtype)}")
     return dtype
 
 
@@ -389,7 +390,13 @@ def checked_progress(progress: Progress) -> Callable[[Iterable[Any]], Iterable[A
     """Returns the function that wraps a loop's rows: a bar for True, ``iter`` for False."""
     if callable(progress):
         return progress
-    if not progress:
+    try:
+        wanted = progress is not None and truth("progress", progress)
+    except TypeError:
+        raise TypeError(
+            f"progress must be True, False or a function such as tqdm.tqdm, got {shown(progress)}"
+        ) from None
+    if not wanted:
         return iter
     try:
         from rich.progress import track

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from fastddim.check import kind, whole
+from fastddim.check import kind, truth, whole
 from fastddim.coefficients import Float32, Prediction, PredictionSynonym, checked_prediction
 from fastddim.coefficients import levels as levels_of
 from fastddim.levels import GaussianPath
@@ -311,7 +311,7 @@ class DDIM:
         """
         check_names("DDIM.iterate", options, IterateOptions)
         shifted = options.get("cond_fn") is not None
-        if reverse:
+        if truth("reverse", reverse):
             check_backwards(options)
             refine = whole("refine", refine, low=0)
             plan = self._reverse_plan(until, shifted)

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastddim.check import kind, whole
+from fastddim.check import kind, truth, whole
 from fastddim.loop.plan import Row
 from fastddim.step.buffers import FRESH, Spare, fitting
 from fastddim.timesteps import Pair
@@ -145,13 +145,14 @@ class Recorder:
         names = (names,) if isinstance(names, str) else names
         if not isinstance(names, (tuple, list)):
             raise TypeError(f'trajectory must be ("x", "x0") or one of them, got {kind(names)}')
-        if not names or set(names) - set(NAMES) or len(set(names)) < len(names):
+        named = all(isinstance(name, str) for name in names)
+        if not named or not names or set(names) - set(NAMES) or len(set(names)) < len(names):
             raise ValueError(f'trajectory must be ("x", "x0") or one of them, got {names!r}')
         k = whole("every", every, low=1)
         rows = tuple(i for n, i in enumerate(order, 1) if n % k == 0 or n == len(order))
         self.place = {i: n for n, i in enumerate(rows)}
         self.pairs = pairs
-        where = torch.device("cpu") if offload else device
+        where = torch.device("cpu") if truth("offload", offload) else device
         self.bytes = len(names) * len(rows) * torch.Size(size).numel() * dtype.itemsize
         need = (
             f"the trajectory, {len(rows)} states of {size} as {' and '.join(names)}, takes "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastddim.check import finite, kind, whole
+from fastddim.check import finite, kind, shown, truth, whole
 from fastddim.coefficients import COLUMNS, COLUMNS_2, COLUMNS_OF_MANY, PREDICTIONS
 from fastddim.step import layout
 from fastddim.step.backends import Fixed, StepArgs
@@ -34,13 +34,16 @@ def checked_fixed(
     prediction: Any, clip: float | None, rederive: bool, noise_first: bool, posterior: bool
 ) -> Fixed:
     """Returns the options that a run fixes."""
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
+        names = ", ".join(PREDICTIONS)
+        raise ValueError(f"prediction must be one of {names}, got {shown(prediction)}")
     if clip is not None:
         # ``finite`` turns an int, for which Triton would compile another kernel, into a float.
         clip = finite("clip", clip)
         if not clip > 0:
             raise ValueError(f"clip must be > 0, got {clip:g}")
+    rederive, posterior = truth("rederive", rederive), truth("posterior", posterior)
+    noise_first = truth("noise_first", noise_first)
     if posterior and rederive:
         raise ValueError("rederive must be False with posterior, whose sum holds no ε, got True")
     return Fixed(PREDICTIONS.index(prediction), noise_first, clip, rederive, posterior)

@@ -79,6 +79,7 @@ NEW = ("interpolate", "sequence", "reconstruct")
         (NEW, ["--steps", "0"], "steps must be an integer in [1, 1000], got 0"),
         (NEW, ["--steps", "many"], "got 'many'"),
         (NEW, ["--spacing", "even"], "spacing must be one of uniform, quad"),
+        (NEW, ["--spacing", "even"], "quad-ermongroup, or a file of fastddim tune (.json), got"),
         (NEW, ["--device", "quantum"], "device must be one that torch can use here"),
         (NEW, ["--checkpoint", "none"], "no checkpoint none; allowed: "),
         (NEW, ["--out", "a.jpg"], "ends in .png, got 'a.jpg'"),

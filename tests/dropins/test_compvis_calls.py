@@ -277,6 +277,7 @@ def test_bad_models_and_calls_out_of_order_are_refused() -> None:
         lambda: new.p_sample_ddim(X, C, torch.ones(2), 1),
     ):
         refused(call, ValueError, "call make_schedule first")
+    refused(lambda: DDIMSampler(torch.nn.Identity()), TypeError, "model", "Identity")
     refused(lambda: DDIMSampler(Model("x0")), ValueError, "model.parameterization")
     short = Model()
     short.alphas_cumprod = short.alphas_cumprod[:10]

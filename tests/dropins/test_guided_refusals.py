@@ -83,6 +83,10 @@ def test_bad_states_are_refused(error: type[Exception], name: str, changed: dict
         (TypeError, "noise", {"noise": X.long()}),
         (ValueError, "noise", {"noise": X.clone().requires_grad_()}),
         (ValueError, "noise", {"device": "meta"}),
+        (ValueError, "device", {"device": "nonsense"}),
+        (ValueError, "device", {"device": "nonsense", "noise": None}),
+        (TypeError, "model_kwargs", {"model_kwargs": [1]}),
+        (TypeError, "clip_denoised", {"clip_denoised": "yes"}),
     ],
 )
 def test_bad_arguments_are_refused_by_loops_at_the_call(
@@ -117,6 +121,10 @@ def test_a_sample_put_in_is_checked() -> None:
         (ValueError, "timestep_respacing", {"timestep_respacing": [2.5]}),
         (ValueError, "timestep_respacing", {"timestep_respacing": "334,334,334"}),
         (TypeError, "timestep_respacing", {"timestep_respacing": 50}),
+        (TypeError, "learn_sigma", {"learn_sigma": "yes"}),
+        (TypeError, "predict_xstart", {"predict_xstart": None}),
+        (TypeError, "sigma_small", {"sigma_small": 2}),
+        (TypeError, "rescale_timesteps", {"rescale_timesteps": X}),
     ],
 )
 def test_a_diffusion_that_cannot_be_is_refused(

@@ -241,6 +241,7 @@ def unused(*_: Any, **__: Any) -> Any:
     [
         (ValueError, ("batch_size", "0"), {"batch_size": 0}),
         (ValueError, ("batch_size", "-3"), {"batch_size": -3}),
+        (ValueError, ("batch_size", "1000000"), {"batch_size": 10**30}),
         (TypeError, ("batch_size", "2.0"), {"batch_size": 2.0}),
         (TypeError, ("batch_size", "True"), {"batch_size": True}),
         (ValueError, ("batch_size", "callback"), {"batch_size": 2, "callback": unused}),

@@ -209,6 +209,11 @@ NOISE = [X] * 50
         (ValueError, "noise[3]", {"x_T": X, "noise": [X, X, X, X[:1], *NOISE[4:]]}),
         (ValueError, "noise[0]", {"x_T": X, "noise": [X.double()] * 50}),
         (ValueError, "noise[0]", {"x_T": X, "noise": [None] * 50}),
+        (ValueError, "noise", {"x_T": X, "noise": torch.tensor(5)}),
+        (TypeError, "dtype", {"x_T": X, "dtype": torch.zeros(2, 3)}),
+        (TypeError, "autocast", {"x_T": X, "autocast": torch.zeros(2, 3)}),
+        (TypeError, "progress", {"x_T": X, "progress": "yes"}),
+        (TypeError, "progress", {"x_T": X, "progress": torch.zeros(2, 3)}),
     ],
 )
 @pytest.mark.parametrize("run", ["sample", "iterate"])
@@ -224,6 +229,18 @@ def test_bad_arguments_are_refused_before_any_work(
     # iterate refuses when called, not when the first step is asked for.
     refused(lambda: getattr(DDIM(50), run)(**{"model": counting} | arguments), error, name)
     assert not calls
+
+
+@pytest.mark.parametrize("value", ["no", None, 2, [], torch.zeros(0), torch.zeros(2)])
+def test_a_flag_is_true_or_false(value: Any) -> None:
+    ddim = DDIM(2)
+    keeps: dict[str, Any] = {"trajectory": "x", "offload": value}
+    for call in (
+        lambda: ddim.sample(torch.mul, X, **keeps),
+        lambda: ddim.iterate(torch.mul, X, reverse=value),
+    ):
+        with pytest.raises(TypeError, match=r"^(offload|reverse) must be True or False, got .+$"):
+            call()
 
 
 @pytest.mark.parametrize(

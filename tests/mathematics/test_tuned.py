@@ -130,8 +130,8 @@ def test_timesteps_that_are_no_way_down_are_refused(change: Any, word: str) -> N
 def test_other_files_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "tau.json"
     path.write_text(text)
-    refused(lambda: Tuned.read(path), ValueError, str(path), "fastddim tune")
-    refused(lambda: DDIM(1, spacing=path), ValueError, str(path))
+    refused(lambda: Tuned.read(path), ValueError, "spacing", str(path), "fastddim tune")
+    refused(lambda: DDIM(1, spacing=path), ValueError, "spacing", str(path))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

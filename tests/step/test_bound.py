@@ -214,6 +214,11 @@ def test_refusals_come_in_a_later_call_too() -> None:
     refused(lambda: fastddim.bind(TABLE.double()), TypeError, "table must be float32")
     refused(lambda: fastddim.bind(TABLE, prediction="x"), ValueError, "prediction must be one of")
     refused(lambda: fastddim.bind(TABLE, clip=0), ValueError, "clip must be > 0, got 0")
+    for name in ("rederive", "posterior", "noise_first"):
+        for value in ("x", None, 2, x):
+            bad: dict[str, Any] = {name: value}
+            refused(partial(fastddim.bind, TABLE, **bad), TypeError, f"{name} must be True")
+            refused(partial(fastddim.ddim_step, x, x, TABLE, 0, **bad), TypeError, name)
 
 
 # The launch is used again.

@@ -49,6 +49,10 @@ class Sampler:
     ddim_timesteps: npt.NDArray[np.int64]
 
     def __init__(self, model: Any, schedule: str = "linear", device: Any = None) -> None:
+        if not hasattr(model, "num_timesteps"):
+            raise TypeError(
+                f"model must be a LatentDiffusion, got {kind(model)}, which has no num_timesteps"
+            )
         self.model = model
         self.schedule = schedule
         self.ddpm_num_timesteps = whole("model.num_timesteps", model.num_timesteps, low=1)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim.check import kind, shown
+from fastddim.check import kind, shown, truth
 from fastddim.dropins._shared import Buffers
 from fastddim.dropins._transfer import sent
 from fastddim.loop.devices import check_not_capturing
@@ -53,6 +53,8 @@ class Call(ABC):
         for name, function in (("denoised_fn", denoised_fn), ("cond_fn", cond_fn)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable or None, got {shown(function)}")
+        if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+            raise TypeError(f"model_kwargs must be a mapping or None, got {kind(model_kwargs)}")
         self.mean_type = _one_of(
             diffusion, "model_mean_type", ("EPSILON", "START_X"), PREVIOUS_X=_NO_X0
         )
@@ -60,7 +62,7 @@ class Call(ABC):
         self.times_channels = _VARIANCES[self.var_type]
         self.model, self.denoised_fn, self.cond_fn = model, denoised_fn, cond_fn
         self.model_kwargs = dict(model_kwargs or {})
-        self.clip = 1.0 if clip_denoised else None
+        self.clip = 1.0 if truth("clip_denoised", clip_denoised) else None
         check_not_capturing(device)
 
         of_betas = levels == "betas"

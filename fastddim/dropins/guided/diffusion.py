@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastddim.check import shown, whole
+from fastddim.check import shown, truth, whole
 from fastddim.levels import Float64
 from fastddim.schedule import guided_diffusions
 
@@ -55,10 +55,10 @@ class Diffusion:
         # The original recomputes ᾱ from β; the round trip changes the last bits.
         self.betas: Float64 = 1 - kept / np.append(1.0, kept[:-1])
         self.alphas_cumprod: Float64 = np.cumprod(1 - self.betas, dtype=np.float64)
-        self.model_mean_type = "START_X" if predict_xstart else "EPSILON"
-        fixed = "FIXED_SMALL" if sigma_small else "FIXED_LARGE"
-        self.model_var_type = "LEARNED_RANGE" if learn_sigma else fixed
-        self.rescale_timesteps = rescale_timesteps
+        self.model_mean_type = "START_X" if truth("predict_xstart", predict_xstart) else "EPSILON"
+        fixed = "FIXED_SMALL" if truth("sigma_small", sigma_small) else "FIXED_LARGE"
+        self.model_var_type = "LEARNED_RANGE" if truth("learn_sigma", learn_sigma) else fixed
+        self.rescale_timesteps = truth("rescale_timesteps", rescale_timesteps)
 
 
 def _respaced(respacing: str | Sequence[int] | None, T: int) -> list[int]:

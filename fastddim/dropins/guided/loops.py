@@ -15,6 +15,7 @@ from fastddim.dropins.guided.ancestral import AncestralStep
 from fastddim.dropins.guided.call import Call, Condition, Denoised, Keywords, Out
 from fastddim.dropins.guided.start import Start
 from fastddim.dropins.guided.step import Step
+from fastddim.loop.devices import usable_device
 from fastddim.step.arguments import OUTPUTS, check_untransformed
 from fastddim.untraced import untraced
 
@@ -408,7 +409,7 @@ def _device_of(x: Tensor) -> torch.device:
 
 def _device(model: Any, noise: Tensor | None, device: torch.device | str | None) -> torch.device:
     if noise is not None:
-        if device is not None and torch.empty(0, device=device).device != noise.device:
+        if device is not None and usable_device(device) != noise.device:
             raise ValueError(f"noise must be on device, {device}, got {noise.device}")
         return noise.device
     if device is None:
@@ -417,7 +418,7 @@ def _device(model: Any, noise: Tensor | None, device: torch.device | str | None)
         except (AttributeError, StopIteration):
             raise ValueError("device must be given where model has no parameters") from None
         return first.device
-    return torch.empty(0, device=device).device
+    return usable_device(device)
 
 
 def _bar() -> Any:
