@@ -84,7 +84,9 @@ def test_a_wrong_or_missing_peer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -
     peers["pytorch"] = Peer("ours", doubled, PEERS["pytorch"].check, "none")
     monkeypatch.setattr(bench_step, "PEERS", peers)
     table = Table(TINY, 0, ["compile", "pytorch", "diffusers"], BRIEF)
-    assert sorted(table.taken) == sorted(["copy", "diffusers", *bench_step.BESIDE])
+    assert sorted(table.taken) == sorted(
+        ["copy", "diffusers", *bench_step.BESIDE, *bench_step.BESIDE_SMALL]
+    )
     assert table.missing == {"compile": "RuntimeError: No working C++ compiler found"}
     assert str(table.wrong["pytorch"]).startswith("ours at 1x16x7, η = 0: it is not")
     with pytest.raises(MissingError, match="No working"):
