@@ -1,8 +1,9 @@
 """The drop-in for denoising-diffusion-pytorch: bit for bit its loop, as written out and live.
 
-The package itself is compared with wherever it is importable: ``pip install --no-deps
-denoising-diffusion-pytorch einops`` is enough. It is in no extra, because it needs torchvision,
-which allows one version of PyTorch only. What sampling does not use of its imports may be missing.
+The package itself is compared with wherever it is installed, as in one stage of .ci/run:
+``pip install --no-deps denoising-diffusion-pytorch einops`` is enough. It is in no extra, because
+it needs torchvision, which allows one version of PyTorch only. The modules that sampling does not
+use may be missing.
 """
 
 from __future__ import annotations
