@@ -94,7 +94,7 @@ MUTANTS = [
         "serving",
         "a cancelled request keeps its slot",
         SERVING,
-        "batch.free(ticket.slot, ticket)\n            ticket.strip()",
+        "batches.free(ticket)\n            ticket.strip()",
         "ticket.strip()",
     ),
 ]
