@@ -77,8 +77,8 @@ def make_pairs(
     if spacing not in SPACINGS:
         raise ValueError(_unknown(spacing))
     S = whole("steps", steps, low=1, high=T)
-    if spacing in _SPACINGS:
-        return chain(_SPACINGS[spacing](S, T))
+    if spacing in _BY_COUNT:
+        return chain(_BY_COUNT[spacing](S, T))
     if schedule is None:
         raise TypeError(f"T must be a NoiseSchedule for spacing {spacing!r}, got {T}")
     return chain(_distinct(_BY_LEVEL[spacing](np.linspace(0, 1, S), schedule), T))
@@ -242,7 +242,7 @@ _BY_LEVEL: dict[str, Callable[[Float64, GaussianPath], Float64]] = {
 }
 """Spacings that read the schedule: functions of u in [0, 1], from the cleanest level up."""
 
-_SPACINGS: dict[str, Callable[[int, int], list[int]]] = {
+_BY_COUNT: dict[str, Callable[[int, int], list[int]]] = {
     "uniform": uniform,
     "quad": quad,
     "leading": leading,
@@ -251,6 +251,8 @@ _SPACINGS: dict[str, Callable[[int, int], list[int]]] = {
     "uniform-ermongroup": uniform_ermongroup,
     "quad-ermongroup": quad_ermongroup,
 }
+"""Spacings that read S and T alone."""
+
 SPACINGS: tuple[SpacingName, ...] = get_args(SpacingName)
 """The names of spacings that ``make_pairs`` takes."""
 
