@@ -93,7 +93,7 @@ def test_no_option_has_the_name_of_its_metavar() -> None:
         (DRAWING, ["--threads", "0"], "threads must be an integer in [1, 1024], got 0"),
         (DRAWING, ["--dtype", "float17"], "got 'float17'; did you mean float16?"),
         (DRAWING, ["--spacing", "unifrom"], "'unifrom'; did you mean uniform?"),
-        (DRAWING, ["--spacing", "nothing like it"], "quad-ermongroup, got 'nothing like it'\n"),
+        (DRAWING, ["--spacing", "nothing like it"], "tune (.json), got 'nothing like it'\n"),
         (DRAWING, ["--schedule", "cosin", "--model", "a:b"], "did you mean cosine?"),
         (DRAWING, ["--schedule", "cosine"], "schedule must be left out with the garment model"),
         (DRAWING, ["--prediction", "x0", "--model", "a:b"], "one of epsilon, v, sample, got 'x0'"),
