@@ -271,7 +271,7 @@ def headline(record: Record) -> str:
     parts = []
     row = of("variant", "epsilon", record.get("variants", []))
     if row is not None:
-        parts.append(f"a step reaches {span(row['of_copy'], '')} of a copy's speed")
+        parts.append(f"a step reaches {span(row['of_copy'], '')} of the speed of a copy")
     beside = {
         "eager": "eager PyTorch",
         BY_NUMBERS: "eager PyTorch with factors precomputed as numbers",
@@ -286,7 +286,8 @@ def headline(record: Record) -> str:
     row = min(small, key=lambda r: median(r["us_per_step"]), default=None)
     if row is not None:
         us, node = (f"{median(row[k]):.3g}" for k in ("us_per_step", "us_per_small_kernel"))
-        parts.append(f"in a graph a step of {by(row['shape'])} takes {us} µs, an empty node {node}")
+        step = f"in a CUDA graph a step of {by(row['shape'])} takes {us} µs"
+        parts.append(f"{step}, and a node that does nothing {node} µs")
     if not parts:
         return ""
     tests = record["tests"]

@@ -257,7 +257,7 @@ def test_failed_tests_and_missing_sections_stand_by_the_figures() -> None:
     assert "- **failed**: `test_b` with `x-1`; `y`: assert []" in shown
     line = gpu_report.headline(record)
     assert line.startswith(
-        "On an **A GPU** a step reaches 0.95 (0.93–0.97) of a copy's speed (η = 0"
+        "On an **A GPU** a step reaches 0.95 (0.93–0.97) of the speed of a copy (η = 0"
     )
     assert "1 of 10 GPU tests failed in that run, commit abc" in line
     record["tests"] |= {"ended": "cut off"}
@@ -290,7 +290,7 @@ def test_one_line_a_gpu_tells_of_its_latest_record() -> None:
     )
     assert gpu_report.headline(full).startswith(
         "On an **A GPU** eager PyTorch takes 5× (4.9–5.1) as long; "
-        "in a graph a step of 1x16x7 takes 1.2 µs, an empty node 1 (η = 0"
+        "in a CUDA graph a step of 1x16x7 takes 1.2 µs, and a node that does nothing 1 µs (η = 0"
     )
 
 
