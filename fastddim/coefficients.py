@@ -19,9 +19,9 @@ Float32: TypeAlias = npt.NDArray[np.float32]
 Prediction: TypeAlias = Literal["epsilon", "v", "sample", "flow"]
 
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "sample", "flow")
-"""What a model may predict. The step's op takes the position in this tuple."""
+"""The quantities that a model may predict. The step's op takes the position in this tuple."""
 VP_PREDICTIONS = PREDICTIONS[:3]
-"""What a model may predict on the path of ᾱ."""
+"""The quantities that a model may predict on the path of ᾱ."""
 
 PredictionSynonym: TypeAlias = Literal[
     "eps",

@@ -114,7 +114,7 @@ class GaussianPath(ABC):
     @property
     @abstractmethod
     def predictions(self) -> tuple[str, ...]:
-        """What a model may predict on this path."""
+        """The quantities that a model may predict on this path."""
 
     @property
     @abstractmethod

@@ -25,7 +25,7 @@ class LevelTable(GaussianPath):
 
     Attributes:
         alpha, sigma: α and σ of each level, float64 (T,), read-only.
-        t: what the model is called with at each level, (T,), int64 or float32, read-only.
+        t: the t that the model is called with at each level, (T,), int64 or float32, read-only.
     """
 
     alpha: Any

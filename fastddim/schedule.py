@@ -1,4 +1,4 @@
-"""The noise schedule: the levels (α, σ) of x = α·x0 + σ·ε, and what the model is called with."""
+"""The noise schedule: the levels (α, σ) of x = α·x0 + σ·ε, and the t of the model's calls."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ class NoiseSchedule(GaussianPath):
 
         Args:
             alpha, sigma: (T,) each; a number stands for all levels. α/σ must strictly fall.
-            t: what the model is called with at each level, (T,) of distinct numbers: int64 where
-                all are integers, and float32 otherwise. 0 to T−1 by default.
+            t: the t of the model's call at each level, (T,) of distinct numbers: int64 where all
+                are integers, and float32 otherwise. 0 to T−1 by default.
             name: the schedule's name in messages and records.
         """
         return LevelTable(alpha, sigma, t, name)

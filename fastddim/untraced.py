@@ -16,7 +16,7 @@ R = TypeVar("R")
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a function that torch.compile calls without a look inside.
 
-    A loop of ours plans its steps in NumPy and picks its backend by what is installed.
+    fastddim's loops plan their steps in NumPy and choose a backend by the installed packages.
     torch.compile would break its graph two dozen times there, and compile the pieces between for
     no gain. A model that is compiled itself stays compiled.
     """

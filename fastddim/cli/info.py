@@ -1,4 +1,4 @@
-"""The command ``info``, which prints what is installed, and the backend of each device."""
+"""The command ``info``, which prints the installed packages, and the backend of each device."""
 
 import platform
 import sys
@@ -18,7 +18,7 @@ STEPS = {
 def info(machine: Machine) -> None:
     """Print the versions, the devices of this machine, and the backend that each device uses.
 
-    A line for each extra of the package tells what the extra adds and, if a part of it is
+    A line for each extra of the package names what the extra adds and, if a part of it is
     missing, the command that installs it.
 
     For example: fastddim info

@@ -243,7 +243,7 @@ def warn_of_training(model: Model, stacklevel: int) -> None:
 
 
 def _training_changes(module: nn.Module) -> str | None:
-    """Returns the name of what training mode changes in this module, or None."""
+    """Returns words for the part of this module that training mode changes, or None."""
     if not module.training:
         return None
     if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -64,7 +64,7 @@ def checked_rows(
     next_input: Tensor | None,
     history: Tensor | None = None,
 ) -> Tensor | int:
-    """Returns ``rows`` if all arguments are what ``ddim_step`` allows, and raises otherwise."""
+    """Returns ``rows`` if ``ddim_step`` allows all arguments, and raises otherwise."""
     if not torch.compiler.is_compiling() and transformed():
         _check_constants(
             x=x, output=output, table=table, rows=rows, seeds=seeds, noise=noise,

@@ -25,7 +25,7 @@ class Fixed(NamedTuple):
     """The options of the step that stay the same throughout a run.
 
     Attributes:
-        prediction: what the model returns: 0 ε, 1 v, 2 x0, 3 flow (``coefficients.PREDICTIONS``).
+        prediction: the model's output: 0 ε, 1 v, 2 x0, 3 flow (``coefficients.PREDICTIONS``).
         noise_first: whether c1·z is added before c2·ε or after it.
         clip: x0 is clamped to ±clip; None leaves x0 as it is.
         rederive: whether ε is computed again from the clamped x0.
@@ -51,7 +51,7 @@ class StepArgs(NamedTuple):
 
     Attributes:
         x: x_t, float32 (batch, ...).
-        output: what the model returned, float32, bfloat16 or float16, of x's shape; with guidance
+        output: the model's output, float32, bfloat16 or float16, of x's shape; with guidance
             (2·batch, ...).
         table: the coefficients, float32 (steps, 7); with history (steps, 8). Without
             ``Fixed.rounding`` a table may have the columns ``coefficients.COLUMNS_OF_MANY``, whose
@@ -160,8 +160,8 @@ _environment = os.environ.get(VARIABLE) or None
 def backend(device: torch.device | str, name: str | None = None) -> Backend:
     """Returns the backend that takes the steps on a device. No other function chooses one.
 
-    It is the backend called ``name``, or else the one that ``using`` names, or else the one that
-    ``FASTDDIM_BACKEND`` names, or else the first of the table that can run there.
+    The first of these that is given names the backend: ``name``, ``using``, ``FASTDDIM_BACKEND``.
+    If none is given, the first backend of the table that can run there takes the steps.
 
     Raises:
         ValueError: the backend that is named is not in the table or cannot run on such a device.

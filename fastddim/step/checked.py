@@ -45,8 +45,8 @@ def ddim_step(
 
     Args:
         x: x_t, float32 of shape (batch, ...). Never written.
-        output: what the model returned, of x's shape: float32, bfloat16 or float16. The
-            arithmetic is float32. Where it has twice x's channels (dimension 1 of three or more),
+        output: the model's output, of x's shape: float32, bfloat16 or float16. The arithmetic
+            is float32. Where the output has twice x's channels (dimension 1 of three or more),
             the second half is a learned variance, which the step ignores. Never written.
         table: the coefficients, float32 (steps, 7), from ``fastddim.make_table``.
         rows: the row each sample is on: an int, or int32 of shape () or (batch,) on x's device.
@@ -56,8 +56,8 @@ def ddim_step(
         guidance: w of classifier-free guidance (Ho and Salimans 2022), a number or float32 of
             shape () or (batch,). ``output`` is then (2·batch, ...), u without the condition and c
             with it, and the step takes u + w·(c − u).
-        prediction: what ``output`` is: ``"epsilon"``, ``"v"``, ``"sample"`` (x0), or ``"flow"``,
-            ε − x0 on a path with α + σ = 1.
+        prediction: the quantity in ``output``: ``"epsilon"``, ``"v"``, ``"sample"`` (x0), or
+            ``"flow"``, ε − x0 on a path with α + σ = 1.
         clip: x0 is clamped to ±clip; ε changes with ``rederive`` alone.
         threshold: s, float32 > 0 of shape () or (batch,): x0 is clamped to ±s and divided by s,
             in place of ``clip``. This is dynamic thresholding (Saharia et al. 2022, section 2.3),
@@ -181,7 +181,7 @@ def bind(
     noise_first: bool = True,
     posterior: bool = False,
 ) -> BoundStep:
-    """Returns the step for your own loop, with what all steps share fixed once.
+    """Returns the step for your own loop, which fixes the options that all steps share.
 
         step = fastddim.bind(torch.tensor(ddim.table, device=x.device), clip=1.0)
         for row, (t, s) in enumerate(ddim.pairs):
@@ -398,7 +398,7 @@ def _traced(
 
 
 def _seen(tensor: Any) -> Any:
-    """Returns what a launch is specialised for: a tensor's layout, or ``float`` for a number."""
+    """Returns the key of a launch for this value: a tensor's layout, or ``float`` for a number."""
     if tensor.__class__ is float or tensor.__class__ is int:
         return float
     kind, odd = tensor.__class__, tensor.is_neg() or tensor._is_zerotensor()

@@ -41,7 +41,7 @@ def panels(done: Sequence[Cell]) -> list[Panel]:
     """Returns the panels of a profile.
 
     With one order and one spacing there is one panel, with a curve for each η. Otherwise each η
-    has a panel, with a curve for each order and spacing: these are what the reader compares.
+    has a panel, with a curve for each order and spacing: the reader compares these curves.
     """
     spacings = list(dict.fromkeys(cell.spacing for cell in done))
     methods = sorted(

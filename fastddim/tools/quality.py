@@ -133,7 +133,7 @@ class _Oracle(nn.Module):
         return alpha, sigma
 
     def _output(self, alpha: Tensor, sigma: Tensor, eps: Tensor, x0: Tensor) -> Tensor:
-        """Returns what a model of this prediction returns."""
+        """Returns the exact output of a model with this prediction."""
         if self.prediction == "epsilon":
             return eps
         if self.prediction == "v":

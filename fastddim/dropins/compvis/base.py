@@ -1,4 +1,4 @@
-"""What CompVis' samplers share: the model, the schedule, each thread's memory, and the loop."""
+"""CompVis' samplers share the model, the schedule, each thread's memory, and the loop."""
 
 from __future__ import annotations
 
