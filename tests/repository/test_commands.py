@@ -15,7 +15,7 @@ PAGES = Path(__file__).parents[2] / "docs" / "commands"
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 MEASURED = re.compile(r"\d[\d,]*\.\d+(e[+-]\d+)?")
 """Times and distances, which differ from run to run and from machine to machine."""
-DISTANCES = re.compile(r"(\d+\.\d+) +\d+\.\d+ ± \d|FD-clf (\d+\.\d+) of")
+DISTANCES = re.compile(r"\d+\.\d+(?= +\d+\.\d+ ± \d| of \d+ images)|\d\.\d+e-\d+")
 """Of the measured numbers those that machines give alike, up to rounding."""
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -62,7 +62,5 @@ def test_a_page_shows_the_output_of_its_command(
         expected, got = (MEASURED.sub("#.#", text) for text in (output, printed))
         same = doctest.OutputChecker().check_output(expected, got, FLAGS)
         assert same, f"$ {command}\n{printed}"
-        shows, has = (
-            [float(a or b) for a, b in DISTANCES.findall(text)] for text in (output, printed)
-        )
+        shows, has = ([*map(float, DISTANCES.findall(text))] for text in (output, printed))
         assert has == pytest.approx(shows, rel=0.05), command
