@@ -34,7 +34,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-COUNTERS = ("submitted", "finished", "failed", "cancelled", "refused", "late", "ticks")
+COUNTERS = ("submitted", "finished", "failed", "cancelled", "refused", "late", "ticks", "calls")
 
 
 def garments() -> Engine:
@@ -61,8 +61,12 @@ class App:
     async def _live(self, receive: Receive, send: Send) -> None:
         """Starts the engine's thread, and at the end finishes the requests that it has."""
         await receive()
-        engine = self._make()
-        engine.warm_up()
+        try:
+            engine = self._make()
+            await asyncio.to_thread(engine.warm_up)
+        except Exception as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
         async with engine as self._engine:
             await send({"type": "lifespan.startup.complete"})
             await receive()
@@ -176,14 +180,12 @@ async def main() -> None:
     parser.add_argument("--requests", type=int, default=16, help="number of requests")
     count = parser.parse_args().requests
     life: asyncio.Queue[Message] = asyncio.Queue()
-    started = asyncio.Event()
-
-    async def send(message: Message) -> None:
-        started.set()
-
-    living = asyncio.create_task(app({"type": "lifespan"}, life.get, send))
+    told: asyncio.Queue[Message] = asyncio.Queue()
+    living = asyncio.create_task(app({"type": "lifespan"}, life.get, told.put))
     await life.put({"type": "lifespan.startup"})
-    await started.wait()
+    start = await told.get()
+    if start["type"] == "lifespan.startup.failed":
+        raise SystemExit(start["message"])
     queries = [f"seed={seed}&steps={8 + seed % 3}" for seed in range(count)]
     answers = await asyncio.gather(*(called("/sample", query) for query in queries))
     print(f"{sum(status == 200 for status, _ in answers)} of {count} samples came as PNGs")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim.check import kind, whole
+from fastddim.check import kind, truth, whole
 from fastddim.loop.devices import check_not_capturing, place_of
 from fastddim.loop.graph import Memory
 from fastddim.loop.model import Model, Predictor, warn_of_training
@@ -131,7 +131,8 @@ class Engine:
         where = place_of(device, model)
         on_gpu = where.type == "cuda"
         specs = specs_of(cond, dtype)
-        self._network = Network(ddim, size, specs, bool(guided), bool(check_finite), on_gpu)
+        guided, check_finite = truth("guided", guided), truth("check_finite", check_finite)
+        self._network = Network(ddim, size, specs, guided, check_finite, on_gpu)
         check_not_capturing(where)
         check_untransformed("serving")
         predictor = Predictor.of(model, batch, where, dtype, None, None, None, None, autocast)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim.check import finite, kind, shown, whole
+from fastddim.check import finite, kind, shown, truth, whole
 from fastddim.coefficients import Prediction
 from fastddim.loop.options import Guidance, checked_guidance
 from fastddim.loop.sampler import DDIM
@@ -182,7 +182,9 @@ def checked(request: Request, network: Network) -> Work:
     seed = 0 if request.seed is None else whole("seed", request.seed, low=0, high=2**63 - 1)
     if request.deadline is not None and finite("deadline", request.deadline) <= 0:
         raise ValueError(f"deadline must be > 0 seconds, got {request.deadline}")
-    check_finite = network.check_finite if request.check_finite is None else request.check_finite
+    check_finite = network.check_finite
+    if request.check_finite is not None:
+        check_finite = truth("check_finite", request.check_finite)
     w = _weights(request, network, program)[first:]
     given, pins = _condition("cond", request.cond, network.cond), network.on_gpu
     cond = uncond = {name: _copy(value, pins) for name, value in given.items()}
@@ -204,7 +206,7 @@ def checked(request: Request, network: Network) -> Work:
         uncond,
         w,
         dtype,
-        bool(check_finite),
+        check_finite,
         ready,
     )
 
@@ -326,7 +328,7 @@ def _condition(name: str, given: Any, specs: dict[str, Spec]) -> dict[str, Tenso
 
 def checked_shape(shape: Any) -> tuple[int, ...]:
     """Returns the shape of a sample."""
-    if isinstance(shape, str) or not isinstance(shape, Sequence):
+    if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence):
         raise TypeError(f"shape must be a sequence of integers, got {kind(shape)}")
     size = tuple(whole(f"shape[{i}]", n, low=1) for i, n in enumerate(shape))
     if not size:

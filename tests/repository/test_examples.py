@@ -151,11 +151,17 @@ def test_serve_asgi_returns_the_bits_of_sample() -> None:
 
 
 def test_serve_asgi_answers_errors_in_one_line() -> None:
+    broken = False
+
     def failing(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        raise ArithmeticError("the model fails")
+        if broken:
+            raise ArithmeticError("the model fails")
+        return network(x, t)
 
     async def run() -> None:
+        nonlocal broken
         async with Served(failing) as served:
+            broken = True
             for query, line in (
                 ("steps=5", b"seed must be given, and all be numbers, got 'steps=5'"),
                 ("seed=1&size=3", b"the arguments are seed, steps and eta, got 'size'"),
@@ -168,8 +174,25 @@ def test_serve_asgi_answers_errors_in_one_line() -> None:
     asyncio.run(run())
 
 
+def test_serve_asgi_does_not_start_with_a_failing_model() -> None:
+    def failing(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("the model fails")
+
+    async def run() -> None:
+        served = Served(failing)
+        messages = asyncio.Queue[Any]()
+        received = asyncio.Queue[Any]()
+        await received.put({"type": "lifespan.startup"})
+        await served.app({"type": "lifespan"}, received.get, messages.put)
+        failed = {"type": "lifespan.startup.failed", "message": "the model fails"}
+        assert messages.get_nowait() == failed
+
+    asyncio.run(run())
+
+
 def test_serve_asgi_frees_the_slot_of_a_client_that_goes() -> None:
     held = threading.Event()
+    held.set()
 
     def waiting(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         held.wait(10)
@@ -177,6 +200,7 @@ def test_serve_asgi_frees_the_slot_of_a_client_that_goes() -> None:
 
     async def run() -> None:
         async with Served(waiting, limit=1) as served:
+            held.clear()
             assert (await served.get("/sample", "seed=1", stays=False))[0] == 499
             held.set()
         found = served.engine.metrics()
@@ -197,9 +221,9 @@ def test_serve_asgi_exports_every_metric_with_its_type() -> None:
     types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, flags=re.MULTILINE))
     values = {k: float(v) for k, v in re.findall(r"^(\w+) (\S+)$", text, flags=re.MULTILINE)}
     assert types.keys() == values.keys()
-    assert types["fastddim_ticks_total"] == "counter"
+    assert types["fastddim_ticks_total"] == types["fastddim_calls_total"] == "counter"
     assert types["fastddim_latency_p99"] == "gauge"
     assert values["fastddim_ticks_total"] == 8
     assert values["fastddim_finished_total"] == 1
     assert values["fastddim_latency_p50"] > 0
-    assert len(values) == 15
+    assert len(values) == 16

@@ -99,6 +99,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "eta must be 0 to run backwards, got 1.0",
     ),
     "reverse": ({"reverse": 1}, "reverse must be True or False, got 1"),
+    "a check": ({"check_finite": "x"}, "check_finite must be True or False, got 'x'"),
     "deadline": ({"deadline": 0}, "deadline must be > 0 seconds, got 0"),
     "deadline's kind": ({"deadline": "soon"}, "deadline must be a number, got 'soon'"),
 }
@@ -163,6 +164,9 @@ ENGINES: dict[str, tuple[dict[str, Any], str]] = {
         {"shape": ()},
         "shape must have one dimension or more, without the batch",
     ),
+    "guidance": ({"guided": "x"}, "guided must be True or False, got 'x'"),
+    "a check": ({"check_finite": "x"}, "check_finite must be True or False, got 'x'"),
+    "bytes": ({"shape": b"x"}, "shape must be a sequence of integers, got bytes"),
     "a number": ({"shape": 3}, "shape must be a sequence of integers, got int"),
     "an empty side": ({"shape": (3, 0)}, r"shape\[1\] must be an integer ≥ 1, got 0"),
     "no model": ({"model": 1}, "model must be callable, got int"),
