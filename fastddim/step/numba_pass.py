@@ -18,17 +18,17 @@ import functools
 import math
 import platform
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.extending import intrinsic
 
-from fastddim.coefficients import COLUMNS_OF_MANY
+from fastddim.coefficients import COLUMNS_2, COLUMNS_OF_MANY
 from fastddim.step.philox import STEP_STREAM
 
 if numba.config.DISABLE_JIT:
@@ -45,6 +45,9 @@ _part: Callable[..., Any] = numba.njit(
     error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
 )
 """Decorates a function that is compiled with its caller, when the cache lacks the caller."""
+_inlined: Callable[..., Any] = numba.njit(error_model="numpy", inline="always")
+"""Decorates a function that becomes a part of its one caller before numba compiles the caller: each
+level of calls is optimised anew together with all levels below it, which takes seconds."""
 
 
 def _c_function(function: Callable[[int], int]) -> Any:
@@ -106,11 +109,21 @@ OWN, OWN_MODES = 128, 64
 # DONE is no small number, because a function that has failed might return one by chance.
 UNDONE, DONE, REFUSED = -1, 0x600D, 1
 
-_float32, _uint16 = _pointer(types.float32), _pointer(types.uint16)
+_float32, _uint16, _uint32 = (_pointer(of) for of in (types.float32, types.uint16, types.uint32))
 _int32, _int64 = _pointer(types.int32), _pointer(types.int64)
-_call = _pointer(numba.from_dtype(CALL))
 TAKEN, MODES = (CALL.fields[name][1] for name in ("taken", "modes"))  # type: ignore[index]
 SIZE = CALL.itemsize
+
+
+@intrinsic
+def _call(typing_context: Any, address: Any) -> Any:
+    """Returns the record at an address."""
+    record = numba.from_dtype(CALL)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(record))
+
+    return record(types.int64), generate
 
 
 @intrinsic
@@ -150,20 +163,20 @@ def _call_with(typing_context: Any, address: Any, argument: Any) -> Any:
 
 
 @_part
-def _floats(address, start, count):
-    return carray(_float32(address + 4 * start), (count,))
+def _floats(address, start):
+    return _float32(address + 4 * start)
 
 
 @_part
-def _halves(address, start, count):
-    return carray(_uint16(address + 2 * start), (count,))
+def _halves(address, start):
+    return _uint16(address + 2 * start)
 
 
 # --- Noise: the definition is that of fastddim.step.philox ------------------------------------
 
 # Typed int64, or numba would compile a second version for the literal.
 _STEP_STREAM = np.int64(STEP_STREAM)
-_NUMBER = COLUMNS_OF_MANY.index("number")
+_NUMBER, _KAPPA = COLUMNS_OF_MANY.index("number"), COLUMNS_2.index("kappa")
 _LOW, _WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -265,48 +278,7 @@ def _scattered(seed, row, stream, first, count, channels, pixels, words, pairs, 
     return first - low * channels
 
 
-# --- The step's terms -------------------------------------------------------------------------
-
-
-@_part
-def _widened(address, dtype, start, count, into):
-    """Returns a chunk of the model's output as float32, converted in ``into`` if need be."""
-    if dtype == 0:
-        return _floats(address, start, count)
-    half = _halves(address, start, count)
-    if dtype == 1:
-        for i in range(count):
-            into[i] = np.uint32(np.uint32(half[i]) << np.uint32(16)).view(np.float32)
-    else:
-        for i in range(count):
-            into[i] = _extended(half[i])
-    return into
-
-
-@_part
-def _guide(count, u, c, w, into):
-    """Writes u + w·(c − u) of the unconditional and the conditional output."""
-    for i in range(count):
-        into[i] = u[i] + w * (c[i] - u[i])
-
-
-@_part
-def _guide_each(count, u, c, w, into):
-    """Writes u + w·(c − u), where each element has its own w."""
-    for i in range(count):
-        into[i] = u[i] + w[i] * (c[i] - u[i])
-
-
-@_part
-def _repeat(values, stride, n, start, count, into):
-    """Writes to into[i] the value of the sample, of n elements, that element start + i is in."""
-    sample, i = start // n, 0
-    stop = min((sample + 1) * n - start, count)
-    while i < count:
-        value = values[sample * stride]
-        for k in range(i, stop):
-            into[k] = value
-        i, sample, stop = stop, sample + 1, min(stop + n, count)
+# --- Rounding ---------------------------------------------------------------------------------
 
 
 @_part
@@ -325,6 +297,16 @@ def _to_bfloat16(v):
     even = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
     near = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + even)
     return np.uint32(near & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+@_part
+def _bfloat16_value(half):
+    return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
+
+
+@_part
+def _bfloat16_bits(v):
+    return np.uint16(np.uint32(np.float32(v).view(np.uint32) >> np.uint32(16)))
 
 
 @intrinsic
@@ -408,113 +390,36 @@ def _to_float16(v):
     return _extended(_narrowed(v))
 
 
-def _terms(rounded):
-    """Returns the terms of the equation, each of whose operations goes through ``rounded``."""
+# --- The equation's terms, of one element -----------------------------------------------------
 
-    @_part
-    def x0_of_epsilon(x, e, a_t, times_a, times_b):
-        return rounded(rounded(x - rounded(e * times_b)) / a_t)
-
-    @_part
-    def x0_of_v(x, e, a_t, times_a, times_b):
-        return rounded(rounded(times_a * x) - rounded(times_b * e))
-
-    @_part
-    def eps_of_v(x, e, b_t, times_a, times_b):
-        return rounded(rounded(times_a * e) + rounded(times_b * x))
-
-    @_part
-    def eps_of_x0(x, x0, b_t, times_a, times_b):
-        return rounded(rounded(x - rounded(times_a * x0)) / b_t)
-
-    @_part
-    def sum_of(x0, eps, a_s, c2):
-        return rounded(rounded(a_s * x0) + rounded(c2 * eps))
-
-    @_part
-    def predict(count, prediction, x, e, a_t, b_t, times_a, times_b, x0, eps):
-        """Writes x0 and ε; of an epsilon model, whose output is ε, x0 alone."""
-        if prediction == 0:
-            for i in range(count):
-                x0[i] = x0_of_epsilon(x[i], e[i], a_t, times_a, times_b)
-        elif prediction == 1:
-            for i in range(count):
-                x0[i] = x0_of_v(x[i], e[i], a_t, times_a, times_b)
-                eps[i] = eps_of_v(x[i], e[i], b_t, times_a, times_b)
-        elif prediction == 3:
-            for i in range(count):
-                x0[i] = rounded(x[i] - rounded(e[i] * times_b))
-                eps[i] = rounded(x[i] + rounded(times_a * e[i]))
-        else:
-            for i in range(count):
-                x0[i] = e[i]
-                eps[i] = eps_of_x0(x[i], e[i], b_t, times_a, times_b)
-
-    @_part
-    def predict_x0(count, prediction, x, e, a_t, times_a, times_b, x0):
-        """Writes the x0 of ``predict`` alone, for a sum that holds x in the place of ε."""
-        if prediction == 0:
-            for i in range(count):
-                x0[i] = x0_of_epsilon(x[i], e[i], a_t, times_a, times_b)
-        elif prediction == 1:
-            for i in range(count):
-                x0[i] = x0_of_v(x[i], e[i], a_t, times_a, times_b)
-        elif prediction == 3:
-            for i in range(count):
-                x0[i] = rounded(x[i] - rounded(e[i] * times_b))
-        else:
-            for i in range(count):
-                x0[i] = e[i]
-
-    @_part
-    def divide_by(count, s, x0):
-        """Divides x0 by a threshold."""
-        for i in range(count):
-            x0[i] = rounded(x0[i] / s)
-
-    @_part
-    def rederive(count, x, x0, b_t, times_a, eps):
-        """Writes ε of the bounded x0."""
-        for i in range(count):
-            eps[i] = eps_of_x0(x[i], x0[i], b_t, times_a, times_a)
-
-    @_part
-    def combine(count, x0, eps, z, lane, noisy, noise_first, a_s, c1, c2, out):
-        """Writes x_s = √ᾱ_s·x0 + c1·z + c2·ε, with the noise before the direction or after it."""
-        if not noisy:
-            for i in range(count):
-                out[i] = sum_of(x0[i], eps[i], a_s, c2)
-        elif noise_first:
-            for i in range(count):
-                x_s = rounded(rounded(a_s * x0[i]) + rounded(c1 * z[i + lane]))
-                out[i] = rounded(x_s + rounded(c2 * eps[i]))
-        else:
-            for i in range(count):
-                x_s = sum_of(x0[i], eps[i], a_s, c2)
-                out[i] = rounded(x_s + rounded(c1 * z[i + lane]))
-
-    of_models = x0_of_epsilon, x0_of_v, eps_of_v, eps_of_x0, sum_of
-    return of_models, predict, predict_x0, divide_by, rederive, combine
+EPSILON, V, SAMPLE, FLOW = range(4)  # as ``Fixed.prediction`` numbers them
 
 
-_, _predict, _predict_x0, _divide_by, _rederive, _combine = _terms(_unrounded)
+class Row(NamedTuple):
+    """The coefficients of a step: those columns of the table that the terms use."""
+
+    a_t: Any  # √ᾱ_t where it divides
+    b_t: Any  # √(1−ᾱ_t) where it divides
+    a_s: Any  # √ᾱ_s
+    c1: Any
+    c2: Any
+    times_a: Any  # √ᾱ_t where it multiplies
+    times_b: Any  # √(1−ᾱ_t) where it multiplies
 
 
 @_part
-def _plain_step(count, prediction, x, e, a_t, b_t, a_s, c2, out):
-    """Writes x_s in one loop, where x0 is neither kept nor bounded and no noise is added."""
-    if prediction == 0:
-        for i in range(count):
-            out[i] = a_s * ((x[i] - e[i] * b_t) / a_t) + c2 * e[i]
-    elif prediction == 1:
-        for i in range(count):
-            out[i] = a_s * (a_t * x[i] - b_t * e[i]) + c2 * (a_t * e[i] + b_t * x[i])
-    elif prediction == 3:
-        for i in range(count):
-            out[i] = a_s * (x[i] - e[i] * b_t) + c2 * (x[i] + a_t * e[i])
-    else:
-        for i in range(count):
-            out[i] = a_s * e[i] + c2 * ((x[i] - a_t * e[i]) / b_t)
+def _guided(u, c, w):
+    return u + w * (c - u)
+
+
+@_part
+def _the_output(x, output, row):
+    return output
+
+
+@_part
+def _the_state(x, output, row):
+    return x
 
 
 @_part
@@ -525,26 +430,266 @@ def _clamped(value, bound):
 
 
 @_part
-def _clamp(count, x0, bound):
-    """Clamps x0 to ±bound."""
-    for i in range(count):
-        x0[i] = _clamped(x0[i], bound)
+def _extrapolated(x0, x0_before, kappa):
+    return x0 + kappa * (x0 - x0_before)
+
+
+class Terms(NamedTuple):
+    """The terms of the equation whose operations may round.
+
+    Attributes:
+        of_models: for each prediction, x0 and ε of x_t and the model's output.
+        bounded: x0 clamped to ±s and divided by s.
+        x_s: √ᾱ_s·x0 + c2·ε.
+        x_s_noise_first: √ᾱ_s·x0 + c1·z + c2·ε, added in this order.
+        x_s_noise_last: √ᾱ_s·x0 + c2·ε + c1·z, added in this order.
+    """
+
+    of_models: tuple[tuple[Any, Any], ...]
+    bounded: Any
+    x_s: Any
+    x_s_noise_first: Any
+    x_s_noise_last: Any
+
+
+def _terms(rounded):
+    """Returns the terms, each of whose operations goes through ``rounded``."""
+
+    @_part
+    def x0_of_epsilon(x, eps, row):
+        return rounded(rounded(x - rounded(eps * row.times_b)) / row.a_t)
+
+    @_part
+    def x0_of_v(x, v, row):
+        return rounded(rounded(row.times_a * x) - rounded(row.times_b * v))
+
+    @_part
+    def eps_of_v(x, v, row):
+        return rounded(rounded(row.times_a * v) + rounded(row.times_b * x))
+
+    @_part
+    def eps_of_x0(x, x0, row):
+        return rounded(rounded(x - rounded(row.times_a * x0)) / row.b_t)
+
+    @_part
+    def x0_of_flow(x, u, row):
+        return rounded(x - rounded(u * row.times_b))
+
+    @_part
+    def eps_of_flow(x, u, row):
+        return rounded(x + rounded(row.times_a * u))
+
+    @_part
+    def bounded(x0, s):
+        return rounded(_clamped(x0, s) / s)
+
+    @_part
+    def x_s(x0, eps, row):
+        return rounded(rounded(row.a_s * x0) + rounded(row.c2 * eps))
+
+    @_part
+    def x_s_noise_first(x0, eps, z, row):
+        x0_and_z = rounded(rounded(row.a_s * x0) + rounded(row.c1 * z))
+        return rounded(x0_and_z + rounded(row.c2 * eps))
+
+    @_part
+    def x_s_noise_last(x0, eps, z, row):
+        return rounded(x_s(x0, eps, row) + rounded(row.c1 * z))
+
+    of_models = (
+        (x0_of_epsilon, _the_output),
+        (x0_of_v, eps_of_v),
+        (_the_output, eps_of_x0),
+        (x0_of_flow, eps_of_flow),
+    )
+    return Terms(of_models, bounded, x_s, x_s_noise_first, x_s_noise_last)
+
+
+# --- The terms of a chunk ---------------------------------------------------------------------
+
+
+def _by_model(loop, of_models):
+    """Returns ``run(model, ...)``, which runs the ``loop(x0_of, eps_of)`` of a model's terms."""
+    of_epsilon, of_v, of_x0, of_last = (_part(loop(*terms)) for terms in of_models)
+
+    @_inlined
+    def run(model, count, x, output, row, into):
+        if model == EPSILON:
+            of_epsilon(count, x, output, row, into)
+        elif model == V:
+            of_v(count, x, output, row, into)
+        elif model == SAMPLE:
+            of_x0(count, x, output, row, into)
+        else:
+            of_last(count, x, output, row, into)
+
+    return run
+
+
+class Loops(NamedTuple):
+    """The loops over a chunk of the terms that may round."""
+
+    predict_x0: Any
+    predict: Any
+    bound: Any
+    bound_each: Any
+    rederive: Any
+    combine: Any
+
+
+def _loops(terms):
+    """Returns the loops of these terms."""
+    of_models, bounded, x_s, x_s_noise_first, x_s_noise_last = terms
+    _, eps_of_x0 = of_models[SAMPLE]
+
+    def of_x0(x0_of, eps_of):
+        def predict_x0(count, x, output, row, x0):
+            for i in range(count):
+                x0[i] = x0_of(x[i], output[i], row)
+
+        return predict_x0
+
+    def of_x0_and_eps(x0_of, eps_of):
+        def predict(count, x, output, row, into):
+            x0, eps = into
+            for i in range(count):
+                x0[i] = x0_of(x[i], output[i], row)
+                eps[i] = eps_of(x[i], output[i], row)
+
+        return predict
+
+    @_part
+    def bound(count, x0, s):
+        for i in range(count):
+            x0[i] = bounded(x0[i], s)
+
+    @_part
+    def bound_each(count, x0, s):
+        for i in range(count):
+            x0[i] = bounded(x0[i], s[i])
+
+    @_part
+    def rederive(count, x, x0, row, eps):
+        """Writes ε of the bounded x0, as if a model had returned it."""
+        for i in range(count):
+            eps[i] = eps_of_x0(x[i], x0[i], row)
+
+    @_part
+    def combine(count, x0, eps, z, lane, noisy, noise_first, row, out):
+        """Writes x_s = √ᾱ_s·x0 + c1·z + c2·ε, with the noise before the direction or after it."""
+        if not noisy:
+            for i in range(count):
+                out[i] = x_s(x0[i], eps[i], row)
+        elif noise_first:
+            for i in range(count):
+                out[i] = x_s_noise_first(x0[i], eps[i], z[i + lane], row)
+        else:
+            for i in range(count):
+                out[i] = x_s_noise_last(x0[i], eps[i], z[i + lane], row)
+
+    predict_x0, predict = (_by_model(loop, of_models) for loop in (of_x0, of_x0_and_eps))
+    return Loops(predict_x0, predict, bound, bound_each, rederive, combine)
+
+
+_float32_terms = _terms(_unrounded)
+_float32_loops = _loops(_float32_terms)
+_predict_x0, _combine = _float32_loops.predict_x0, _float32_loops.combine
+
+
+def _of_x_s(x0_of, eps_of):
+    x_s = _float32_terms.x_s
+
+    def plain_step(count, x, output, row, out):
+        for i in range(count):
+            out[i] = x_s(x0_of(x[i], output[i], row), eps_of(x[i], output[i], row), row)
+
+    return plain_step
+
+
+# A plain step neither keeps nor bounds x0 and adds no noise, so that one loop takes it.
+_plain_step = _by_model(_of_x_s, _float32_terms.of_models)
 
 
 @_part
-def _bound_each(count, x0, s):
-    """Clamps x0 to ±s and divides it by s, where each element has its own s."""
+def _guide(count, u, c, w, into):
     for i in range(count):
-        value, bound = x0[i], s[i]
-        value = -bound if value < -bound else value
-        x0[i] = (bound if value > bound else value) / bound
+        into[i] = _guided(u[i], c[i], w)
+
+
+@_part
+def _guide_each(count, u, c, w, into):
+    for i in range(count):
+        into[i] = _guided(u[i], c[i], w[i])
+
+
+@_part
+def _clamp(count, x0, bound):
+    for i in range(count):
+        x0[i] = _clamped(x0[i], bound)
 
 
 @_part
 def _extrapolate(count, x0, history, kappa, d):
     """Writes D = x0 + κ·(x0 − x0′)."""
     for i in range(count):
-        d[i] = x0[i] + kappa * (x0[i] - history[i])
+        d[i] = _extrapolated(x0[i], history[i], kappa)
+
+
+@_part
+def _copy(count, values, lane, into):
+    for i in range(count):
+        into[i] = values[i + lane]
+
+
+@_part
+def _repeat(values, stride, n, start, count, into):
+    """Writes to into[i] the value of the sample, of n elements, that element start + i is in."""
+    sample, i = start // n, 0
+    stop = min((sample + 1) * n - start, count)
+    while i < count:
+        value = values[sample * stride]
+        for k in range(i, stop):
+            into[k] = value
+        i, sample, stop = stop, sample + 1, min(stop + n, count)
+
+
+@_part
+def _widen(address, dtype, start, count, into):
+    """Returns a chunk of numbers as float32, converted in ``into`` if need be."""
+    if dtype == 0:
+        return _floats(address, start)
+    half = _halves(address, start)
+    if dtype == 1:
+        for i in range(count):
+            into[i] = _bfloat16_value(half[i])
+    else:
+        for i in range(count):
+            into[i] = _extended(half[i])
+    return into
+
+
+@_part
+def _narrow(address, dtype, start, count, values):
+    """Writes a chunk of numbers that have been rounded to a 16-bit type in that type."""
+    half = _halves(address, start)
+    if dtype == 1:
+        for i in range(count):
+            half[i] = _bfloat16_bits(values[i])
+    else:
+        for i in range(count):
+            half[i] = _narrowed(values[i])
+
+
+# --- The walk over the chunks of a call -------------------------------------------------------
+
+
+class Chunk(NamedTuple):
+    """``count`` elements from ``start`` on, which lie in one sample from its ``first`` on."""
+
+    sample: Any
+    first: Any
+    start: Any
+    count: Any
 
 
 @_part
@@ -554,7 +699,7 @@ def _taken(address, thread, total):
     A thread begins with its own share of the tasks, the same at every step, because its core's
     cache holds the part of x that it wrote at the last step. Then it helps the other threads.
     """
-    call = carray(_call(address), (1,))[0]
+    call = _call(address)
     if call.threads == 1:
         return (total if _next(address + TAKEN) else 0), total
     tasks = (total + TASK - 1) // TASK
@@ -566,276 +711,16 @@ def _taken(address, thread, total):
     return total, total
 
 
-@_part
-def _on_rows(address):
-    """Returns whether all rows are in the table; otherwise the outcome is REFUSED."""
-    call = carray(_call(address), (1,))[0]
-    rows = carray(_int32(call.rows), (call.batch,))
-    for sample in range(call.batch if call.row_stride else 1):
-        row = rows[sample * call.row_stride]
-        if row < 0 or row >= call.steps:
-            call.outcome = REFUSED
-            return False
-    return True
+def _walk(visit):
+    """Returns the walk that calls ``visit(call, chunk, given)`` on each chunk of a thread's tasks.
 
-
-@_part
-def _light_steps(address, thread, n, total):
-    """Takes ``_steps`` where every term is one of the caller's tensors, or none is kept.
-
-    Scratch memory for the terms would cost a small step half its time. ``n`` elements follow one
-    another on one row.
+    A chunk has ``longest`` elements at most, and its sample ``n``.
     """
-    call = carray(_call(address), (1,))[0]
-    rows = carray(_int32(call.rows), (call.batch,))
-    table = carray(_float32(call.table), (call.columns * call.steps,))
-    while True:
-        start, stop = _taken(address, thread, total)
-        if start >= stop:
-            return
-        while start < stop:
-            sample = start // n
-            first = start - sample * n
-            count = min(n - first, stop - start)
-            if call.x0:
-                count = min(count, CHUNK)
-            row = rows[sample * call.row_stride]
-            at = call.columns * row
-            a_t, b_t, a_s, c2 = table[at], table[at + 2], table[at + 4], table[at + 6]
-            x, out = _floats(call.x, start, count), _floats(call.out, start, count)
-            e = _floats(call.output, sample * call.output_stride + first, count)
-            if call.x0:
-                x0 = _floats(call.x0, start, count)
-                _predict(count, 0, x, e, a_t, b_t, a_t, b_t, x0, e)
-                if call.clips:
-                    _clamp(count, x0, np.float32(call.clip))
-                _combine(count, x0, e, x0, 0, False, False, a_s, _ZERO, c2, out)
-            else:
-                _plain_step(count, call.prediction, x, e, a_t, b_t, a_s, c2, out)
-            start += count
 
-
-@_part
-def _steps(address, thread):
-    """Writes x_s of this thread's tasks, or the outcome REFUSED if a row is not in the table."""
-    call = carray(_call(address), (1,))[0]
-    batch, n, channels, steps = call.batch, call.n, call.channels, call.steps
-    rows = carray(_int32(call.rows), (batch,))
-    table = carray(_float32(call.table), (call.columns * steps,))
-    seeds = carray(_int64(call.seeds), (batch,))
-    guidance = carray(_float32(call.guidance), (batch,))
-    threshold = carray(_float32(call.threshold), (batch,))
-    if not _on_rows(address):
-        return
-    total = batch * n
-    conditional = call.output + batch * call.output_stride * (4 if call.dtype == 0 else 2)
-    counted = call.seeds != 0 and (call.row_stride != 0 or table[call.columns * rows[0] + 5] != 0)
-    # A chunk of several small samples gets its weights and thresholds element by element: one pass
-    # for each sample would cost more than its few elements.
-    each, spread = n, (call.guidance_stride != 0 or call.threshold_stride != 0) and n < CHUNK
-    alone = call.guidance_stride == 0 and call.threshold_stride == 0
-    if call.row_stride == 0 and call.output_stride == n and not counted and (alone or spread):
-        n = total  # all samples are on one row and adjacent, so they count as one sample
-    else:
-        spread = False
-
-    kept = call.x0 != 0 or call.threshold != 0 or call.history != 0
-    kept_x0 = call.clips or call.rederive or call.posterior or kept
-    plain = not kept_x0 and call.noise == 0
-    made = call.guidance != 0 or call.dtype != 0 or call.noise != 0 or counted
-    bounded = call.threshold != 0 or call.rederive or (call.clips and call.x0 == 0)
-    bounded = bounded or call.posterior
-    light = call.prediction == 0 or call.x0 == 0
-    if light and not made and not bounded and call.history == 0:
-        _light_steps(address, thread, n, total)
-        return
-    x0_own, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    u_own, c_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    own = np.empty(CHUNK if spread else 1, np.float32)
-    d_own = np.empty(CHUNK if call.history else 1, np.float32)
-    z_own, plane = np.empty(4 * ROOM + 2 * channels, np.float32), np.empty(4 * ROOM, np.float32)
-    pairs, words = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.uint32)
-    while True:
-        start, stop = _taken(address, thread, total)
-        if start >= stop:
-            return
-        while start < stop:
-            sample = start // n
-            first = start - sample * n
-            count = min(min(CHUNK, n - first), stop - start)
-            row = rows[sample * call.row_stride]
-            at = call.columns * row
-            a_t, b_t, a_s = table[at], table[at + 2], table[at + 4]
-            c1, c2 = table[at + 5], table[at + 6]
-            x, out = _floats(call.x, start, count), _floats(call.out, start, count)
-            in_place = call.x0 and not call.history  # they may be the same memory
-            x0, eps = _floats(call.x0, start, count) if in_place else x0_own, eps_own
-
-            where = sample * call.output_stride + first
-            e = _widened(call.output, call.dtype, where, count, u_own)
-            if call.guidance:
-                c = _widened(conditional, call.dtype, where, count, c_own)
-                if spread and call.guidance_stride != 0:
-                    _repeat(guidance, call.guidance_stride, each, start, count, own)
-                    _guide_each(count, e, c, own, u_own)
-                else:
-                    _guide(count, e, c, guidance[sample * call.guidance_stride], u_own)
-                e = u_own
-            if plain and (c1 == 0 or not counted):
-                _plain_step(count, call.prediction, x, e, a_t, b_t, a_s, c2, out)
-                start += count
-                continue
-            extrapolates = call.history != 0 and table[at + 7] != 0
-            of_x = call.posterior != 0 or extrapolates
-            if of_x:
-                _predict_x0(count, call.prediction, x, e, a_t, a_t, b_t, x0)
-                eps = x
-            else:
-                _predict(count, call.prediction, x, e, a_t, b_t, a_t, b_t, x0, eps)
-                if call.prediction == 0:
-                    eps = e
-            if call.clips:
-                _clamp(count, x0, np.float32(call.clip))
-            if call.threshold and spread and call.threshold_stride != 0:
-                _repeat(threshold, call.threshold_stride, each, start, count, own)
-                _bound_each(count, x0, own)
-            elif call.threshold:
-                s = threshold[sample * call.threshold_stride]
-                _clamp(count, x0, s)
-                _divide_by(count, s, x0)
-            if call.rederive and not of_x:
-                eps = eps_own
-                _rederive(count, x, x0, b_t, a_t, eps)
-            noisy, z, lane = call.noise != 0, _floats(call.noise, start, count), 0
-            if counted and c1 != 0:
-                noisy, z, seed, number = True, z_own, seeds[sample], row
-                if call.columns > _NUMBER:
-                    number = np.int32(table[at + _NUMBER])
-                if channels == 1:
-                    lane = normals(seed, number, _STEP_STREAM, first, count, words, pairs, z_own)
-                else:
-                    lane = _scattered(
-                        seed, number, _STEP_STREAM, first, count, channels, n // channels, words,
-                        pairs, plane, z_own,
-                    )  # fmt: skip
-            if extrapolates:
-                _extrapolate(count, x0, _floats(call.history, start, count), table[at + 7], d_own)
-                _combine(count, d_own, eps, z, lane, noisy, call.noise_first, a_s, c1, c2, out)
-            else:
-                _combine(count, x0, eps, z, lane, noisy, call.noise_first, a_s, c1, c2, out)
-            if call.history and call.x0:
-                x0_out = _floats(call.x0, start, count)
-                for i in range(count):
-                    x0_out[i] = x0[i]
-            start += count
-
-
-@_part
-def _fill(address, thread):
-    """Writes counter noise to the elements of ``out`` in this thread's tasks."""
-    call = carray(_call(address), (1,))[0]
-    batch, n = call.batch, call.n
-    rows = carray(_int32(call.rows), (batch,))
-    seeds = carray(_int64(call.seeds), (batch,))
-    total = batch * n
-    z, pairs = np.empty(4 * ROOM, np.float32), np.empty(4 * ROOM, np.float32)
-    words = np.empty(4 * ROOM, np.uint32)
-    while True:
-        start, stop = _taken(address, thread, total)
-        if start >= stop:
-            return
-        while start < stop:
-            sample = start // n
-            first = start - sample * n
-            count = min(min(CHUNK, n - first), stop - start)
-            row = rows[sample * call.row_stride]
-            lane = normals(seeds[sample], row, call.stream, first, count, words, pairs, z)
-            out = _floats(call.out, start, count)
-            for i in range(count):
-                out[i] = z[i + lane]
-            start += count
-
-
-# --- A step that rounds -----------------------------------------------------------------------
-
-
-@_part
-def _narrow(address, dtype, start, count, values):
-    """Writes a chunk of numbers that have been rounded to a 16-bit type in that type."""
-    half = _halves(address, start, count)
-    if dtype == 1:
-        for i in range(count):
-            bits = np.float32(values[i]).view(np.uint32)
-            half[i] = np.uint16(np.uint32(bits >> np.uint32(16)))
-    else:
-        for i in range(count):
-            half[i] = _narrowed(values[i])
-
-
-def _rounding_steps(rounded, value, bits):
-    """Returns ``_steps`` of bfloat16 or float16 tensors, which rounds after each operation.
-
-    ``value`` and ``bits`` turn a 16-bit number into float32 and back.
-    """
-    of_models, predict, predict_x0, divide_by, rederive, combine = _terms(rounded)
-    x0_of_epsilon, x0_of_v, eps_of_v, eps_of_x0, sum_of = of_models
-
-    @_part
-    def itself(x, e, factor, times_a, times_b):
-        return e
-
-    @_part
-    def state(x, e, factor, times_a, times_b):
-        return x
-
-    def light(x0_of, eps_of):
-        """Returns the step that has neither thresholds nor ε computed again, in one loop."""
-
-        @_part
-        def taken(count, x, e, z, bound, noisy, at, x0, out):
-            a_t, b_t, times_a, times_b, a_s, c1, c2 = at
-            if noisy:
-                for i in range(count):
-                    x_t, output = value(x[i]), value(e[i])
-                    predicted = _clamped(x0_of(x_t, output, a_t, times_a, times_b), bound)
-                    x0[i] = bits(predicted)
-                    x_s = sum_of(predicted, eps_of(x_t, output, b_t, times_a, times_b), a_s, c2)
-                    out[i] = bits(rounded(x_s + rounded(c1 * value(z[i]))))
-            else:
-                for i in range(count):
-                    x_t, output = value(x[i]), value(e[i])
-                    predicted = _clamped(x0_of(x_t, output, a_t, times_a, times_b), bound)
-                    x0[i] = bits(predicted)
-                    eps = eps_of(x_t, output, b_t, times_a, times_b)
-                    out[i] = bits(sum_of(predicted, eps, a_s, c2))
-
-        return taken
-
-    of_epsilon, of_v = light(x0_of_epsilon, itself), light(x0_of_v, eps_of_v)
-    of_x0, of_posterior = light(itself, eps_of_x0), light(x0_of_epsilon, state)
-
-    @_part
-    def steps(address, thread):
-        call = carray(_call(address), (1,))[0]
-        batch, n, steps = call.batch, call.n, call.steps
-        rows = carray(_int32(call.rows), (batch,))
-        table = carray(_float32(call.table), (call.columns * steps,))
-        threshold = carray(_float32(call.threshold), (batch,))
-        if not _on_rows(address):
-            return
-        total = batch * n
-        if call.row_stride == 0 and call.output_stride == n and call.threshold_stride == 0:
-            n = total
-        x_own, e_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-        x0, eps_own = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-        z_own = np.empty(CHUNK if call.noise else 1, np.float32)
-        out = np.empty(CHUNK, np.float32)  # LLVM vectorises no loop that writes where it reads.
-        is_light = call.x0 and not (call.noise and call.noise_first)
-        is_light = is_light and not (call.threshold or call.rederive)
-        is_light = is_light and (
-            call.prediction == 0 or (call.prediction < 3 and not call.posterior)
-        )
-        bound = np.float32(call.clip) if call.clips else np.float32(np.inf)
+    @_inlined
+    def walk(address, thread, n, longest, given):
+        call = _call(address)
+        total = call.batch * call.n
         while True:
             start, stop = _taken(address, thread, total)
             if start >= stop:
@@ -843,68 +728,376 @@ def _rounding_steps(rounded, value, bits):
             while start < stop:
                 sample = start // n
                 first = start - sample * n
-                count = min(min(CHUNK, n - first), stop - start)
-                at = call.columns * rows[sample * call.row_stride]
-                a_t, b_t, a_s = table[at], table[at + 2], table[at + 4]
-                c1, c2 = table[at + 5], table[at + 6]
-                times_a, times_b = table[at + 7], table[at + 8]
-                where = sample * call.output_stride + first
-                if is_light:
-                    x_half, e_half = (
-                        _halves(call.x, start, count),
-                        _halves(call.output, where, count),
-                    )
-                    z_half = _halves(call.noise, start, count)
-                    halves = _halves(call.x0, start, count), _halves(call.out, start, count)
-                    noisy, factors = call.noise != 0, (a_t, b_t, times_a, times_b, a_s, c1, c2)
-                    if call.posterior:
-                        of_posterior(count, x_half, e_half, z_half, bound, noisy, factors, *halves)
-                    elif call.prediction == 0:
-                        of_epsilon(count, x_half, e_half, z_half, bound, noisy, factors, *halves)
-                    elif call.prediction == 1:
-                        of_v(count, x_half, e_half, z_half, bound, noisy, factors, *halves)
-                    else:
-                        of_x0(count, x_half, e_half, z_half, bound, noisy, factors, *halves)
-                    start += count
-                    continue
-                x = _widened(call.x, call.dtype, start, count, x_own)
-                e = _widened(call.output, call.dtype, where, count, e_own)
-                if call.posterior:
-                    predict_x0(count, call.prediction, x, e, a_t, times_a, times_b, x0)
-                    eps = x
-                else:
-                    eps = e if call.prediction == 0 else eps_own
-                    predict(count, call.prediction, x, e, a_t, b_t, times_a, times_b, x0, eps)
-                if call.clips:
-                    _clamp(count, x0, np.float32(call.clip))
-                if call.threshold:
-                    s = threshold[sample * call.threshold_stride]
-                    _clamp(count, x0, s)
-                    divide_by(count, s, x0)
-                if call.rederive and not call.posterior:
-                    eps = eps_own
-                    rederive(count, x, x0, b_t, times_a, eps)
-                if call.x0:
-                    _narrow(call.x0, call.dtype, start, count, x0)
-                z = z_own
-                if call.noise:
-                    z = _widened(call.noise, call.dtype, start, count, z_own)
-                noisy = call.noise != 0
-                combine(count, x0, eps, z, 0, noisy, call.noise_first, a_s, c1, c2, out)
-                _narrow(call.out, call.dtype, start, count, out)
+                count = min(min(longest, n - first), stop - start)
+                visit(call, Chunk(sample, first, start, count), given)
                 start += count
+
+    return walk
+
+
+# The rows of a thread's scratch memory. Each term has its own, because LLVM vectorises no loop that
+# writes where it reads.
+_X, _OUTPUT, _COND, _GUIDED, _X0, _EPS, _D, _EACH, _Z, _OUT, _PLANE, _PAIRS, _WORDS = range(13)
+# A row has room for the noise of ``_scattered``, of up to CHUNK // 16 channels. Rows are not nearly
+# 4 KiB apart, or a processor would have loads wait for stores to the same place in another page.
+_WIDTH = CHUNK + 240
+
+
+@_inlined
+def _scratch():
+    return np.empty((_WORDS + 1) * _WIDTH, np.float32)
+
+
+@_part
+def _address(scratch, row):
+    """Returns the address of a row of scratch memory, which a walk holds until it ends."""
+    return scratch.ctypes.data + 4 * _WIDTH * row
+
+
+@_part
+def _own(scratch, row):
+    return _float32(_address(scratch, row))
+
+
+@_part
+def _index(call, sample):
+    """Returns the index of a sample's row in the table."""
+    return _int32(call.rows)[sample * call.row_stride]
+
+
+@_part
+def _row(call, index):
+    row = _floats(call.table, call.columns * index)
+    return Row(row[0], row[2], row[4], row[5], row[6], row[0], row[2])
+
+
+@_part
+def _rounded_row(call, index):
+    row = _floats(call.table, call.columns * index)
+    return Row(row[0], row[2], row[4], row[5], row[6], row[7], row[8])
+
+
+@_inlined
+def _draw(call, chunk, number, stream, scratch):
+    """Returns (z, lane): the chunk's counter noise is in z, from the index ``lane`` on."""
+    sample, first, _, count = chunk
+    seed, z = _int64(call.seeds)[sample], _own(scratch, _Z)
+    words, pairs = _uint32(_address(scratch, _WORDS)), _own(scratch, _PAIRS)
+    if call.channels < 2:
+        return z, normals(seed, number, stream, first, count, words, pairs, z)
+    pixels, plane = call.n // call.channels, _own(scratch, _PLANE)
+    return z, _scattered(
+        seed, number, stream, first, count, call.channels, pixels, words, pairs, plane, z
+    )
+
+
+@_inlined
+def _visit_noise(call, chunk, scratch):
+    z, lane = _draw(call, chunk, _index(call, chunk.sample), call.stream, scratch)
+    _copy(chunk.count, z, lane, _floats(call.out, chunk.start))
+
+
+_walk_noise = _walk(_visit_noise)
+
+
+@_inlined
+def _fill(address, thread):
+    """Writes counter noise to the elements of ``out`` in this thread's tasks."""
+    _walk_noise(address, thread, _call(address).n, CHUNK, _scratch())
+
+
+# --- A step -----------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """The properties that all chunks of a call share.
+
+    Attributes:
+        counted: whether a chunk may draw counter noise.
+        spread: whether a chunk of several small samples gets its weights and thresholds element by
+            element: one pass for each sample would cost more than its few elements.
+        plain: whether a chunk that draws no noise takes a ``_plain_step``.
+    """
+
+    counted: Any
+    spread: Any
+    plain: Any
+
+
+@_part
+def _on_rows(call):
+    """Returns whether all rows are in the table; otherwise the outcome is REFUSED."""
+    for sample in range(call.batch if call.row_stride else 1):
+        row = _index(call, sample)
+        if row < 0 or row >= call.steps:
+            call.outcome = REFUSED
+            return False
+    return True
+
+
+@_inlined
+def _joined(call, counted):
+    """Returns (n, spread): the elements of a sample in ``_walk``, and ``Plan.spread``.
+
+    Adjacent samples that are on one row count as one sample.
+    """
+    alone = call.guidance_stride == 0 and call.threshold_stride == 0
+    spread = not alone and call.n < CHUNK
+    alike = call.row_stride == 0 and call.output_stride == call.n and not counted
+    if alike and (alone or spread):
+        return call.batch * call.n, spread
+    return call.n, False
+
+
+@_inlined
+def _is_plain(call):
+    kept = call.x0 != 0 or call.threshold != 0 or call.history != 0
+    bounded = call.clips or call.rederive or call.posterior
+    return not (kept or bounded or call.noise != 0)
+
+
+@_inlined
+def _read_output(call, chunk, address, into):
+    """Returns a chunk of the model's output as float32."""
+    start = chunk.sample * call.output_stride + chunk.first
+    return _widen(address, call.dtype, start, chunk.count, into)
+
+
+@_inlined
+def _guided_output(call, chunk, plan, u, scratch):
+    """Returns u + w·(c − u) of the unconditional and the conditional output."""
+    w, output = _float32(call.guidance), _own(scratch, _GUIDED)
+    conditional = call.output + call.batch * call.output_stride * (4 if call.dtype == 0 else 2)
+    c = _read_output(call, chunk, conditional, _own(scratch, _COND))
+    if plan.spread and call.guidance_stride != 0:
+        each = _own(scratch, _EACH)
+        _repeat(w, call.guidance_stride, call.n, chunk.start, chunk.count, each)
+        _guide_each(chunk.count, u, c, each, output)
+    else:
+        _guide(chunk.count, u, c, w[chunk.sample * call.guidance_stride], output)
+    return output
+
+
+def _step_of(loops, native):
+    """Returns ``step(call, chunk, given)``.
+
+    A ``native`` state is float32. Another has 16 bits, and no guidance, counter noise or history.
+    """
+    predict_x0, predict_x0_and_eps, bound, bound_each, rederive, combine = loops
+    row_of = _row if native else _rounded_row
+
+    @_part
+    def read(call, address, chunk, into):
+        """Returns a chunk of x_t or of z as float32."""
+        if native:
+            return _floats(address, chunk.start)
+        return _widen(address, call.dtype, chunk.start, chunk.count, into)
+
+    @_part
+    def place(address, chunk, own):
+        """Returns where a term is computed: in its tensor, if the tensor is float32."""
+        if native:
+            return _floats(address, chunk.start)
+        return own
+
+    @_inlined
+    def predict(call, count, x, output, row, of_x, x0, eps):
+        """Writes x0 and returns ε, or x_t in the place of ε.
+
+        The loop that reads x_t and the output for x0 writes ε too, where the output is not ε.
+        """
+        if call.prediction == EPSILON or call.rederive or of_x:
+            predict_x0(call.prediction, count, x, output, row, x0)
+            return x if of_x else output
+        predict_x0_and_eps(call.prediction, count, x, output, row, (x0, eps))
+        return eps
+
+    @_inlined
+    def bound_x0(call, chunk, plan, x0, scratch):
+        """Clamps x0 to ±clip; or clamps x0 to ±s and divides it by s."""
+        if call.clips:
+            _clamp(chunk.count, x0, np.float32(call.clip))
+        s = _float32(call.threshold)
+        if call.threshold and plan.spread and call.threshold_stride != 0:
+            each = _own(scratch, _EACH)
+            _repeat(s, call.threshold_stride, call.n, chunk.start, chunk.count, each)
+            bound_each(chunk.count, x0, each)
+        elif call.threshold:
+            bound(chunk.count, x0, s[chunk.sample * call.threshold_stride])
+
+    @_inlined
+    def noise(call, chunk, drawn, scratch):
+        """Returns (z, lane): the chunk's noise is in z, from the index ``lane`` on."""
+        if native and drawn:
+            number = _index(call, chunk.sample)
+            if call.columns > _NUMBER:
+                number = np.int32(_floats(call.table, call.columns * number)[_NUMBER])
+            return _draw(call, chunk, number, _STEP_STREAM, scratch)
+        z = _own(scratch, _Z)
+        return (read(call, call.noise, chunk, z) if call.noise else z), 0
+
+    @_part
+    def store(call, chunk, x0, out):
+        """Writes the terms that were not computed in their tensors."""
+        if native:
+            if call.x0 and call.history:
+                _copy(chunk.count, x0, 0, _floats(call.x0, chunk.start))
+        else:
+            if call.x0:
+                _narrow(call.x0, call.dtype, chunk.start, chunk.count, x0)
+            _narrow(call.out, call.dtype, chunk.start, chunk.count, out)
+
+    @_part
+    def step(call, chunk, given):
+        """Writes x_s, and x0 where it is kept: the equation's terms in the equation's order."""
+        plan, scratch = given
+        count, index = chunk.count, _index(call, chunk.sample)
+        row = row_of(call, index)
+        kappa = _floats(call.table, call.columns * index)[_KAPPA] if call.history else _ZERO
+        drawn = plan.counted and row.c1 != 0
+        out = place(call.out, chunk, _own(scratch, _OUT))
+
+        x = read(call, call.x, chunk, _own(scratch, _X))
+        output = _read_output(call, chunk, call.output, _own(scratch, _OUTPUT))
+        if native and call.guidance:
+            output = _guided_output(call, chunk, plan, output, scratch)
+        if native and plan.plain and not drawn:
+            _plain_step(call.prediction, count, x, output, row, out)
+            return
+
+        x0 = _own(scratch, _X0)
+        if call.x0 and not call.history:  # x0 may lie where x0′ does, which is read later
+            x0 = place(call.x0, chunk, x0)
+        of_x = call.posterior or kappa != 0
+        eps = predict(call, count, x, output, row, of_x, x0, _own(scratch, _EPS))
+        bound_x0(call, chunk, plan, x0, scratch)
+        if call.rederive and not of_x:
+            eps = _own(scratch, _EPS)
+            rederive(count, x, x0, row, eps)
+        z, lane = noise(call, chunk, drawn, scratch)
+        d = x0
+        if native and kappa != 0:
+            d = _own(scratch, _D)
+            _extrapolate(count, x0, _floats(call.history, chunk.start), kappa, d)
+        noisy = drawn or call.noise != 0
+        combine(count, d, eps, z, lane, noisy, call.noise_first, row, out)
+        store(call, chunk, x0, out)
+
+    return step
+
+
+def _steps_of(step, is_light, light_step):
+    """Returns ``steps(address, thread)``, which takes the steps of a thread's tasks.
+
+    A light step needs no scratch memory, which would cost a small step half its time.
+    """
+    walk, walk_lightly = _walk(step), _walk(light_step)
+
+    @_inlined
+    def steps(address, thread):
+        """Writes x_s of the tasks, or the outcome REFUSED if a row is not in the table."""
+        call = _call(address)
+        if not _on_rows(call):
+            return
+        counted = call.seeds != 0 and (call.row_stride != 0 or _row(call, _index(call, 0)).c1 != 0)
+        n, spread = _joined(call, counted)
+        if is_light(call, counted):
+            walk_lightly(address, thread, n, CHUNK if call.x0 else n, None)
+        else:
+            plan = Plan(counted, spread, _is_plain(call))
+            walk(address, thread, n, CHUNK, (plan, _scratch()))
 
     return steps
 
 
-@_part
-def _bfloat16_value(half):
-    return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
+# --- A step of float32 ------------------------------------------------------------------------
 
 
-@_part
-def _bfloat16_bits(v):
-    return np.uint16(np.uint32(np.float32(v).view(np.uint32) >> np.uint32(16)))
+@_inlined
+def _is_light(call, counted):
+    """Returns whether every term is one of the caller's tensors, or none is kept."""
+    made = call.guidance != 0 or call.dtype != 0 or call.noise != 0 or counted
+    bounded = call.threshold != 0 or call.rederive or (call.clips and call.x0 == 0)
+    bounded = bounded or call.posterior
+    light = call.prediction == EPSILON or call.x0 == 0
+    return light and not made and not bounded and call.history == 0
+
+
+@_inlined
+def _light_step(call, chunk, given):
+    count, row = chunk.count, _row(call, _index(call, chunk.sample))
+    x, out = _floats(call.x, chunk.start), _floats(call.out, chunk.start)
+    output = _floats(call.output, chunk.sample * call.output_stride + chunk.first)
+    if call.x0:
+        x0 = _floats(call.x0, chunk.start)
+        _predict_x0(EPSILON, count, x, output, row, x0)
+        if call.clips:
+            _clamp(count, x0, np.float32(call.clip))
+        _combine(count, x0, output, x0, 0, False, False, row, out)
+    else:
+        _plain_step(call.prediction, count, x, output, row, out)
+
+
+_steps = _steps_of(_step_of(_float32_loops, True), _is_light, _light_step)
+
+
+# --- A step of 16 bits, which rounds after each operation -------------------------------------
+
+
+POSTERIOR = FLOW  # a light step of no flow model, whose place among the models is free
+
+
+@_inlined
+def _is_light_rounded(call, counted):
+    """Returns whether the step has neither thresholds nor ε computed again."""
+    light = call.x0 and not (call.noise and call.noise_first)
+    light = light and not (call.threshold or call.rederive)
+    return light and (
+        call.prediction == EPSILON or (call.prediction != FLOW and not call.posterior)
+    )
+
+
+def _rounding_steps(rounded, value, bits):
+    """Returns the ``_steps`` of bfloat16 or float16 tensors.
+
+    ``value`` and ``bits`` turn a 16-bit number into float32 and back.
+    """
+    terms = _terms(rounded)
+    x_s, x_s_noise_last = terms.x_s, terms.x_s_noise_last
+
+    def of_all_terms(x0_of, eps_of):
+        def run(count, x, output, row, into):
+            bound, noisy, z, x0, out = into
+            if noisy:
+                for i in range(count):
+                    x_t, e = value(x[i]), value(output[i])
+                    x0_i, eps = _clamped(x0_of(x_t, e, row), bound), eps_of(x_t, e, row)
+                    x0[i] = bits(x0_i)
+                    out[i] = bits(x_s_noise_last(x0_i, eps, value(z[i]), row))
+            else:
+                for i in range(count):
+                    x_t, e = value(x[i]), value(output[i])
+                    x0_i, eps = _clamped(x0_of(x_t, e, row), bound), eps_of(x_t, e, row)
+                    x0[i] = bits(x0_i)
+                    out[i] = bits(x_s(x0_i, eps, row))
+
+        return run
+
+    x0_of_epsilon, _ = terms.of_models[EPSILON]
+    take = _by_model(of_all_terms, (*terms.of_models[:POSTERIOR], (x0_of_epsilon, _the_state)))
+
+    @_inlined
+    def light_step(call, chunk, given):
+        """Takes the step in one loop."""
+        start, row = chunk.start, _rounded_row(call, _index(call, chunk.sample))
+        model = POSTERIOR if call.posterior else call.prediction
+        x, z = _halves(call.x, start), _halves(call.noise, start)
+        output = _halves(call.output, chunk.sample * call.output_stride + chunk.first)
+        x0, out = _halves(call.x0, start), _halves(call.out, start)
+        bound = np.float32(call.clip) if call.clips else np.float32(np.inf)
+        take(model, chunk.count, x, output, row, (bound, call.noise != 0, z, x0, out))
+
+    return _steps_of(_step_of(_loops(terms), False), _is_light_rounded, light_step)
 
 
 _bfloat16_steps = _rounding_steps(_to_bfloat16, _bfloat16_value, _bfloat16_bits)
@@ -921,7 +1114,7 @@ def _entered(address):
     PyTorch's threads keep the rounding mode and the flushing of denormals that were set when they
     were made. Here they have their caller's, or a result would depend on which thread took a task.
     """
-    call = carray(_call(address), (1,))[0]
+    call = _call(address)
     thread = own = 0
     if call.threads > 1:
         thread = _int_of(call.omp_get_thread_num)
@@ -934,7 +1127,7 @@ def _entered(address):
 @_part
 def _left(address, own):
     """Restores this thread's modes, and returns the outcome."""
-    call = carray(_call(address), (1,))[0]
+    call = _call(address)
     if call.outcome == UNDONE:  # not reached where memory ran out
         call.outcome = DONE
     if call.threads > 1:
@@ -946,7 +1139,7 @@ def _left(address, own):
 def take_part(address):
     """Takes one thread's part of the call at this address, all of it if the thread is alone."""
     thread, own = _entered(address)
-    if carray(_call(address), (1,))[0].fills:
+    if _call(address).fills:
         _fill(address, thread)
     else:
         _steps(address, thread)
