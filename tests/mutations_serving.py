@@ -10,8 +10,8 @@ MUTANTS = [
         "serving",
         "noise belongs to a row's place in the tables",
         STEP,
-        "number = np.int32(table[at + _NUMBER])",
-        "number = row",
+        "number = np.int32(_floats(call.table, call.columns * number)[_NUMBER])",
+        "number = np.int32(number)",
     ),
     Mutant(
         "serving",
