@@ -46,8 +46,8 @@ _part: Callable[..., Any] = numba.njit(
 )
 """Decorates a function that is compiled with its caller, when the cache lacks the caller."""
 _inlined: Callable[..., Any] = numba.njit(error_model="numpy", inline="always")
-"""Decorates a function that becomes a part of its one caller before numba compiles the caller: each
-level of calls is optimised anew together with all levels below it, which takes seconds."""
+"""Decorates a function that becomes a part of its callers before they are compiled. LLVM optimises
+each level of calls anew with all levels below it: one more level of ``_part`` may cost a second."""
 
 
 def _c_function(function: Callable[[int], int]) -> Any:
@@ -59,17 +59,20 @@ def _c_function(function: Callable[[int], int]) -> Any:
     return compiled
 
 
-def _pointer(dtype: Any) -> Any:
-    """Returns a function from an address to a pointer. Integers cost a call less than arrays."""
+def _at(kind: Any) -> Any:
+    """Returns a function from an address to a pointer, or to a record.
+
+    A compiled function takes addresses, because integers cost a call less than arrays.
+    """
 
     @intrinsic
-    def pointer(typing_context: Any, address: Any) -> Any:
+    def at(typing_context: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-        return types.CPointer(dtype)(types.int64), generate
+        return kind(types.int64), generate
 
-    return pointer
+    return at
 
 
 # A call is one record, which its threads share. First come the fields that each step brings:
@@ -109,21 +112,13 @@ OWN, OWN_MODES = 128, 64
 # DONE is no small number, because a function that has failed might return one by chance.
 UNDONE, DONE, REFUSED = -1, 0x600D, 1
 
-_float32, _uint16, _uint32 = (_pointer(of) for of in (types.float32, types.uint16, types.uint32))
-_int32, _int64 = _pointer(types.int32), _pointer(types.int64)
+_float32, _uint32, _uint16, _int32, _int64 = (
+    _at(types.CPointer(number))
+    for number in (types.float32, types.uint32, types.uint16, types.int32, types.int64)
+)
+_call = _at(numba.from_dtype(CALL))
 TAKEN, MODES = (CALL.fields[name][1] for name in ("taken", "modes"))  # type: ignore[index]
 SIZE = CALL.itemsize
-
-
-@intrinsic
-def _call(typing_context: Any, address: Any) -> Any:
-    """Returns the record at an address."""
-    record = numba.from_dtype(CALL)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(record))
-
-    return record(types.int64), generate
 
 
 @intrinsic
@@ -392,7 +387,8 @@ def _to_float16(v):
 
 # --- The equation's terms, of one element -----------------------------------------------------
 
-EPSILON, V, SAMPLE, FLOW = range(4)  # as ``Fixed.prediction`` numbers them
+EPSILON, V, SAMPLE, FLOW = range(4)
+"""The models, as ``Fixed.prediction`` numbers them."""
 
 
 class Row(NamedTuple):
@@ -414,11 +410,13 @@ def _guided(u, c, w):
 
 @_part
 def _the_output(x, output, row):
+    """Returns ε of an epsilon model, and x0 of an x0 model."""
     return output
 
 
 @_part
 def _the_state(x, output, row):
+    """Returns x_t, which a posterior sum holds in the place of ε."""
     return x
 
 
@@ -509,7 +507,7 @@ def _terms(rounded):
 
 
 def _by_model(loop, of_models):
-    """Returns ``run(model, ...)``, which runs the ``loop(x0_of, eps_of)`` of a model's terms."""
+    """Returns ``run(model, ...)``, which runs ``loop(x0_of, eps_of)`` of this model's terms."""
     of_epsilon, of_v, of_x0, of_last = (_part(loop(*terms)) for terms in of_models)
 
     @_inlined
@@ -597,6 +595,7 @@ _predict_x0, _combine = _float32_loops.predict_x0, _float32_loops.combine
 
 
 def _of_x_s(x0_of, eps_of):
+    """Returns the loop of a plain step, which neither keeps nor bounds x0 and adds no noise."""
     x_s = _float32_terms.x_s
 
     def plain_step(count, x, output, row, out):
@@ -606,7 +605,6 @@ def _of_x_s(x0_of, eps_of):
     return plain_step
 
 
-# A plain step neither keeps nor bounds x0 and adds no noise, so that one loop takes it.
 _plain_step = _by_model(_of_x_s, _float32_terms.of_models)
 
 
@@ -1044,7 +1042,8 @@ _steps = _steps_of(_step_of(_float32_loops, True), _is_light, _light_step)
 # --- A step of 16 bits, which rounds after each operation -------------------------------------
 
 
-POSTERIOR = FLOW  # a light step of no flow model, whose place among the models is free
+POSTERIOR = FLOW
+"""The number of an epsilon model in whose sum x_t takes the place of ε: no light step has u."""
 
 
 @_inlined
