@@ -57,6 +57,15 @@ def serve_bench(
             show_default="that of 5 model calls with a full batch",
         ),
     ] = None,
+    peers: Annotated[
+        str | None,
+        option(
+            "--peers",
+            "NAME,NAME,...",
+            "The peers: single, mixed, mixed-timeout, equal, equal-timeout.",
+            show_default="all",
+        ),
+    ] = None,
     rounds: Annotated[
         int,
         number(
@@ -96,6 +105,7 @@ def serve_bench(
     For example: fastddim serve-bench --load 0.8 --requests 100 --rounds 3
     """
     numbers = parse_mix(steps)
+    names = None if peers is None else parse_peers(peers)
     whole("requests", requests, low=1, high=values.MOST_IMAGES)
     whole("slots", slots, low=1, high=1024)
     size = slots if batch_size is None else whole("batch-size", batch_size, low=1)
@@ -125,7 +135,7 @@ def serve_bench(
     rate = times * bench.capacity(tick)
     patience = 5 * tick if patience is None else patience
     jobs = serving_bench.load(numbers, requests, rate, seed)
-    others = serving_bench.peers(slots, patience)
+    others = serving_bench.peers(slots, patience, names or serving_bench.PEERS)
     with bars.bar("serving", rounds * (1 + len(others)), machine.quiet) as progress:
         outcomes = bench.compare(jobs, others, rounds, progress)
     on = provenance.machine(prepared.device)
@@ -184,6 +194,14 @@ def parse_mix(text: str) -> list[int]:
         whole("steps", each.start, low=1, high=1_000_000)
         whole("steps", each.stop - 1, low=1, high=1_000_000)
     return values.distinct("steps", [S for each in ranges for S in each], text)
+
+
+def parse_peers(text: str) -> list[str]:
+    """Returns the short names of a text such as ``mixed,equal``."""
+    from fastddim.tools.serving_bench import PEERS
+
+    names = [values.one_of("peers", name.strip(), PEERS) for name in text.split(",")]
+    return values.distinct("peers", names, text)
 
 
 def positive(name: str, text: str) -> float:

@@ -116,15 +116,20 @@ def load(steps: Sequence[int], count: int, rate: float, seed: int = 0) -> list[J
     return [Job(i, S, at) for i, (S, at) in enumerate(zip(mix, np.cumsum(gaps), strict=True))]
 
 
-def peers(slots: int, timeout: float) -> list[Peer]:
+PEERS = "single", "mixed", "mixed-timeout", "equal", "equal-timeout"
+"""The short names of the engine's peers."""
+
+
+def peers(slots: int, timeout: float, names: Iterable[str] = PEERS) -> list[Peer]:
     """Returns the engine's peers: single requests, and static batches of each kind."""
-    return [
-        Peer("one at a time", 1, True, 0.0),
-        Peer("static, mixed S", slots, False, None),
-        Peer("static, mixed S, timeout", slots, False, timeout),
-        Peer("static, equal S", slots, True, None),
-        Peer("static, equal S, timeout", slots, True, timeout),
-    ]
+    known = {
+        "single": Peer("one at a time", 1, True, 0.0),
+        "mixed": Peer("static, mixed S", slots, False, None),
+        "mixed-timeout": Peer("static, mixed S, timeout", slots, False, timeout),
+        "equal": Peer("static, equal S", slots, True, None),
+        "equal-timeout": Peer("static, equal S, timeout", slots, True, timeout),
+    }
+    return [known[name] for name in names]
 
 
 def batch_of(waiting: Sequence[Job], peer: Peer, now: float, last: bool) -> list[Job]:

@@ -65,6 +65,23 @@ def test_serve_bench_prints_json(tiny: tuple[str, ...], capfd: pytest.CaptureFix
     assert Path("a.png").exists()
 
 
+def test_serve_bench_takes_the_peers_that_are_named(
+    tiny: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*tiny, "--json", "--peers", "mixed-timeout, single"]) == 0
+    out = json.loads(capfd.readouterr().out)
+    assert [each["name"] for each in out["peers"]] == [NAMES[0], NAMES[3], NAMES[1]]
+
+
+def test_serve_bench_calls_the_model_on_smaller_batches(
+    tiny: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*tiny, "--batch-size", "1", "--peers", "single"]) == 0
+    out = capfd.readouterr().out
+    assert "2 slots in batches of 1, timeout" in out
+    assert " 1.00     1.00 x\n" in out  # No slot of the engine's calls is empty.
+
+
 def test_a_mix_is_a_range_or_a_list() -> None:
     assert parse_mix("8-11") == [8, 9, 10, 11]
     assert parse_mix("50, 8") == [50, 8]
@@ -81,6 +98,10 @@ def test_a_mix_is_a_range_or_a_list() -> None:
         (("--steps", "8,8"), "steps must differ from each other, got 8 twice"),
         (("--requests", "0"), "requests must be an integer in [1, 10000], got 0"),
         (("--slots", "0"), "slots must be an integer in [1, 1024], got 0"),
+        (("--slots", "6", "--batch-size", "4"), "batch-size must divide slots = 6, got 4"),
+        (("--batch-size", "0"), "batch-size must be an integer ≥ 1, got 0"),
+        (("--peers", "static"), "peers must be one of single, mixed, mixed-timeout, equal, equal-"),
+        (("--peers", "single,single"), "peers must differ from each other, got single twice"),
         (("--slots", "x"), "must be an integer, got 'x'"),
         (("--rounds", "0"), "rounds must be an integer in [1, 1000], got 0"),
         (("--seed", "-1"), "seed must be an integer in [0, 9223372036854775807], got -1"),
