@@ -160,8 +160,8 @@ def serve_bench(
     replaced = png.exists()
     serving_plot.plot(outcomes, png, f"{arrivals}, on {on}")
     if json:
-        peers = [asdict(outcome) for outcome in outcomes]
-        print(text_of.dumps({"settings": settings, "peers": peers}, indent=1))
+        rows = [asdict(outcome) for outcome in outcomes]
+        print(text_of.dumps({"settings": settings, "peers": rows}, indent=1))
         return
     bars.print_table(
         f"{arrivals}, on {on}:",
