@@ -126,12 +126,12 @@ class Batches:
 
         A request that cannot be moved, because the device has no memory, say, fails.
         """
-        with no_grad():
-            while True:
-                used = [i for i, count in enumerate(self._counts) if count]
-                if -(-self.active // self._size) == len(used):
-                    return
-                least = min(used, key=self._counts.__getitem__)
+        while True:
+            used = [i for i, count in enumerate(self._counts) if count]
+            if len(used) == 1 or -(-self.active // self._size) == len(used):
+                return
+            least = min(used, key=self._counts.__getitem__)
+            with no_grad():
                 for ticket in self._occupants(least):
                     others = [i for i in used if i != least and self._counts[i] < self._size]
                     self._move(ticket, max(others, key=self._counts.__getitem__), fail)
