@@ -68,9 +68,8 @@ def soak(requests: int, seed: int = 0) -> Record:
     def expected(number: int, key: int) -> Tensor:
         model.luck = None
         try:
-            return MIX[number].sample(model, shape=(1, *SHAPE), seeds=[key], batch_size=BATCH_SIZE)[
-                0
-            ]
+            one = (1, *SHAPE)
+            return MIX[number].sample(model, shape=one, seeds=[key], batch_size=BATCH_SIZE)[0]
         finally:
             model.luck = luck
 

@@ -180,10 +180,10 @@ async def main() -> None:
     parser.add_argument("--requests", type=int, default=16, help="number of requests")
     count = parser.parse_args().requests
     life: asyncio.Queue[Message] = asyncio.Queue()
-    told: asyncio.Queue[Message] = asyncio.Queue()
-    living = asyncio.create_task(app({"type": "lifespan"}, life.get, told.put))
+    sent: asyncio.Queue[Message] = asyncio.Queue()
+    living = asyncio.create_task(app({"type": "lifespan"}, life.get, sent.put))
     await life.put({"type": "lifespan.startup"})
-    start = await told.get()
+    start = await sent.get()
     if start["type"] == "lifespan.startup.failed":
         raise SystemExit(start["message"])
     queries = [f"seed={seed}&steps={8 + seed % 3}" for seed in range(count)]

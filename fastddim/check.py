@@ -41,7 +41,7 @@ def finite(name: str, value: Any) -> float:
 
 
 def truth(name: str, value: Any) -> bool:
-    """Returns ``value`` as a bool; refuses everything that is equal to neither True nor False."""
+    """Returns ``value`` as a bool; raises ``TypeError`` if it equals neither True nor False."""
     try:
         found = value in (True, False)
     except (RuntimeError, ValueError):  # A tensor or an array has many values, or none.

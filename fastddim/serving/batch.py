@@ -116,7 +116,8 @@ class Batches:
     def free(self, ticket: Ticket) -> None:
         """Takes a request out of its slot, if it has one."""
         if self._has_slot(ticket):
-            self._leave(ticket)
+            self._leave(*self._where(ticket))
+            ticket.slot = None
             if ticket.base is not None:
                 self._tables.release(ticket.work.program)
             ticket.base = None
@@ -199,18 +200,19 @@ class Batches:
         self._counts[i] += 1
         self.active += 1
 
-    def _leave(self, ticket: Ticket) -> None:
-        i, slot = self._where(ticket)
-        self.tickets[i * self._size + slot] = ticket.slot = None
+    def _leave(self, i: int, slot: int) -> None:
+        self.tickets[i * self._size + slot] = None
         self._counts[i] -= 1
         self.active -= 1
         self._left[i].add(slot)
 
     def _move(self, ticket: Ticket, to: int, fail: Callable[[Ticket, Exception], None]) -> None:
         i, slot = self._where(ticket)
+        # After an interrupt in between, the request has both slots, and begins again; it would be
+        # lost if it had neither.
+        self._enter(to, ticket)
+        self._leave(i, slot)
         try:
-            self._leave(ticket)
-            self._enter(to, ticket)
             _prepare(self._batches[to], ticket.work.program)
             _, there = self._where(ticket)
             self._batches[to].memory.take(there, self._batches[i].memory, slot)

@@ -98,7 +98,7 @@ class Slots:
     def take(self, slot: int, other: Slots, there: int) -> None:
         """Copies a slot of another batch into a slot of this one, whose next tick goes on with it.
 
-        The contents of both sides' memory need not be copied: a tick reads one side.
+        Only the side that the next tick reads is copied.
         """
         count, of = self._copies * self._count, other
         here, from_ = slice(slot, count, self._count), slice(there, count, self._count)

@@ -23,7 +23,7 @@ _NONE: tuple[Any, ...] = None, None, None, None
 class Tick:
     """Takes one step of every slot. On CUDA each side of the slots' memory has a captured graph.
 
-    ``memory`` is what the graphs of all ticks share, None if the device has no graphs.
+    The graphs of all ticks share ``memory``, which is None if the device has no graphs.
     ``allocating`` is held during a capture: another thread must not allocate on the GPU then.
 
     Attributes:

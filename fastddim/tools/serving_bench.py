@@ -75,8 +75,8 @@ class Outcome:
         name: the peer.
         samples_per_second: requests over the seconds until the last sample is there.
         p50, p99: percentiles of the seconds from a request's arrival to its sample.
-        occupancy: the steps of the requests over the samples in the model calls, in [0, 1], if a
-            peer's batches were all full.
+        occupancy: the steps of the requests over the samples in the model's calls, in [0, 1]. Each
+            call counts as full.
         against: the engine's samples per second over the peer's, the median of the rounds' ratios.
         latencies: of all requests and rounds.
     """
@@ -289,7 +289,7 @@ class Bench:
         return served, size * (engine.metrics().calls - before)
 
     def _by(self, peer: Peer, jobs: Sequence[Job]) -> tuple[list[Served], int]:
-        """Returns the samples by a peer, and the number of samples in full batches of its calls."""
+        """Returns the samples by a peer, and the samples in its calls if every call were full."""
         coming = list(jobs)[::-1]
         waiting: list[Job] = []
         served: dict[int, Served] = {}

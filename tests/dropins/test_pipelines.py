@@ -22,7 +22,7 @@ from fastddim.dropins.diffusers import (
     FastDPMSolverMultistepScheduler,
     FastEulerAncestralDiscreteScheduler,
 )
-from tests.dropins.pipeline_cases import autoencoder, conditional_unet, diffusers, quiet
+from tests.dropins.pipeline_cases import SMALL, autoencoder, conditional_unet, diffusers, quiet
 
 pytestmark = pytest.mark.usefixtures("offline")
 DDIMPipeline = diffusers.DDIMPipeline
@@ -51,15 +51,11 @@ ORIGINAL: Any = DDIMScheduler
 def unet() -> Any:
     torch.manual_seed(0)
     return UNet2DModel(
-        sample_size=8,
         in_channels=3,
         out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
+        **SMALL,
     ).eval()
 
 

@@ -212,6 +212,25 @@ def test_an_interrupt_anywhere_loses_no_request(
     assert sorted(calls) == list(range(count))
 
 
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", ["_enter", "_leave", "_move"])
+def test_an_interrupt_between_two_slots_loses_no_request(
+    monkeypatch: pytest.MonkeyPatch, name: str, after: bool
+) -> None:
+    engine = Engine(exact, SHAPE, 4, batch_size=2)
+    futures = [engine.submit(Request(seed, ddim=MIX[n])) for seed, n in enumerate((4, 5, 4, 5))]
+    engine.step()  # Half of each batch is finished then.
+    with monkeypatch.context() as patched:
+        patched.setattr(Batches, name, interrupting(getattr(Batches, name), 1, after))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    engine.drain()
+    for seed, (future, n) in enumerate(zip(futures, (4, 5, 4, 5), strict=True)):
+        assert torch.equal(future.result(timeout=0), expected(n, seed, 2))
+    found = engine.metrics()
+    assert (found.finished, found.active, found.queued) == (4, 0, 0)
+
+
 def test_an_interrupted_run_cancels_its_requests() -> None:
     engine = Engine(Breaking(4, error=KeyboardInterrupt), SHAPE, 2)
     other = engine.submit(Request(7, ddim=MIX[1]))
