@@ -1,6 +1,6 @@
 """strict=True: each defect of the originals beside the step done right, against exact truth.
 
-The numbers stand in ``docs/dropins.md``.
+The numbers stand in ``docs/dropins/strict.md``.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,15 @@ from torch import Tensor
 
 import fastddim
 from fastddim import DDIM, embedded
+from fastddim.dropins import guided, policies
+from tests.diffusion import Model
+from tests.dropins.lucidrains_original import Described, Net
+from tests.dropins.policies_original import DiffusionModel, LeRobotPolicy
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+SHELF = ROOT / "docs" / "dropins"
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(SHELF.glob("*.md"))]
 """The index is the site's first page; readers of the repository begin with README.md."""
 
 
@@ -98,16 +104,25 @@ def test_the_readme_names_every_extra_and_every_page() -> None:
     extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
     for name in re.findall(r"^(\w+) = \[", extras.split("\n[")[0], flags=re.MULTILINE):
         assert f"`{name}`" in README
-    for page in PAGES:
-        if page.stem != "index":
-            assert f"]({page.relative_to(ROOT)})" in README
+    named = [page for page in PAGES if page.parent != SHELF and page.stem != "index"]
+    for page in (*named, SHELF / "index.md"):
+        assert f"]({page.relative_to(ROOT)})" in README
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
-def test_links_between_pages_lead_to_files(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
-    assert links
-    assert [link for link in links if not (page.parent / link).exists()] == []
+def test_the_table_of_drop_ins_leads_to_every_page() -> None:
+    table = (SHELF / "index.md").read_text()
+    for page in SHELF.glob("*.md"):
+        assert page.stem == "index" or f"]({page.name}" in table, page.name
+
+
+def test_links_between_pages_lead_to_files() -> None:
+    links = [
+        (page, link)
+        for page in (ROOT / "README.md", *PAGES)
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    ]
+    assert len(links) > 30
+    assert [link for page, link in links if not (page.parent / link).exists()] == []
 
 
 def test_options_in_the_map_from_diffusers_exist() -> None:
@@ -144,7 +159,9 @@ def test_each_command_block_is_one_line_that_the_ci_runs() -> None:
         assert command == first + "\n"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.parent != SHELF], ids=lambda page: page.stem
+)
 def test_the_blocks_of_a_page_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +172,38 @@ def test_the_blocks_of_a_page_run_in_order(
     if page.stem == "compile":
         assert torch.equal(found.x, found.y)
         assert not torch.equal(found.x, found.x_T)
+
+
+def test_the_lines_of_every_drop_in_run() -> None:
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    noise_scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    lucidrains = Described(
+        Net(), image_size=8, timesteps=10, sampling_timesteps=3, objective="pred_noise"
+    )
+    policy = LeRobotPolicy(DiffusionModel(noise_scheduler))
+    others: dict[str, dict[str, object]] = {
+        "compvis": {"model": Model()},
+        "guided-diffusion": {"diffusion": guided.Diffusion(diffusion_steps=50)},
+        "lucidrains": {"diffusion": lucidrains},
+        "monai": {"DiffusionInferer": lambda scheduler: scheduler},
+        "policies": {"policy": policy},
+    }
+    made = {}
+    for page in SHELF.glob("*.md"):
+        if page.stem == "monai" and not find_spec("monai"):
+            continue
+        names: dict[str, object] = {
+            "pipe": SimpleNamespace(scheduler=DDIMScheduler()),
+            "policy": policy,
+        }
+        given = names | {"noise_scheduler": noise_scheduler} | others.get(page.stem, {})
+        made[page.stem] = run("\n".join(blocks("python", page.read_text())), **given)
+        assert page.stem == "index" or "fastddim.dropins" in page.read_text()
+    assert type(made["strict"].pipe.scheduler).__name__ == "FastDDIMScheduler"
+    assert made["strict"].pipe.scheduler.config.strict
+    assert made["lucidrains"].images.shape == (16, 3, 8, 8)
+    assert policies.restore(made["policies"].policy) is policy
 
 
 def test_the_guide_computes_what_it_says() -> None:
