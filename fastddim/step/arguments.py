@@ -121,6 +121,36 @@ def checked_rows(
     return rows
 
 
+_MAY_SHARE = {("out", "x"), ("x0_out", "history")}
+
+
+def check_memory(first: StepArgs) -> None:
+    """Raises ``ValueError`` where writing a result would destroy another one, or an argument.
+
+    Two tensors share memory here if they begin at one address: views of one tensor may lie between
+    each other's elements, as two states of a trajectory do.
+    """
+    others = {
+        "x": first.x, "output": first.output, "noise": first.noise, "history": first.history
+    }  # fmt: skip
+    written = {"out": first.out, "x0_out": first.x0, "next_input": first.next_input}
+    for name, tensor in written.items():
+        if tensor is None or not tensor.numel():
+            continue
+        strides = zip(tensor.shape, tensor.stride(), strict=True)
+        if any(n > 1 and not stride for n, stride in strides):
+            raise ValueError(
+                f"{name} must have memory for each of its elements, got a tensor of shape "
+                f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+        for other, value in others.items():
+            if value is None or value.data_ptr() != tensor.data_ptr():
+                continue
+            if (name, other) not in _MAY_SHARE or not layout.alike(tensor, value):
+                raise ValueError(f"{name} must not share memory with {other}, got the same memory")
+        others[name] = tensor
+
+
 def check_bound(fixed: Fixed, first: StepArgs) -> None:
     """Raises ``ValueError`` where the table has other columns than ``fixed`` and ``first`` need.
 

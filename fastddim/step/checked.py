@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fastddim.check import finite, whole
 from fastddim.step import bound
-from fastddim.step.arguments import STATE, checked_fixed, checked_rows, checked_table, transformed
+from fastddim.step.arguments import (
+    STATE,
+    check_memory,
+    checked_fixed,
+    checked_rows,
+    checked_table,
+    transformed,
+)
 from fastddim.step.backends import Fixed, Launch, StepArgs, again, backend, chosen
 from fastddim.step.bound import by_op, by_op_again, is_plain, watched
 from fastddim.step.op import written
@@ -44,7 +51,7 @@ def ddim_step(
         x_s = √ᾱ_s·x0 + c1·z + c2·ε                    (Song et al. 2021, eq. 12)
 
     Args:
-        x: x_t, float32 of shape (batch, ...). Never written.
+        x: x_t, float32 of shape (batch, ...). Written only if it is ``out`` too.
         output: the model's output, of x's shape: float32, bfloat16 or float16. The arithmetic
             is float32. Where the output has twice x's channels (dimension 1 of three or more),
             the second half is a learned variance, which the step ignores. Never written.
@@ -67,9 +74,9 @@ def ddim_step(
             columns of √ᾱ_s and c2. DDPM's posterior mean has this form (Ho et al. 2020, eq. 7).
         noise_first: whether c1·z is added before c2·ε (the paper's code) or after it (diffusers).
         want_x0: whether x0 is returned; ``None`` stands in its place otherwise.
-        out: x_s is written here: float32 of x's shape, not overlapping an argument; by default a
-            new tensor.
-        x0_out: x0 is written here, likewise.
+        out: x_s is written here: float32 of x's shape, by default a new tensor. It may be x
+            itself, which saves a tensor's memory; with another argument it shares none.
+        x0_out: x0 is written here, likewise, but not over x.
         next_input: x_s is written here as well, in this tensor's dtype (float32, bfloat16 or
             float16): once in x's shape, or twice in a tensor of twice the batch, for guidance.
         history: x0′, the x0 of the step before, float32 of x's shape, for a table of order 2
@@ -318,6 +325,7 @@ class _Step:
         plain = all(is_plain(tensor) for tensor in first if isinstance(tensor, Tensor))
         if watched() or transformed() or not plain:
             return partial(by_op_again, self._chosen, self.fixed)
+        check_memory(first)
         launch = self._launches.get(seen)
         if launch is None or not seen:
             with again(self._chosen):

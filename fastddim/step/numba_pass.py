@@ -892,9 +892,9 @@ def _step_of(loops, native):
         return _widen(address, call.dtype, chunk.start, chunk.count, into)
 
     @_part
-    def place(address, chunk, own):
-        """Returns where a term is computed: in its tensor, if the tensor is float32."""
-        if native:
+    def place(call, address, chunk, own):
+        """Returns where a term is computed: in its tensor, if that is float32 and not x itself."""
+        if native and address != call.x:
             return _floats(address, chunk.start)
         return own
 
@@ -940,6 +940,8 @@ def _step_of(loops, native):
         if native:
             if call.x0 and call.history:
                 _copy(chunk.count, x0, 0, _floats(call.x0, chunk.start))
+            if call.out == call.x:
+                _copy(chunk.count, out, 0, _floats(call.out, chunk.start))
         else:
             if call.x0:
                 _narrow(call.x0, call.dtype, chunk.start, chunk.count, x0)
@@ -953,7 +955,7 @@ def _step_of(loops, native):
         row = row_of(call, index)
         kappa = _floats(call.table, call.columns * index)[_KAPPA] if call.history else _ZERO
         drawn = plan.counted and row.c1 != 0
-        out = place(call.out, chunk, _own(scratch, _OUT))
+        out = place(call, call.out, chunk, _own(scratch, _OUT))
 
         x = read(call, call.x, chunk, _own(scratch, _X))
         output = _read_output(call, chunk, call.output, _own(scratch, _OUTPUT))
@@ -961,11 +963,12 @@ def _step_of(loops, native):
             output = _guided_output(call, chunk, plan, output, scratch)
         if native and plan.plain and not drawn:
             _plain_step(call.prediction, count, x, output, row, out)
+            store(call, chunk, out, out)
             return
 
         x0 = _own(scratch, _X0)
         if call.x0 and not call.history:  # x0 may lie where x0′ does, which is read later
-            x0 = place(call.x0, chunk, x0)
+            x0 = place(call, call.x0, chunk, x0)
         of_x = call.posterior or kappa != 0
         eps = predict(call, count, x, output, row, of_x, x0, _own(scratch, _EPS))
         bound_x0(call, chunk, plan, x0, scratch)
@@ -1013,12 +1016,15 @@ def _steps_of(step, is_light, light_step):
 
 @_inlined
 def _is_light(call, counted):
-    """Returns whether every term is one of the caller's tensors, or none is kept."""
+    """Returns whether every term is one of the caller's tensors, or none is kept.
+
+    A step that writes x_s over x_t goes through scratch memory: see ``_scratch``.
+    """
     made = call.guidance != 0 or call.dtype != 0 or call.noise != 0 or counted
     bounded = call.threshold != 0 or call.rederive or (call.clips and call.x0 == 0)
     bounded = bounded or call.posterior
     light = call.prediction == EPSILON or call.x0 == 0
-    return light and not made and not bounded and call.history == 0
+    return light and not made and not bounded and call.history == 0 and call.out != call.x
 
 
 @_inlined
@@ -1049,7 +1055,7 @@ POSTERIOR = FLOW
 @_inlined
 def _is_light_rounded(call, counted):
     """Returns whether the step has neither thresholds nor ε computed again."""
-    light = call.x0 and not (call.noise and call.noise_first)
+    light = call.x0 and not (call.noise and call.noise_first) and call.out != call.x
     light = light and not (call.threshold or call.rederive)
     return light and (
         call.prediction == EPSILON or (call.prediction != FLOW and not call.posterior)

@@ -307,8 +307,8 @@ def _step(
         torch.mul(output, times_b, out=term)
         torch.mul(x, times_a, out=x0).sub_(term)
         if not posterior:
-            torch.mul(output, times_a, out=out)
-            eps = torch.mul(x, times_b, out=term).add_(out)
+            torch.mul(output, times_a, out=extrapolated)
+            eps = torch.mul(x, times_b, out=term).add_(extrapolated)
     elif prediction == 3:
         torch.mul(output, times_b, out=term)
         torch.sub(x, term, out=x0)
@@ -330,8 +330,8 @@ def _step(
         eps = torch.sub(x, term, out=term).div_(b_t)
     if history is not None:
         x0, eps = _extrapolated(x, x0, eps, history, more[0], extrapolated)
-    torch.mul(x0, a_s, out=out)
     direction = torch.mul(eps, c2, out=term)
+    torch.mul(x0, a_s, out=out)  # Last, because ``out`` may be x.
     if z is None:
         out.add_(direction)
         return

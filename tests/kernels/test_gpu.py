@@ -69,6 +69,19 @@ def test_every_variant_equals_the_reference(name: str, size: str) -> None:
     assert_is_the_reference(arguments(name, size))
 
 
+@pytest.mark.parametrize("size", ["large", "odd"])
+@pytest.mark.parametrize(
+    "name", ["epsilon", "v", "epsilon philox last order 2", "epsilon mixed rgb"]
+)
+def test_the_state_may_be_written_over_itself(name: str, size: str) -> None:
+    given = arguments(name, size)
+    x = given["x"].clone()
+    expected, expected_x0 = fastddim.ddim_step(**given)
+    _, x0 = fastddim.ddim_step(**given | {"x": x, "out": x})
+    assert same(x, expected)
+    assert x0 is None or (expected_x0 is not None and same(x0, expected_x0))
+
+
 @pytest.mark.parametrize("shape", [(4, 64, 64), (3, 7, 5)])
 @pytest.mark.parametrize("name", ROUNDED)
 def test_a_step_that_rounds_has_the_bits_of_the_cpus(

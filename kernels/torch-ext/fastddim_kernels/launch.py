@@ -62,7 +62,8 @@ def ddim_step(
             stand in the places of √ᾱ_s and c2. With or without ``history``, (steps, 9): κ, then the
             number below 2²⁴ for which a row's counter noise is drawn in place of its place here.
         rows: the row that all samples are on, or (batch,) int32 in [0, steps).
-        out, x0: x_s and x0 are written here, float32 with the shape and strides of x.
+        out, x0: x_s and x0 are written here, float32 with the shape and strides of x. ``out`` may
+            be x itself.
         next_input: x_s is written here in this tensor's dtype, float32, bfloat16 or float16: once
             in x's shape and strides, or twice in (2·batch, ...).
         seeds: (batch,) int64, for counter noise.
