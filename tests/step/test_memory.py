@@ -37,6 +37,7 @@ def arguments(name: str, size: str = "one block") -> dict[str, Any]:
     return step_arguments(PREDICTED[name], batch, shape=shape)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", PREDICTED)
 @pytest.mark.parametrize(
     ("backend", "size"),
@@ -57,6 +58,7 @@ def test_the_state_may_be_written_over_itself(backend: str, size: str, name: str
     assert x0 is None or got_x0 is None or torch.equal(got_x0, x0)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("size", BATCH)
 @pytest.mark.parametrize("name", ROUNDED)
 @pytest.mark.parametrize("backend", here(*CPU))
