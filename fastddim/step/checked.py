@@ -278,6 +278,10 @@ class _Step:
             seen, latest, known = (), (), None
         if known is None or not seen or watched() or transformed():
             plain = False
+        elif (out is not None or x0_out is not None or next_input is not None) and _shared(
+            x, output, noise, history, out, x0_out, next_input
+        ):
+            plain = False  # ``check_memory`` finds it, and raises.
         else:
             plain = not torch.is_grad_enabled() or not _require_grad(
                 x,
@@ -411,6 +415,30 @@ def _seen(tensor: Any) -> Any:
         return float
     kind, odd = tensor.__class__, tensor.is_neg() or tensor._is_zerotensor()
     return kind, odd, tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def _shared(
+    x: Tensor,
+    output: Tensor,
+    noise: Tensor | None,
+    history: Tensor | None,
+    out: Tensor | None,
+    x0_out: Tensor | None,
+    next_input: Tensor | None,
+) -> bool:
+    """Returns whether a result is to be written over another result, or over an argument."""
+    if out is not None and (out is output or out is noise or out is history):
+        return True
+    if x0_out is not None and (x0_out is x or x0_out is output or x0_out is noise or x0_out is out):
+        return True
+    return next_input is not None and (
+        next_input is x
+        or next_input is output
+        or next_input is noise
+        or next_input is history
+        or next_input is out
+        or next_input is x0_out
+    )
 
 
 def _require_grad(*tensors: Any) -> bool:
