@@ -203,7 +203,9 @@ def _check_tensor(
     if len(tensor.shape) != len(shape) or any(
         want not in (-1, got) for want, got in zip(shape, tensor.shape, strict=True)
     ):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        # Only the first dimension of a table may have any size.
+        wanted = str(tuple(shape)).replace("-1", "steps")
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must be {allowed}, got {str(tensor.dtype)[6:]}")

@@ -210,7 +210,7 @@ def test_refusals_come_in_a_later_call_too() -> None:
             assert_step(step, {}, x, x, 0)
             refused(partial(step, **(good | change)), error, said)
     refused(lambda: fastddim.bind(TABLE.numpy()), TypeError, "table must be a tensor")  # type: ignore[arg-type]
-    refused(lambda: fastddim.bind(TABLE[:, :6]), ValueError, "table must have shape (-1, 7)")
+    refused(lambda: fastddim.bind(TABLE[:, :6]), ValueError, "table must have shape (steps, 7)")
     refused(lambda: fastddim.bind(TABLE.double()), TypeError, "table must be float32")
     refused(lambda: fastddim.bind(TABLE, prediction="x"), ValueError, "prediction must be one of")
     refused(lambda: fastddim.bind(TABLE, clip=0), ValueError, "clip must be > 0, got 0")

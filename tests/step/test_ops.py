@@ -249,7 +249,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "table columns": (
         {"table": TABLE[:, :6]},
         ValueError,
-        "table must have shape (-1, 7), got (50, 6)",
+        "table must have shape (steps, 7), got (50, 6)",
     ),
     "table dtype": ({"table": TABLE.double()}, TypeError, "table must be float32, got float64"),
     "table device": ({"table": TABLE.to("meta")}, ValueError, "table must be on cpu with x"),

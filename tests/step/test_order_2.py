@@ -344,7 +344,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "history must be given with a table of order 2, got None",
     ),
-    "table": ({"table": TABLE[:, :7]}, ValueError, "table must have shape (-1, 8), got (10, 7)"),
+    "table": ({"table": TABLE[:, :7]}, ValueError, "table must have shape (steps, 8), got (10, 7)"),
     "kind": ({"history": 1.0}, TypeError, "history must be a tensor, got float"),
     "shape": ({"history": randn(3)}, ValueError, "history must have shape (2, 3), got (3,)"),
     "dtype": ({"history": X.half()}, TypeError, "history must be float32, got float16"),
