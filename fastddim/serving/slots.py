@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -41,24 +43,23 @@ class Slots:
     ) -> None:
         copies = 1 + network.guided
         size = count, *network.shape
+        zeros = partial(torch.zeros, device=device)
         with lasting():
-            self.x = [torch.zeros(size, device=device) for _ in range(2)]
+            self.x = [zeros(size, dtype=torch.float32) for _ in range(2)]
             self.inputs = self.x
             if network.guided or dtype != torch.float32:
                 both = copies * count, *network.shape
-                self.inputs = [torch.zeros(both, dtype=dtype, device=device) for _ in range(2)]
+                self.inputs = [zeros(both, dtype=dtype) for _ in range(2)]
             self.x0: Tensor | None = None
-            self._rows, self._moves = (
-                torch.zeros(copies, count, dtype=torch.int32, device=device) for _ in range(2)
-            )
-            self.t = torch.zeros(copies * count, dtype=times, device=device)
-            self.seeds = torch.zeros(count, dtype=torch.int64, device=device)
-            self.w = torch.ones(count, device=device)
+            self._rows, self._moves = (zeros(copies, count, dtype=torch.int32) for _ in range(2))
+            self.t = zeros(copies * count, dtype=times)
+            self.seeds = zeros(count, dtype=torch.int64)
+            self.w = torch.ones(count, dtype=torch.float32, device=device)
             self.cond = {
-                name: torch.zeros(copies * count, *spec.shape, dtype=spec.dtype, device=device)
+                name: zeros(copies * count, *spec.shape, dtype=spec.dtype)
                 for name, spec in network.cond.items()
             }
-            self._first_row = torch.zeros(1, dtype=torch.int32, device=device)
+            self._first_row = zeros(1, dtype=torch.int32)
         self.rows, self.moves = self._rows.view(-1), self._moves.view(-1)
         self.step_rows = self._rows[0]
         """The rows as the step reads them, int32 (slots,)."""
@@ -132,10 +133,15 @@ class Slots:
             memory[slot].copy_(values[name], non_blocking=True)
 
     def park(self, slot: int) -> None:
-        """Lets a slot stand on the parking row, with a state of zeros."""
+        """Lets a slot stand on the parking row, with a state and conditions of zeros.
+
+        A condition that makes the model raise would fail the next requests of the batch as well.
+        """
         self._rows[:, slot].fill_(PARKED)
         self._moves[:, slot].zero_()
         self.w[slot].fill_(1)
+        for memory in self.cond.values():
+            memory[slot :: self._count].zero_()
         here = self.x[self.side][slot].zero_()
         self._feed(slot, here)
 

@@ -33,7 +33,9 @@ class Tables:
     def __init__(self, times: Any, device: torch.device) -> None:
         self.version = 0
         with lasting():
-            self.table = torch.zeros(_ROOM, len(COLUMNS_OF_MANY), device=device)
+            self.table = torch.zeros(
+                _ROOM, len(COLUMNS_OF_MANY), dtype=torch.float32, device=device
+            )
             self.times = torch.from_numpy(np.full(_ROOM, times[0])).to(device)
             # A slot without a request steps to x = 0·x0 + 0·ε, which stays finite.
             self.table[PARKED, :4] = 1
@@ -85,9 +87,12 @@ class Tables:
         while room < least:
             room *= 2
         with lasting():
-            for name in ("table", "times"):
-                old: Tensor = getattr(self, name)
-                new = old.new_zeros(room, *old.shape[1:])
-                new[: len(old)] = old
-                setattr(self, name, new)
-        self.version += 1
+            table, times = (_grown(old, room) for old in (self.table, self.times))
+        # All three change or, where the memory does not suffice, none of them.
+        self.table, self.times, self.version = table, times, self.version + 1
+
+
+def _grown(old: Tensor, room: int) -> Tensor:
+    new = old.new_zeros(room, *old.shape[1:])
+    new[: len(old)] = old
+    return new

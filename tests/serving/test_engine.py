@@ -203,6 +203,39 @@ def test_every_path_and_prediction_is_served(path: str) -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_no_bit(dtype: torch.dtype) -> None:
+    want = [alone(exact, Request(seed, ddim=MIX[seed]), 2) for seed in range(5)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        engine = Engine(exact, SHAPE, 4, batch_size=2)
+        futures = [engine.submit(Request(seed, ddim=MIX[seed])) for seed in range(5)]
+        found = [future.result() for future in futures]
+    finally:
+        torch.set_default_dtype(before)
+    for x, future in zip(want, found, strict=True):
+        assert torch.equal(x, future)
+
+
+def test_tables_that_cannot_grow_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_ROOM", 8)
+    engine = Engine(exact, SHAPE, 1)
+    grown, calls = tables._grown, 0
+
+    def second_fails(old: Tensor, room: int) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError("no room")
+        return grown(old, room)
+
+    monkeypatch.setattr(tables, "_grown", second_fails)
+    large = Request(1, ddim=DDIM(20))
+    assert isinstance(engine.submit(large).exception(), MemoryError)
+    assert torch.equal(engine.submit(large).result(), alone(exact, large, 1))
+
+
 def test_tables_grow_while_slots_stand_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "_ROOM", 8)
     engine = Engine(exact, SHAPE, 4)

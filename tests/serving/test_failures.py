@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fastddim.serving.landing import Landing
 from fastddim.serving.order import Waiting
 from fastddim.serving.slots import Slots
 from fastddim.serving.ticket import Ticket
-from tests.serving.serving_cases import MIX, SHAPE, exact, expected
+from tests.serving.serving_cases import MIX, SHAPE, alone, exact, expected
 
 
 class Breaking:
@@ -56,6 +57,26 @@ def test_the_models_exception_fails_its_batch_alone() -> None:
             assert torch.equal(future.result(), expected(0, seed, 2))
     found = engine.metrics()
     assert (found.failed, found.finished, found.active) == (2, 6, 0)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_condition_the_model_refuses_leaves_with_its_request(guided: bool) -> None:
+    table = torch.linspace(0, 1, 3 * 24).view(3, *SHAPE)
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return 0.1 * x + table[y]
+
+    def request_of(label: int) -> Request:
+        cond, uncond = ({"y": torch.tensor(y)} for y in (label, 2 * label))
+        rest: dict[str, Any] = {"uncond": uncond, "guidance": 2.0} if guided else {}
+        return Request(1, ddim=MIX[0], cond=cond, **rest)
+
+    engine = Engine(model, SHAPE, 4, cond={"y": torch.tensor(0)}, guided=guided)
+    futures = [engine.submit(request_of(label)) for label in (1, 1, 7)]
+    engine.drain()
+    assert all(isinstance(future.exception(), IndexError) for future in futures)
+    after = engine.submit(request_of(1))
+    assert torch.equal(after.result(), alone(model, request_of(1), 4))
 
 
 def test_a_request_that_cannot_move_fails(monkeypatch: pytest.MonkeyPatch) -> None:
