@@ -140,8 +140,8 @@ class Batches:
     def tick(self, fail: Callable[[Ticket, Exception], None]) -> int:
         """Takes one tick, and frees the slots of finished requests.
 
-        An exception of the model, or of the device, fails the requests of its batch, which then
-        have no slot any more.
+        An exception of the model, or of its step, fails the requests of its batch, which then have
+        no slot any more. A request fails alone if the device cannot copy its condition or sample.
 
         Returns:
             The number of batches, hence of calls of the model.
@@ -149,19 +149,14 @@ class Batches:
         with no_grad():
             for ticket, step in self._turns.pop(self._clock, ()):
                 if self._has_slot(ticket):
-                    i, slot = self._where(ticket)
-                    work = ticket.work
-                    self._batches[i].memory.guide(slot, work, work.guidance[step])
-                    self._plan_guidance(ticket, step)
+                    self._guide(ticket, step, fail)
             used = [i for i, count in enumerate(self._counts) if count]
             for i in used:
                 self._call(i, fail)
             self._clock += 1
             for ticket in self._ends.pop(self._clock, ()):
                 if self._has_slot(ticket):
-                    i, slot = self._where(ticket)
-                    memory = self._batches[i].memory
-                    self._landing.copy(ticket, memory.x[memory.side][slot])
+                    self._land(ticket, fail)
                     self.free(ticket)
         return len(used)
 
@@ -239,6 +234,25 @@ class Batches:
                 fail(ticket, error)
             for ticket in self._occupants(i):
                 self.free(ticket)
+
+    def _guide(self, ticket: Ticket, step: int, fail: Callable[[Ticket, Exception], None]) -> None:
+        """Writes a request's new weight of guidance into its slot."""
+        i, slot = self._where(ticket)
+        try:
+            self._batches[i].memory.guide(slot, ticket.work, ticket.work.guidance[step])
+            self._plan_guidance(ticket, step)
+        except Exception as error:
+            fail(ticket, error)
+            self.free(ticket)
+
+    def _land(self, ticket: Ticket, fail: Callable[[Ticket, Exception], None]) -> None:
+        """Copies a finished sample out of its slot."""
+        i, slot = self._where(ticket)
+        memory = self._batches[i].memory
+        try:
+            self._landing.copy(ticket, memory.x[memory.side][slot])
+        except Exception as error:  # The device has no memory for the copy, say.
+            fail(ticket, error)
 
     def _plan_guidance(self, ticket: Ticket, step: int) -> None:
         """Notes the next step of a request at which its weight of guidance changes."""

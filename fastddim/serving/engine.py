@@ -7,9 +7,10 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import Future
+from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fastddim.loop.model import Model, Predictor, warn_of_training
 from fastddim.loop.options import checked_dtype
 from fastddim.loop.sampler import DDIM
 from fastddim.serving.batch import Batch, Batches
+from fastddim.serving.delivery import Delivery
 from fastddim.serving.landing import Landing
 from fastddim.serving.metrics import Metrics, Recorder
 from fastddim.serving.order import QueueFull, Waiting
@@ -34,7 +36,7 @@ from fastddim.serving.request import (
 )
 from fastddim.serving.tables import Tables
 from fastddim.serving.thread import Runner
-from fastddim.serving.ticket import Ticket
+from fastddim.serving.ticket import Ticket, outcome_of
 from fastddim.step.arguments import OUTPUTS, check_untransformed
 
 
@@ -146,8 +148,11 @@ class Engine:
         self._landing = Landing(where)
         self._batches = Batches(batches, tables, self._landing)
         self._recorder = Recorder(count, batch)
-        self._arrived = threading.Condition()
+        self._delivery = Delivery(self._landing, self._recorder)
+        self._lock = threading.RLock()
         """Guards the queue, ``_cancelled``, ``_closed`` and the counts of requests."""
+        # Enter the lock and not the condition, whose methods an interrupt can end in between.
+        self._arrived = threading.Condition(self._lock)
         self._turn = threading.Lock()
         """Is held while a tick is taken."""
         self._runs_in = 0
@@ -189,24 +194,27 @@ class Engine:
         Returns:
             A ``concurrent.futures.Future``. Its result is a tensor of the engine's shape on the
             engine's device. ``cancel`` works until the result is there. If no thread runs the
-            engine, ``result`` takes the ticks.
+            engine, ``result`` takes the ticks; ``wait``, ``as_completed`` and asyncio take none.
 
         Raises:
             TypeError, ValueError: before anything is queued, naming the argument, the value and
                 what is allowed.
             QueueFull: ``limit`` requests wait already.
-            RuntimeError: the engine is closed.
+            RuntimeError: the engine is closed, or its thread runs in the process that was forked.
         """
-        with self._arrived:
+        self._has_thread()
+        with self._lock:
             self._check_room()
         with self._allocating:
             work = checked(request, self._network)
-        with self._arrived:
+        with self._lock:
             self._check_room()
             ticket = Ticket(self._number, work, request.deadline, self._dropped, self._helped)
             self._number += 1
             self._waiting.add(ticket)
             self._recorder.submitted += 1
+            if self._runner is not None:
+                self._runner.kept = self
             self._arrived.notify_all()
         return ticket
 
@@ -216,7 +224,7 @@ class Engine:
         Raises:
             RuntimeError: a thread runs the engine, or the model or a callback calls this method.
         """
-        if self._runner is not None:
+        if self._has_thread():
             raise RuntimeError("step must not be called while the engine's thread takes the ticks")
         return self._step()
 
@@ -265,7 +273,7 @@ class Engine:
                 finished = self._next_done(done)
                 if finished is None:
                     continue
-                i, outcome = pending.pop(finished), _outcome(finished)
+                i, outcome = pending.pop(finished), outcome_of(finished)
                 if isinstance(outcome, BaseException) and not return_exceptions:
                     raise outcome
                 yield i, outcome
@@ -274,19 +282,30 @@ class Engine:
                 left.cancel()
 
     def drain(self) -> None:
-        """Returns when every request that was submitted is finished, failed or cancelled."""
-        while self._runner is None and self._step():
+        """Returns when every request that was submitted is finished, failed or cancelled.
+
+        Raises:
+            RuntimeError: the model or a callback calls this method.
+        """
+        self._check_outside()
+        while not self._has_thread() and self._step():
             pass
-        with self._arrived:
+        with self._lock:
             while self._runner is not None and self._busy():
                 self._arrived.wait()
 
     def start(self) -> None:
-        """Starts a thread that takes the ticks until ``close``, and waits while there are none."""
-        with self._arrived:
+        """Starts a thread that takes the ticks until ``close``, and waits while there are none.
+
+        The thread also ends once it has no work and the program no longer holds the engine.
+        """
+        self._has_thread()
+        with self._lock:
             self._check_open()
             if self._runner is None:
-                self._runner = Runner(self._arrived, self._busy, self._step, self._broken)
+                methods = self._busy, self._step, self._broken
+                self._runner = Runner(self._lock, self._arrived, *methods)
+                self._runner.kept = self
 
     def close(self, *, drain: bool = False) -> None:
         """Refuses further requests, and cancels those that are not finished.
@@ -298,16 +317,18 @@ class Engine:
             RuntimeError: the model or a callback calls this method.
         """
         self._check_outside()
-        with self._arrived:
+        self._has_thread()
+        with self._lock:
             if self._closed is None:
                 self._closed = "the engine is closed, and takes no requests"
             self._arrived.notify_all()
         if drain:
             self.drain()
-        runner, self._runner = self._runner, None
-        if runner is not None:
+        if (runner := self._runner) is not None:
             runner.stop()
-        with self._arrived:
+        with self._lock:
+            self._runner = None
+            self._arrived.notify_all()
             left = self._waiting.all()
         for ticket in (*left, *self._batches.occupants()):
             ticket.cancel()
@@ -315,7 +336,7 @@ class Engine:
 
     def metrics(self) -> Metrics:
         """Returns the engine's counts, rates and latencies."""
-        with self._arrived:
+        with self._lock:
             return self._recorder.now(len(self._waiting), self._batches.active)
 
     def __enter__(self) -> Engine:
@@ -331,6 +352,8 @@ class Engine:
     async def __aenter__(self) -> Engine:
         """Starts the thread; the end of the block closes the engine as ``with`` does.
 
+        If the task is cancelled while the block's requests are finished, the rest are cancelled.
+
         async with engine:
             image = await asyncio.wrap_future(engine.submit(fastddim.Request(7)))
         """
@@ -340,7 +363,14 @@ class Engine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        await asyncio.to_thread(self.close, drain=kind is None)
+        try:
+            await asyncio.to_thread(self.close, drain=kind is None)
+        except asyncio.CancelledError:  # The thread above would finish all requests.
+            await asyncio.to_thread(self.close)
+            raise
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Engine cannot be copied or pickled: make one in each process")
 
     def _step(self) -> bool:
         self._check_outside()
@@ -358,22 +388,21 @@ class Engine:
             self._mend()
         self._torn = True
         while self._cancelled:
-            ticket = self._cancelled[0]
-            batches.free(ticket)
+            batches.free(ticket := self._cancelled[0])
             ticket.strip()
             self._cancelled.popleft()
         self._refill()
         ticking = batches.active > 0
         if ticking:
-            batches.gather(self._fail)
-            self._recorder.tick(batches.active, batches.tick(self._fail))
+            batches.gather(self._delivery.fail)
+            self._recorder.tick(batches.active, batches.tick(self._delivery.fail))
         self._torn = False
-        return self._deliver(wait=not ticking) or ticking
+        return self._delivery.deliver(wait=not ticking) or ticking
 
     def _refill(self) -> None:
         """Gives free slots to the requests that wait, in the order of service."""
         while len(self._waiting):
-            with self._arrived:
+            with self._lock:
                 ticket = self._waiting.next()
                 if ticket is None or not self._batches.place(ticket):
                     return
@@ -382,68 +411,41 @@ class Engine:
                 self._batches.fill(ticket)
             except Exception as error:  # The device has no memory for larger tables, say.
                 self._batches.free(ticket)
-                self._fail(ticket, error)
-
-    def _deliver(self, wait: bool) -> bool:
-        """Hands finished samples to their futures; returns whether there were any."""
-        any_ = False
-        for flight in self._landing.landed(wait):
-            any_, ticket = True, flight.ticket
-            if flight.finite is not None and not flight.finite:
-                self._fail(
-                    ticket,
-                    FloatingPointError(
-                        f"the sample of seed {ticket.work.seed} holds NaN or an infinity"
-                    ),
-                )
-                continue
-            # The count comes first: whoever has the sample finds it in the metrics.
-            if ticket.late is None:
-                ticket.late = self._recorder.finish(ticket.began, ticket.due)
-            try:
-                ticket.set_result(flight.result)
-            except InvalidStateError:  # The request was cancelled since.
-                self._recorder.take_back(ticket.late)
-                continue
-            ticket.strip()
-        return any_
-
-    def _fail(self, ticket: Ticket, error: BaseException) -> None:
-        self._recorder.failed += 1  # Before the waiters learn of the failure.
-        try:
-            ticket.set_exception(error)
-        except InvalidStateError:  # The request was cancelled since.
-            self._recorder.failed -= 1
-            return
-        ticket.strip()
+                self._delivery.fail(ticket, error)
 
     def _mend(self) -> None:
         """Puts the requests of an interrupted tick back into the queue, to begin again."""
         landing = [flight.ticket for flight in self._landing.all()]
-        with self._arrived:
+        with self._lock:
             for ticket in self._batches.occupants():
                 if not ticket.done() and ticket not in landing:
+                    self._delivery.begins_again(ticket)
                     self._waiting.add(ticket)
             self._batches.clear()
             self._cancelled.clear()
 
     def _broken(self, error: BaseException) -> None:
         """Closes the engine after an error of its own: requests that are left fail with it."""
-        with self._arrived:
+        with self._lock:
             self._closed = f"the engine is closed after an error of its thread: {error!r}"
+        with suppress(BaseException):  # An exit in a callback must not keep the rest waiting.
+            self._delivery.deliver(wait=True)
+        with self._lock:
             left = [*self._waiting.all(), *self._batches.occupants()]
+            left += [flight.ticket for flight in self._landing.all()]
             for ticket in left:
                 self._waiting.drop(ticket)
         for ticket in left:
-            self._fail(ticket, error)
-        with self._arrived:
+            with suppress(BaseException):
+                self._delivery.fail(ticket, error)
+        with self._lock:
             self._batches.clear()
             self._runner = None
             self._arrived.notify_all()
 
     def _dropped(self, ticket: Ticket) -> None:
         """Takes note of a cancelled request."""
-        with self._arrived:
+        with self._lock:
             self._recorder.cancelled += 1
             if self._waiting.drop(ticket):
                 ticket.strip()
@@ -453,16 +455,24 @@ class Engine:
 
     def _helped(self) -> bool:
         """Takes a tick for a future that is waited for, unless a thread takes the ticks."""
-        return self._runner is None and self._step()
+        self._check_outside()
+        return not self._has_thread() and self._step()
 
     def _next_done(self, done: queue.SimpleQueue[Future[Tensor]]) -> Future[Tensor] | None:
         """Returns a finished future, or None after a tick that finished none."""
-        if self._runner is None and done.empty() and self._step():
+        self._check_outside()
+        if not self._has_thread() and done.empty() and self._step():
             return None if done.empty() else done.get()
         try:
             return done.get(timeout=0.05)
         except queue.Empty:
             return None
+
+    def _has_thread(self) -> bool:
+        """Returns whether a thread takes the ticks; refuses a fork, in which no thread does."""
+        if (runner := self._runner) is not None:
+            runner.check_process()
+        return runner is not None
 
     def _busy(self) -> bool:
         return bool(
@@ -483,12 +493,6 @@ class Engine:
 
     def _check_outside(self) -> None:
         if self._runs_in == threading.get_ident():
-            raise RuntimeError("an engine's ticks must not be taken by its model or by callbacks")
-
-
-def _outcome(future: Future[Tensor]) -> Tensor | BaseException:
-    """Returns the result of a future that is done, or its exception."""
-    if future.cancelled():
-        return CancelledError()
-    error = future.exception()
-    return future.result() if error is None else error
+            raise RuntimeError(
+                "an engine's model and callbacks must neither take nor await its ticks"
+            )

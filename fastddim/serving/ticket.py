@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -37,6 +38,8 @@ class Ticket(Future[Tensor]):
         """The row at which its program lies, while it has a slot."""
         self.late: bool | None = None
         """Whether the sample came after its deadline, once the metrics count it."""
+        self.failed = False
+        """Whether the metrics count the request as failed."""
         self._dropped, self._advance = dropped, advance
         self._once = threading.Lock()
 
@@ -66,6 +69,9 @@ class Ticket(Future[Tensor]):
         """Returns the exception of a failed request, as ``Future.exception`` does."""
         return super().exception(self._waited(timeout))
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("the future of a sample cannot be copied or pickled: pass its result")
+
     def _waited(self, timeout: float | None) -> float | None:
         """Takes ticks until the request is done, unless a thread takes them.
 
@@ -84,3 +90,11 @@ def _nothing() -> bool:
 
 def _noted(ticket: Ticket) -> None:
     """Does nothing: the engine knows of the cancellation."""
+
+
+def outcome_of(future: Future[Tensor]) -> Tensor | BaseException:
+    """Returns the result of a future that is done, or its exception."""
+    if future.cancelled():
+        return CancelledError()
+    error = future.exception()
+    return future.result() if error is None else error

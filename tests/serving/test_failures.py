@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddim import Engine, Request
+from fastddim import DDIM, Engine, Request
 from fastddim.serving.batch import Batches
 from fastddim.serving.landing import Landing
 from fastddim.serving.order import Waiting
 from fastddim.serving.slots import Slots
 from fastddim.serving.ticket import Ticket
-from tests.serving.serving_cases import MIX, SHAPE, alone, exact, expected
+from tests.serving.serving_cases import MIX, SHAPE, alone, exact, expected, named
 
 
 class Breaking:
@@ -169,7 +169,7 @@ def test_a_model_that_steps_its_engine_is_refused() -> None:
         return x
 
     engine = Engine(model, SHAPE, 1)
-    with pytest.raises(RuntimeError, match="ticks must not be taken by its model or by callbacks"):
+    with pytest.raises(RuntimeError, match="model and callbacks must neither take nor await"):
         engine.submit(Request(1)).result()
 
 
@@ -231,6 +231,70 @@ def test_an_interrupt_anywhere_loses_no_request(
     for seed, future in enumerate(futures):
         assert torch.equal(future.result(timeout=0), expected(seed % 6, seed, 2))
     assert sorted(calls) == list(range(count))
+    found = engine.metrics()
+    assert (found.finished, found.failed, found.active, found.queued) == (count, 0, 0, 0)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_interrupt_of_a_delivery_counts_a_request_once(
+    monkeypatch: pytest.MonkeyPatch, fails: bool, after: bool
+) -> None:
+    name = "set_exception" if fails else "set_result"
+    engine = Engine(Breaking(2) if fails else exact, SHAPE, 2)
+    futures = [engine.submit(Request(seed, ddim=MIX[0])) for seed in range(2)]
+    monkeypatch.setattr(Ticket, name, interrupting(getattr(Ticket, name), 1, after))
+    with pytest.raises(KeyboardInterrupt):
+        engine.drain()
+    engine.drain()
+    failed = sum(future.exception() is not None for future in futures)
+    found = engine.metrics()
+    assert (found.failed, found.finished) == (failed, 2 - failed)
+    assert failed == (fails and after)  # The others began again, and their model has better luck.
+
+
+def test_an_interrupted_cancellation_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(exact, SHAPE, 1)
+    future = engine.submit(Request(1, ddim=MIX[0]))
+    monkeypatch.setattr(Future, "cancel", interrupting(Future.cancel, 1, True))
+    with pytest.raises(KeyboardInterrupt):
+        future.cancel()
+    engine.drain()
+    found = engine.metrics()
+    assert (found.cancelled, found.finished, found.queued, found.active) == (1, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Landing, "copy"), (Slots, "guide")])
+def test_a_copy_that_fails_is_its_requests_alone(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    method, calls = getattr(owner, name), 0
+
+    def failing(*arguments: Any) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == (1 if name == "copy" else 3):  # The first two are those of ``fill``.
+            raise MemoryError("no room")
+        return method(*arguments)
+
+    c, y, nothing = torch.ones(SHAPE), torch.tensor(1), torch.zeros(SHAPE)
+    engine = Engine(named, SHAPE, 2, cond={"c": c, "y": y}, guided=True)
+    requests = [
+        Request(
+            seed,
+            ddim=DDIM(5),
+            cond={"c": c, "y": y},
+            uncond={"c": nothing},
+            guidance=lambda t: 2.0 if t > 500 else 3.0,
+        )
+        for seed in range(2)
+    ]
+    futures = [engine.submit(request) for request in requests]
+    monkeypatch.setattr(owner, name, failing)
+    engine.drain()
+    assert isinstance(futures[0].exception(), MemoryError)
+    assert torch.equal(futures[1].result(), alone(named, requests[1], 2))
+    assert (engine.metrics().failed, engine.metrics().finished) == (1, 1)
 
 
 @pytest.mark.parametrize("after", [False, True])
