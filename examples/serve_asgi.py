@@ -82,14 +82,18 @@ class App:
             ticket = self._engine.submit(request_of(scope["query_string"].decode()))
         except (TypeError, ValueError) as error:
             return 400, "text/plain", str(error).encode()
-        except QueueFull as error:
+        except (QueueFull, RuntimeError) as error:  # RuntimeError: the engine is closed.
             return 503, "text/plain", str(error).encode()
         future, gone = asyncio.wrap_future(ticket), asyncio.create_task(disconnected(receive))
-        await asyncio.wait((future, gone), return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
+        try:
+            await asyncio.wait((future, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:  # Some servers cancel this task where the client goes.
+            gone.cancel()
+            ticket.cancel()  # The slot is free at the next tick, unless the sample is there.
         if not future.done():
-            ticket.cancel()  # The slot is free at the next tick.
             return 499, "text/plain", b""
+        if future.cancelled():
+            return 503, "text/plain", b"the engine is closed"
         if (failed := future.exception()) is not None:
             return 500, "text/plain", str(failed).encode()
         return 200, "image/png", png(future.result())

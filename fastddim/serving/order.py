@@ -47,8 +47,9 @@ class Waiting:
     def add(self, ticket: Ticket) -> None:
         """Adds a request, or puts one back that had been taken: it keeps its place in the order."""
         if ticket.number not in self._live:
-            self._live[ticket.number] = ticket
+            # In this order an interrupt in between leaves no request that is never next.
             heapq.heappush(self._heap, (self._rank(ticket), ticket.number, ticket))
+            self._live[ticket.number] = ticket
 
     def next(self) -> Ticket | None:
         """Returns the request to be served next, which stays in the queue."""

@@ -209,6 +209,58 @@ def test_serve_asgi_frees_the_slot_of_a_client_that_goes() -> None:
     asyncio.run(run())
 
 
+def test_serve_asgi_frees_the_slot_of_a_cancelled_task() -> None:
+    held = threading.Event()
+    held.set()
+
+    def waiting(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        held.wait(10)
+        return network(x, t)
+
+    async def run() -> None:
+        async with Served(waiting) as served:
+            held.clear()
+            task = asyncio.create_task(served.get("/sample", "seed=1"))
+            while not served.engine.metrics().active:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            others = {asyncio.current_task(), served.task}
+            await asyncio.sleep(0)
+            assert asyncio.all_tasks() == others
+            held.set()
+        found = served.engine.metrics()
+        assert (found.submitted, found.cancelled, found.finished) == (1, 1, 0)
+
+    asyncio.run(run())
+
+
+def test_serve_asgi_answers_while_its_engine_closes() -> None:
+    held = threading.Event()
+    held.set()
+
+    def waiting(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        held.wait(10)
+        return network(x, t)
+
+    async def run() -> None:
+        async with Served(waiting) as served:
+            held.clear()
+            task = asyncio.create_task(served.get("/sample", "seed=1"))
+            while not served.engine.metrics().active:
+                await asyncio.sleep(0.001)
+            closing = asyncio.create_task(asyncio.to_thread(served.engine.close))
+            await asyncio.sleep(0.01)
+            held.set()
+            await closing
+            assert await task == (503, "text/plain", b"the engine is closed")
+            refused = await served.get("/sample", "seed=1")
+            assert refused == (503, "text/plain", b"the engine is closed, and takes no requests")
+
+    asyncio.run(run())
+
+
 def test_serve_asgi_exports_every_metric_with_its_type() -> None:
     async def run() -> str:
         async with Served() as served:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from functools import partial
@@ -251,6 +252,22 @@ def test_an_interrupt_of_a_delivery_counts_a_request_once(
     found = engine.metrics()
     assert (found.failed, found.finished) == (failed, 2 - failed)
     assert failed == (fails and after)  # The others began again, and their model has better luck.
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupted_submission_leaves_a_whole_queue(
+    monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    engine = Engine(exact, SHAPE, 1, order="shortest")
+    with monkeypatch.context() as patched:
+        patched.setattr(heapq, "heappush", interrupting(heapq.heappush, 1, after))
+        with pytest.raises(KeyboardInterrupt):
+            engine.submit(Request(1, ddim=MIX[0]))
+    future = engine.submit(Request(2, ddim=MIX[0]))
+    engine.drain()
+    assert torch.equal(future.result(timeout=0), expected(0, 2, 1))
+    found = engine.metrics()
+    assert (found.submitted, found.finished, found.queued) == (1, 1, 0)
 
 
 def test_an_interrupted_cancellation_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
