@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastddim.loop.graph import lasting
 from fastddim.serving.ticket import Ticket
 
 
@@ -76,5 +77,7 @@ class Landing:
 
 
 def _copied(ticket: Ticket, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    finite = torch.isfinite(x).all() if ticket.work.check_finite else None
-    return x.clone().to(ticket.work.dtype), finite
+    # Another request's owner may take the tick in inference mode, whose tensors have no gradients.
+    with lasting():
+        finite = torch.isfinite(x).all() if ticket.work.check_finite else None
+        return x.clone().to(ticket.work.dtype), finite

@@ -218,6 +218,17 @@ def test_the_default_dtype_changes_no_bit(dtype: torch.dtype) -> None:
         assert torch.equal(x, future)
 
 
+def test_a_sample_is_plain_where_a_neighbour_is_in_inference_mode() -> None:
+    engine = Engine(exact, SHAPE, 2)
+    plain = engine.submit(Request(1, ddim=MIX[1]))
+    with torch.inference_mode():
+        assert torch.equal(engine.submit(Request(2, ddim=MIX[4])).result(), expected(4, 2, 2))
+    x = plain.result().requires_grad_()
+    x.square().sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.detach(), expected(1, 1, 2))
+
+
 def test_tables_that_cannot_grow_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "_ROOM", 8)
     engine = Engine(exact, SHAPE, 1)
