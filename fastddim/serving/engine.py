@@ -7,7 +7,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from fastddim.loop.options import checked_dtype
 from fastddim.loop.sampler import DDIM
 from fastddim.serving.batch import Batch, Batches
 from fastddim.serving.delivery import Delivery
+from fastddim.serving.guard import Guard
 from fastddim.serving.landing import Landing
 from fastddim.serving.metrics import Metrics, Recorder
 from fastddim.serving.order import QueueFull, Waiting
@@ -34,9 +35,10 @@ from fastddim.serving.request import (
     sampler_program,
     specs_of,
 )
+from fastddim.serving.stream import stream
 from fastddim.serving.tables import Tables
 from fastddim.serving.thread import Runner
-from fastddim.serving.ticket import Ticket, outcome_of
+from fastddim.serving.ticket import Ticket
 from fastddim.step.arguments import OUTPUTS, check_untransformed
 
 
@@ -149,10 +151,8 @@ class Engine:
         self._batches = Batches(batches, tables, self._landing)
         self._recorder = Recorder(count, batch)
         self._delivery = Delivery(self._landing, self._recorder)
-        self._lock = threading.RLock()
+        self._arrived = Guard()
         """Guards the queue, ``_cancelled``, ``_closed`` and the counts of requests."""
-        # Enter the lock and not the condition, whose methods an interrupt can end in between.
-        self._arrived = threading.Condition(self._lock)
         self._turn = threading.Lock()
         """Is held while a tick is taken."""
         self._runs_in = 0
@@ -203,11 +203,11 @@ class Engine:
             RuntimeError: the engine is closed, or its thread runs in the process that was forked.
         """
         self._has_thread()
-        with self._lock:
+        with self._arrived:
             self._check_room()
         with self._allocating:
             work = checked(request, self._network)
-        with self._lock:
+        with self._arrived:
             self._check_room()
             ticket = Ticket(self._number, work, request.deadline, self._dropped, self._helped)
             self._number += 1
@@ -245,41 +245,8 @@ class Engine:
         Raises:
             Exception: as ``submit`` does, and the exception of the first request that fails.
         """
-        done: queue.SimpleQueue[Future[Tensor]] = queue.SimpleQueue()
-        pending: dict[Future[Tensor], int] = {}
-        rest, held, more = enumerate(requests), None, True
         ahead = 2 * len(self._batches.tickets)
-        try:
-            while True:
-                while more and len(pending) < ahead:
-                    i, request = next(rest, (-1, None)) if held is None else held
-                    held, more = None, i >= 0
-                    if not more:
-                        break
-                    try:
-                        ticket = self.submit(request)  # type: ignore[arg-type]
-                    except QueueFull:
-                        held = i, request
-                        break
-                    except (TypeError, ValueError) as error:
-                        if not return_exceptions:
-                            raise
-                        yield i, error
-                        continue
-                    pending[ticket] = i
-                    ticket.add_done_callback(done.put)
-                if not pending and not more:
-                    return
-                finished = self._next_done(done)
-                if finished is None:
-                    continue
-                i, outcome = pending.pop(finished), outcome_of(finished)
-                if isinstance(outcome, BaseException) and not return_exceptions:
-                    raise outcome
-                yield i, outcome
-        finally:
-            for left in pending:
-                left.cancel()
+        return stream(requests, self.submit, self._next_done, ahead, return_exceptions)
 
     def drain(self) -> None:
         """Returns when every request that was submitted is finished, failed or cancelled.
@@ -290,7 +257,7 @@ class Engine:
         self._check_outside()
         while not self._has_thread() and self._step():
             pass
-        with self._lock:
+        with self._arrived:
             while self._runner is not None and self._busy():
                 self._arrived.wait()
 
@@ -300,11 +267,11 @@ class Engine:
         The thread also ends once it has no work and the program no longer holds the engine.
         """
         self._has_thread()
-        with self._lock:
+        with self._arrived:
             self._check_open()
             if self._runner is None:
                 methods = self._busy, self._step, self._broken
-                self._runner = Runner(self._lock, self._arrived, *methods)
+                self._runner = Runner(self._arrived, *methods)
                 self._runner.kept = self
 
     def close(self, *, drain: bool = False) -> None:
@@ -318,7 +285,7 @@ class Engine:
         """
         self._check_outside()
         self._has_thread()
-        with self._lock:
+        with self._arrived:
             if self._closed is None:
                 self._closed = "the engine is closed, and takes no requests"
             self._arrived.notify_all()
@@ -326,7 +293,7 @@ class Engine:
             self.drain()
         if (runner := self._runner) is not None:
             runner.stop()
-        with self._lock:
+        with self._arrived:
             self._runner = None
             self._arrived.notify_all()
             left = self._waiting.all()
@@ -336,7 +303,7 @@ class Engine:
 
     def metrics(self) -> Metrics:
         """Returns the engine's counts, rates and latencies."""
-        with self._lock:
+        with self._arrived:
             return self._recorder.now(len(self._waiting), self._batches.active)
 
     def __enter__(self) -> Engine:
@@ -402,7 +369,7 @@ class Engine:
     def _refill(self) -> None:
         """Gives free slots to the requests that wait, in the order of service."""
         while len(self._waiting):
-            with self._lock:
+            with self._arrived:
                 ticket = self._waiting.next()
                 if ticket is None or not self._batches.place(ticket):
                     return
@@ -416,7 +383,7 @@ class Engine:
     def _mend(self) -> None:
         """Puts the requests of an interrupted tick back into the queue, to begin again."""
         landing = [flight.ticket for flight in self._landing.all()]
-        with self._lock:
+        with self._arrived:
             for ticket in self._batches.occupants():
                 if not ticket.done() and ticket not in landing:
                     self._delivery.begins_again(ticket)
@@ -426,11 +393,11 @@ class Engine:
 
     def _broken(self, error: BaseException) -> None:
         """Closes the engine after an error of its own: requests that are left fail with it."""
-        with self._lock:
+        with self._arrived:
             self._closed = f"the engine is closed after an error of its thread: {error!r}"
         with suppress(BaseException):  # An exit in a callback must not keep the rest waiting.
             self._delivery.deliver(wait=True)
-        with self._lock:
+        with self._arrived:
             left = [*self._waiting.all(), *self._batches.occupants()]
             left += [flight.ticket for flight in self._landing.all()]
             for ticket in left:
@@ -438,14 +405,14 @@ class Engine:
         for ticket in left:
             with suppress(BaseException):
                 self._delivery.fail(ticket, error)
-        with self._lock:
+        with self._arrived:
             self._batches.clear()
             self._runner = None
             self._arrived.notify_all()
 
     def _dropped(self, ticket: Ticket) -> None:
         """Takes note of a cancelled request."""
-        with self._lock:
+        with self._arrived:
             self._recorder.cancelled += 1
             if self._waiting.drop(ticket):
                 ticket.strip()
@@ -453,10 +420,16 @@ class Engine:
                 self._cancelled.append(ticket)
             self._arrived.notify_all()
 
-    def _helped(self) -> bool:
+    def _helped(self, ticket: Ticket, timeout: float | None) -> bool:
         """Takes a tick for a future that is waited for, unless a thread takes the ticks."""
         self._check_outside()
-        return not self._has_thread() and self._step()
+        if self._has_thread():
+            return False
+        if timeout is not None and self._turn.locked():
+            # Another thread takes a tick, which may be longer than the timeout.
+            wait([ticket], min(timeout, 0.01))
+            return True
+        return self._step()
 
     def _next_done(self, done: queue.SimpleQueue[Future[Tensor]]) -> Future[Tensor] | None:
         """Returns a finished future, or None after a tick that finished none."""

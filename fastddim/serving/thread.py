@@ -8,6 +8,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
+from fastddim.serving.guard import Guard
+
 
 class Runner:
     """A thread that calls ``step`` while ``busy``, and waits for ``arrived`` otherwise.
@@ -16,8 +18,7 @@ class Runner:
     waits, it holds the engine by weak references.
 
     Args:
-        lock: guards the work.
-        arrived: the condition of ``lock`` that is notified of new work.
+        arrived: guards the work, and is notified of new work.
         busy: a method of the engine, which returns whether there is work.
         step: likewise; takes one tick.
         broken: likewise; is called with an exception of ``step`` itself, after which the thread
@@ -29,13 +30,12 @@ class Runner:
 
     def __init__(
         self,
-        lock: threading.RLock,
-        arrived: threading.Condition,
+        arrived: Guard,
         busy: Callable[[], bool],
         step: Callable[[], bool],
         broken: Callable[[BaseException], None],
     ) -> None:
-        self._lock, self._arrived = lock, arrived
+        self._arrived = arrived
         self._busy = weakref.WeakMethod(busy, self._left_alone)
         self._step, self._broken = weakref.WeakMethod(step), weakref.WeakMethod(broken)
         self.kept: object = None
@@ -55,14 +55,14 @@ class Runner:
 
     def stop(self) -> None:
         """Ends the thread after its tick."""
-        with self._lock:
+        with self._arrived:
             self._stopping = True
             self._arrived.notify_all()
         self._thread.join()
         _running.discard(self)
 
     def _left_alone(self, _: object) -> None:
-        with self._lock:
+        with self._arrived:
             self._stopping = True
             self._arrived.notify_all()
 
@@ -72,7 +72,7 @@ class Runner:
 
     def _has_work(self) -> bool:
         """Waits for work, and returns False if the thread is to end."""
-        with self._lock:
+        with self._arrived:
             while not self._stopping and not self._is_busy():
                 self.kept = None  # This may be the engine's end, which sets ``_stopping``.
                 if not self._stopping:

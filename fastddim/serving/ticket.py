@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from typing import NoReturn
 
 from torch import Tensor
 
+from fastddim.serving.guard import Guard
 from fastddim.serving.request import Work
 
 
@@ -26,9 +27,10 @@ class Ticket(Future[Tensor]):
         work: Work,
         deadline: float | None,
         dropped: Callable[[Ticket], None],
-        advance: Callable[[], bool],
+        advance: Callable[[Ticket, float | None], bool],
     ) -> None:
         super().__init__()
+        self._condition = Guard()  # An interrupt of a waiting thread must not stop the engine's.
         self.number, self.work = number, work
         self.began = time.perf_counter()
         self.due = None if deadline is None else self.began + deadline
@@ -62,7 +64,10 @@ class Ticket(Future[Tensor]):
         return self.slot is not None and not self.done()
 
     def result(self, timeout: float | None = None) -> Tensor:
-        """Returns the sample, as ``Future.result`` does."""
+        """Returns the sample, as ``Future.result`` does.
+
+        A tick that this call takes itself may outlast the timeout.
+        """
         return super().result(self._waited(timeout))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -78,23 +83,15 @@ class Ticket(Future[Tensor]):
         Returns the rest of the timeout.
         """
         end = None if timeout is None else time.perf_counter() + timeout
-        while not self.done() and (end is None or time.perf_counter() < end):
-            if not self._advance():
-                break
+        rest = timeout
+        while not self.done() and (rest is None or rest > 0) and self._advance(self, rest):
+            rest = None if end is None else end - time.perf_counter()
         return None if end is None else max(0.0, end - time.perf_counter())
 
 
-def _nothing() -> bool:
+def _nothing(ticket: Ticket, timeout: float | None) -> bool:
     return False
 
 
 def _noted(ticket: Ticket) -> None:
     """Does nothing: the engine knows of the cancellation."""
-
-
-def outcome_of(future: Future[Tensor]) -> Tensor | BaseException:
-    """Returns the result of a future that is done, or its exception."""
-    if future.cancelled():
-        return CancelledError()
-    error = future.exception()
-    return future.result() if error is None else error

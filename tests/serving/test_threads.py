@@ -13,8 +13,9 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, TimeoutError, wait
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, Engine, Request
+from fastddim.serving.guard import Guard
 from fastddim.serving.thread import Runner
 from fastddim.serving.ticket import Ticket
 from tests.serving.serving_cases import MIX, SHAPE, exact, expected
@@ -231,3 +233,69 @@ def test_an_interrupted_close_can_be_called_again(monkeypatch: pytest.MonkeyPatc
     engine.close()
     assert future.done()
     assert not runner._thread.is_alive()
+
+
+def test_an_interrupt_anywhere_in_a_condition_leaves_it_free() -> None:
+    free: list[bool] = []
+
+    def takes(guard: Guard) -> None:
+        free.append(guard.acquire(timeout=5))
+        guard.release()
+
+    def uses(guard: Guard, at: int) -> bool:
+        """Interrupts the ``at``-th instruction of the library; returns whether there are more."""
+        left = at
+
+        def traced(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename != threading.__file__:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                left -= 1
+                if not left:
+                    raise KeyboardInterrupt
+            return traced
+
+        before = sys.gettrace()
+        sys.settrace(traced)
+        try:
+            with guard:
+                guard.notify_all()
+                guard.wait(1e-4)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    at = 1
+    while uses(guard := Guard(), at):
+        thread = threading.Thread(target=takes, args=(guard,))
+        thread.start()
+        thread.join()
+        at += 1
+    assert at > 50  # ``notify_all`` and ``wait`` have more instructions.
+    assert free == [True] * (at - 1)
+
+
+def test_a_timeout_does_not_await_the_tick_of_another_thread() -> None:
+    began, held = threading.Event(), threading.Event()
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        began.set()
+        held.wait(10)
+        return exact(x, t)
+
+    engine = Engine(model, SHAPE, 1)
+    futures = [engine.submit(Request(seed, ddim=MIX[0])) for seed in range(2)]
+    thread = threading.Thread(target=engine.drain)
+    thread.start()
+    began.wait()
+    before = time.perf_counter()
+    with pytest.raises(TimeoutError):
+        futures[1].result(timeout=0.05)
+    assert time.perf_counter() - before < 5
+    held.set()
+    assert torch.equal(futures[1].result(timeout=10), expected(0, 1, 1))
+    thread.join()
