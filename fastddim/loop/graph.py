@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastddim.check import kind, shown
 from fastddim.loop.devices import check_not_capturing
-from fastddim.loop.held import weights_of
+from fastddim.loop.held import holding
 from fastddim.loop.loops import denoise
 from fastddim.loop.model import Model, same, stacked
 from fastddim.loop.normals import drawn_seeds
@@ -96,9 +96,7 @@ class Captured:
             off = own_graphs_off(self._run.predictor, "model", "cond_fn")
         with off:
             replay = self._whole() if whole else self._stepwise()
-        # Read the weights after the capture, because the first model call makes lazy ones.
-        weights = weights_of(self._run.predictor.model, self._run.predictor.cond_fn)
-        self._replay = partial(_replayed, replay, weights)
+        self._replay = holding(replay, self._run.predictor.model, self._run.predictor.cond_fn)
 
     @untraced
     def __call__(
@@ -305,11 +303,6 @@ class Captured:
             return states[len(rows) % 2]
 
         return replay
-
-
-def _replayed(replay: Replay, weights: list[Tensor]) -> Tensor:
-    """Replays a graph. The argument keeps ``weights`` alive: the graph has only their addresses."""
-    return replay()
 
 
 class Memory(NamedTuple):

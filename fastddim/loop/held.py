@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+
+
+def holding(replay: Callable[[], Any], *functions: Any) -> Callable[[], Any]:
+    """Returns ``replay``, which then also holds the current weights of these functions' modules.
+
+    Call ``holding`` after the capture, because the first call of a model makes lazy weights. Each
+    graph holds its own weights: a later graph of the same model may have read other weights.
+    """
+    return partial(_replayed, replay, weights_of(*functions))
+
+
+def _replayed(replay: Callable[[], Any], weights: list[Tensor]) -> Any:
+    """Replays a graph; the argument ``weights`` only keeps the weights alive."""
+    return replay()
 
 
 def weights_of(*functions: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastddim.loop import graph
-from fastddim.loop.held import weights_of
+from fastddim.loop.held import holding
 from fastddim.loop.model import Predictor
 from fastddim.serving.slots import Slots
 from fastddim.serving.tables import Tables
@@ -49,7 +49,6 @@ class Tick:
         self._state: tuple[Any, ...] = ()
         self._launch: tuple[Any, ...] = _NONE
         self._replays: list[graph.Replay | None] = [None, None]
-        self._weights: list[Tensor] = []
 
     def __call__(self) -> None:
         """Takes the tick. If the model raises, no slot has moved."""
@@ -82,9 +81,7 @@ class Tick:
             slots.moves.copy_(moves)
             if slots.x0 is not None and x0 is not None:
                 slots.x0.copy_(x0)
-        # A graph has only the addresses of the weights. The first call of a model makes lazy ones.
-        self._weights = weights_of(self._predictor.model)
-        return replay
+        return holding(replay, self._predictor.model)
 
     def _body(self, side: int) -> None:
         slots, tables, other = self._slots, self._tables, 1 - side

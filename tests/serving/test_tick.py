@@ -93,6 +93,29 @@ def test_graphs_take_conditions_and_guidance(taped: list[Tape], slots: int) -> N
         assert torch.equal(x, alone(named, requests[i], 3, dtype=torch.bfloat16))
 
 
+class Scaled(torch.nn.Module):
+    """A network whose weight ``load_state_dict(assign=True)`` replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5), requires_grad=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.scale * x
+
+
+def test_each_graph_holds_the_weights_that_it_reads(taped: list[Tape]) -> None:
+    model = Scaled()
+    engine = Engine(model, SHAPE, 2)
+    futures = [engine.submit(Request(seed, ddim=MIX[0])) for seed in range(6)]
+    engine.step()  # captures one side of the memory
+    model.load_state_dict({"scale": torch.tensor(0.5)}, assign=True)
+    engine.drain()
+    assert len(taped) == 2
+    assert not any(tape.freed for tape in taped)
+    assert all(future.result().isfinite().all() for future in futures)
+
+
 class Allocations(TorchDispatchMode):
     """Counts the tensors that operations allocate."""
 
