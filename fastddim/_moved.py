@@ -27,7 +27,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "folder": ("tools.folder", "tools.seeds"),
     "fused": ("step.on_numba", "step.numba_pass"),
     "generate": ("tools.shards",),
-    "graph": ("loop.graph",),
+    "graph": ("loop.graph", "loop.recording"),
     "held": ("loop.held",),
     "images": ("tools.images", "tools.draw", "tools.timing", "loop.devices"),
     "inpaint": ("loop.inpaint",),

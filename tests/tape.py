@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastddim.loop import graph
+from fastddim.loop import recording
 
 aten: Any = torch.ops.aten
 ALLOCATIONS = {
@@ -130,7 +131,7 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 def tapes_for_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    """Makes ``graph.capture`` record tapes on a CPU, and returns the list that collects them."""
+    """Makes ``capture`` record tapes on a CPU, and returns the list that collects them."""
     tapes: list[Tape] = []
 
     class Stream:
@@ -145,7 +146,7 @@ def tapes_for_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         return tapes[-1]
 
     @contextmanager
-    def captured(tape: Tape, pool: object, stream: object) -> Iterator[None]:
+    def captured(tape: Tape, pool: object, stream: object, **mode: str) -> Iterator[None]:
         with tape:
             yield
 
@@ -156,10 +157,12 @@ def tapes_for_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         "current_stream": Stream,
         "CUDAGraph": made,
         "graph": captured,
+        "graph_pool_handle": object,
     }
     for name, value in cuda.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    memory: Any = graph.Memory("a pool", Stream())  # type: ignore[arg-type]
-    monkeypatch.setattr(graph.Memory, "on", lambda device: memory)
-    monkeypatch.setattr(graph, "_abandon", lambda tape, device, pool: tapes.remove(tape))
+    monkeypatch.setattr(recording.Memory, "on", recording.Memory)
+    monkeypatch.setattr(recording, "_warm_ups", {})
+    monkeypatch.setattr(recording, "_stream_of", WeakKeyDictionary())
+    monkeypatch.setattr(recording, "_abandon", lambda tape, *place: tapes.remove(tape))
     return tapes

@@ -22,7 +22,7 @@ from benchmarks.timing import (
     rounded,
     times,
 )
-from fastddim.loop.graph import capture
+from fastddim.loop.recording import capture
 from fastddim.step import reference
 from fastddim.step.philox import STEP_STREAM
 

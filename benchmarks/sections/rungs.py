@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastddim
 from benchmarks import peers, plain
 from fastddim.dropins import ermongroup
-from fastddim.loop.graph import capture
+from fastddim.loop.recording import capture
 from fastddim.loop.model import stacked
 from fastddim.loop.own_graphs import own_graphs_off
 from fastddim.step import reference

@@ -26,7 +26,7 @@ from benchmarks.timing import (
     wall_seconds,
 )
 from fastddim import DDIM, Engine, Request
-from fastddim.loop.graph import capture
+from fastddim.loop.recording import capture
 
 MODEL, TICK = "the model's graph", "a tick beside its model"
 STEP, BOUND = "a fused step beside its model, in a graph", "a bound step beside its model"

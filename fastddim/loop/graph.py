@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +27,10 @@ from fastddim.loop.options import (
 )
 from fastddim.loop.own_graphs import own_graphs_off
 from fastddim.loop.plan import Plan, Row
+from fastddim.loop.recording import Memory, Replay, capture, lasting
 from fastddim.step.layout import input_like
 from fastddim.step.op import initial_noise
 from fastddim.untraced import untraced
-
-Replay: TypeAlias = Callable[[], Tensor]
 
 WHOLE = 100
 """The most steps in one graph. A longer loop replays graphs of one step: a graph holds a node for
@@ -303,116 +298,6 @@ class Captured:
             return states[len(rows) % 2]
 
         return replay
-
-
-class Memory(NamedTuple):
-    """The pool and the stream of a capture. Graphs that share a pool must replay one at a time."""
-
-    pool: Any
-    stream: torch.cuda.Stream
-
-    @classmethod
-    def on(cls, device: torch.device) -> Memory | None:
-        """Returns a new pool and stream, or None on a device without CUDA graphs."""
-        if device.type != "cuda":
-            return None
-        # torch.cuda.graph's default stream is on the device that first needed one, so make one
-        # here. It is not the warm-up's stream either: cuBLAS keeps a workspace for each stream, and
-        # the pool must own the graph's, so that other code cannot clear it.
-        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
-
-
-def capture(body: Callable[[], Any], device: torch.device, memory: Memory | None = None) -> Replay:
-    """Captures ``body`` as a graph; returns a function that replays it and returns its result.
-
-    On a device without CUDA graphs, returns ``body`` itself. The function also holds ``body``,
-    because a graph has only addresses: the memory that ``body`` reads and writes must live as long
-    as the graph.
-
-    Raises:
-        RuntimeError: ``body`` cannot be captured. Other CUDA work can continue.
-    """
-    memory = Memory.on(device) if memory is None else memory
-    if memory is None:
-        return body
-    pool, stream = memory
-    with torch.cuda.device(device), torch.no_grad():
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            body()  # Warm up: compile the kernels, and let libraries choose theirs.
-        here.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        before = sys.exc_info()[1]
-        # Clear autocast's cache: warm-up casts may be freed while the graph lives, and casts made
-        # during capture hold no values.
-        torch.clear_autocast_cache()
-        try:
-            # The outer context resets the stream, which torch.cuda.graph does not if it fails.
-            with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool, stream=stream):
-                result = body()
-        except RuntimeError as error:
-            _abandon(graph, device, pool)
-            reason = _reason(error, before)
-            raise RuntimeError(f"the model cannot be captured: {reason}") from error
-        finally:
-            torch.clear_autocast_cache()
-
-    return Graph(graph, result, body, device)
-
-
-@dataclass(frozen=True, eq=False)
-class Graph:
-    """A graph, the result of its replay, and ``body``, which holds the graph's memory."""
-
-    graph: torch.cuda.CUDAGraph
-    result: Any
-    body: Callable[[], Any]
-    device: torch.device
-
-    def __call__(self) -> Any:
-        with torch.cuda.device(self.device):
-            self.graph.replay()
-        return self.result
-
-
-_abandoned: list[torch.cuda.CUDAGraph] = []
-"""Captures that failed: the allocator still calls them to ask whether memory is theirs."""
-
-
-def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
-    """Resets the state that torch does not reset when a capture fails.
-
-    Up to torch 2.12 the allocator still records into the pool (pytorch#180395). Up to 2.11 the
-    generator still counts as captured, so any ``torch.randn`` on the GPU fails (pytorch#176753).
-    """
-    _abandoned.append(graph)
-    with suppress(RuntimeError, AttributeError):  # torch has already ended the capture
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-        torch._C._cuda_releasePool(device.index, pool)
-    generator = torch.cuda.default_generators[device.index]
-    generator.graphsafe_set_state(generator.clone_state())
-
-
-@contextmanager
-def lasting() -> Iterator[None]:
-    """Makes tensors that later calls can write; only inference mode can write its own tensors."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def _reason(error: BaseException, before: BaseException | None) -> str:
-    """Returns the first error since ``before``, and the model's line that raised it."""
-    while error.__context__ is not None and error.__context__ is not before:
-        error = error.__context__  # Ending a broken capture raises one more error.
-    first = (str(error).splitlines() or [kind(error)])[0]
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if f"{os.sep}torch{os.sep}" not in f.filename]
-    where = f" ({own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
-    return (
-        f"{first}{where}. A graph can hold no host sync (.item(), .cpu(), branches on a tensor), "
-        f"no copy from the host and no shapes that depend on data"
-    )
 
 
 def _copied(value: Any, beside: Any = None, copy: Any = None, batch: int = 0) -> Any:

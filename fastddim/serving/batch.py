@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from fastddim.coefficients import PREDICTIONS
 from fastddim.loop.drive import no_grad
-from fastddim.loop.graph import Memory
 from fastddim.loop.model import Predictor
+from fastddim.loop.recording import Memory
 from fastddim.serving.landing import Landing
 from fastddim.serving.program import Program
 from fastddim.serving.request import Network

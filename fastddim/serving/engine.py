@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastddim.check import kind, truth, whole
 from fastddim.loop.devices import check_not_capturing, place_of
-from fastddim.loop.graph import Memory
 from fastddim.loop.model import Model, Predictor, warn_of_training
 from fastddim.loop.options import checked_dtype
+from fastddim.loop.recording import Memory
 from fastddim.loop.sampler import DDIM
 from fastddim.serving.batch import Batch, Batches
 from fastddim.serving.delivery import Delivery

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastddim.loop.graph import lasting
+from fastddim.loop.recording import lasting
 from fastddim.serving.request import Network, Work
 from fastddim.serving.tables import PARKED
 from fastddim.step.backends import again, chosen

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastddim.coefficients import COLUMNS_OF_MANY
-from fastddim.loop.graph import lasting
+from fastddim.loop.recording import lasting
 from fastddim.serving.program import Program
 
 PARKED = 0

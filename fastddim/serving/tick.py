@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim.loop import graph
 from fastddim.loop.held import holding
 from fastddim.loop.model import Predictor
+from fastddim.loop.recording import Memory, Replay, capture
 from fastddim.serving.slots import Slots
 from fastddim.serving.tables import Tables
 from fastddim.step.backends import Fixed, Launch, backend, chosen
@@ -37,7 +37,7 @@ class Tick:
         tables: Tables,
         fixed: Fixed,
         guided: bool,
-        memory: graph.Memory | None,
+        memory: Memory | None,
         allocating: AbstractContextManager[Any],
     ) -> None:
         self._predictor, self._slots, self._tables = predictor, slots, tables
@@ -48,7 +48,7 @@ class Tick:
         self.noisy = False
         self._state: tuple[Any, ...] = ()
         self._launch: tuple[Any, ...] = _NONE
-        self._replays: list[graph.Replay | None] = [None, None]
+        self._replays: list[Replay | None] = [None, None]
 
     def __call__(self) -> None:
         """Takes the tick. If the model raises, no slot has moved."""
@@ -63,7 +63,7 @@ class Tick:
         replay()
         slots.side = 1 - side
 
-    def _captured(self, side: int) -> graph.Replay:
+    def _captured(self, side: int) -> Replay:
         """Captures a tick. The warm-up of the capture leaves every slot as it is.
 
         It writes the other side, whose contents nobody needs. Hence the other side's own graph is
@@ -71,12 +71,12 @@ class Tick:
         """
         slots, body = self._slots, partial(self._body, side)
         if self._memory is None:
-            return graph.capture(body, slots.rows.device)
+            return capture(body, slots.rows.device)
         moves, x0 = slots.moves.clone(), None if slots.x0 is None else slots.x0.clone()
         slots.moves.zero_()
         try:
             with self._allocating:
-                replay = graph.capture(body, slots.rows.device, self._memory)
+                replay = capture(body, slots.rows.device, self._memory)
         finally:
             slots.moves.copy_(moves)
             if slots.x0 is not None and x0 is not None:

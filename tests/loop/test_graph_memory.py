@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddim import DDIM, NoiseSchedule
-from fastddim.loop import graph
+from fastddim.loop import graph, recording
 from tests.loops import drawn
 from tests.tape import FreedError, Tape, tapes_for_graphs
 
@@ -148,9 +148,9 @@ def test_memory_lives_as_long_under_the_callers_autocast(tapes: list[Tape], step
 
 
 def test_memory_of_a_function_recorded_alone_is_held_as_well(tapes: list[Tape]) -> None:
-    def recorded() -> graph.Replay:
+    def recorded() -> recording.Replay:
         x = torch.ones(3)
-        return graph.capture(lambda: x + 1, torch.device("cpu"))
+        return recording.capture(lambda: x + 1, torch.device("cpu"))
 
     replay = recorded()
     gc.collect()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastddim import DDIM
-from fastddim.loop import graph
+from fastddim.loop import graph, recording
 from tests.apart import apart
 
 CUDA = torch.device("cuda", 0)
@@ -24,18 +25,28 @@ class Driver:
         self.said: list[str] = []
         self.streams = ["default"]
         self.made = 0
+        self.pools = 0
         self.invalid = False
         self.ended_by_torch = False
+        self.open: Any = None
+        """The graph in capture."""
+        self.interrupted = False
+        """Whether an interrupt comes when a capture has begun, before its body."""
 
     def stream(self, device: object = None) -> Any:
+        """As torch's: 32 streams in turn."""
         self.made += 1
-        name, said = f"stream {self.made}", self.said
+        name, said = f"stream {(self.made - 1) % 32 + 1}", self.said
 
         class Stream(str):
             def wait_stream(self, other: str) -> None:
                 said.append(f"{self} waits for {other}")
 
         return Stream(name)
+
+    def pool(self) -> str:
+        self.pools += 1
+        return f"pool {self.pools}"
 
     @contextmanager
     def on(self, stream: str) -> Iterator[None]:
@@ -47,16 +58,27 @@ class Driver:
             self.streams[:] = before
 
     @contextmanager
-    def graph(self, graph: Any, pool: object, stream: str) -> Iterator[None]:
+    def graph(
+        self, graph: Any, pool: object, stream: str, capture_error_mode: str
+    ) -> Iterator[None]:
         """As torch's: where ending the capture fails, its stream is not given back."""
         self.streams.append(stream)
+        assert capture_error_mode == "thread_local"  # Other threads may allocate.
         self.said.append(f"capture on {stream} into {pool}")
+        self.open = graph
+        if self.interrupted:
+            raise KeyboardInterrupt
         try:
             yield
         finally:
             if self.invalid:
+                self.open = None
                 raise RuntimeError("cudaErrorStreamCaptureInvalidated")
+            graph.capture_end()
             self.streams.pop()
+
+    def captures(self) -> list[str]:
+        return [line for line in self.said if line.startswith("capture")]
 
     def end(self, device: int, pool: object) -> None:
         if self.ended_by_torch:
@@ -77,8 +99,20 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
             found.said.append(f"generator is a {state}")
 
     class Graph:
+        ended = False
+
         def replay(self) -> None:
             found.said.append("replay")
+
+        def capture_end(self) -> None:
+            found.open, self.ended = None, True
+
+        def pool(self) -> None:
+            if not self.ended:
+                raise RuntimeError("pool() without a preceding successful capture")
+
+        def reset(self) -> None:
+            found.said.append("reset")
 
     def device(_: object) -> AbstractContextManager[None]:
         return nullcontext()
@@ -90,7 +124,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
         "stream": found.on,
         "graph": found.graph,
         "CUDAGraph": Graph,
-        "graph_pool_handle": lambda: "a pool",
+        "graph_pool_handle": found.pool,
+        "is_current_stream_capturing": lambda: found.open is not None,
         "default_generators": [Generator()],
     }
     for name, value in cuda.items():
@@ -99,7 +134,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(
         torch._C, "_cuda_releasePool", lambda _, pool: found.said.append(f"release {pool}")
     )
-    monkeypatch.setattr(graph, "_abandoned", [])
+    monkeypatch.setattr(recording, "_abandoned", [])
+    monkeypatch.setattr(recording, "_warm_ups", {})
+    monkeypatch.setattr(recording, "_stream_of", WeakKeyDictionary())
     return found
 
 
@@ -110,43 +147,114 @@ def test_a_body_warms_up_and_is_captured_on_another_stream(driver: Driver) -> No
         where.append(driver.streams[-1])
         return "result"
 
-    replay = graph.capture(body, CUDA)
+    replay = recording.capture(body, CUDA)
     assert replay() == "result"
     assert len(where) == len(set(where)) == 2
     assert driver.streams == ["default"]
-    assert driver.said[-2:] == [f"capture on {where[1]} into a pool", "replay"]
-    assert graph._abandoned == []
+    assert driver.said[-2:] == [f"capture on {where[1]} into pool 1", "replay"]
+    assert recording._abandoned == []
 
 
 def test_graphs_that_share_memory_are_captured_on_one_stream(driver: Driver) -> None:
-    memory = graph.Memory.on(CUDA)
-    for _ in range(2):
-        graph.capture(lambda: None, CUDA, memory)
-    first, second = (line for line in driver.said if line.startswith("capture"))
+    memory = recording.Memory.on(CUDA)
+    kept = [recording.capture(lambda: None, CUDA, memory) for _ in range(2)]
+    first, second = driver.captures()
     assert first == second
+    assert len(kept) == 2
+
+
+def test_a_pool_that_lost_its_graphs_is_not_used_again(driver: Driver) -> None:
+    memory = recording.Memory.on(CUDA)
+    for _ in range(2):
+        recording.capture(lambda: None, CUDA, memory)
+    first, second = driver.captures()
+    assert first.endswith("pool 1")
+    assert second.endswith("pool 2")
+
+
+def test_a_pool_of_a_failed_capture_is_not_used_again(driver: Driver) -> None:
+    memory = recording.Memory.on(CUDA)
+    kept = [recording.capture(lambda: None, CUDA, memory)]
+    driver.invalid = True
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        recording.capture(lambda: None, CUDA, memory)
+    driver.invalid = False
+    kept += [recording.capture(lambda: None, CUDA, memory) for _ in range(2)]
+    pools = [line.split()[-1] for line in driver.captures()]
+    assert pools == ["1", "1", "2", "2"]
+    assert len(kept) == 3
+
+
+def test_living_graphs_have_streams_of_their_own(driver: Driver) -> None:
+    """The end of a graph frees the workspace of its stream, which PyTorch hands out again."""
+    where: list[str] = []
+    kept = [recording.capture(lambda: where.append(driver.streams[-1]), CUDA) for _ in range(30)]
+    captured = where[1::2]
+    assert len(set(captured)) == 30
+    assert set(where[::2]).isdisjoint(captured)  # The warm-ups have one stream.
+    assert not any(each.older for each in kept)  # type: ignore[attr-defined]
+    # Without a free stream, a graph keeps an older one of its stream alive.
+    last: Any = recording.capture(lambda: None, CUDA)
+    assert last.older
+
+
+def test_a_failed_warm_up_is_awaited(driver: Driver) -> None:
+    def body() -> None:
+        raise ValueError("of the warm-up")
+
+    with pytest.raises(ValueError, match="of the warm-up"):
+        recording.capture(body, CUDA)
+    assert driver.said == ["stream 2 waits for stream 1", "stream 1 waits for stream 2"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, RuntimeError])
+def test_an_exception_of_the_body_frees_the_pool(
+    driver: Driver, error: type[BaseException]
+) -> None:
+    """torch ends such a capture, whose graph would hold the memory of its pool."""
+
+    def body() -> None:
+        if driver.streams[-1] != "stream 2":
+            raise error("of the body")
+
+    with pytest.raises(error, match="of the body"):
+        recording.capture(body, CUDA)
+    assert driver.said[-1] == "reset"
+    assert recording._abandoned == []
+
+
+def test_an_interrupt_leaves_no_stream_in_capture(driver: Driver) -> None:
+    driver.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        recording.capture(lambda: None, CUDA)
+    assert driver.open is None
+    assert driver.streams == ["default"]
+    assert driver.said[-1] == "reset"
 
 
 @pytest.mark.parametrize("ended_by_torch", [False, True])
 def test_a_capture_that_fails_says_why_and_leaves_nothing_behind(
-    driver: Driver, ended_by_torch: bool
+    driver: Driver, ended_by_torch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver.invalid, driver.ended_by_torch = True, ended_by_torch
+    monkeypatch.setattr(recording, "_TORCH", (2, 13 if ended_by_torch else 11))
 
     def body() -> None:
-        if driver.streams[-1] != "stream 3":  # the one of the warm-up
+        if driver.streams[-1] != "stream 2":  # the one of the warm-up
             raise RuntimeError("operation not permitted")
 
     with pytest.raises(RuntimeError, match=r"cannot be captured: operation not permitted \(.*py:"):
-        graph.capture(body, CUDA)
+        recording.capture(body, CUDA)
     assert driver.streams == ["default"]
-    assert len(graph._abandoned) == 1
-    ended = [] if ended_by_torch else ["end a pool", "release a pool"]
-    assert driver.said[-len(ended) - 1 :] == [*ended, "generator is a clone"]
+    assert len(recording._abandoned) == 1
+    ended = [] if ended_by_torch else ["end pool 1", "release pool 1"]
+    generator = [] if ended_by_torch else ["generator is a clone"]
+    assert driver.said[driver.said.index(driver.captures()[0]) + 1 :] == [*ended, *generator]
 
 
 def test_an_earlier_error_is_not_named_by_the_capture(driver: Driver) -> None:
     def body() -> None:
-        if driver.streams[-1] != "stream 3":
+        if driver.streams[-1] != "stream 2":
             raise RuntimeError("of the capture")
 
     driver.invalid = True
@@ -154,7 +262,7 @@ def test_an_earlier_error_is_not_named_by_the_capture(driver: Driver) -> None:
         raise KeyError("of before")
     except KeyError:
         with pytest.raises(RuntimeError, match="of the capture"):
-            graph.capture(body, CUDA)
+            recording.capture(body, CUDA)
 
 
 @pytest.mark.parametrize("whole", [100, 2])

@@ -20,7 +20,7 @@ import fastddim
 from fastddim import DDIM, NoiseSchedule, checkpoints, embedded, profile
 from fastddim.dropins import compvis, ermongroup, guided
 from fastddim.embedded import classifier
-from fastddim.loop import graph
+from fastddim.loop import graph, recording
 from fastddim.step import reference
 from fastddim.step.op import initial_noise
 from fastddim.tools import draw
@@ -434,7 +434,7 @@ def test_inside_a_capture_no_sampling_begins(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_inside_a_capture_no_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph.Memory, "on", lambda device: None)
+    monkeypatch.setattr(recording.Memory, "on", lambda device: None)
     with Device():
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         act = DDIM(3).capture(free, SHAPE, device=CUDA)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastddim import DDIM, NoiseSchedule
 from fastddim.dropins._transfer import sent, sent_pinned
-from fastddim.loop import graph
+from fastddim.loop import graph, recording
 from tests.loop.waits_cases import SHAPE, Model, assert_equal
 from tests.loops import conditioned, drawn
 from tests.pretend import CUDA, Device, Generator, There
@@ -262,7 +262,7 @@ def test_a_captured_loop_never_waits(
     monkeypatch: pytest.MonkeyPatch, device: Device, how: str, whole: int
 ) -> None:
     # Without graphs the loop runs itself, by the operations that a graph would hold.
-    monkeypatch.setattr(graph.Memory, "on", lambda device: None)
+    monkeypatch.setattr(recording.Memory, "on", lambda device: None)
     monkeypatch.setattr(graph, "WHOLE", whole)
     ddim, given = (
         DDIM(10, eta=1.0, schedule=LINEAR),

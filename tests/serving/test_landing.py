@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastddim import Engine, Request
-from fastddim.loop import graph
+from fastddim.loop import recording
 from tests.loop.waits_cases import assert_equal
 from tests.loops import drawn
 from tests.pretend import CUDA, Device
@@ -101,7 +101,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(graph.Memory, "on", lambda device: None)
+    monkeypatch.setattr(recording.Memory, "on", lambda device: None)
     with Device() as device:
         yield device
 

@@ -129,4 +129,6 @@ def test_a_table_of_ten_columns_is_refused() -> None:
         return fastddim.ddim_step(randn(1, 4), randn(1, 4), torch.zeros(3, 10), 0)
 
     refused(call, ValueError, "table must have shape (steps, 7), got (3, 10)")
-    refused(lambda: fastddim.bind(torch.zeros(3, 10)), ValueError, "table must have shape (steps, 7)")
+    refused(
+        lambda: fastddim.bind(torch.zeros(3, 10)), ValueError, "table must have shape (steps, 7)"
+    )

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fastddim.dropins.policies.steps import Known, Steps
 from fastddim.loop.graph import WHOLE as WHOLE
-from fastddim.loop.graph import Memory, capture, lasting
 from fastddim.loop.held import weights_of
 from fastddim.loop.own_graphs import own_graphs_off
+from fastddim.loop.recording import Memory, capture, lasting
 
 
 class _UnfitError(Exception):

@@ -15,7 +15,7 @@ from fastddim.dropins._tables import Chosen, Source, Tables
 from fastddim.dropins._transfer import sent
 from fastddim.dropins.diffusers import FastDDIMScheduler, FastDDPMScheduler
 from fastddim.dropins.diffusers.plain import tables_of
-from fastddim.loop.graph import lasting
+from fastddim.loop.recording import lasting
 from fastddim.step.buffers import FRESH
 
 Noise: TypeAlias = Callable[[int, Tensor], Tensor]
