@@ -28,6 +28,7 @@ from fastddim.loop.options import (
 from fastddim.loop.own_graphs import own_graphs_off
 from fastddim.loop.plan import Plan, Row
 from fastddim.loop.recording import Memory, Replay, capture, lasting
+from fastddim.loop.streams import Streams
 from fastddim.step.layout import input_like
 from fastddim.step.op import initial_noise
 from fastddim.untraced import untraced
@@ -56,9 +57,8 @@ class Captured:
     On a device without CUDA graphs, such as a CPU, a call runs the loop itself with the same
     result.
 
-    Calls write the same memory. Threads may share a captured loop: their calls take turns, and the
-    last values may be those of another thread. Calls on several CUDA streams must wait for one
-    another.
+    Calls write the same memory. Threads may share a captured loop: their calls take turns, also on
+    several CUDA streams, and the last values may be those of another thread.
 
     Raises:
         TypeError, ValueError: as ``DDIM.sample`` does, in ``capture`` and in each call.
@@ -75,6 +75,8 @@ class Captured:
         options: CaptureOptions,
     ) -> None:
         self._size, self._plan, self._turn, self._runs_in = size, plan, threading.Lock(), 0
+        self._streams = Streams(device)
+        self._streams.join()
         cond, uncond = options.get("cond"), options.get("uncond")
         with lasting():
             self._x_T = torch.zeros(size, dtype=torch.float32, device=device)
@@ -159,6 +161,7 @@ class Captured:
             keys = checked_seeds(given, self._size[0])
         w = self._weights(guidance)
         copies = self._renewed(cond, uncond)
+        self._streams.join()
         # Write only after every check has passed: a refused call leaves the arguments as they were.
         with torch.no_grad():
             if keys is not None:

@@ -21,6 +21,7 @@ from fastddim.loop.model import Model, Predictor, warn_of_training
 from fastddim.loop.options import checked_dtype
 from fastddim.loop.recording import Memory
 from fastddim.loop.sampler import DDIM
+from fastddim.loop.streams import Streams
 from fastddim.serving.batch import Batch, Batches
 from fastddim.serving.delivery import Delivery
 from fastddim.serving.guard import Guard
@@ -141,6 +142,8 @@ class Engine:
         check_untransformed("serving")
         predictor = Predictor.of(model, batch, where, dtype, None, None, None, None, autocast)
         warn_of_training(model, 2)
+        self._streams = Streams(where)
+        self._streams.join()
         times = ddim.schedule.times([t for t, _ in ddim.pairs])
         tables = Tables(times, where)
         self._allocating = threading.Lock()
@@ -186,6 +189,7 @@ class Engine:
             self._check_open()
             if self._batches.active:
                 raise RuntimeError("warm_up must be called while no request has a slot")
+            self._streams.join()
             self._batches.warm_up(programs)
 
     def submit(self, request: Request) -> Ticket:
@@ -344,6 +348,7 @@ class Engine:
         with self._turn:
             self._runs_in = threading.get_ident()
             try:
+                self._streams.join()
                 return self._advance()
             finally:
                 self._runs_in = 0

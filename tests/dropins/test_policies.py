@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastddim.dropins import policies
 from fastddim.dropins.diffusers import FastDDIMScheduler, FastDDPMScheduler
+from fastddim.loop.streams import Streams
 from fastddim.step.buffers import FRESH
 from tests.cases import some
 from tests.dropins.policies_original import (
@@ -128,6 +129,15 @@ def test_diffusion_policys_loop_is_bit_identical(
     policy = UnetPolicy(scheduler_of(name, **config), 10).eval()
     check_ticks(policy, masked(batch, fixed=batch > 1), given=given)
     assert way is None or len(way) == 1
+
+
+def test_each_call_of_a_graph_waits_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[Streams] = []
+    monkeypatch.setattr(Streams, "join", lambda self: joined.append(self))
+    tapes_for_graphs(monkeypatch)
+    check_ticks(DiffusionModel(scheduler_of("ddim"), 10).eval(), lerobot(2), ticks=3)
+    assert len(joined) == 1 + 3  # the memory is made, and written three times
+    assert len(set(joined)) == 1
 
 
 @pytest.mark.one_in(2)

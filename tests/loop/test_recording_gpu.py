@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastddim import DDIM, Engine, Request
 from fastddim.loop import recording
 from tests.apart import apart
 
@@ -121,3 +122,41 @@ def test_an_interrupt_in_a_capture_leaves_the_device_usable() -> None:
         recording.capture(interrupted, device, memory)
     torch.randn(1 << 26, device="cuda").sum().item()
     torch.testing.assert_close(recording.capture(body, device, memory)(), body())
+
+
+def long_model(x: Tensor, t: Tensor) -> Tensor:
+    """A model that the device is busy with for longer than the host."""
+    mix = torch.eye(WIDE, device=x.device)
+    for _ in range(30):
+        x = x @ mix
+    return 0.5 * x
+
+
+@apart
+def test_calls_of_a_captured_loop_may_come_on_two_streams() -> None:
+    act = DDIM(10, eta=1.0).capture(long_model, (512, WIDE), device="cuda")
+    seeds = [range(i, i + 512) for i in range(6)]
+    want = [act(seeds=list(each)) for each in seeds]
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in range(2)], []
+    for i, each in enumerate(seeds):
+        with torch.cuda.stream(streams[i % 2]):
+            found.append(act(seeds=list(each)))
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, found, want))
+
+
+@apart
+def test_ticks_of_an_engine_may_come_on_two_streams() -> None:
+    def results(streams: list[torch.cuda.Stream]) -> list[Tensor]:
+        engine = Engine(long_model, (64, WIDE), 4, device="cuda")
+        futures = [engine.submit(Request(i, ddim=DDIM(3 + i % 4, eta=1.0))) for i in range(12)]
+        for i in range(60):
+            with torch.cuda.stream(streams[i % len(streams)]):
+                engine.step()
+        torch.cuda.synchronize()
+        return [future.result() for future in futures]
+
+    want = results([torch.cuda.current_stream()])
+    found = results([torch.cuda.Stream() for _ in range(3)])
+    assert all(map(torch.equal, found, want))

@@ -435,6 +435,7 @@ def test_inside_a_capture_no_sampling_begins(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_inside_a_capture_no_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording.Memory, "on", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "a stream")
     with Device():
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         act = DDIM(3).capture(free, SHAPE, device=CUDA)

@@ -127,3 +127,29 @@ def test_the_host_never_waits_for_the_device(device: Device) -> None:
     assert waits == []
     for i, future in enumerate(futures):
         assert_equal(future.result(0), alone(named, asked(i), 2))
+
+
+def test_ticks_on_several_streams_follow_one_another(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    class Named(str):
+        def wait_stream(self, other: str) -> None:
+            said.append(f"{self} waits for {other}")
+
+        def wait_event(self, event: Event) -> None:
+            pass
+
+    def on(name: str) -> None:
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Named(name))
+
+    on("a")
+    engine = Engine(exact, SHAPE, 2, device=CUDA)
+    on("b")
+    engine.warm_up()
+    on("c")
+    engine.submit(Request(1, ddim=MIX[0]))
+    engine.step()
+    engine.step()
+    assert said == ["b waits for a", "c waits for b"]

@@ -12,6 +12,7 @@ from fastddim.loop.graph import WHOLE as WHOLE
 from fastddim.loop.held import weights_of
 from fastddim.loop.own_graphs import own_graphs_off
 from fastddim.loop.recording import Memory, capture, lasting
+from fastddim.loop.streams import Streams
 
 
 class _UnfitError(Exception):
@@ -33,7 +34,8 @@ class Captured:
         cond: dict[str, Any],
         known: Known | None,
     ) -> None:
-        self._steps = steps
+        self._steps, self._streams = steps, Streams(x.device)
+        self._streams.join()
         with lasting():
             self._x_T = torch.zeros_like(x, memory_format=torch.contiguous_format)
             noisy = sum(noisy for _, noisy in steps.rows)
@@ -95,6 +97,7 @@ class Captured:
         generator: torch.Generator | None,
     ) -> Tensor:
         """Replays the loop once. Draws the steps' normals in the order of the original loop."""
+        self._streams.join()
         self._x_T.copy_(x_T)
         for z in self._normals:
             z.normal_(generator=generator)

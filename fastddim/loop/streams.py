@@ -1,0 +1,29 @@
+"""The order of calls that come on several CUDA streams and write the same memory."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Streams:
+    """Makes each call wait, on the device, for the call before it.
+
+    CUDA orders the work of one stream alone. The memory of a graph or of an engine belongs to no
+    stream: its calls may come from several threads, each with its own current stream.
+
+    Args:
+        device: the device of the memory; on other devices than CUDA, ``join`` does nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._last: torch.cuda.Stream | None = None
+
+    def join(self) -> None:
+        """Makes the current stream wait for the last call, if that call came on another stream."""
+        if self._device is None:
+            return
+        here, last = torch.cuda.current_stream(self._device), self._last
+        if last is not None and last != here:
+            here.wait_stream(last)
+        self._last = here
