@@ -54,7 +54,7 @@ class Landing:
         with torch.cuda.stream(self._side):
             result, finite = _copied(ticket, x)
             if finite is not None:  # A copy to other than pinned memory would wait.
-                answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+                answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
                 finite = answer.copy_(finite, non_blocking=True)
             event.record(self._side)
         result.record_stream(here)

@@ -121,7 +121,7 @@ class Work(NamedTuple):
         guidance: w of each step.
         dtype: the result's dtype.
         check_finite: whether the result is checked.
-        ready: the end of the copies of tensors on a GPU, or None.
+        ready: the end of the copies on each GPU that holds tensors of the request.
     """
 
     program: Program
@@ -133,7 +133,7 @@ class Work(NamedTuple):
     guidance: list[float]
     dtype: torch.dtype
     check_finite: bool
-    ready: torch.cuda.Event | None
+    ready: dict[torch.device, torch.cuda.Event]
 
     @property
     def steps(self) -> int:
@@ -144,13 +144,13 @@ class Work(NamedTuple):
         return self._replace(x_T=None, cond={}, uncond={}, guidance=[])
 
     def await_copies(self) -> None:
-        """Makes the current stream of a GPU wait for the copies that another stream made."""
-        if self.ready is None:
+        """Makes the current stream of each GPU wait for the copies that another stream made."""
+        if not self.ready:
             return
         for tensor in (self.x_T, *self.cond.values(), *self.uncond.values()):
             if tensor is not None and tensor.is_cuda:
                 stream = torch.cuda.current_stream(tensor.device)
-                stream.wait_event(self.ready)
+                stream.wait_event(self.ready[tensor.device])
                 tensor.record_stream(stream)
 
 
@@ -193,10 +193,12 @@ def checked(request: Request, network: Network) -> Work:
         uncond = {name: _copy(value, pins) for name, value in other.items()}
     if x_T is not None:
         x_T, dtype = _copy(x_T.to(torch.float32), pins), x_T.dtype
-    ready = None
-    if any(value.is_cuda for value in (x_T, *cond.values(), *uncond.values()) if value is not None):
-        ready = torch.cuda.Event()
-        ready.record()
+    ready: dict[torch.device, torch.cuda.Event] = {}
+    for value in (x_T, *cond.values(), *uncond.values()):
+        if value is not None and value.is_cuda and value.device not in ready:
+            # Without a stream, ``record`` takes the stream of the current device.
+            ready[value.device] = torch.cuda.Event()
+            ready[value.device].record(torch.cuda.current_stream(value.device))
     return Work(
         program,
         first,

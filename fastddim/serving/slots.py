@@ -127,6 +127,7 @@ class Slots:
         """
         if self._copies == 1:
             return
+        work.await_copies()  # This tick may come on another stream than the last.
         self.w[slot].fill_(w)
         values = work.cond if w == 1 else work.uncond
         for name, memory in self.cond.items():

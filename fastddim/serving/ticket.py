@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from fastddim.serving.guard import Guard
@@ -68,7 +69,10 @@ class Ticket(Future[Tensor]):
 
         A tick that this call takes itself may outlast the timeout.
         """
-        return super().result(self._waited(timeout))
+        sample = super().result(self._waited(timeout))
+        if sample.is_cuda:  # A freed sample's memory must wait for the work of the caller's stream.
+            sample.record_stream(torch.cuda.current_stream(sample.device))
+        return sample
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Returns the exception of a failed request, as ``Future.exception`` does."""

@@ -10,6 +10,7 @@ import torch
 
 from fastddim import Engine, Request
 from fastddim.loop import recording
+from fastddim.serving.request import checked
 from tests.loop.waits_cases import assert_equal
 from tests.loops import drawn
 from tests.pretend import CUDA, Device
@@ -153,3 +154,44 @@ def test_ticks_on_several_streams_follow_one_another(
     engine.step()
     engine.step()
     assert said == ["b waits for a", "c waits for b"]
+
+
+def test_a_check_of_samples_never_waits(device: Device) -> None:
+    engine = Engine(exact, SHAPE, 2, device=CUDA, check_finite=True)
+    futures = [engine.submit(Request(i, ddim=MIX[0])) for i in range(2)]
+    engine.step()
+    # A default device must not take the place of the pinned memory that the host reads.
+    with torch.device(CUDA), device.watch() as waits:
+        for _ in range(10):
+            for event in Event.made:
+                event.ended = True
+            engine.step()
+    assert waits == []
+    assert all(future.done() for future in futures)
+
+
+def test_a_sample_belongs_to_the_stream_that_takes_it(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(exact, SHAPE, 2, device=CUDA)
+    future = engine.submit(Request(1, ddim=MIX[0]))
+    engine.drain()
+    mine = Stream()
+    used: list[object] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mine)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: used.append(stream))
+    future.result()
+    assert used == [mine]
+
+
+def test_copies_of_a_request_are_awaited_on_their_own_gpu(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[object] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(Event, "record", lambda event, stream=None: recorded.append(stream))
+    x = device.put(drawn(*SHAPE, seed=1))
+    network = Engine(exact, SHAPE, 2, device="cpu")._network
+    work = checked(Request(1, x_T=x, ddim=MIX[0]), network)
+    assert recorded == ["stream of cuda:0"]  # whatever device is the current one
+    assert list(work.ready) == [CUDA]
