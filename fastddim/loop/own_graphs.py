@@ -1,4 +1,4 @@
-"""A compiled model's own CUDA graphs, switched off while a loop around the model is captured."""
+"""A compiled model's own CUDA graphs, switched off while a graph around the model is captured."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def own_graphs_off(holder: Any, *names: str) -> Iterator[None]:
         if replaced:
             warnings.warn(
                 "the compiled model captures CUDA graphs of its own, which are off in the captured "
-                "loop: the loop is one graph, and compiles the model once more",
-                # The caller of ``capture``: above are ``__enter__``, ``Captured``, ``DDIM.capture``
+                "loop or tick: that is one graph, and compiles the model once more",
+                # The caller of ``DDIM.capture``: above are ``__enter__``, ``Captured``, the method
                 # and its decorator.
                 stacklevel=6,
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastddim.loop.held import holding
 from fastddim.loop.model import Predictor
+from fastddim.loop.own_graphs import own_graphs_off
 from fastddim.loop.recording import Memory, Replay, capture
 from fastddim.serving.slots import Slots
 from fastddim.serving.tables import Tables
@@ -75,7 +76,7 @@ class Tick:
         moves, x0 = slots.moves.clone(), None if slots.x0 is None else slots.x0.clone()
         slots.moves.zero_()
         try:
-            with self._allocating:
+            with self._allocating, own_graphs_off(self._predictor, "model"):
                 replay = capture(body, slots.rows.device, self._memory)
         finally:
             slots.moves.copy_(moves)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastddim import DDIM, Engine, Request
 from fastddim.serving import metrics, tables
+from tests.apart import apart
 from tests.loops import drawn
 from tests.serving.serving_cases import MIX, SHAPE, alone, exact, expected, named
 from tests.tape import ALLOCATIONS, Tape, tapes_for_graphs
@@ -114,6 +115,30 @@ def test_each_graph_holds_the_weights_that_it_reads(taped: list[Tape]) -> None:
     assert len(taped) == 2
     assert not any(tape.freed for tape in taped)
     assert all(future.result().isfinite().all() for future in futures)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's imports
+def test_a_models_own_graphs_are_off_in_a_tick(
+    taped: list[Tape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, options = Scaled(), []
+    model: Any = torch.compile(plain, mode="reduce-overhead", dynamic=False)
+    own = model.forward
+
+    def compile(inner: Any, **given: Any) -> Any:
+        options.append(given["options"])
+        return inner
+
+    monkeypatch.setattr(torch, "compile", compile)
+    engine = Engine(model, SHAPE, 2)
+    requests = [Request(seed, ddim=MIX[0]) for seed in range(3)]
+    with pytest.warns(UserWarning, match="graphs of its own, which are off"):
+        found = dict(engine.run(requests))
+    assert len(taped) == 2
+    assert [each["triton.cudagraphs"] for each in options] == [False, False]
+    assert model.forward is own  # the caller's model is as it was
+    for i, request in enumerate(requests):
+        assert torch.equal(found[i], alone(plain, request, 2))
 
 
 class Allocations(TorchDispatchMode):
@@ -225,3 +250,64 @@ def test_on_a_gpu_a_thread_serves_cancels_and_guides() -> None:
                 model, shape=(size, 4, 16, 16), seeds=[i] * size, device="cuda", **extra
             )
             assert torch.equal(future.result(), want[0])
+
+
+class Mixed(torch.nn.Module):
+    """A network whose products of matrices take cuBLAS' workspace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = torch.nn.Linear(1024, 1024).requires_grad_(False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return 0.3 * torch.tanh(self.mix(x.flatten(1))).view_as(x)
+
+
+@pytest.mark.gpu
+@apart
+@pytest.mark.parametrize("size", [4, 2])
+def test_on_a_gpu_ticks_are_captured_again(size: int) -> None:
+    """Noise, order 2 and larger tables need new graphs when the older ones are freed."""
+    model = Mixed().cuda()
+    engine = Engine(model, (4, 16, 16), 4, batch_size=size, device="cuda")
+    mix = [MIX[0], MIX[1], MIX[3], DDIM(1000), DDIM(999, eta=1.0), *MIX]
+    for i, ddim in enumerate(mix):
+        future = engine.submit(Request(i, ddim=ddim))
+        want = ddim.sample(model, shape=(1, 4, 16, 16), seeds=[i], batch_size=size, device="cuda")
+        assert torch.equal(future.result(), want[0])
+
+
+@pytest.mark.gpu
+@apart
+def test_on_a_gpu_an_engine_goes_on_after_a_failed_capture() -> None:
+    fails = True
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        if fails and torch.cuda.is_current_stream_capturing():
+            return x * x.sum().item()
+        return 0.5 * x
+
+    engine = Engine(model, (4, 16, 16), 2, device="cuda")
+    for seed in range(4):
+        future = engine.submit(Request(seed, ddim=MIX[1]))
+        if fails:
+            with pytest.raises(RuntimeError, match="cannot be captured"):
+                future.result()
+        else:
+            want = MIX[1].sample(model, shape=(2, 4, 16, 16), seeds=[seed] * 2, device="cuda")
+            assert torch.equal(future.result(), want[0])
+        fails = not fails
+
+
+@pytest.mark.gpu
+@apart
+def test_on_a_gpu_a_compiled_model_is_served() -> None:
+    plain = Mixed().cuda()
+    model: Any = torch.compile(plain, mode="reduce-overhead", dynamic=False)
+    engine = Engine(model, (4, 16, 16), 2, device="cuda")
+    with pytest.warns(UserWarning, match="graphs of its own, which are off"):
+        engine.warm_up(MIX[1])
+    for i, x in engine.run(Request(seed, ddim=MIX[1]) for seed in range(5)):
+        want = MIX[1].sample(plain, shape=(2, 4, 16, 16), seeds=[i] * 2, device="cuda")
+        torch.testing.assert_close(x, want[0], rtol=1e-3, atol=1e-3)
