@@ -111,12 +111,12 @@ def capture(body: Callable[[], Any], device: torch.device, memory: Memory | None
         finally:
             # After an exception, too, the steps before it still write to memory of this stream.
             here.wait_stream(side)
+            # Clear autocast's cache: casts of the warm-up may be freed while the graph lives, and
+            # casts made during capture hold no values.
+            torch.clear_autocast_cache()
         graph = torch.cuda.CUDAGraph()
         pool, stream = memory.place()
         before = sys.exc_info()[1]
-        # Clear autocast's cache: warm-up casts may be freed while the graph lives, and casts made
-        # during capture hold no values.
-        torch.clear_autocast_cache()
         try:
             # The outer context resets the stream, which torch.cuda.graph does not if it fails. In
             # the default mode CUDA would refuse other threads' allocations, those of a program

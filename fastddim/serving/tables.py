@@ -48,8 +48,10 @@ class Tables:
         if place is None:
             place = self._found(len(program))
             here = slice(place.start, place.stop)
-            self.table[here].copy_(torch.from_numpy(program.rows))
-            self.times[here].copy_(torch.from_numpy(program.times))
+            for memory, values in ((self.table, program.rows), (self.times, program.times)):
+                host = torch.from_numpy(values)
+                # A copy from other than pinned memory would wait for the ticks before it.
+                memory[here].copy_(host.pin_memory() if memory.is_cuda else host, non_blocking=True)
             self._places[program.key] = place
         self._users[program.key] = self._users.get(program.key, 0) + 1
         return place.start

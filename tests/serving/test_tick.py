@@ -272,10 +272,10 @@ def test_on_a_gpu_ticks_are_captured_again(size: int) -> None:
     model = Mixed().cuda()
     engine = Engine(model, (4, 16, 16), 4, batch_size=size, device="cuda")
     mix = [MIX[0], MIX[1], MIX[3], DDIM(1000), DDIM(999, eta=1.0), *MIX]
-    for i, ddim in enumerate(mix):
-        future = engine.submit(Request(i, ddim=ddim))
-        want = ddim.sample(model, shape=(1, 4, 16, 16), seeds=[i], batch_size=size, device="cuda")
-        assert torch.equal(future.result(), want[0])
+    for i, x in engine.run(Request(i, ddim=ddim) for i, ddim in enumerate(mix)):
+        shape = (1, 4, 16, 16)
+        want = mix[i].sample(model, shape=shape, seeds=[i], batch_size=size, device="cuda")
+        assert torch.equal(x, want[0])
 
 
 @pytest.mark.gpu
