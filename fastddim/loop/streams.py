@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastddim.loop.devices import check_not_capturing
+
 
 class Streams:
     """Makes each call wait, on the device, for the call before it.
@@ -20,9 +22,14 @@ class Streams:
         self._last: torch.cuda.Stream | None = None
 
     def join(self) -> None:
-        """Makes the current stream wait for the last call, if that call came on another stream."""
+        """Makes the current stream wait for the last call, if that call came on another stream.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured. The wait would invalidate the capture.
+        """
         if self._device is None:
             return
+        check_not_capturing(self._device)
         here, last = torch.cuda.current_stream(self._device), self._last
         if last is not None and last != here:
             here.wait_stream(last)

@@ -226,7 +226,8 @@ class Engine:
         """Takes one tick; returns False if there was nothing to do.
 
         Raises:
-            RuntimeError: a thread runs the engine, or the model or a callback calls this method.
+            RuntimeError: a thread runs the engine, the model or a callback calls this method, or a
+                CUDA graph is being captured.
         """
         if self._has_thread():
             raise RuntimeError("step must not be called while the engine's thread takes the ticks")

@@ -23,6 +23,7 @@ def current(monkeypatch: pytest.MonkeyPatch) -> list[Stream]:
     """The current stream, which a test may replace."""
     Stream.said, found = [], [Stream("a")]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: found[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return found
 
 

@@ -191,3 +191,16 @@ def test_copies_of_a_request_are_awaited_on_their_own_gpu(
     work = checked(Request(1, x_T=x, ddim=MIX[0]), network)
     assert recorded == ["stream of cuda:0"]  # whatever device is the current one
     assert list(work.ready) == [CUDA]
+
+
+def test_no_tick_is_taken_inside_of_a_capture(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(exact, SHAPE, 2, device=CUDA)
+    future = engine.submit(Request(1, ddim=MIX[0]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is being captured"):
+        engine.step()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    engine.drain()
+    assert_equal(future.result(0), expected(0, 1, 2))
