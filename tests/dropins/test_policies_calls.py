@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastddim.dropins import policies
 from fastddim.dropins.diffusers import FastDDIMScheduler, FastDDPMScheduler
 from fastddim.dropins.policies import loops
+from fastddim.dropins.policies.steps import Options, Steps, steps_of
 from tests.apart import apart
 from tests.cases import some
 from tests.dropins.policies_original import (
@@ -29,6 +30,7 @@ from tests.dropins.policies_original import (
 )
 from tests.dropins.scheduler_cases import diffusers
 from tests.loops import drawn
+from tests.pretend import CUDA, Device
 from tests.refusals import refused
 from tests.tape import tapes_for_graphs
 
@@ -207,6 +209,43 @@ def test_restore_gives_the_policy_back(outer: bool) -> None:
     assert sorted(vars(model)) == names
     said = "policy must be accelerated before, got"
     refused(lambda: policies.restore(policy), ValueError, said)
+
+
+def test_steps_wait_for_tables_of_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Stream(str):
+        cuda_stream = 0
+
+        def wait_event(self, event: object) -> None:
+            said.append(f"{self} waits")
+
+    class Event:
+        def record(self, stream: Stream) -> None:
+            said.append(f"{stream} records")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("a"))
+    scheduler: Any = pair("ddim")[1].noise_scheduler
+    scheduler.set_timesteps(10)
+    with Device():
+        steps = steps_of(scheduler, scheduler._chosen(), Options(), CUDA, 2)
+    assert steps is not None
+    assert said == ["a records"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("b"))
+    steps.await_tables()
+    assert said == ["a records", "b waits"]
+
+
+def test_each_call_without_a_graph_awaits_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(Steps, "await_tables", lambda self: calls.append("waits"))
+    monkeypatch.setattr(Steps, "run", lambda *_: calls.append("runs"))
+    model = pair()[1]
+    for _ in range(2):
+        sampled(model)
+    assert calls == ["waits", "runs"] * 2
 
 
 @pytest.mark.gpu

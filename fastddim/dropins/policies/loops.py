@@ -179,6 +179,7 @@ class Loop:
             found: Tensor = stepped.prev_sample
             return found
 
+        kept.steps.await_tables()
         return kept.steps.run(kept.model, x, cond, known, noise, unfit)
 
 

@@ -83,6 +83,15 @@ class Steps:
                 whole = chosen.source.tensor  # The original's own elements, whatever their dtype.
             self._whole, self._version = whole, whole._version
             self.times = list(whole.unbind())
+        self._device, self._made = device, None
+        if device.type == "cuda":
+            self._made = torch.cuda.Event()
+            self._made.record(torch.cuda.current_stream(device))
+
+    def await_tables(self) -> None:
+        """Makes the current stream wait for the tables, which another stream may have made."""
+        if self._made is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._made)
 
     @property
     def current(self) -> bool:
