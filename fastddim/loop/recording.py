@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +31,7 @@ class Memory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._place: tuple[Any, torch.cuda.Stream] | None = None
+        self._place: tuple[Any, torch.cuda.Stream]
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     @classmethod
@@ -40,24 +41,26 @@ class Memory:
 
     def place(self) -> tuple[Any, torch.cuda.Stream]:
         """Returns the pool and the stream of the next capture."""
-        if self._place is None or not self._graphs:
+        if not self._graphs:
             self._place = torch.cuda.graph_pool_handle(), _unused_stream(self._device)
         return self._place
 
     def keep(self, graph: torch.cuda.CUDAGraph) -> list[torch.cuda.CUDAGraph]:
         """Notes a graph; returns those of other memory that must live as long as this graph."""
-        assert self._place is not None
-        stream = self._place[1]
+        _, stream = self._place
         older = [g for g, s in list(_stream_of.items()) if s == stream and g not in self._graphs]
         _stream_of[graph] = stream
         self._graphs.add(graph)
         return older
 
     def renew(self) -> None:
-        """Lets the next capture begin a new pool."""
-        self._place = None
+        """Lets the next capture begin a new pool, even while graphs of the present pool live."""
+        self._graphs = WeakSet()
 
 
+_one_at_a_time = threading.RLock()
+"""Is held during a capture and its warm-up: both may wait for the whole device, which would
+invalidate a capture in another thread."""
 _stream_of: WeakKeyDictionary[torch.cuda.CUDAGraph, torch.cuda.Stream] = WeakKeyDictionary()
 """The stream on which each living graph was captured."""
 _warm_ups: dict[torch.device, torch.cuda.Stream] = {}
@@ -102,7 +105,7 @@ def capture(body: Callable[[], Any], device: torch.device, memory: Memory | None
     memory = Memory.on(device) if memory is None else memory
     if memory is None:
         return body
-    with torch.cuda.device(device), torch.no_grad():
+    with _one_at_a_time, torch.cuda.device(device), torch.no_grad():
         here, side = torch.cuda.current_stream(), _warm_up_on(device)
         side.wait_stream(here)
         try:
