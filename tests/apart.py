@@ -96,6 +96,8 @@ def _run(child: Connection, module: str, name: str, given: dict[str, Any], log: 
         torch.set_num_threads(1)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            # torch.compile's own imports warn of torch.jit.
+            warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
             test(**given)
         report = "passed", ""
     except pytest.skip.Exception as skipped:
