@@ -88,6 +88,8 @@ class Batches:
             for i, batch in enumerate(self._batches):
                 for program in programs:
                     _prepare(batch, program)
+                batch.memory.draw(0)  # The first request does not compile the noise's kernel.
+                self._left[i].add(0)
                 for _ in range(2):  # Each side of the memory has its own graph.
                     self._park(i)
                     batch.tick()

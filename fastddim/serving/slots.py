@@ -76,17 +76,15 @@ class Slots:
     def fill(self, slot: int, work: Work, base: int) -> None:
         """Writes a request into a slot, whose next tick takes the step of row ``base``."""
         work.await_copies()
-        here = self.x[self.side][slot : slot + 1]
-        seeds = self.seeds[slot : slot + 1].fill_(work.seed)
+        here = self.x[self.side][slot]
+        self.seeds[slot].fill_(work.seed)
         if work.x_T is not None:
-            here[0].copy_(work.x_T, non_blocking=True)
+            here.copy_(work.x_T, non_blocking=True)
         else:
-            # The backend is the engine's, and not that of the thread that takes the ticks.
-            with again(self._chosen):
-                torch.ops.fastddim.normal_(here, seeds, self._first_row, INITIAL_STREAM)
+            self.draw(slot)
             if work.program.noise_scale != 1:
                 here.mul_(work.program.noise_scale)
-        self._feed(slot, here[0])
+        self._feed(slot, here)
         if self.x0 is not None:
             self.x0[slot].zero_()
         for name, memory in self.cond.items():
@@ -95,6 +93,15 @@ class Slots:
         self.guide(slot, work, work.guidance[0])
         self._rows[:, slot].fill_(base)
         self._moves[:, slot].fill_(1)
+
+    def draw(self, slot: int) -> None:
+        """Draws a slot's state from its seed."""
+        one = slice(slot, slot + 1)
+        # The backend is the engine's, and not that of the thread that takes the ticks.
+        with again(self._chosen):
+            torch.ops.fastddim.normal_(
+                self.x[self.side][one], self.seeds[one], self._first_row, INITIAL_STREAM
+            )
 
     def take(self, slot: int, other: Slots, there: int) -> None:
         """Copies a slot of another batch into a slot of this one, whose next tick goes on with it.

@@ -141,6 +141,29 @@ def test_a_models_own_graphs_are_off_in_a_tick(
         assert torch.equal(found[i], alone(plain, request, 2))
 
 
+class Ops(TorchDispatchMode):
+    """Notes the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_warm_engine_has_drawn_noise_before() -> None:
+    """Else the first request would compile the noise's kernel."""
+    engine = Engine(exact, SHAPE, 2)
+    with Ops() as warm:
+        engine.warm_up()
+    assert "fastddim.normal_.default" in warm.found
+    assert not any(x.any() for x in engine._batches._batches[0].memory.x)  # parked again
+    for i, x in engine.run(Request(seed, ddim=MIX[1]) for seed in range(3)):
+        assert torch.equal(x, expected(1, i, 2))
+
+
 class Allocations(TorchDispatchMode):
     """Counts the tensors that operations allocate."""
 
