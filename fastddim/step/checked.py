@@ -276,7 +276,7 @@ class _Step:
         except (AttributeError, RuntimeError, TypeError):
             # An argument is no tensor, has no strides, or has symbolic sizes.
             seen, latest, known = (), (), None
-        if known is None or not seen or watched() or transformed():
+        if known is None or watched() or transformed():
             plain = False
         elif (out is not None or x0_out is not None or next_input is not None) and _shared(
             x, output, noise, history, out, x0_out, next_input
@@ -330,11 +330,10 @@ class _Step:
         if watched() or transformed() or not plain:
             return partial(by_op_again, self._chosen, self.fixed)
         check_memory(first)
-        launch = self._launches.get(seen)
-        if launch is None or not seen:
-            with again(self._chosen):
-                found = backend(first.x.device)
-            launch = bound.bind(found, self.fixed, first)
+        with again(self._chosen):
+            found = backend(first.x.device)
+        launch = bound.bind(found, self.fixed, first)
+        if seen:
             if len(self._launches) >= _MOST:
                 self._launches.clear()
             self._launches[seen] = launch

@@ -346,10 +346,12 @@ def test_the_profiler_sees_the_op(way: Any) -> None:
 def test_versions_are_bumped_for_outputs_that_a_caller_gave() -> None:
     step = fastddim.bind(TABLE)
     x, output = randn(2, 3), randn(2, 3, seed=1)
-    for _ in range(2):
-        out, x0, after = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(4, 3).half()
-        step(x, output, 0, out=out, x0_out=x0, next_input=after)
-        assert all(t._version > 0 for t in (out, x0, after))
+    for names in [("out", "x0_out", "next_input"), ("out",), ("x0_out",), ("next_input",)] * 2:
+        made = {"out": torch.zeros(2, 3), "x0_out": torch.zeros(2, 3)}
+        made["next_input"] = torch.zeros(4, 3).half()
+        given: dict[str, Any] = {name: made[name] for name in names}
+        step(x, output, 0, **given)
+        assert all(t._version > 0 for t in given.values()), names
         assert x._version == output._version == TABLE._version == 0
 
 

@@ -132,3 +132,11 @@ def test_a_table_of_ten_columns_is_refused() -> None:
     refused(
         lambda: fastddim.bind(torch.zeros(3, 10)), ValueError, "table must have shape (steps, 7)"
     )
+
+
+def test_a_table_of_one_dimension_is_refused() -> None:
+    x, row = torch.zeros(2, 3), torch.zeros(7)
+    refused(
+        lambda: fastddim.ddim_step(x, x, row, 0), ValueError, "table must have shape (steps, 7)"
+    )
+    refused(lambda: fastddim.bind(row), ValueError, "table must have shape (steps, 7), got (7,)")
