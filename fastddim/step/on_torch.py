@@ -142,7 +142,7 @@ def _in_blocks(
     whole = apart or seeds is not None
     room = min(_together(), x.numel())
     scratch = _scratch(6 * room, x.dtype)
-    stride = output.stride(0) if whole and output.shape[0] > 1 else n
+    stride = output.stride(0)
     for sample, samples, first, count in _blocks(batch, n, whole):
         start, group = sample * n + first, slice(sample, sample + samples)
 

@@ -121,6 +121,8 @@ def test_output_dtypes_and_differing_rows_equal_the_reference(
         assert_same_step(x, output, rows, **options)
         assert_same_step(x, output, rows, noise=z, **options)
         assert_same_step(x, output, rows, seeds, **options)
+    for name in ("rederive", "posterior"):
+        assert_same_step(x, output, rows, prediction=prediction, **{name: True})
 
 
 @pytest.mark.parametrize("shape", [(1, PART), (1, PART + 1), (3, PART + BLOCK), (7, BLOCK + 4)])
@@ -242,7 +244,7 @@ def test_samples_with_factors_of_their_own_equal_the_reference(
         assert torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("given", ["guidance", "threshold", "rows", "seeds"])
+@pytest.mark.parametrize("given", ["nothing", "guidance", "threshold", "rows", "seeds"])
 def test_small_samples_go_together_however_many_there_are(
     given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,7 +256,7 @@ def test_small_samples_go_together_however_many_there_are(
         block(*arguments)
 
     monkeypatch.setattr(on_torch, "_step", counting)
-    batch = 50_000
+    batch = 2 * PART  # more elements than are taken as one block
     x, output = randn(batch, 2), randn(2 * batch if given == "guidance" else batch, 2)
     rows: Tensor | int = 3
     if given == "rows":
@@ -263,8 +265,10 @@ def test_small_samples_go_together_however_many_there_are(
     if given in ("guidance", "threshold"):
         own = {given: 1 + randn(batch).abs()}
     seeds = torch.arange(batch) if given == "seeds" else None
-    fastddim.ddim_step(x, output, TABLE, rows, seeds, **own)
-    assert len(blocks) < 5  # of the fused pass, which here is left to all but rows, none
+    found, _ = fastddim.ddim_step(x, output, TABLE, rows, seeds, **own)
+    assert len(blocks) < 20  # of the fused pass, none; blocks of one sample each would be 262,016
+    theirs = {name: value[:, None] for name, value in own.items()}
+    assert torch.equal(found, by_reference(x, output, rows, seeds, **theirs)[0])
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0,), (3, 0), (1,), (4,), (2, 1, 1, 1, 1, 5)])
