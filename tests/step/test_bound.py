@@ -143,6 +143,19 @@ def test_any_calls_of_one_step_equal_the_reference(
         )
 
 
+@pytest.mark.parametrize("name", ["seeds", "noise", "guidance", "threshold"])
+def test_an_unchecked_step_sees_how_an_argument_lies(name: str) -> None:
+    step = Bound(backends.backend("cpu"), Fixed())
+    x, both = randn(4, 3, 5), randn(8, 3, 5, seed=1)
+    value = {"seeds": torch.arange(8), "noise": both.sin()}.get(name, torch.arange(1.0, 9.0))
+    for given in (value[::2].clone(), value[::2], None, value[::2]):
+        output = both if name == "guidance" and given is not None else both[:4]
+        own = {"seeds": None, "noise": None, "guidance": None, "threshold": None, name: given}
+        out = torch.empty_like(x)
+        step(x, output, TABLE, 3, **own, out=out, x0=None, next_input=None)
+        assert torch.equal(out, by_reference(x, output, 3, **own)[0])
+
+
 def test_the_table_may_change_between_calls() -> None:
     """Its values, the memory it lies in, and in a call of ``ddim_step`` the tensor itself."""
     x, output, seeds = randn(2, 3, 5), randn(2, 3, 5, seed=1), torch.arange(2)

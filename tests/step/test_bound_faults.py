@@ -121,8 +121,8 @@ def test_fake_and_real_samples_leave_nothing_to_each_other() -> None:
     assert printed.split() == ["0", "0"]
 
 
-def test_noise_that_is_a_subclass_is_added() -> None:
-    """A wrapper has the address 0, which would stand for no noise."""
+def test_noise_and_outputs_may_be_subclasses() -> None:
+    """A wrapper has the address 0, which would stand for no noise, and be read as an output."""
     printed = last_of(
         WRAPPER
         + """
@@ -130,9 +130,14 @@ def test_noise_that_is_a_subclass_is_added() -> None:
     ddim, halved = fastddim.DDIM(4, eta=1.0), lambda x, t: x * 0.5
     wanted = ddim.sample(halved, x, noise=noise)
     print(torch.equal(ddim.sample(halved, x, noise=[W(z) for z in noise]), wanted))
+    wanted = ddim.sample(halved, x, seeds=[1, 2])
+    for plain in (0, 2):  # A launch is kept from the second step on.
+        kinds = iter([torch.Tensor.contiguous] * plain + [W] * 4)
+        found = ddim.sample(lambda x, t: next(kinds)(x * 0.5), x, seeds=[1, 2])
+        print(torch.equal(found, wanted))
         """
     )
-    assert printed == "True"
+    assert printed.split() == ["True"] * 3
 
 
 def test_a_table_that_is_a_subclass() -> None:
