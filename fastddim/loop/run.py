@@ -16,7 +16,7 @@ from fastddim.loop.model import Predictor
 from fastddim.loop.normals import Noise
 from fastddim.loop.plan import Row
 from fastddim.step.backends import Fixed, Launch, backend, chosen
-from fastddim.step.bound import by_op_again, compiled, is_plain, moded, profiled, step_of, watched
+from fastddim.step.bound import by_op_again, is_plain, moded, profiled, step_of, watched
 from fastddim.step.buffers import FRESH, Spare
 from fastddim.step.checked import ddim_step
 from fastddim.step.layout import input_like
@@ -177,8 +177,6 @@ class Stepper:
         self._remembers = run.remembers
         self._wants_x0 = wants_x0 or self._remembers
         self._backend, self._chosen = backend(run.predictor.device), chosen()
-        self._compiled = compiled()
-        """True if a compiler follows this run from its beginning to its end."""
         self._launches: dict[int, tuple[Any, ...]] = {}
         """The launch of each kind of row, and the dtype, shape and strides of its output."""
         self._states: Spare | None = None
@@ -321,7 +319,7 @@ class Stepper:
         """Binds the step, and keeps the launch if all rows of this kind will have these strides."""
         fixed = Fixed(row.prediction, True, self._clip, False)
         step = step_of(self._backend, fixed, x.device)
-        if self._compiled or watched():
+        if watched():
             return partial(by_op_again, self._chosen, fixed)
         launch = step.launch(x, output, *rest)
         # A tensor of the caller's may have other strides than the next one: do not keep its launch.

@@ -152,11 +152,6 @@ def watched() -> bool:
     return is_compiling() or moded() > 0 or profiled() or _traced() is not None
 
 
-def compiled() -> bool:
-    """Returns whether torch.compile or torch.jit.trace records this code."""
-    return is_compiling() or _traced() is not None
-
-
 moded: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """Returns how many dispatch modes are on."""
 _traced: Callable[[], object] = torch._C._get_tracing_state

@@ -147,13 +147,29 @@ def test_any_calls_of_one_step_equal_the_reference(
 def test_an_unchecked_step_sees_how_an_argument_lies(name: str) -> None:
     step = Bound(backends.backend("cpu"), Fixed())
     x, both = randn(4, 3, 5), randn(8, 3, 5, seed=1)
-    value = {"seeds": torch.arange(8), "noise": both.sin()}.get(name, torch.arange(1.0, 9.0))
-    for given in (value[::2].clone(), value[::2], None, value[::2]):
-        output = both if name == "guidance" and given is not None else both[:4]
-        own = {"seeds": None, "noise": None, "guidance": None, "threshold": None, name: given}
+    values = {"seeds": torch.arange(8), "noise": both.sin()}.get(name, torch.arange(1.0, 9.0))
+    for argument in (values[::2].clone(), values[::2], None, values[::2]):
+        output = both if name == "guidance" and argument is not None else both[:4]
+        own: dict[str, Any] = dict.fromkeys(("seeds", "noise", "guidance", "threshold"))
+        own[name] = argument
         out = torch.empty_like(x)
         step(x, output, TABLE, 3, **own, out=out, x0=None, next_input=None)
         assert torch.equal(out, by_reference(x, output, 3, **own)[0])
+
+
+def test_an_unchecked_step_sees_how_a_result_lies() -> None:
+    step = Bound(backends.backend("cpu"), Fixed())
+    x, output = randn(4, 3, 5), randn(4, 3, 5, seed=1)
+    nothing: dict[str, Any] = dict.fromkeys(("seeds", "noise", "guidance", "threshold"))
+    x_s, predicted = by_reference(x, output, 3)
+    for odd in ("", "out", "x0", "next_input", ""):
+        results = {name: torch.empty(4, 3, 5) for name in ("out", "x0", "next_input")}
+        if odd:
+            results[odd] = torch.empty(5, 3, 4).transpose(0, 2)
+        step(x, output, TABLE, 3, **nothing, **results)
+        assert torch.equal(results["out"], x_s)
+        assert torch.equal(results["x0"], predicted)
+        assert torch.equal(results["next_input"], x_s)
 
 
 def test_the_table_may_change_between_calls() -> None:

@@ -122,7 +122,8 @@ def test_output_dtypes_and_differing_rows_equal_the_reference(
         assert_same_step(x, output, rows, noise=z, **options)
         assert_same_step(x, output, rows, seeds, **options)
     for name in ("rederive", "posterior"):
-        assert_same_step(x, output, rows, prediction=prediction, **{name: True})
+        options = {"prediction": prediction, name: True}
+        assert_same_step(x, output, rows, **options)
 
 
 @pytest.mark.parametrize("shape", [(1, PART), (1, PART + 1), (3, PART + BLOCK), (7, BLOCK + 4)])
