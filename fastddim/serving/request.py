@@ -248,8 +248,6 @@ def _check_sampler(ddim: Any, network: Network) -> None:
                 f"ddim must have the engine's {name}, {fixed!r}, which all slots share, got "
                 f"{given!r}"
             )
-    if ddim.schedule == own.schedule:
-        return
     if ddim.schedule.continuous != own.schedule.continuous:
         kinds = ("a table of levels", "a continuous path")
         raise ValueError(

@@ -388,8 +388,8 @@ def _traced(
     if guidance is not None:
         if not isinstance(guidance, Tensor):
             guidance = torch.full((), guidance, dtype=STATE, device=x.device)
-        w = guidance if guidance.dim() else guidance.expand(batch)
-    if threshold is not None and not threshold.dim():
+        w = guidance.expand(batch)
+    if threshold is not None:
         threshold = threshold.expand(batch)
     if x.is_cpu and seeds is None:
         found, clean = traced_step(
@@ -401,7 +401,7 @@ def _traced(
         if not want_x0 and x0_out is None:
             return x_s, None
         return x_s, clean if x0_out is None else x0_out.copy_(clean)
-    rows = rows if rows.dim() else rows.expand(batch)
+    rows = rows.expand(batch)
     out = torch.empty_like(x) if out is None else out
     x0 = x0_out if x0_out is not None or not want_x0 else torch.empty_like(x)
     by_op(fixed, x, output, table, rows, seeds, noise, w, threshold, out, x0, next_input, history)

@@ -83,6 +83,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"x_T requires grad, which sampling does not carry: pass x_T.detach\(\)",
     ),
     "start without x_T": ({"start": 1}, "x_T must be given with start = 1: noise is at row 0"),
+    "start below": ({"start": -1, "x_T": X}, r"start must be an integer in \[0, 49\], got -1"),
     "start beyond": ({"start": 50, "x_T": X}, r"start must be an integer in \[0, 49\], got 50"),
     "start backwards": (
         {"start": 1, "x_T": X, "reverse": True},
@@ -132,6 +133,8 @@ def test_guidance_needs_an_uncond_that_replaces() -> None:
     engine = Engine(named, SHAPE, 2, cond=COND, guided=True)
     with pytest.raises(ValueError, match="uncond must replace a tensor of cond, got an empty"):
         engine.submit(request_of(uncond={}, guidance=2.0))
+    with pytest.raises(TypeError, match="uncond must map names to tensors, got list"):
+        engine.submit(request_of(uncond=[X], guidance=2.0))
     with pytest.raises(ValueError, match="uncond must hold the engine's names, 'c', 'y', got 'z'"):
         engine.submit(request_of(uncond={"z": X}, guidance=2.0))
     with pytest.raises(ValueError, match="guidance must be finite, got nan"):
@@ -179,6 +182,7 @@ ENGINES: dict[str, tuple[dict[str, Any], str]] = {
         {"cond": {"y": 3}},
         r"cond\['y'\] must be a shape without the batch or a tensor, got 3",
     ),
+    "a condition's side": ({"cond": {"y": (2, 0.5)}}, r"cond\['y'\]\[1\] must be an integer ≥ 0"),
     "conditions": ({"cond": [3]}, "cond must map names to shapes or tensors, got list"),
     "a device": ({"device": "moon"}, "device must be one that torch can use here"),
 }
