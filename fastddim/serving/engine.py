@@ -293,7 +293,6 @@ class Engine:
         with self._arrived:
             if self._closed is None:
                 self._closed = "the engine is closed, and takes no requests"
-            self._arrived.notify_all()
         if drain:
             self.drain()
         if (runner := self._runner) is not None:

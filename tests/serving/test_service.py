@@ -8,7 +8,14 @@ import queue
 import threading
 import time
 import weakref
-from concurrent.futures import CancelledError, Future, TimeoutError, as_completed, wait
+from concurrent.futures import (
+    CancelledError,
+    Future,
+    ThreadPoolExecutor,
+    TimeoutError,
+    as_completed,
+    wait,
+)
 from contextlib import suppress
 from typing import Any
 
@@ -304,6 +311,25 @@ def test_a_warm_up_serves_no_request_and_moves_none() -> None:
     engine.close()
     with pytest.raises(RuntimeError, match="the engine is closed"):
         engine.warm_up()
+
+
+def test_a_warm_up_waits_for_the_tick_of_another_thread() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        entered.set()
+        assert leave.wait(10)
+        return x
+
+    engine = Engine(model, SHAPE, 1)
+    engine.submit(Request(1, ddim=MIX[5]))
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(engine.step)
+        assert entered.wait(10)
+        warm = pool.submit(engine.warm_up)
+        assert wait([warm], timeout=0.05).not_done
+        leave.set()
+        warm.result(timeout=10)
 
 
 def test_a_warm_up_raises_the_models_exception() -> None:

@@ -25,9 +25,9 @@ def _fresh_compiler() -> None:
 def test_compiled_steps_equal_the_eager_ones(seeds: Tensor | None) -> None:
     step = fastddim.bind(TABLE)
     compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=False)
-    x, output, each = randn(2, 3, 4), randn(2, 3, 4, seed=1), torch.tensor([3, 40]).int()
+    x, output, each = randn(2, 3, 5), randn(2, 3, 5, seed=1), torch.tensor([3, 40]).int()
     both = torch.cat([output, x.cos()]).bfloat16()
-    twice, like = torch.zeros(4, 3, 4, dtype=torch.bfloat16), torch.zeros(2, 3, 4)
+    twice, like = torch.zeros(4, 3, 5, dtype=torch.bfloat16), torch.zeros(2, 3, 5)
     cases: list[tuple[Tensor, Tensor | int, dict[str, Any]]] = [
         (output, 3, {"threshold": torch.tensor(1.2), "want_x0": False}),
         (both, each, {"guidance": torch.tensor(2.5), "next_input": twice}),
