@@ -31,7 +31,7 @@ def test_compiled_steps_equal_the_eager_ones(seeds: Tensor | None) -> None:
     cases: list[tuple[Tensor, Tensor | int, dict[str, Any]]] = [
         (output, 3, {"threshold": torch.tensor(1.2), "want_x0": False}),
         (both, each, {"guidance": torch.tensor(2.5), "next_input": twice}),
-        (both, 3, {"guidance": torch.tensor([1.5, -2.0]), "x0_out": like}),
+        (both, 3, {"guidance": torch.tensor([1.5, -2.0]), "x0_out": like, "want_x0": False}),
         (both, each[0], {"guidance": 2, "out": like, "want_x0": False}),
     ]
     if seeds is None:
