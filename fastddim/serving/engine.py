@@ -394,7 +394,6 @@ class Engine:
                     self._delivery.begins_again(ticket)
                     self._waiting.add(ticket)
             self._batches.clear()
-            self._cancelled.clear()
 
     def _broken(self, error: BaseException) -> None:
         """Closes the engine after an error of its own: requests that are left fail with it."""

@@ -185,6 +185,34 @@ def test_an_interrupt_of_the_model_begins_requests_again() -> None:
         assert torch.equal(future.result(timeout=0), expected(1, seed, 2))
 
 
+def test_a_request_cancelled_after_an_interrupt_is_let_go() -> None:
+    engine = Engine(Breaking(2, error=KeyboardInterrupt), SHAPE, 1)
+    future = engine.submit(Request(1, x_T=torch.ones(SHAPE), ddim=MIX[1]))
+    with pytest.raises(KeyboardInterrupt):
+        engine.drain()
+    future.cancel()
+    assert not engine.step()
+    assert future.work.x_T is None
+
+
+@pytest.mark.parametrize("error", [None, ArithmeticError])
+def test_a_request_cancelled_as_it_ends_is_counted_once(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None
+) -> None:
+    engine = Engine(exact if error is None else Breaking(1, error=error), SHAPE, 1)
+    future = engine.submit(Request(1, ddim=MIX[5]))
+    noted = future.set_running_or_notify_cancel
+
+    def late() -> bool:
+        engine.step()  # The future is cancelled, and the engine does not know.
+        return noted()
+
+    monkeypatch.setattr(future, "set_running_or_notify_cancel", late)
+    assert future.cancel()
+    found = engine.metrics()
+    assert (found.cancelled, found.failed, found.finished, found.active) == (1, 0, 0, 0)
+
+
 def interrupting(function: Callable[..., object], at: int, after: bool) -> Callable[..., object]:
     """``function``, which one of its calls interrupts, before or after its work."""
     calls = 0
