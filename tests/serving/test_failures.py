@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastddim import DDIM, Engine, Request
+from fastddim.serving import tables
 from fastddim.serving.batch import Batches
 from fastddim.serving.landing import Landing
 from fastddim.serving.order import Waiting
@@ -193,6 +194,17 @@ def test_a_request_cancelled_after_an_interrupt_is_let_go() -> None:
     future.cancel()
     assert not engine.step()
     assert future.work.x_T is None
+
+
+def test_interrupts_leave_room_in_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_ROOM", 8)
+    engine = Engine(Breaking(*range(20), error=KeyboardInterrupt), SHAPE, 1)
+    for steps in range(3, 22):
+        future = engine.submit(Request(1, ddim=DDIM(steps)))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        future.cancel()
+    assert len(engine._batches._tables.table) <= 64  # The samplers have 228 rows.
 
 
 @pytest.mark.parametrize("error", [None, ArithmeticError])
