@@ -94,7 +94,7 @@ MUTANTS = [
         "serving",
         "a cancelled request keeps its slot",
         SERVING,
-        "batches.free(ticket)\n            ticket.strip()",
-        "ticket.strip()",
+        "batches.free(ticket := self._cancelled[0])",
+        "ticket = self._cancelled[0]",
     ),
 ]

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import fastddim
 from benchmarks import peers, plain
 from fastddim.dropins import ermongroup
-from fastddim.loop.recording import capture
 from fastddim.loop.model import stacked
 from fastddim.loop.own_graphs import own_graphs_off
+from fastddim.loop.recording import capture
 from fastddim.step import reference
 
 Model: TypeAlias = Callable[..., Tensor]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastddim.loop.graph import lasting
+from fastddim.loop.recording import lasting
 from fastddim.serving.ticket import Ticket
 
 

@@ -218,7 +218,7 @@ def test_the_default_dtype_changes_no_bit(dtype: torch.dtype) -> None:
         assert torch.equal(x, future)
 
 
-def test_a_sample_is_plain_where_a_neighbour_is_in_inference_mode() -> None:
+def test_a_sample_is_plain_beside_inference_mode() -> None:
     engine = Engine(exact, SHAPE, 2)
     plain = engine.submit(Request(1, ddim=MIX[1]))
     with torch.inference_mode():
