@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastddim.coefficients import PREDICTIONS
 from fastddim.loop.drive import no_grad
@@ -35,16 +34,13 @@ class Batch(NamedTuple):
         network: Network,
         tables: Tables,
         graphs: Memory | None,
-        allocating: AbstractContextManager[Any],
     ) -> Batch:
         """Returns a batch of new slots. The arguments are as in ``Tick``; batches share them."""
         times = tables.times.dtype
         memory = Slots(predictor.batch, network, predictor.device, predictor.dtype, times)
         predictor = replace(predictor, cond=memory.cond, both=memory.cond)
         fixed = Fixed(PREDICTIONS.index(network.prediction), True, network.ddim.clip, False)
-        return cls(
-            memory, Tick(predictor, memory, tables, fixed, network.guided, graphs, allocating)
-        )
+        return cls(memory, Tick(predictor, memory, tables, fixed, network.guided, graphs))
 
 
 class Batches:

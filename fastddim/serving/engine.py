@@ -146,9 +146,7 @@ class Engine:
         self._streams.join()
         times = ddim.schedule.times([t for t, _ in ddim.pairs])
         tables = Tables(times, where)
-        self._allocating = threading.Lock()
-        """Is held while a request's tensors are copied, and during the capture of a graph."""
-        shared = predictor, self._network, tables, Memory.on(where), self._allocating
+        shared = predictor, self._network, tables, Memory.on(where)
         batches = [Batch.of(*shared) for _ in range(count // batch)]
         self._landing = Landing(where)
         self._batches = Batches(batches, tables, self._landing)
@@ -209,8 +207,7 @@ class Engine:
         self._has_thread()
         with self._arrived:
             self._check_room()
-        with self._allocating:
-            work = checked(request, self._network)
+        work = checked(request, self._network)
         with self._arrived:
             self._check_room()
             ticket = Ticket(self._number, work, request.deadline, self._dropped, self._helped)

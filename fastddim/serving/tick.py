@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,6 @@ class Tick:
     """Takes one step of every slot. On CUDA each side of the slots' memory has a captured graph.
 
     The graphs of all ticks share ``memory``, which is None if the device has no graphs.
-    ``allocating`` is held during a capture: another thread must not allocate on the GPU then.
 
     Attributes:
         noisy: whether the step gets the seeds; set once a request adds noise.
@@ -39,10 +37,9 @@ class Tick:
         fixed: Fixed,
         guided: bool,
         memory: Memory | None,
-        allocating: AbstractContextManager[Any],
     ) -> None:
         self._predictor, self._slots, self._tables = predictor, slots, tables
-        self._fixed, self._guided, self._allocating = fixed, guided, allocating
+        self._fixed, self._guided = fixed, guided
         device = predictor.device
         self._backend, self._chosen = backend(device), chosen()
         self._memory = memory
@@ -76,7 +73,7 @@ class Tick:
         moves, x0 = slots.moves.clone(), None if slots.x0 is None else slots.x0.clone()
         slots.moves.zero_()
         try:
-            with self._allocating, own_graphs_off(self._predictor, "model"):
+            with own_graphs_off(self._predictor, "model"):
                 replay = capture(body, slots.rows.device, self._memory)
         finally:
             slots.moves.copy_(moves)

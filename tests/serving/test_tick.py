@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -139,6 +141,29 @@ def test_a_models_own_graphs_are_off_in_a_tick(
     assert model.forward is own  # the caller's model is as it was
     for i, request in enumerate(requests):
         assert torch.equal(found[i], alone(plain, request, 2))
+
+
+def test_a_request_does_not_wait_for_a_capture(taped: list[Tape]) -> None:
+    """A server's event loop submits while the engine's thread compiles and captures."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        begun.set()
+        assert goes_on.wait(10)
+        return exact(x, t)
+
+    engine = Engine(model, SHAPE, 2)
+    futures = [engine.submit(Request(0, ddim=MIX[0]))]
+    with ThreadPoolExecutor(2) as pool:
+        ticks = pool.submit(engine.drain)
+        try:
+            assert begun.wait(10)
+            futures.append(pool.submit(engine.submit, Request(1, ddim=MIX[0])).result(5))
+        finally:
+            goes_on.set()
+        ticks.result()
+    for seed, future in enumerate(futures):
+        assert torch.equal(future.result(), expected(0, seed, 2))
 
 
 class Ops(TorchDispatchMode):
@@ -333,3 +358,28 @@ def test_on_a_gpu_a_compiled_model_is_served() -> None:
     for i, x in engine.run(Request(seed, ddim=MIX[1]) for seed in range(5)):
         want = MIX[1].sample(plain, shape=(2, 4, 16, 16), seeds=[i] * 2, device="cuda")
         torch.testing.assert_close(x, want[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@apart
+def test_on_a_gpu_requests_come_during_a_capture() -> None:
+    futures: list[Any] = []
+
+    def request() -> None:
+        x = drawn(4, 16, 16, seed=len(futures))
+        futures.extend(engine.submit(Request(1, x_T=x_T, ddim=MIX[1])) for x_T in (x.cuda(), x))
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            thread = threading.Thread(target=request)
+            thread.start()
+            thread.join()
+        return 0.5 * x
+
+    engine = Engine(model, (4, 16, 16), 2, device="cuda")
+    engine.submit(Request(0, ddim=MIX[1])).result()
+    assert len(futures) == 4
+    for i, future in enumerate(futures):
+        x_T = drawn(4, 16, 16, seed=i - i % 2).cuda().expand(2, -1, -1, -1).contiguous()
+        want = MIX[1].sample(lambda x, t: 0.5 * x, x_T, seeds=[1, 1])
+        assert torch.equal(future.result(), want[0])
