@@ -26,17 +26,29 @@ def _replayed(replay: Callable[[], Any], weights: list[Tensor]) -> Any:
 
 
 def weights_of(*functions: Any) -> list[Tensor]:
-    """Returns the current parameters and buffers of the modules that these functions use.
+    """Returns the current parameters, buffers and caches of the modules that these functions use.
 
     A module that moves (``.to``) or gets other weights (``load_state_dict(assign=True)``) frees the
     former memory, although its parameters may be the same objects. So the returned tensors are new
     objects on the same memory.
     """
-    return [
-        tensor.detach()
-        for module in modules_of(*functions)
-        for tensor in (*module.parameters(), *module.buffers())
-    ]
+    return [tensor.detach() for module in modules_of(*functions) for tensor in _tensors_of(module)]
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    """Returns the tensors in the attributes of a module and of its parts.
+
+    Beside parameters and buffers these are caches, which a later call with other shapes may
+    replace: tables of rotary embeddings, for example.
+    """
+    found: list[Tensor] = []
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, dict):
+                value = list(value.values())
+            values = value if isinstance(value, (list, tuple)) else [value]
+            found += [each for each in values if isinstance(each, Tensor)]
+    return found
 
 
 def modules_of(*functions: Any) -> list[nn.Module]:

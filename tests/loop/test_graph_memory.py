@@ -135,6 +135,25 @@ def test_memory_that_a_graph_reads_lives_as_long_as_its_replay(
     assert torch.equal(replay(), was)
 
 
+class Caching(Net):
+    """A network that keeps tensors which are neither parameters nor buffers."""
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor, before: Tensor | None = None) -> Tensor:
+        if "shift" not in vars(self):
+            self.shift, self.by_length = torch.full((1,), 0.1), {4: torch.full((1,), 0.2)}
+        return super().forward(x, t, c, before) + self.shift + self.by_length[4]
+
+
+@STEPS
+def test_a_models_cache_lives_as_long(tapes: list[Tape], steps: int) -> None:
+    net = Caching()
+    act = captured(steps, "plain", net)
+    was = act(seeds=SEEDS)
+    net.shift, net.by_length = torch.zeros(1), {}  # as for an input of another length
+    assert [place for tape in tapes for place in tape.freed] == []
+    assert torch.equal(act(seeds=SEEDS), was)
+
+
 @STEPS
 def test_memory_lives_as_long_under_the_callers_autocast(tapes: list[Tape], steps: int) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
