@@ -79,10 +79,11 @@ def _unused_stream(device: torch.device) -> torch.cuda.Stream:
     """
     used = [*_stream_of.values(), _warm_up_on(device), torch.cuda.current_stream()]
     # torch.cuda.graph's default stream is on the device that first needed one, so make one here.
-    for _ in range(_STREAMS):
-        stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)
+    for _ in range(_STREAMS - 1):
         if stream not in used:
             break
+        stream = torch.cuda.Stream(device)
     return stream
 
 
