@@ -35,6 +35,19 @@ def test_a_call_waits_for_a_call_on_another_stream(current: list[Stream]) -> Non
     assert Stream.said == ["b waits for a", "a waits for b"]
 
 
+@pytest.mark.parametrize(("names", "waits"), [("aba", []), ("abc", ["a waits for c"])])
+def test_freed_memory_waits_for_the_last_call(
+    current: list[Stream], names: str, waits: list[str]
+) -> None:
+    calls = Streams(torch.device("cuda", 0))
+    for name in names:
+        current[0] = Stream(name)
+        calls.join()
+    Stream.said.clear()
+    del calls
+    assert Stream.said == waits
+
+
 def test_calls_on_a_cpu_have_no_streams(current: list[Stream]) -> None:
     calls = Streams(torch.device("cpu"))
     for name in "ab":
