@@ -1,8 +1,8 @@
-"""The named faults that ``tests.mutants`` puts into the engine and the rows of its noise."""
+"""The named faults that ``tests.mutants`` puts into the engine, its graphs and its noise."""
 
 from __future__ import annotations
 
-from tests.mutations import KERNELS, STEP, Mutant
+from tests.mutations import KERNELS, LOOP, STEP, Mutant
 
 SERVING = "fastddim/serving"
 MUTANTS = [
@@ -96,5 +96,26 @@ MUTANTS = [
         SERVING,
         "batches.free(ticket := self._cancelled[0])",
         "ticket = self._cancelled[0]",
+    ),
+    Mutant(
+        "loop",
+        "a call on another stream does not wait",
+        LOOP,
+        "here.wait_stream(last)",
+        "pass",
+    ),
+    Mutant(
+        "loop",
+        "a pool that lost its graphs is joined",
+        LOOP,
+        "if not self._graphs:",
+        'if not hasattr(self, "_place"):',
+    ),
+    Mutant(
+        "serving",
+        "a tick's graph lets go of its weights",
+        SERVING,
+        "return holding(replay, self._predictor.model)",
+        "return replay",
     ),
 ]
