@@ -98,8 +98,15 @@ MUTANTS = [
         "kernel",
         "pixels before a channel's first are drawn too",
         KERNELS,
-        "skipped = tl.where(first_quad == 0, early, 0).to(tl.int32)",
-        "skipped = tl.where(first_quad == 0, 0, 0).to(tl.int32)",
+        "skipped = skipped + (tl.where(first_quad == 0, early[k], 0),)",
+        "skipped = skipped + (tl.where(first_quad == 0, 0, 0),)",
+    ),
+    Mutant(
+        "kernel",
+        "the elements of a sample before its first four are lost",
+        KERNELS,
+        "begins_here = (skipped[0] > 0) & (FIRST == 0)",
+        "begins_here = (skipped[0] > 4) & (FIRST == 0)",
     ),
     Mutant(
         "kernel",

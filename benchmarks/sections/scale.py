@@ -44,7 +44,9 @@ CHOICES: tuple[tuple[str, int, int, int, int | None], ...] = (
     ("epsilon threshold", 512, 1, 8, None),
     ("guidance philox threshold", 256, 2, 4, 64),
     ("epsilon last philox", 128, 1, 8, None),
-    ("epsilon odd", 256, 1, 8, 40),
+    ("epsilon odd", 512, 1, 4, None),
+    ("epsilon last philox odd", 32, 1, 1, 64),
+    ("epsilon last philox odd", 128, 2, 4, 64),
     ("learned last rgb", 64, 1, 2, 64),
 )
 """(variant, fours of a part, parts of a program, warps, most registers of a lane) that the tuning

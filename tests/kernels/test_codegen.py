@@ -54,12 +54,13 @@ class Code:
         """Divisions of a thread: x0 or ε by a root, and by the threshold."""
         predicted = self.v.prediction == "epsilon"
         derived = self.v.rederive or self.v.prediction == "sample"
-        return self.elements * (predicted + derived + self.v.threshold)
+        ends = self.name == "epsilon odd"  # one more element, at an end of its sample
+        return (self.elements + ends) * (predicted + derived + self.v.threshold)
 
     @property
     def scalar(self) -> bool:
         """Whether the layout leaves no four elements side by side to every access."""
-        return self.v.shape == ODD or self.name == "normal"
+        return (self.v.shape == ODD and self.v.noise == "philox") or self.name == "normal"
 
     @property
     def turned(self) -> bool:
@@ -93,8 +94,15 @@ def compiled(out: Path, arch: str, only: tuple[str, ...] = ()) -> list[Code]:
     scope="module",
     params=[
         pytest.param(
-            ("90", "epsilon", "epsilon x0 clip", "epsilon order 2", "epsilon bf16 rounded"),
-            id="sm_90, four variants",
+            (
+                "90",
+                "epsilon",
+                "epsilon x0 clip",
+                "epsilon odd",
+                "epsilon order 2",
+                "epsilon bf16 rounded",
+            ),
+            id="sm_90, five variants",
         ),
         *(pytest.param((a,), id=f"sm_{a}", marks=pytest.mark.slow) for a in ("80", "90", "100")),
     ],
@@ -111,7 +119,13 @@ SHARED = ("LDS", "STS", "BAR")
 def test_no_stack_no_spills_and_no_call(code: list[Code]) -> None:
     for c in code:
         assert (c.row["stack"], c.row["local"]) == (0, 0), c.name
-        assert not starting(c.sass, "LDL", "STL", "CALL", "RET", "WARPSYNC", "SHFL"), c.name
+        assert not starting(c.sass, "LDL", "STL", "CALL", "RET", "WARPSYNC"), c.name
+
+
+def test_lanes_exchange_noise_only_where_no_four_are_side_by_side(code: list[Code]) -> None:
+    for c in code:
+        exchanged = 2 * c.elements if c.name == "epsilon last philox odd" else 0
+        assert starting(c.sass, "SHFL") == exchanged, c.name
 
 
 def test_shared_memory_only_where_four_channels_are_turned(code: list[Code]) -> None:
@@ -206,6 +220,9 @@ def test_each_access_is_as_wide_as_four_elements(code: list[Code]) -> None:
             loads, stores = {"64": 0, "32": 0}, {"32": c.elements}
         elif c.scalar:
             loads, stores = ({"32": 4 * wide["128"]} for wide in (loads, stores))
+        elif c.name == "epsilon odd":
+            # Lanes take the ends of a sample one by one.
+            loads, stores = loads | {"32": 2}, stores | {"32": 1}
         elif c.name == "learned last rgb":
             # Twelve of 24 elements that follow one another: of six accesses two are needed by half,
             # and one of them by a word.

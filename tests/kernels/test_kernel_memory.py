@@ -153,6 +153,19 @@ def test_memory_that_begins_between_vectors_equals_the_reference(offset: int) ->
     assert_same_step(x, output, on_row(12, 2), offset=offset)
 
 
+@pytest.mark.parametrize("n", [*range(1, 12), 17, 22, 31, 33])
+def test_a_sample_may_begin_and_end_inside_16_bytes(
+    monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    monkeypatch.setattr(geometry, "INTERPRETED_FOURS", 4)
+    rows = torch.tensor([1, 49, 30, 7, 12], dtype=torch.int32)
+    x, output, noise = (randn(5, n, seed=i) for i in range(3))
+    assert_same_step(x, output, rows, noise=noise)
+    expected = by_reference(x, output, rows)[0]
+    fastddim_kernels.ddim_step(x, output, TABLE, rows, x)
+    assert torch.equal(x, expected)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter, on ±inf
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("clip", [None, 1.0])

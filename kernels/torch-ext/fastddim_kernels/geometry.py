@@ -75,8 +75,8 @@ class Geometry:
 
     @property
     def fours(self) -> int:
-        """The fours of a run; a channel's first four may begin up to three pixels before it."""
-        early = 3 if self.channels and not self.in_fours else 0
+        """The fours of a run, whose first four may begin up to three elements before it."""
+        early = 0 if self.in_fours else 3
         return -(-(self.run + early) // 4)
 
 
@@ -177,7 +177,8 @@ def block_of(g: Geometry, noisy: bool, guided: bool, dense: bool) -> tuple[int, 
         # with four.
         quads, parts = lanes, 1
     elif g.layout == _SCATTERED:
-        quads, parts = lanes, 4 if g.width == 1 and not noisy else 2
+        # Programs of one warp: its lanes exchange their noise without shared memory or barriers.
+        quads, parts = lanes // 4, 4 if g.width == 1 and not noisy else 2
     elif not noisy:
         # As a share of a copy's speed, two tensors read and one written: 1.011 with one part of
         # 1024 elements, 0.997 with two, 0.990 with four; two and two 0.969, 0.958, 0.946; three
@@ -204,21 +205,26 @@ def block_of(g: Geometry, noisy: bool, guided: bool, dense: bool) -> tuple[int, 
     return (quads if g.fours > quads else max(4, 1 << max(g.fours - 1, 0).bit_length())), parts
 
 
-def registers(g: Geometry) -> int | None:
+def warps_of(g: Geometry) -> int:
+    """Returns the warps of a program."""
+    return 1 if g.layout == _SCATTERED else 4
+
+
+def registers(g: Geometry, noisy: bool) -> int | None:
     """Returns the most registers of a lane, or None where the compiler decides.
 
     With a tile of order 2 ptxas would take 72 registers, and fewer than eight programs would fit on
     a multiprocessor. Where up to three channels of the state are last, a limit makes ptxas take
     more: without one it takes 40 registers or fewer, and holds back loads until others have
     arrived, though every sector is read by two accesses. With 64 all loads are issued first. Where
-    a sample is no multiple of four, ptxas takes 32 registers without a limit and more instructions
-    than with 40. Elsewhere ptxas takes fewer without a limit. AMD's compiler does not know the
-    option.
+    a sample with noise is no multiple of four, ptxas takes 32 registers without a limit and more
+    instructions than with 40. Elsewhere ptxas takes fewer without a limit. AMD's compiler does not
+    know the option.
     """
     if portable():
         return None
-    if g.layout == _IN_ORDER and not g.in_fours:
-        return _ODD_REGISTERS
+    if g.layout == _IN_ORDER:
+        return _ODD_REGISTERS if noisy and not g.in_fours else None
     return _MOST_REGISTERS if g.layout == _TILE or (g.layout == _FEW and g.x_pixel != 1) else None
 
 

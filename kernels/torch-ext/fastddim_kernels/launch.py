@@ -335,11 +335,11 @@ def _choices(
         "PORTABLE": geometry.portable(),
         "QUADS": quads,
         "PARTS": parts,
-        "num_warps": 4,
+        "num_warps": geometry.warps_of(g),
         # Contracted multiply-adds would differ from eager PyTorch in the last bit.
         "enable_fp_fusion": False,
     }
-    if (registers := geometry.registers(g)) is not None:
+    if (registers := geometry.registers(g, seeds is not None)) is not None:
         options["maxnreg"] = registers
     return (g.samples * blocks * g.groups,), scalars, options
 

@@ -86,16 +86,39 @@ def place(sample_begin, first_quad, first_channel, n_pixels, PIXEL: tl.constexpr
 
 
 @triton.jit
+def early_of(
+    begin, first_channel, size,
+    WIDTH: tl.constexpr, LAYOUT: tl.constexpr, FOURS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Returns how many elements before its first one the fours of each channel begin.
+
+    Where a channel is no multiple of four, the fours of noise count from the sample's first
+    element: a channel may begin inside one, and the four at the border of two channels is drawn for
+    both. With ``ALIGNED`` the fours are those of the memory, and a sample may begin inside one.
+    """
+    early = ()
+    for k in tl.static_range(WIDTH):
+        found = 0
+        if LAYOUT == SCATTERED and not FOURS:
+            found = ((first_channel + k) * size & 3).to(tl.int32)
+        elif ALIGNED:
+            found = (begin & 3).to(tl.int32)
+        early = early + (found,)
+    return early
+
+
+@triton.jit
 def accesses(
-    begin, n_pixels, left, skipped,
+    begin, n_pixels, left, early, skipped,
     CHANNELS: tl.constexpr, PIXEL: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr,
-    FOURS: tl.constexpr, DRAWN: tl.constexpr, FIRST: tl.constexpr, QUADS: tl.constexpr,
+    FOURS: tl.constexpr, DRAWN: tl.constexpr, ALIGNED: tl.constexpr,
+    FIRST: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """Returns (begin, offsets, mask) of each access to a tensor whose pixels lie ``PIXEL`` apart.
 
     The accesses hold the fours from ``FIRST`` on. ``left`` counts fours with ``FOURS`` and elements
-    without; the first ``skipped`` elements belong to the channel before. With ``DRAWN`` a lane
-    holds the four elements of one Philox call.
+    without; the first ``skipped`` elements belong to the channel or sample before, and ``early`` is
+    that of ``early_of``. With ``DRAWN`` a lane holds the four elements of one Philox call.
     """
     j = FIRST + tl.arange(0, QUADS)
     found = ()
@@ -105,9 +128,22 @@ def accesses(
         # its elements through shared memory.
         offsets = j[:, None] * 4 + tl.arange(0, 4)[None, :]
         found = ((0, begin + offsets, (j < left)[:, None]),)
+    elif ALIGNED:
+        # Rows of four in memory. A row that the sample begins or ends within belongs to two
+        # samples, and eight lanes take its elements one by one.
+        end = left + early[0]
+        row_of_end = end & -4
+        offsets = j[:, None] * 4 + tl.arange(0, 4)[None, :]
+        whole = (4 * j >= skipped[0]) & (4 * j + 4 <= end)
+        edge = tl.arange(0, 8)
+        at = tl.where(edge < 4, edge, row_of_end + edge - 4)
+        begins_here = (skipped[0] > 0) & (FIRST == 0)
+        ends_here = (row_of_end >= 4 * FIRST) & (row_of_end < 4 * (FIRST + QUADS))
+        inside = (at >= skipped[0]) & (at < end) & tl.where(edge < 4, begins_here, ends_here)
+        found = ((0, begin + offsets, whole[:, None]), (0, begin + at, inside))
     elif LAYOUT == IN_ORDER and not DRAWN:
-        # A sample that is no multiple of four: rows of four would reach into the next sample. Lanes
-        # side by side take elements side by side, so that an access fills its sectors.
+        # A sample that is no multiple of four, beside tensors that begin elsewhere in 16 bytes.
+        # Lanes side by side take elements side by side, so that an access fills its sectors.
         offsets = 4 * FIRST + tl.arange(0, 4 * QUADS)
         found = ((0, begin + offsets, offsets < left),)
     elif LAYOUT == IN_ORDER:
@@ -134,10 +170,18 @@ def accesses(
             offsets = pixel[:, None] * PIXEL + channel[None, :]
             found = ((0, begin + offsets, mask[:, None]),)
     else:
-        for lane in tl.static_range(4):
-            pixel = j * 4 + lane
-            mask = j < left if FOURS else (pixel >= skipped) & (pixel < left)
-            found = found + ((begin, pixel * PIXEL, mask),)
+        # Lanes side by side take pixels side by side. Where each lane kept the four pixels that it
+        # draws, an access to channels that are last would touch 32 sectors.
+        lane = tl.arange(0, QUADS)
+        for k in tl.static_range(WIDTH):
+            at = begin - early[k] * PIXEL + (k if PIXEL != 1 else k * n_pixels)
+            for r in tl.static_range(4):
+                pixel = 4 * FIRST + r * QUADS + lane
+                if FOURS:
+                    mask = pixel // 4 < left
+                else:
+                    mask = (pixel >= skipped[k]) & (pixel < left + early[k])
+                found = found + ((at + (4 * FIRST + r * QUADS) * PIXEL, lane * PIXEL, mask),)
     return found
 
 
@@ -205,7 +249,7 @@ def draw(
     FOURS: tl.constexpr, FIRST: tl.constexpr, QUADS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """Returns the step's normals, in the rows of the state's accesses."""
-    row, key, first_quad, first_channel, start, size = noise_of
+    row, key, first_quad, first_channel, n_pixels, size = noise_of
     # Fours are counted in as many bits as the sizes have: 32 bits save half of Philox's first two
     # rounds.
     quad = (first_quad + (FIRST + tl.arange(0, QUADS))).to(size.dtype)
@@ -228,4 +272,10 @@ def draw(
         tile = tl.reshape(pairs, (WIDTH, 4 * QUADS))
         return (tl.trans(tile) if PIXEL != 1 else tile,)
     else:
-        return philox_normal4((start >> 2).to(quad.dtype) + quad, row, 0, key, PORTABLE)
+        rows = ()
+        for k in tl.static_range(WIDTH):
+            start = (first_channel + k) * n_pixels
+            z = philox_normal4((start >> 2).to(quad.dtype) + quad, row, 0, key, PORTABLE)
+            turned = tl.trans(tl.reshape(join4(z[0], z[1], z[2], z[3]), (4, QUADS)))
+            rows = rows + split4(turned)
+        return rows

@@ -10,12 +10,13 @@ import triton.language as tl
 
 from .layout import (
     FAR,
-    SCATTERED,
+    IN_ORDER,
     TILE,
     accesses,
     as_state,
     block_channels,
     draw,
+    early_of,
     layout_of,
     left_of,
     load_all,
@@ -263,6 +264,11 @@ def ddim_step_kernel(
     C: tl.constexpr = CHANNELS if CHANNELS > 0 else 1
     UNIT: tl.constexpr = 4 if FOURS else 1
     GROUPS: tl.constexpr = C // WIDTH
+    # Whether all tensors begin alike in 16 bytes of memory, though a sample is no multiple of four.
+    ALIGNED: tl.constexpr = (
+        LAYOUT == IN_ORDER and not FOURS and not NEXT_TWICE
+        and seeds_ptr is None and guidance_ptr is None and output_stride is None
+    )  # fmt: skip
     ROUNDS: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
     pid = tl.program_id(0)
     first_channel = (pid % GROUPS * WIDTH).to(tl.int64)
@@ -311,63 +317,60 @@ def ddim_step_kernel(
     written = (out_ptr, x0_ptr, next_ptr, next_again_ptr)
 
     factors, kappa = (), None
-    x_channel = n_pixels if X_PIXEL == 1 else 1
-    output_channel = n_pixels if OUTPUT_PIXEL == 1 else 1
-    for k in tl.static_range(WIDTH if LAYOUT == SCATTERED else 1):
-        # Where sizes are not multiples of four, a channel's first element, ``start``, may be any
-        # of its four: fours begin ``early`` pixels before it, and the four at the border of two
-        # channels is drawn for both.
-        start = (first_channel + k) * n_pixels
-        early = start * 0 if FOURS or CHANNELS == 0 else start & 3
-        skipped = tl.where(first_quad == 0, early, 0).to(tl.int32)
-        left = FAR if EVEN else left_of(size, first_quad * (4 // UNIT)) + early.to(tl.int32)
-        x_from = begin + k * x_channel - early * X_PIXEL
-        output_from = output_begin + k * output_channel - early * OUTPUT_PIXEL
-        noise_of = (number, key, first_quad, first_channel, start, size)
-        for part in tl.static_range(PARTS):
-            here = accesses(
-                x_from, n_pixels, left, skipped,
-                C, X_PIXEL, WIDTH, LAYOUT, FOURS, key is not None, part * QUADS, QUADS,
-            )  # fmt: skip
-            there = accesses(
-                output_from, n_pixels, left, skipped,
-                C, OUTPUT_PIXEL, WIDTH, LAYOUT, FOURS, key is not None, part * QUADS, QUADS,
-            )  # fmt: skip
-            # A tile's noise is turned through shared memory before the loads, which would hold 32
-            # registers meanwhile. Elsewhere the noise is drawn while the loads are under way.
-            z = ()
-            if key is not None and LAYOUT == TILE:
-                z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
-            # All loads precede all stores: a compiler cannot move a load before a store.
-            x = load_all(x_ptr, here)
-            output = as_state(load_all(output_ptr, there), C, OUTPUT_PIXEL, X_PIXEL, LAYOUT)
-            cond = output
-            if w is not None:
-                cond = as_state(load_all(cond_ptr, there), C, OUTPUT_PIXEL, X_PIXEL, LAYOUT)
-            if noise_ptr is not None:
-                z = load_all(noise_ptr, here)
-            before = x
+    early = early_of(elements, first_channel, size, WIDTH, LAYOUT, FOURS, ALIGNED)
+    skipped = ()
+    for k in tl.static_range(WIDTH):
+        skipped = skipped + (tl.where(first_quad == 0, early[k], 0),)
+    left = FAR if EVEN else left_of(size, first_quad * (4 // UNIT))
+    if ALIGNED:
+        # From this form Triton knows that the address of a four is a multiple of 16 bytes.
+        begin = begin >> 2 << 2
+        output_begin = begin
+    noise_of = (number, key, first_quad, first_channel, n_pixels, size)
+    for part in tl.static_range(PARTS):
+        here = accesses(
+            begin, n_pixels, left, early, skipped,
+            C, X_PIXEL, WIDTH, LAYOUT, FOURS, key is not None, ALIGNED, part * QUADS, QUADS,
+        )  # fmt: skip
+        there = accesses(
+            output_begin, n_pixels, left, early, skipped,
+            C, OUTPUT_PIXEL, WIDTH, LAYOUT, FOURS, key is not None, ALIGNED, part * QUADS, QUADS,
+        )  # fmt: skip
+        # A tile's noise is turned through shared memory before the loads, which would hold 32
+        # registers meanwhile. Elsewhere the noise is drawn while the loads are under way.
+        z = ()
+        if key is not None and LAYOUT == TILE:
+            z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
+        # All loads precede all stores: a compiler cannot move a load before a store.
+        x = load_all(x_ptr, here)
+        output = as_state(load_all(output_ptr, there), C, OUTPUT_PIXEL, X_PIXEL, LAYOUT)
+        cond = output
+        if w is not None:
+            cond = as_state(load_all(cond_ptr, there), C, OUTPUT_PIXEL, X_PIXEL, LAYOUT)
+        if noise_ptr is not None:
+            z = load_all(noise_ptr, here)
+        before = x
+        if history_ptr is not None:
+            before = load_all(history_ptr, here)
+        if part == 0:
+            # The factors wait for the row, so that the loads of the state are issued first.
+            for column in tl.static_range(7):
+                factors = factors + (tl.load(table_ptr + row.to(tl.int64) * COLUMNS + column),)
             if history_ptr is not None:
-                before = load_all(history_ptr, here)
-            if k == 0 and part == 0:
-                # The factors wait for the row, so that the loads of the state are issued first.
-                for column in tl.static_range(7):
-                    factors = factors + (tl.load(table_ptr + row.to(tl.int64) * COLUMNS + column),)
-                if history_ptr is not None:
-                    kappa = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 7)
-                if ROUNDS:
-                    times_a = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 7)
-                    times_b = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 8)
-                    factors = factors + (times_a, times_b)
-                else:
-                    factors = factors + (factors[0], factors[2])
-            if key is not None and LAYOUT != TILE:
-                z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
-            for i in tl.static_range(len(here)):
-                finish(
-                    x[i].to(tl.float32), guide(output[i].to(tl.float32), cond[i].to(tl.float32), w),
-                    z[i].to(tl.float32) if len(z) > 0 else 0.0, before[i], here[i], factors, kappa,
-                    (clip, threshold, rcp_threshold), written,
-                    PREDICTION, noise_ptr is not None or seeds_ptr is not None, NOISE_FIRST,
-                    REDERIVE, POSTERIOR, PORTABLE,
-                )  # fmt: skip
+                kappa = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 7)
+            if ROUNDS:
+                times_a = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 7)
+                times_b = tl.load(table_ptr + row.to(tl.int64) * COLUMNS + 8)
+                factors = factors + (times_a, times_b)
+            else:
+                factors = factors + (factors[0], factors[2])
+        if key is not None and LAYOUT != TILE:
+            z = draw(noise_of, C, X_PIXEL, WIDTH, LAYOUT, FOURS, part * QUADS, QUADS, PORTABLE)
+        for i in tl.static_range(len(here)):
+            finish(
+                x[i].to(tl.float32), guide(output[i].to(tl.float32), cond[i].to(tl.float32), w),
+                z[i].to(tl.float32) if len(z) > 0 else 0.0, before[i], here[i], factors, kappa,
+                (clip, threshold, rcp_threshold), written,
+                PREDICTION, noise_ptr is not None or seeds_ptr is not None, NOISE_FIRST,
+                REDERIVE, POSTERIOR, PORTABLE,
+            )  # fmt: skip
