@@ -158,11 +158,11 @@ def pixel_spacing(tensor: Tensor) -> int | None:
     return spacing if lie(1, spacing) and spacing in (channels, 2 * channels) else None
 
 
-def block_of(g: Geometry, noisy: bool, guided: bool, dense: bool) -> tuple[int, int]:
+def block_of(g: Geometry, noisy: bool, dense: bool) -> tuple[int, int]:
     """Returns (quads, parts): the fours of a part, and a program's parts, of each of its channels.
 
-    ``guided`` is a step with guidance. ``dense`` is one of many instructions for its bytes: it
-    divides twice an element, or reads a 16-bit output and moves nothing beside it and the state.
+    ``dense`` is a step of many instructions for its bytes: it divides twice an element, or reads a
+    16-bit output and moves nothing beside it and the state.
     """
     # Each lane takes a four (AMD's wavefronts have 64 lanes), or lanes would exchange elements.
     lanes = 256 if portable() else 128
@@ -184,18 +184,14 @@ def block_of(g: Geometry, noisy: bool, guided: bool, dense: bool) -> tuple[int, 
         # 1024 elements, 0.997 with two, 0.990 with four; two and two 0.969, 0.958, 0.946; three
         # and one 1.031, 1.020, 0.997.
         quads, parts = 256, 1
-    elif guided:
-        # One part takes 3 % less time with a bfloat16 output and as long with a threshold, but its
-        # fixed work brings the step to 52 instructions an element and more, beyond the limit of 48
-        # that ``tests/kernels/test_codegen.py`` sets. Two parts take up to 50.
-        quads, parts = 256 if g.in_fours else lanes, 4
     elif not g.in_fours:
         # 38.4 µs with two parts, 39.7 with four.
         quads, parts = lanes, 2
     else:
         # ε with a float32 output: 37.3 µs with one part, 37.9 with two or four; with x0: 50.3,
-        # 51.0, 52.1; with a bfloat16 output: 31.9, 32.2, 33.0. A dense step of one part would
-        # exceed 48 instructions, or on sm_100 three quarters of the room that a copy's time leaves.
+        # 51.0, 52.1; with a bfloat16 output: 31.9, 32.2, 33.0; with guidance: 50.5, 50.9, 52.1. A
+        # dense step of one part would exceed 48 instructions, or on sm_100 three quarters of the
+        # room that a copy's time leaves.
         quads, parts = 256, 2 if dense else 1
     if INTERPRETED:
         quads = INTERPRETED_FOURS

@@ -303,11 +303,9 @@ def _choices(
     g = geometry.geometry_of(x, output, rows, seeds, guidance, threshold, twice)
     if x.numel() == 0:
         return (0,), (), {}
-    alone = x0 is None and next_input is None and history is None
+    alone = x0 is None and next_input is None and history is None and guidance is None
     dense = rederive or threshold is not None or (alone and output.itemsize == 2)
-    quads, parts = geometry.block_of(
-        g, noisy=seeds is not None, guided=guidance is not None, dense=dense
-    )
+    quads, parts = geometry.block_of(g, noisy=seeds is not None, dense=dense)
     blocks = -(-g.fours // (quads * parts))
     unit = 4 if g.in_fours else 1
     scalars = (
