@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from benchmarks.children import ROOT, Child, Deadline
 from benchmarks.timing import Record
 
-WORKERS = 10
-"""Greatest number of parallel test processes. Each holds about half a GiB of the GPU's memory."""
+WORKERS = 15
+"""Greatest number of parallel test processes, which mostly compile kernels. Each holds about half a
+GiB of the GPU's memory."""
 WORST = ("passed", "skipped", "failed")
 """Outcomes from the best to the worst."""
 
@@ -24,7 +25,7 @@ def files() -> list[str]:
 
 def workers() -> int:
     """Number of test processes; one core is left to the process that distributes the tests."""
-    return max(1, min(WORKERS, (os.cpu_count() or 1) - 1))
+    return max(1, min(WORKERS, len(os.sched_getaffinity(0)) - 1))
 
 
 def beside_one_another() -> list[str]:
