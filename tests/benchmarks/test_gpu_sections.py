@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from benchmarks import children, gpu_sections, outcomes, testing
 from benchmarks.checks import differing
 from benchmarks.children import ROOT, Deadline, Pipe
 from benchmarks.gpu_sections import DEAD, Part
-from benchmarks.sections import launches, scale, variants
+from benchmarks.sections import launches, peers, scale, variants
 from benchmarks.timing import Record, WrongResultError
 from benchmarks.variants import VARIANTS, launch_arguments, step_arguments
+from fastddim import using
+from tests.rehearsal import faked
 
 # The parts of a section
 
@@ -174,6 +177,22 @@ def test_no_limit_includes_a_heavy_import(section: str) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_eager_peers_have_rows_before_a_compiler_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "DEVICE", "cpu")
+    monkeypatch.setattr(scale, "LAUNCHES", 2)
+    for name in ("epsilon", "epsilon philox"):
+        monkeypatch.setitem(VARIANTS, name, replace(VARIANTS[name], shape=(4, 4, 4)))
+    loaded = RuntimeError("the compiler is loaded")
+    monkeypatch.setattr(peers, "compiler_loaded", Mock(side_effect=loaded))
+    found = []
+    with faked(), using("triton"), pytest.raises(RuntimeError, match="is loaded"):
+        for row in peers.peers(scale.Sizes(64, 6), Deadline(60)):
+            found.append(row["step"])  # noqa: PERF401  (the rows before the error)
+    assert len(found) == 5
+    assert found[0] == "fastddim"
+    assert peers.BY_NUMBERS in found
 
 
 def test_no_argument_of_a_variant_is_read_before_it_is_written() -> None:
