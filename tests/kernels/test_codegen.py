@@ -122,7 +122,7 @@ def test_no_stack_no_spills_and_no_call(code: list[Code]) -> None:
         assert not starting(c.sass, "LDL", "STL", "CALL", "RET", "WARPSYNC"), c.name
 
 
-def test_lanes_exchange_noise_only_where_no_four_are_side_by_side(code: list[Code]) -> None:
+def test_lanes_exchange_noise_only_in_odd_samples_channels_last(code: list[Code]) -> None:
     for c in code:
         exchanged = 2 * c.elements if c.name == "epsilon last philox odd" else 0
         assert starting(c.sass, "SHFL") == exchanged, c.name
