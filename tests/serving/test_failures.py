@@ -175,6 +175,19 @@ def test_a_model_that_steps_its_engine_is_refused() -> None:
         engine.submit(Request(1)).result()
 
 
+def test_a_slot_without_a_request_stays_finite_after_any_guidance() -> None:
+    def model(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        assert x.isfinite().all()
+        return 0.1 * x + c
+
+    engine = Engine(model, SHAPE, 2, cond={"c": SHAPE}, guided=True)
+    none, nine = {"c": torch.zeros(SHAPE)}, {"c": torch.full(SHAPE, 9.0)}
+    engine.submit(Request(1, ddim=MIX[5], cond=nine, uncond=none, guidance=3e38))
+    future = engine.submit(Request(2, ddim=MIX[0], cond=none))
+    engine.drain()
+    assert future.result(timeout=0).isfinite().all()
+
+
 def test_an_interrupt_of_the_model_begins_requests_again() -> None:
     engine = Engine(Breaking(3, error=KeyboardInterrupt), SHAPE, 2)
     futures = [engine.submit(Request(seed, ddim=MIX[1])) for seed in range(4)]
@@ -184,6 +197,17 @@ def test_an_interrupt_of_the_model_begins_requests_again() -> None:
     engine.drain()
     for seed, future in enumerate(futures):
         assert torch.equal(future.result(timeout=0), expected(1, seed, 2))
+
+
+def test_cancelled_requests_leave_the_queue_and_no_others() -> None:
+    engine = Engine(exact, SHAPE, 1, order="shortest")
+    futures = [engine.submit(Request(seed, ddim=MIX[5])) for seed in range(100)]
+    for future in futures[:97]:
+        future.cancel()
+    assert len(engine._waiting._heap) < 80
+    engine.drain()
+    for seed in (97, 98, 99):
+        assert torch.equal(futures[seed].result(timeout=0), expected(5, seed, 1))
 
 
 def test_a_request_cancelled_after_an_interrupt_is_let_go() -> None:

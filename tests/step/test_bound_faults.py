@@ -163,6 +163,15 @@ def test_an_output_that_is_a_negated_view() -> None:
     assert torch.equal(DDIM(4).sample(model, x), wanted)
 
 
+def test_an_output_may_lie_otherwise_at_each_step() -> None:
+    layouts = iter([torch.contiguous_format, torch.channels_last] * 4)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return (x * 0.5).contiguous(memory_format=next(layouts))
+
+    assert torch.equal(DDIM(8).sample(model, X), DDIM(8).sample(halved, X))
+
+
 def test_an_output_of_efficient_zeros() -> None:
     """A tensor of zeros alone has no memory, and reading it would end the process."""
     printed = last_of(
