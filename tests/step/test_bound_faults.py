@@ -164,7 +164,7 @@ def test_an_output_that_is_a_negated_view() -> None:
 
 
 def test_an_output_may_lie_otherwise_at_each_step() -> None:
-    layouts = iter([torch.contiguous_format, torch.channels_last] * 4)
+    layouts = iter([torch.channels_last, torch.contiguous_format] * 4)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return (x * 0.5).contiguous(memory_format=next(layouts))
