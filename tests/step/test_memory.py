@@ -37,7 +37,7 @@ def arguments(name: str, size: str = "one block") -> dict[str, Any]:
     return step_arguments(PREDICTED[name], batch, shape=shape)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("name", PREDICTED)
 @pytest.mark.parametrize(
     ("backend", "size"),
