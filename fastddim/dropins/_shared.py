@@ -104,7 +104,7 @@ def passed_over(x: Tensor) -> Callable[[], None]:
     block by block into the cache therefore moves the generator in the same way, and saves a pass
     over memory.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+    if x.device.type != "cpu" or not x.is_contiguous():
         z = torch.empty_like(x)
 
         def draw_all() -> None:
