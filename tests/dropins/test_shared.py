@@ -1,4 +1,4 @@
-"""What the drop-ins share: the generator's state after noise that a system draws and does not use."""
+"""What the drop-ins share: the generator after noise that a system draws and does not use."""
 
 from __future__ import annotations
 
