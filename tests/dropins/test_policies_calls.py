@@ -362,6 +362,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
         ValueError,
         ("policy.num_inference_steps must be an integer ≥ 1, got 0",),
     ),
+    "kind of steps": (
+        lambda: changed("num_inference_steps", 2.0),
+        ValueError,
+        ("policy.num_inference_steps must be an integer ≥ 1, got 2.0",),
+    ),
+    "method of another kind": (
+        lambda: type("Odd", (DiffusionModel,), {"conditional_sample": nn.Identity()})(
+            scheduler_of("ddim"), 10
+        ),
+        TypeError,
+        ("conditional_sample of Odd must be a Python function, got Identity",),
+    ),
     "configuration": (
         lambda: changed("config", SimpleNamespace(horizon=HORIZON)),
         ValueError,
@@ -406,6 +418,8 @@ BAD: dict[str, Callable[[Any], Any]] = {
     "mask of another shape": lambda p: p(DATA, torch.zeros(3, dtype=torch.bool)),
     "unknown keyword": lambda p: p(DATA, MASK, eat=0.5),
     "no tensor": lambda p: p([1.0], MASK),
+    "condition no tensor": lambda p: p(DATA, MASK, global_cond=[1.0]),
+    "condition elsewhere": lambda p: p(DATA, MASK, global_cond=drawn(2, OBSERVED).to("meta")),
     "generator": lambda p: p(DATA, MASK, generator=3),
 }
 
@@ -427,6 +441,12 @@ def test_bad_arguments_are_the_own_methods(call: Any) -> None:
         assert [type(r) for r in results] == [type(results[0])] * 2
         said = [str(result).split("() ")[-1] for result in results]
         assert said[0] == said[1]
+
+
+def test_a_policy_without_parameters_runs_the_own_method() -> None:
+    model: Any = DiffusionModel(scheduler_of("ddim"), 10, network=nn.Identity()).eval()
+    with pytest.raises(StopIteration):  # LeRobot's method looks for the first parameter.
+        sampled(policies.accelerate(model))
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, HORIZON)])

@@ -367,13 +367,21 @@ def test_cond_fn_may_differentiate_a_network() -> None:
     assert (one - other).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("answer", [lambda x: None, lambda x: x[:1], lambda x: x.numpy()])
-def test_bad_outputs_of_a_cond_fn_are_refused(answer: Callable[[Tensor], Any]) -> None:
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (lambda x: None, "got NoneType"),
+        (lambda x: x[:1], "got (1, 2)"),
+        (lambda x: x.numpy(), "got ndarray"),
+    ],
+)
+def test_bad_outputs_of_a_cond_fn_are_refused(answer: Callable[[Tensor], Any], got: str) -> None:
     refused(
         lambda: DDIM(5).sample(smooth, torch.zeros(3, 2), cond_fn=lambda x, t: answer(x)),
         ValueError,
         "cond_fn",
         "(3, 2)",
+        got,
     )
 
 

@@ -60,6 +60,7 @@ def test_a_given_device_outweighs_the_models() -> None:
     assert place_of("cpu", net) == torch.device("cpu")
     assert place_of(None, net) == torch.device("meta")
     assert place_of(None, lambda x, t: net(x, t)) == torch.device("cpu")
+    assert place_of(None, torch.nn.Identity()) == torch.device("cpu")  # without parameters
 
 
 @pytest.mark.gpu
@@ -149,3 +150,8 @@ def test_training_mode_that_changes_nothing_is_not_warned_of(layer: torch.nn.Mod
 def test_the_refusal_of_a_shape_as_x_T_names_the_argument(run: str, shape: Any) -> None:
     call = lambda: getattr(DDIM(3), run)(model, shape)  # noqa: E731
     refused(call, TypeError, "x_T", f"shape={tuple(shape)}")
+
+
+def test_a_number_as_x_T_is_refused() -> None:
+    number: Any = 3
+    refused(lambda: DDIM(3).sample(model, number), TypeError, "x_T must be a tensor, got int")

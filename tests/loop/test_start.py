@@ -307,8 +307,10 @@ def test_a_replacement_may_lie_otherwise_in_memory(backend: str) -> None:
         return step.x.contiguous(memory_format=torch.channels_last) if step.index == 3 else None
 
     with use(backend):
-        out = ddim.sample(contiguous, x, seeds=SEEDS[:2], callback=turned)
-        assert torch.equal(out, ddim.sample(contiguous, x, seeds=SEEDS[:2]))
+        for dtype in (torch.float32, torch.bfloat16):
+            given: dict[str, Any] = {"seeds": SEEDS[:2], "dtype": dtype}
+            out = ddim.sample(contiguous, x, callback=turned, **given)
+            assert torch.equal(out, ddim.sample(contiguous, x, **given))
 
 
 @pytest.mark.parametrize("backend", CPU)
