@@ -175,7 +175,7 @@ def test_a_model_that_steps_its_engine_is_refused() -> None:
         engine.submit(Request(1)).result()
 
 
-def test_a_slot_without_a_request_stays_finite_after_any_guidance() -> None:
+def test_an_idle_slot_stays_finite_after_any_guidance() -> None:
     def model(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         assert x.isfinite().all()
         return 0.1 * x + c
