@@ -124,6 +124,7 @@ def test_an_engine_without_work_or_owner_ends_its_thread() -> None:
     engine.start()
     assert engine._runner is not None
     thread = engine._runner._thread
+    assert thread.daemon  # A process with a started engine ends.
     engine.submit(Request(1, ddim=MIX[0])).result()
     engine.drain()
     del engine
