@@ -1,11 +1,14 @@
-"""What the drop-ins share: the generator after noise that a system draws and does not use."""
+"""What the drop-ins share: noise that a system does not use, and timesteps as rows of a graph."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastddim.dropins._compiled import places_of, rows_of
 from fastddim.dropins._shared import passed_over
 from fastddim.step.on_torch import BLOCK
 
@@ -32,3 +35,27 @@ def test_noise_is_passed_over_as_randn_like_draws_it(x: Tensor) -> None:
         for _ in range(2):
             skip()
         assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("timestep", [3, torch.tensor(3), torch.tensor(3, dtype=torch.int32)])
+def test_a_timestep_of_integers_is_a_row(timestep: Any) -> None:
+    found = rows_of(timestep, torch.device("cpu"))
+    assert found is not None
+    assert found.dtype == torch.int64
+    assert found.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    "timestep", [True, 3.0, "3", torch.tensor([3]), torch.tensor(3.0), torch.tensor(True)]
+)
+def test_other_timesteps_are_no_row(timestep: Any) -> None:
+    assert rows_of(timestep, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("timestep", "place"), [(9, 0), (5, 2), (7, 1), (8, 3)])
+def test_a_timestep_has_its_place_or_the_row_of_nan(timestep: int, place: int) -> None:
+    timesteps = torch.tensor([9, 7, 5])
+    for given in (timestep, torch.tensor(timestep)):
+        found, steps = places_of(given, timesteps, torch.zeros(4, 7))
+        assert (found.tolist(), steps) == ([place], 3)
+    assert places_of(8, timesteps, torch.zeros(7, 7), kinds=2)[0].tolist() == [6]
