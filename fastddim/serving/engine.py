@@ -27,7 +27,7 @@ from fastddim.serving.delivery import Delivery
 from fastddim.serving.guard import Guard
 from fastddim.serving.landing import Landing
 from fastddim.serving.metrics import Metrics, Recorder
-from fastddim.serving.order import QueueFull, Waiting
+from fastddim.serving.order import ClosedError, QueueFull, Waiting
 from fastddim.serving.request import (
     Network,
     Request,
@@ -242,7 +242,7 @@ class Engine:
         Args:
             requests: the requests.
             return_exceptions: whether a failed or refused request yields (i, its exception)
-                instead of raising it.
+                instead of raising it. The error of a closed engine is raised.
 
         Raises:
             Exception: as ``submit`` does, and the exception of the first request that fails.
@@ -412,9 +412,11 @@ class Engine:
             self._arrived.notify_all()
 
     def _dropped(self, ticket: Ticket) -> None:
-        """Takes note of a cancelled request."""
+        """Takes note of a cancelled request, again where an interrupt has ended the first note."""
         with self._arrived:
-            self._recorder.cancelled += 1
+            if not ticket.dropped:
+                self._recorder.cancelled += 1
+                ticket.dropped = True
             if self._waiting.drop(ticket):
                 ticket.strip()
             else:
@@ -463,7 +465,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closed is not None:
-            raise RuntimeError(self._closed)
+            raise ClosedError(self._closed)
 
     def _check_outside(self) -> None:
         if self._runs_in == threading.get_ident():

@@ -24,6 +24,10 @@ class Metrics:
     ``ticks_per_second`` over the same ticks; ``latency_p50``, ``latency_p90`` and ``latency_p99``,
     the seconds from ``submit`` to the result of the latest 1,024 finished requests. What has no
     value yet is 0.
+
+    Each submitted request is finished, failed, cancelled, queued or active. During a tick a request
+    may be none of them, and a cancelled request is active as well until the next tick frees its
+    slot.
     """
 
     slots: int

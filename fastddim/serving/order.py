@@ -22,6 +22,10 @@ class QueueFull(queue.Full):
     """A request was refused, because as many wait as the engine's ``limit`` allows."""
 
 
+class ClosedError(RuntimeError):
+    """An engine takes no request, whichever it is."""
+
+
 class Waiting:
     """The requests that wait for a slot. The caller holds a lock."""
 

@@ -279,6 +279,8 @@ def _state(request: Request, network: Network, start: int) -> Tensor | None:
             f"x_T must have the engine's shape, {network.shape}, without a batch, got "
             f"{tuple(x_T.shape)}"
         )
+    if x_T.layout != torch.strided:
+        raise TypeError(f"x_T must be dense, got {x_T.layout}")
     if x_T.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"x_T must be float32, bfloat16 or float16, got {x_T.dtype}")
     if x_T.requires_grad:
@@ -322,6 +324,8 @@ def _condition(name: str, given: Any, specs: dict[str, Spec]) -> dict[str, Tenso
             raise ValueError(
                 f"{name}[{key!r}] must be {dtype} {shape}, as in the engine, got {got}"
             )
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}[{key!r}] must be dense, got {value.layout}")
         found[key] = value
     return found
 

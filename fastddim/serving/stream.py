@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from fastddim.serving.order import QueueFull
+from fastddim.serving.order import ClosedError, QueueFull
 from fastddim.serving.request import Request
 from fastddim.serving.ticket import Ticket
 
@@ -46,8 +46,8 @@ def stream(
                 except QueueFull:
                     held = i, request
                     break
-                except (TypeError, ValueError) as error:
-                    if not return_exceptions:
+                except Exception as error:
+                    if isinstance(error, ClosedError) or not return_exceptions:
                         raise
                     yield i, error
                     continue

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 
 from fastddim.serving.guard import Guard
+from fastddim.serving.order import ClosedError
 
 
 class Runner:
@@ -46,9 +47,9 @@ class Runner:
         _running.add(self)
 
     def check_process(self) -> None:
-        """Raises ``RuntimeError`` in a process that was forked from the thread's."""
+        """Raises ``ClosedError`` in a process that was forked from the thread's."""
         if self._process != os.getpid():
-            raise RuntimeError(
+            raise ClosedError(
                 "the engine's thread runs in the process that called start, and not in this fork "
                 "of it: make an engine in each process"
             )

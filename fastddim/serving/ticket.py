@@ -41,6 +41,8 @@ class Ticket(Future[Tensor]):
         """The row at which its program lies, while it has a slot."""
         self.late: bool | None = None
         """Whether the sample came after its deadline, once the metrics count it."""
+        self.dropped = False
+        """Whether the metrics count the request as cancelled."""
         self.failed = False
         """Whether the metrics count the request as failed."""
         self._dropped, self._advance = dropped, advance
@@ -55,9 +57,9 @@ class Ticket(Future[Tensor]):
         """Cancels the request, and returns False if its result is already there."""
         if not super().cancel():
             return False
+        self._dropped(self)
         if self._once.acquire(blocking=False):
             self.set_running_or_notify_cancel()  # Waiters in other threads learn of it.
-            self._dropped(self)
         return True
 
     def running(self) -> bool:

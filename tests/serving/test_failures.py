@@ -266,6 +266,19 @@ def interrupting(function: Callable[..., object], at: int, after: bool) -> Calla
     return called
 
 
+class Interruptible:
+    """A method whose next call is interrupted once ``interrupt`` is called."""
+
+    def __init__(self, method: Callable[..., object]) -> None:
+        self.method, self.calls = method, method
+
+    def interrupt(self, after: bool) -> None:
+        self.calls = interrupting(self.method, 1, after)
+
+    def __get__(self, owner: object, _: type) -> Callable[..., object]:
+        return lambda *arguments: self.calls(owner, *arguments)
+
+
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
@@ -334,13 +347,36 @@ def test_an_interrupted_submission_leaves_a_whole_queue(
     assert (found.submitted, found.finished, found.queued) == (1, 1, 0)
 
 
-def test_an_interrupted_cancellation_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Future, "cancel"),
+        (Future, "set_running_or_notify_cancel"),
+        (Engine, "_dropped"),
+        (Waiting, "drop"),
+    ],
+)
+@pytest.mark.parametrize("placed", [False, True])
+def test_an_interrupted_cancellation_is_counted_once(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, after: bool, again: bool, placed: bool
+) -> None:
+    monkeypatch.setattr(owner, name, method := Interruptible(getattr(owner, name)))
     engine = Engine(exact, SHAPE, 1)
     future = engine.submit(Request(1, ddim=MIX[0]))
-    monkeypatch.setattr(Future, "cancel", interrupting(Future.cancel, 1, True))
+    if placed:
+        engine.step()
+    method.interrupt(after)
     with pytest.raises(KeyboardInterrupt):
         future.cancel()
+    if again:
+        future.cancel()
     engine.drain()
+    if not future.cancelled():
+        assert (name, after, again) == ("cancel", False, False)
+        assert torch.equal(future.result(), expected(0, 1, 1))
+        return
     found = engine.metrics()
     assert (found.cancelled, found.finished, found.queued, found.active) == (1, 0, 0, 0)
 
@@ -406,6 +442,19 @@ def test_an_interrupted_run_cancels_its_requests() -> None:
     metrics = engine.metrics()
     assert metrics.cancelled == metrics.submitted - 1
     assert (metrics.queued, metrics.active) == (0, 0)
+
+
+def test_run_yields_any_error_of_a_request_but_not_a_closed_engines() -> None:
+    c, y, nothing = torch.ones(SHAPE), torch.tensor(1), torch.zeros(SHAPE)
+    engine = Engine(named, SHAPE, 2, cond={"c": c, "y": y}, guided=True)
+    cond: dict[str, Any] = {"cond": {"c": c, "y": y}, "uncond": {"c": nothing}, "ddim": MIX[0]}
+    requests = [Request(1, guidance=lambda t: 1 / 0, **cond), Request(1, guidance=2.0, **cond)]
+    found = dict(engine.run(requests, return_exceptions=True))
+    assert isinstance(found[0], ZeroDivisionError)
+    assert torch.equal(found[1], alone(named, requests[1], 2))
+    engine.close()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        list(engine.run(requests, return_exceptions=True))
 
 
 def test_run_raises_or_yields_a_failed_requests_exception() -> None:

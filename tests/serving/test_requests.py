@@ -77,6 +77,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"x_T must have the engine's shape, \(2, 3, 4\), without a batch, got \(1, 2, 3, 4\)",
     ),
     "x_T's dtype": ({"x_T": X.double()}, "x_T must be float32, bfloat16 or float16, got .*64"),
+    "a sparse x_T": ({"x_T": X.to_sparse()}, "x_T must be dense, got torch.sparse_coo"),
+    "a sparse condition": (
+        {"cond": {**COND, "c": X.to_sparse()}},
+        r"cond\['c'\] must be dense, got torch.sparse_coo",
+    ),
     "x_T's kind": ({"x_T": [1]}, "x_T must be a tensor, got list"),
     "x_T's gradient": (
         {"x_T": torch.zeros(SHAPE, requires_grad=True)},
