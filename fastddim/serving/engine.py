@@ -183,6 +183,7 @@ class Engine:
         """
         programs = [sampler_program(ddim, self._network) for ddim in ddims or (None,)]
         self._check_outside()
+        self._has_thread()
         with self._turn:
             self._check_open()
             if self._batches.active:

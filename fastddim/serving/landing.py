@@ -77,7 +77,13 @@ class Landing:
 
 
 def _copied(ticket: Ticket, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    # Another request's owner may take the tick in inference mode, whose tensors have no gradients.
-    with lasting():
-        finite = torch.isfinite(x).all() if ticket.work.check_finite else None
-        return x.clone().to(ticket.work.dtype), finite
+    if torch.is_inference_mode_enabled():
+        # The request's owner may use gradients, which the tensors of inference mode do not have.
+        with lasting():
+            return _plain_copy(ticket, x)
+    return _plain_copy(ticket, x)
+
+
+def _plain_copy(ticket: Ticket, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    finite = torch.isfinite(x).all() if ticket.work.check_finite else None
+    return x.clone().to(ticket.work.dtype), finite

@@ -169,6 +169,7 @@ def test_a_fork_of_a_started_engine_is_refused() -> None:
             engine.drain,
             engine.step,
             engine.start,
+            engine.warm_up,
             engine.close,
             lambda: list(engine.run([Request(1)])),
         ]
