@@ -118,4 +118,32 @@ MUTANTS = [
         "return holding(replay, self._predictor.model)",
         "return replay",
     ),
+    Mutant(
+        "serving",
+        "a slot without a request keeps its conditions",
+        SERVING,
+        "memory[slot :: self._count].zero_()",
+        "memory[slot :: self._count]",
+    ),
+    Mutant(
+        "serving",
+        "a failure that an interrupt kept back stays counted",
+        SERVING,
+        "self._delivery.begins_again(ticket)",
+        "pass",
+    ),
+    Mutant(
+        "serving",
+        "a timeout awaits another thread's tick",
+        SERVING,
+        "timeout is not None and self._turn.locked()",
+        "False",
+    ),
+    Mutant(
+        "serving",
+        "new work does not keep its engine",
+        SERVING,
+        "self._runner.kept = self\n            self._arrived",
+        "pass\n            self._arrived",
+    ),
 ]

@@ -358,7 +358,8 @@ class Engine:
             self._mend()
         self._torn = True
         while self._cancelled:
-            batches.free(ticket := self._cancelled[0])
+            ticket = self._cancelled[0]
+            batches.free(ticket)
             ticket.strip()
             self._cancelled.popleft()
         self._refill()

@@ -142,13 +142,14 @@ def test_an_engine_without_owner_finishes_its_work() -> None:
         done.set()
 
     engine = Engine(exact, SHAPE, 1)
-    held = weakref.ref(engine)
+    held, arrived = weakref.ref(engine), engine._arrived
     engine.start()
-    engine.drain()
-    for seed in range(3):
-        engine.submit(Request(seed, ddim=MIX[1])).add_done_callback(taken if seed == 2 else print)
-    del engine
-    gc.collect()
+    while engine._runner is not None and engine._runner.kept is not None:
+        time.sleep(0.001)
+    with arrived:  # The thread learns of the work after the engine has lost its owner.
+        engine.submit(Request(2, ddim=MIX[1])).add_done_callback(taken)
+        del engine
+        gc.collect()
     assert done.wait(10)
     assert torch.equal(found[0], expected(1, 2, 1))
     for _ in range(100):
