@@ -94,8 +94,8 @@ MUTANTS = [
         "serving",
         "a cancelled request keeps its slot",
         SERVING,
-        "batches.free(ticket := self._cancelled[0])",
-        "ticket = self._cancelled[0]",
+        "batches.free(ticket)\n            ticket.strip()",
+        "ticket.strip()",
     ),
     Mutant(
         "loop",

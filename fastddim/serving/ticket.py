@@ -31,7 +31,8 @@ class Ticket(Future[Tensor]):
         advance: Callable[[Ticket, float | None], bool],
     ) -> None:
         super().__init__()
-        self._condition = Guard()  # An interrupt of a waiting thread must not stop the engine's.
+        # An interrupt of a thread that waits must not stop the engine's thread.
+        self._condition: threading.Condition = Guard()
         self.number, self.work = number, work
         self.began = time.perf_counter()
         self.due = None if deadline is None else self.began + deadline

@@ -444,7 +444,7 @@ def test_an_interrupted_run_cancels_its_requests() -> None:
     assert (metrics.queued, metrics.active) == (0, 0)
 
 
-def test_run_yields_any_error_of_a_request_but_not_a_closed_engines() -> None:
+def test_run_yields_a_requests_errors_but_raises_the_engines() -> None:
     c, y, nothing = torch.ones(SHAPE), torch.tensor(1), torch.zeros(SHAPE)
     engine = Engine(named, SHAPE, 2, cond={"c": c, "y": y}, guided=True)
     cond: dict[str, Any] = {"cond": {"c": c, "y": y}, "uncond": {"c": nothing}, "ddim": MIX[0]}
