@@ -184,6 +184,7 @@ NAN, INF = float("nan"), float("inf")
 SPECIAL = torch.tensor([NAN, INF, -INF, 3e38, 1e-44, 0.0, 1.0, -2.0])
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter, on ±inf
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("of", ["noise", "guidance", "threshold", "seeds"])

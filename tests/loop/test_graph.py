@@ -44,7 +44,7 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 STEPS = [1, 7, 12, 13]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("how", CALLS)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("eta", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
@@ -338,6 +338,7 @@ def unused(*_: Any, **__: Any) -> Any:
 X = torch.zeros(SHAPE)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("error", "said", "arguments"),
     [

@@ -23,6 +23,7 @@ def unused(*_: Any, **__: Any) -> Any:
     raise AssertionError("nothing may be called")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("error", "said", "arguments"),
     [

@@ -234,7 +234,7 @@ def _fresh_compiler() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("way", WAYS)
 def test_torch_compile_traces_the_op(way: Any) -> None:
