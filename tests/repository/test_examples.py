@@ -7,6 +7,7 @@ import io
 import re
 import runpy
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -190,13 +191,28 @@ def test_serve_asgi_does_not_start_with_a_failing_model() -> None:
     asyncio.run(run())
 
 
-def test_serve_asgi_frees_the_slot_of_a_client_that_goes() -> None:
+def held_network() -> tuple[threading.Event, Callable[..., torch.Tensor]]:
+    """Returns an event, which is set, and a network that waits while the event is clear."""
     held = threading.Event()
     held.set()
 
     def waiting(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         held.wait(10)
         return network(x, t)
+
+    return held, waiting
+
+
+async def begun(served: Served) -> asyncio.Task[Any]:
+    """Requests a sample, and returns the task once the request has a slot."""
+    task = asyncio.create_task(served.get("/sample", "seed=1"))
+    while not served.engine.metrics().active:
+        await asyncio.sleep(0.001)
+    return task
+
+
+def test_serve_asgi_frees_the_slot_of_a_client_that_goes() -> None:
+    held, waiting = held_network()
 
     async def run() -> None:
         async with Served(waiting, limit=1) as served:
@@ -210,19 +226,12 @@ def test_serve_asgi_frees_the_slot_of_a_client_that_goes() -> None:
 
 
 def test_serve_asgi_frees_the_slot_of_a_cancelled_task() -> None:
-    held = threading.Event()
-    held.set()
-
-    def waiting(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        held.wait(10)
-        return network(x, t)
+    held, waiting = held_network()
 
     async def run() -> None:
         async with Served(waiting) as served:
             held.clear()
-            task = asyncio.create_task(served.get("/sample", "seed=1"))
-            while not served.engine.metrics().active:
-                await asyncio.sleep(0.001)
+            task = await begun(served)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -237,19 +246,12 @@ def test_serve_asgi_frees_the_slot_of_a_cancelled_task() -> None:
 
 
 def test_serve_asgi_answers_while_its_engine_closes() -> None:
-    held = threading.Event()
-    held.set()
-
-    def waiting(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        held.wait(10)
-        return network(x, t)
+    held, waiting = held_network()
 
     async def run() -> None:
         async with Served(waiting) as served:
             held.clear()
-            task = asyncio.create_task(served.get("/sample", "seed=1"))
-            while not served.engine.metrics().active:
-                await asyncio.sleep(0.001)
+            task = await begun(served)
             closing = asyncio.create_task(asyncio.to_thread(served.engine.close))
             await asyncio.sleep(0.01)
             held.set()
